@@ -1,0 +1,102 @@
+"""The tensor records that flow from data to models, and the legend of axis names.
+
+Axis legend, used in every shape of the library:
+n cells, g genes, p single perturbations, k levels of a covariate, d latent or feature width, s cells of a set,
+t time in [0, 1] (0 noise or source, 1 data), x0 source, x1 target, xt point on the path, ut velocity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Condition"]
+
+
+class _Record:
+    """Maps a function over all tensors of a frozen record."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        def apply(value):
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, _Record):
+                return value._map(function)
+            if isinstance(value, Mapping):
+                return {key: apply(item) for key, item in value.items()}
+            return value
+
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields})
+
+    def __getitem__(self, rows) -> Self:
+        """Take rows (a slice, an index tensor or a mask) of every tensor."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Condition(_Record):
+    """What was done to n cells, and to which cells.
+
+    Parameters
+    ----------
+    perturbation
+        (n, p), multi-hot over the single perturbations of the Design, times the scaled dose if the Design has one.
+        A control cell is a row of zeros.
+    covariates
+        Column name to (n,) level number (int64).
+    continuous
+        Column name to (n,) value (float32), for example time.
+    """
+
+    perturbation: Tensor
+    covariates: Mapping[str, Tensor] = field(default_factory=dict)
+    continuous: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.perturbation)
+
+    @property
+    def is_control(self) -> Tensor:
+        """(n,) bool, True where no perturbation acts."""
+        return (self.perturbation == 0).all(dim=1)
+
+
+@dataclass(frozen=True)
+class Batch(_Record):
+    """n cells for one step of training or sampling.
+
+    Parameters
+    ----------
+    condition
+        The condition of the target cells.
+    target
+        (n, g), the cells to learn from, in the data space of the model; None when sampling.
+    source
+        (n, g), control cells (or the earlier time point) paired with the targets; None for models without source.
+    size_factor
+        (n,), depth of each target cell relative to the median of the training cells.
+    index
+        (n,), row of each target cell in the AnnData.
+    set_size
+        Cells of one set lie next to each other, `set_size` at a time; 1 for independent cells.
+    """
+
+    condition: Condition
+    target: Tensor | None = None
+    source: Tensor | None = None
+    size_factor: Tensor | None = None
+    index: Tensor | None = None
+    set_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self.condition)

@@ -1,0 +1,238 @@
+"""Design: what the columns of obs mean, and how their labels become tensors.
+
+It knows nothing of expression values and of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import pandas as pd
+import torch
+
+from invirtuo.batch import Condition
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Design"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Column roles and levels of an experiment.
+
+    Made by :meth:`from_adata`; the levels are sorted by name, so that the same labels always give the same tensors.
+
+    Parameters
+    ----------
+    perturbation
+        Column of obs with the perturbation label of each cell; combinations are joined by `separator`.
+    control
+        Label of the control cells in that column.
+    perturbations
+        Names of the single perturbations, without the control.
+    covariates
+        Column name to the levels of that column (cell type, donor, treatment, ...).
+    dose
+        Numeric column with the dose, or None. A dose enters as log1p(dose) / log1p(dose_max).
+    dose_max
+        Largest dose seen.
+    time
+        Numeric column with time, or None.
+    separator
+        Joins the parts of a combination, for example ``"A+B"``.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> design = iv.Design.from_adata(iv.datasets.toy(), perturbation="perturbation", control="control",
+    ...                               covariates=["cell_type"])
+    >>> design.perturbations[:2]
+    ('A', 'B')
+    """
+
+    perturbation: str
+    control: str
+    perturbations: tuple[str, ...]
+    covariates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dose: str | None = None
+    dose_max: float = 1.0
+    time: str | None = None
+    separator: str = "+"
+
+    @classmethod
+    def from_adata(
+        cls,
+        adata: AnnData | pd.DataFrame,
+        *,
+        perturbation: str,
+        control: str,
+        covariates: Sequence[str] | str = (),
+        dose: str | None = None,
+        time: str | None = None,
+        separator: str = "+",
+    ) -> Self:
+        """Read roles and levels from the obs of an AnnData (or from a DataFrame like it).
+
+        Raises
+        ------
+        ValueError
+            If a column is missing or holds missing values, the control label does not occur, or a dose is negative.
+        """
+        obs = adata if isinstance(adata, pd.DataFrame) else adata.obs
+        covariates = [covariates] if isinstance(covariates, str) else list(covariates)
+        roles = {"perturbation": [perturbation], "covariates": covariates, "dose": [dose], "time": [time]}
+        for role, columns in roles.items():
+            for column in columns:
+                if column is not None:
+                    _check_column(obs, column, role)
+        labels = _labels(obs, perturbation)
+        if control not in labels.cat.categories:
+            raise ValueError(
+                f"control label {control!r} does not occur in obs[{perturbation!r}]; found {_some(labels.cat.categories)}. "
+                "Pass the label of the unperturbed cells as control="
+            )
+        parts = {part for label in labels.cat.categories for part in _split(label, separator, control)}
+        dose_max = float(_numeric(obs, dose).max()) if dose else 1.0
+        if time:
+            _numeric(obs, time)
+        return cls(
+            perturbation=perturbation,
+            control=control,
+            perturbations=tuple(sorted(parts)),
+            covariates={name: tuple(sorted(_labels(obs, name).cat.categories)) for name in covariates},
+            dose=dose,
+            dose_max=dose_max if dose_max > 0 else 1.0,
+            time=time,
+            separator=separator,
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of obs that say which condition a cell belongs to: covariates, perturbation, dose, time."""
+        return [*self.covariates, self.perturbation, *[c for c in (self.dose, self.time) if c is not None]]
+
+    def parts(self, label: str) -> tuple[str, ...]:
+        """Single perturbations of a label, sorted, each once; () for the control."""
+        return _split(label, self.separator, self.control)
+
+    def is_control(self, obs: pd.DataFrame) -> np.ndarray:
+        """(n,) bool, True for cells that carry the control label."""
+        return np.asarray(_labels(obs, self.perturbation) == self.control)
+
+    def names(self, obs: pd.DataFrame) -> pd.Series:
+        """Name of the condition of each row: covariate values and perturbation (and dose, time) joined by ``|``."""
+        columns = [obs[column].astype(str) for column in self.columns]
+        return columns[0].str.cat(columns[1:], sep="|") if len(columns) > 1 else columns[0]
+
+    def groups(self, obs: pd.DataFrame) -> pd.Series:
+        """Name of the covariate group of each row: covariate values joined by ``|``; ``all`` without covariates."""
+        if not self.covariates:
+            return pd.Series("all", index=obs.index)
+        columns = [obs[column].astype(str) for column in self.covariates]
+        return columns[0].str.cat(columns[1:], sep="|") if len(columns) > 1 else columns[0]
+
+    def conditions(self, obs: pd.DataFrame, *, control: bool = False) -> pd.DataFrame:
+        """Distinct conditions of obs, one row each, sorted by name; control conditions only if asked for."""
+        table = obs[self.columns].drop_duplicates()
+        if not control:
+            table = table[~self.is_control(table)]
+        for column in [*self.covariates, self.perturbation]:
+            table[column] = table[column].astype(str)
+        return table.sort_values(self.columns, ignore_index=True)
+
+    def encode(self, obs: pd.DataFrame) -> Condition:
+        """Turn the labels of n rows into tensors.
+
+        Raises
+        ------
+        ValueError
+            If a column is missing, or a perturbation or covariate label is not known to the Design.
+        """
+        for column in self.columns:
+            _check_column(obs, column, "conditions")
+        labels = _labels(obs, self.perturbation)
+        position = {name: i for i, name in enumerate(self.perturbations)}
+        table = np.zeros((len(labels.cat.categories), len(position)), dtype=np.float32)
+        for row, label in enumerate(labels.cat.categories):
+            for part in self.parts(label):
+                if part not in position:
+                    raise ValueError(
+                        f"perturbation {part!r} in obs[{self.perturbation!r}] is not known to this design; "
+                        f"known: {_some(self.perturbations)} and the control {self.control!r}"
+                    )
+                table[row, position[part]] = 1.0
+        multi_hot = table[labels.cat.codes.to_numpy()]
+        if self.dose is not None:
+            dose = np.log1p(_numeric(obs, self.dose).to_numpy(np.float32)) / np.log1p(np.float32(self.dose_max))
+            multi_hot = multi_hot * dose[:, None]
+        covariates = {name: _codes(obs, name, levels) for name, levels in self.covariates.items()}
+        continuous = {self.time: torch.from_numpy(_numeric(obs, self.time).to_numpy(np.float32))} if self.time else {}
+        return Condition(torch.from_numpy(multi_hot), covariates, continuous)
+
+    def to_json(self) -> str:
+        """Write as JSON; :meth:`from_json` reads it back."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote."""
+        fields = json.loads(text)
+        fields["perturbations"] = tuple(fields["perturbations"])
+        fields["covariates"] = {name: tuple(levels) for name, levels in fields["covariates"].items()}
+        return cls(**fields)
+
+
+def _split(label: str, separator: str, control: str) -> tuple[str, ...]:
+    """Parts of a label, the control removed ("A+control" is A alone)."""
+    if label == control:
+        return ()
+    parts = {part.strip() for part in label.split(separator)} if separator else {label}
+    if "" in parts:
+        raise ValueError(
+            f"perturbation label {label!r} has an empty part around the separator {separator!r}; "
+            "rename the label or pass another separator="
+        )
+    return tuple(sorted(parts - {control}))
+
+
+def _labels(obs: pd.DataFrame, column: str) -> pd.Series:
+    """The column as text categories, unused ones removed."""
+    return obs[column].astype(str).astype("category")
+
+
+def _codes(obs: pd.DataFrame, column: str, levels: Sequence[str]) -> torch.Tensor:
+    codes = pd.Categorical(obs[column].astype(str), categories=list(levels)).codes
+    if (codes < 0).any():
+        unknown = sorted(set(obs[column].astype(str)) - set(levels))
+        raise ValueError(
+            f"covariate obs[{column!r}] has labels that are not known to this design: {_some(unknown)}; known: {_some(levels)}"
+        )
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def _numeric(obs: pd.DataFrame, column: str) -> pd.Series:
+    values = pd.to_numeric(obs[column].astype(object), errors="coerce").astype(float)
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"obs[{column!r}] must hold finite numbers >= 0; found {_some(obs[column].unique())}")
+    return values
+
+
+def _check_column(obs: pd.DataFrame, column: str, role: str) -> None:
+    if column not in obs.columns:
+        raise ValueError(f"{role}: column {column!r} is not in the table; found {_some(obs.columns)}")
+    if obs[column].isna().any():
+        raise ValueError(
+            f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; remove these cells or label them"
+        )
+
+
+def _some(values, limit: int = 8) -> str:
+    """The first few values, for messages."""
+    values = [str(value) for value in values]
+    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
