@@ -81,9 +81,13 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
     try:
         adata = read(path, backed="r" if backed else None)
     except (*trouble, anndata._io.specs.registry.IORegistryError) as error:
-        raise ValueError(f"{path} is not a readable h5ad file: {_first_line(error)}. Write it again with AnnData") from error
+        raise ValueError(
+            f"{path} is not a readable h5ad file: {_first_line(error)}. Write it again with AnnData"
+        ) from error
     if adata.X is None:
-        raise ValueError(f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again")
+        raise ValueError(
+            f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again"
+        )
     return adata
 
 
@@ -135,7 +139,9 @@ def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...]) -> None:
 
 def _check_dataset(data: h5py.Dataset, path: Path, where: str) -> None:
     if data.is_virtual or data.external:
-        raise ValueError(f"{path}: {where} keeps its values in other files; these are not opened. Store the data itself")
+        raise ValueError(
+            f"{path}: {where} keeps its values in other files; these are not opened. Store the data itself"
+        )
     stored = data.id.get_storage_size()
     if data.shape is not None and data.nbytes > INFLATION * stored + 2**27:
         raise ValueError(f"{path}: {where} declares {data.nbytes:,} bytes but the file holds {stored:,} of them")

@@ -1,0 +1,602 @@
+"""Checks of a cell matrix, normalisation, gene choice and the knock-down filter: AnnData in, new AnnData out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from invirtuo.genes import variable_genes
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from invirtuo.design import Design
+
+__all__ = [
+    "check",
+    "check_genes",
+    "check_values",
+    "knockdown",
+    "looks_like_counts",
+    "normalize",
+    "perturbench",
+    "require_counts",
+    "require_log",
+]
+
+log = logging.getLogger(__name__)
+
+TOTAL = "total_counts"  # obs column that normalize writes
+LOG_MAX = 15.0  # log1p(1e6) = 13.8; counts and CP10k lie above
+TWICE_MAX = float(np.log1p(np.log1p(1e4))) + 0.1
+FEW_CELLS = 20
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check(
+    adata: AnnData, design: Design | None = None, *, expect: Literal["log", "counts"] | None = None
+) -> pd.DataFrame:
+    """List everything about a data set that would trip a model, worst first; raises nothing.
+
+    Parameters
+    ----------
+    adata
+        Cells to look at; not changed.
+    design
+        Which columns mean what; None leaves the conditions out.
+    expect
+        What X should hold: "log" for log1p of depth-normalised counts, "counts" for raw counts.
+
+    Returns
+    -------
+    DataFrame with columns ``level`` ("error", "warning" or "note"), ``about`` and ``finding``.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> iv.preprocess.check(iv.datasets.toy(), expect="counts")["level"].unique().tolist()
+    ['note']
+    """
+    rows: list[tuple[str, str, str]] = [("note", "shape", f"{adata.n_obs:,} cells x {adata.n_vars:,} genes")]
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("genes", lambda: check_genes(adata)),
+        ("values", lambda: check_values(adata, allow_negative=True)),
+    ]
+    if expect is not None:
+        checks.append(("scale", lambda: (require_log if expect == "log" else require_counts)(adata)))
+    if design is not None:
+        checks.append(("design", lambda: design.encode(adata.obs)))
+    for about, test in checks:
+        try:
+            test()
+        except ValueError as error:
+            rows.append(("error", about, str(error)))
+    if not any(level == "error" for level, *_ in rows):
+        rows.append(("note", "scale", f"X looks like {_scale(adata.X).text}"))
+        if adata.obs_names.has_duplicates:
+            rows.append(("warning", "cells", "cell names repeat; call adata.obs_names_make_unique()"))
+        rows += _condition_findings(adata.obs, design) if design is not None else []
+    order = {"error": 0, "warning": 1, "note": 2}
+    rows.sort(key=lambda row: order[row[0]])
+    return pd.DataFrame(rows, columns=["level", "about", "finding"])
+
+
+def check_genes(adata: AnnData) -> None:
+    """Raise ValueError if there are no cells or genes, or gene names are empty, missing or repeated."""
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise ValueError(f"the data hold {adata.n_obs} cells and {adata.n_vars} genes; expected at least one of each")
+    names = pd.Index(adata.var_names)
+    empty = int((names.isna() | (names.astype(str).str.strip() == "")).sum())
+    if empty:
+        raise ValueError(f"{empty} genes have no name in var_names; name or remove them")
+    if names.has_duplicates:
+        repeated = names[names.duplicated()].unique()
+        raise ValueError(
+            f"{len(repeated)} gene names occur more than once (for example {', '.join(map(str, repeated[:5]))}); "
+            "expected unique names. Sum or drop the copies, or call adata.var_names_make_unique()"
+        )
+
+
+def check_values(adata: AnnData, *, layer: str | None = None, allow_negative: bool = False) -> None:
+    """Raise ValueError if X (or a layer) holds NaN or infinity, or, unless allowed, negative values.
+
+    Looks at every value in memory; of a matrix on disk, at a sample of the cells.
+    """
+    values = _stored(_matrix(adata, layer))
+    name = _name(layer)
+    if not np.issubdtype(values.dtype, np.number):
+        raise ValueError(f"{name} holds values of type {values.dtype}; expected numbers")
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise ValueError(
+            f"{name} holds {bad:,} NaN or infinite values; expected finite numbers. Remove these cells or genes"
+        )
+    if not allow_negative and values.size and values.min() < 0:
+        raise ValueError(
+            f"{name} holds negative values (min {values.min():.3g}), as scaled or batch-corrected data do; expected "
+            "values >= 0. Start from the raw counts"
+        )
+
+
+def looks_like_counts(X) -> bool:
+    """Whether all values of a sample of the rows are whole numbers >= 0, some above 0.
+
+    Parameters
+    ----------
+    X
+        (n, g), sparse or dense, in memory or on disk.
+    """
+    return _scale(X).kind == "counts"
+
+
+def require_counts(adata: AnnData, *, layer: str | None = None) -> None:
+    """Raise ValueError unless X (or a layer) holds raw counts."""
+    check_values(adata, layer=layer)
+    scale = _scale(_matrix(adata, layer))
+    if scale.kind != "counts":
+        has = [name for name in adata.layers if layer is None and _scale(adata.layers[name]).kind == "counts"]
+        advice = f"pass layer={has[0]!r}, which holds counts" if has else "put the raw counts there"
+        raise ValueError(f"{_name(layer)} looks like {scale.text}; expected raw counts (whole numbers >= 0): {advice}")
+
+
+def require_log(adata: AnnData, *, layer: str | None = None, allow_negative: bool = False) -> None:
+    """Raise ValueError unless X (or a layer) may be log1p of depth-normalised counts, the log taken once.
+
+    Predicted cells may dip below zero: `allow_negative`.
+    """
+    check_values(adata, layer=layer, allow_negative=allow_negative)
+    scale = _scale(_matrix(adata, layer))
+    expected = f"{_name(layer)} looks like {scale.text}; expected log1p of counts per 10,000"
+    if scale.kind in ("counts", "linear"):
+        raise ValueError(f"{expected}: call iv.preprocess.normalize on the raw counts")
+    if scale.kind == "log1p twice":
+        raise ValueError(f"{expected}: undo one logarithm with np.expm1, or start again from the raw counts")
+    if scale.kind == "zeros":
+        raise ValueError(f"{expected}: all values are zero")
+
+
+@dataclass(frozen=True)
+class _Scale:
+    kind: Literal["counts", "log1p", "log1p twice", "linear", "negative", "zeros"]
+    maximum: float
+    whole: float
+
+    @property
+    def text(self) -> str:
+        names = {
+            "counts": "raw counts",
+            "log1p": "log1p values",
+            "log1p twice": "log1p taken twice",
+            "linear": "normalised values without logarithm",
+            "negative": "scaled or predicted values, some negative",
+            "zeros": "nothing but zeros",
+        }
+        return f"{names[self.kind]} (max {self.maximum:.4g}, {self.whole:.0%} of the non-zero values whole numbers)"
+
+
+def _scale(X) -> _Scale:
+    rows = _sample(X)
+    values = rows.data[rows.data != 0]
+    if not values.size:
+        return _Scale("zeros", 0.0, 1.0)
+    maximum, whole = float(values.max()), float((np.abs(values - np.rint(values)) < 1e-3).mean())
+    if values.min() < 0:
+        return _Scale("negative", maximum, whole)
+    if whole > 0.999:
+        return _Scale("counts", maximum, whole)
+    if maximum > LOG_MAX:
+        return _Scale("linear", maximum, whole)
+    return _Scale("log1p twice" if maximum < TWICE_MAX and _logged_twice(rows) else "log1p", maximum, whole)
+
+
+def _logged_twice(rows: sparse.csr_array) -> bool:
+    """Whether undoing two logarithms, and not one, gives what depth-normalised counts look like."""
+    once = rows.copy()
+    once.data = np.expm1(once.data)
+    twice = once.copy()
+    twice.data = np.expm1(twice.data)
+    return _normalised(twice) and not _normalised(once)
+
+
+def _normalised(rows: sparse.csr_array) -> bool:
+    """Whether all rows have the same sum, or hold whole multiples of their smallest value."""
+    sums = rows.sum(axis=1)
+    sums = sums[sums > 0]
+    if len(sums) > 1 and sums.std() < 0.01 * sums.mean():
+        return True
+    filled = np.flatnonzero(np.diff(rows.indptr))
+    smallest = np.ones(rows.shape[0])
+    smallest[filled] = np.minimum.reduceat(rows.data, rows.indptr[filled])
+    multiples = rows.data / np.repeat(smallest, np.diff(rows.indptr))
+    multiples = multiples[(multiples > 1.5) & (multiples < 100)]
+    return multiples.size >= FEW_CELLS and bool((np.abs(multiples - np.rint(multiples)) < 0.02).mean() > 0.9)
+
+
+def _sample(X, n: int = 1000) -> sparse.csr_array:
+    """Up to n rows, evenly spaced, as float64 in memory; explicit zeros removed."""
+    rows = np.unique(np.linspace(0, X.shape[0] - 1, min(n, X.shape[0])).astype(int)) if X.shape[0] else np.arange(0)
+    part = sparse.csr_array(X[rows] if len(rows) < X.shape[0] else X[:], dtype=np.float64)
+    part.eliminate_zeros()
+    return part
+
+
+def _stored(X) -> np.ndarray:
+    """All stored values of a matrix in memory, those of a sample of rows of one on disk."""
+    if sparse.issparse(X):
+        return X.data
+    return X if isinstance(X, np.ndarray) else _sample(X).data
+
+
+def _matrix(adata: AnnData, layer: str | None):
+    if layer is None:
+        return adata.X
+    if layer not in adata.layers:
+        raise ValueError(f"there is no layer {layer!r}; found {', '.join(adata.layers) or 'no layers'}")
+    return adata.layers[layer]
+
+
+def _name(layer: str | None) -> str:
+    return "X" if layer is None else f"layers[{layer!r}]"
+
+
+def _condition_findings(obs: pd.DataFrame, design: Design) -> list[tuple[str, str, str]]:
+    is_control, groups, names = design.is_control(obs), design.groups(obs), design.names(obs)
+    sizes = names.value_counts()
+    few = sizes[sizes < FEW_CELLS]
+    lonely = sorted(set(groups) - set(groups[is_control]))
+    found = [
+        (
+            "note",
+            "conditions",
+            f"{len(design.perturbations)} single perturbations, {names[~is_control].nunique()} perturbed conditions in "
+            f"{groups.nunique()} covariate groups, {int(is_control.sum()):,} control cells",
+        )
+    ]
+    if lonely:
+        found.append(("warning", "controls", f"no control cells in {len(lonely)} covariate groups: {_some(lonely)}"))
+    if len(few):
+        text = f"{len(few)} conditions have fewer than {FEW_CELLS} cells: {_some(few.index)}; their scores are noise"
+        found.append(("warning", "conditions", text))
+    return found
+
+
+def _some(values, limit: int = 5) -> str:
+    values = [str(value) for value in values]
+    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
+
+
+# Normalisation --------------------------------------------------------------------------------------------------------
+
+
+def normalize(
+    adata: AnnData,
+    *,
+    n_genes: int | None = None,
+    target_sum: float = 1e4,
+    size_factor: str | None = None,
+    split: pd.Series | None = None,
+    flavor: str = "seurat_v3",
+    keep: Sequence[str] = (),
+    layer: str | None = None,
+) -> AnnData:
+    """Log-normalise raw counts and choose genes; a new object, the given one stays as it is.
+
+    Parameters
+    ----------
+    adata
+        Raw counts in X or in `layer`.
+    n_genes
+        Number of highly variable genes to keep; None keeps all.
+    target_sum
+        Depth to which each cell is scaled before log1p.
+    size_factor
+        Column of obs with the depth of each cell, for data that hold only some of the genes. None takes the column
+        that :func:`invirtuo.datasets.load` noted for the data set, else the sum over the given genes.
+    split
+        "train"/"val"/"test" per cell, as made by :mod:`invirtuo.splits`; genes are then chosen on training cells only.
+    flavor
+        How genes are chosen: "seurat_v3" (on counts), or a flavor of :func:`scanpy.pp.highly_variable_genes` that
+        works on log values ("seurat", "cell_ranger").
+    keep
+        Genes to keep in any case, for example the perturbed ones.
+
+    Returns
+    -------
+    AnnData with log1p(counts per `target_sum`) in X (CSR, float32), raw counts in ``layers["counts"]``, depth in
+    ``obs["total_counts"]``, the choice in ``var["highly_variable"]``; genes stay in their order, other layers are
+    left behind.
+
+    Raises
+    ------
+    ValueError
+        If the values are not raw counts, gene names repeat, depths are not positive, or `split` does not fit.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> adata = iv.preprocess.normalize(iv.datasets.toy(), n_genes=20, keep=["gene_0"])
+    >>> adata.n_vars in (20, 21), "gene_0" in adata.var_names
+    (True, True)
+    """
+    check_genes(adata)
+    require_counts(adata, layer=layer)
+    size_factor = size_factor or adata.uns.get("invirtuo", {}).get("size_factor")
+    wanted = _positions(adata, keep)
+    counts = _counts(adata, layer)
+    total = _depth(adata.obs, counts, size_factor)
+    new = _assemble(adata, counts, _log_normalise(counts, total, target_sum), total)
+    train = _training_rows(adata, split)
+    if n_genes is not None:
+        chosen = _variable(new, n_genes, train, flavor)
+        new.var["highly_variable"] = chosen
+        chosen = chosen.copy()
+        chosen[wanted] = True
+        new = new[:, chosen].copy()
+    new.uns["invirtuo"] |= {
+        "target_sum": float(target_sum),
+        "depth": size_factor or "sum over genes",
+        "genes": "all" if n_genes is None else f"{flavor}, {n_genes}",
+        "genes_chosen_on": "all cells" if split is None else "training cells",
+    }
+    return new
+
+
+def perturbench(
+    adata: AnnData,
+    design: Design,
+    *,
+    n_genes: int = 4000,
+    degs: int = 25,
+    min_cells: int = 10,
+    target_sum: float | None = None,
+    split: pd.Series | None = None,
+) -> AnnData:
+    """Prepare raw counts in the order of the PerturBench code [1]_.
+
+    Genes seen in at least `min_cells` cells; scaling to `target_sum`; log1p; `n_genes` highly variable genes
+    (seurat_v3 within each covariate group), the `degs` strongest genes of every perturbation and group against
+    its control cells (t-test, by absolute score), and the perturbed genes themselves.
+
+    Parameters
+    ----------
+    adata
+        Raw counts in X.
+    design
+        Which columns mean what.
+    n_genes
+        Highly variable genes; 0 keeps all genes.
+    target_sum
+        None for the median depth, as in the code; the text of the paper says 1e4.
+    split
+        Choose genes on training cells only. Differs: the published choice sees all cells.
+
+    Returns
+    -------
+    AnnData as from :func:`normalize`, with the chosen genes of each condition in ``uns["rank_genes_groups_cov"]``.
+    Differs: genes stay in the order of the file, where the reference's order changes from run to run.
+
+    References
+    ----------
+    .. [1] Wu et al. 2024, arXiv:2408.10609.
+    """
+    check_genes(adata)
+    require_counts(adata)
+    counts = _counts(adata, None)
+    seen = np.asarray((counts > 0).sum(axis=0)).ravel() >= min_cells
+    counts, adata = counts[:, seen], adata[:, seen]
+    total = _depth(adata.obs, counts, None)
+    depth = float(np.median(total)) if target_sum is None else target_sum
+    new = _assemble(adata, counts, _log_normalise(counts, total, depth), total)
+    new.uns["invirtuo"] |= {"target_sum": depth, "genes": f"perturbench, {n_genes} + {degs}"}
+    if n_genes == 0:
+        return new
+    train = _training_rows(adata, split)
+    groups = design.groups(new.obs)
+    new.var["highly_variable"] = variable_genes(counts[train], n_genes, batch=groups[train])
+    ranked = _strongest_genes(new[train], design, degs)
+    new.uns["rank_genes_groups_cov"] = ranked
+    wanted = set(design.perturbations).union(*ranked.values())
+    return new[:, new.var["highly_variable"] | new.var_names.isin(list(wanted))].copy()
+
+
+def knockdown(
+    adata: AnnData,
+    design: Design,
+    *,
+    perturbation_below: float = 0.30,
+    cell_below: float = 0.50,
+    min_cells: int = 30,
+    scale: Literal["linear", "as_is"] = "linear",
+    by: Literal["context"] | None = None,
+    strict: bool = False,
+    gene_names: str | None = None,
+) -> AnnData:
+    """Keep the cells in which the knocked-down gene is really down [1]_; for knock-down screens only.
+
+    A perturbation stays if its cells keep at most `perturbation_below` of the expression that control cells have of
+    its gene; of these, a cell stays at or below `cell_below`; a perturbation with fewer than `min_cells` cells left
+    goes. Control cells always stay.
+
+    Parameters
+    ----------
+    adata
+        log1p of depth-normalised counts.
+    design
+        Perturbation labels are names of genes; other labels (combinations too) are dropped and listed.
+    scale
+        "linear" compares expm1(X), "as_is" compares X itself, as cell-load does.
+    by
+        None pools the control cells; "context" judges each covariate group by its own control cells.
+    strict
+        Below instead of at most, as cell-load does.
+    gene_names
+        Column of var with the names that labels refer to; None for var_names.
+
+    Returns
+    -------
+    AnnData with the kept cells; ``uns["invirtuo"]["knockdown"]`` says for each perturbation how many cells stay and why
+    others went.
+
+    References
+    ----------
+    .. [1] Adduri et al. 2025, "Predicting cellular responses to perturbation across diverse contexts with State",
+       section 5.5.2.
+    """
+    if scale == "linear":
+        require_log(adata)
+    names = pd.Index(adata.var_names if gene_names is None else adata.var[gene_names])
+    labels = adata.obs[design.perturbation].astype(str).to_numpy()
+    is_control = design.is_control(adata.obs)
+    contexts = design.groups(adata.obs).to_numpy() if by == "context" else np.full(adata.n_obs, "all")
+    kept, rows = is_control.copy(), []
+    below = np.less if strict else np.less_equal
+    expression = sparse.csc_array(adata.X)
+    for context, label in sorted(set(zip(contexts[~is_control], labels[~is_control], strict=True))):
+        cells = np.flatnonzero((labels == label) & (contexts == context))
+        reference = is_control & (contexts == context)
+        if label not in names:
+            rows.append((context, label, len(cells), 0, "the label is not a gene of the data"))
+            continue
+        gene = expression[:, [names.get_loc(label)]].toarray().ravel().astype(np.float64)
+        gene = np.expm1(gene) if scale == "linear" else gene
+        level = gene[reference].mean() if reference.any() else 0.0
+        stay, reason = _knocked_down(gene[cells], level, below, perturbation_below, cell_below, min_cells)
+        kept[cells[stay]] = True
+        rows.append((context, label, len(cells), int(stay.sum()), reason))
+    table = pd.DataFrame(rows, columns=["context", "perturbation", "cells", "kept", "reason"])
+    if not (table["kept"] > 0).any():
+        log.warning("the knock-down filter leaves no perturbation; only the %d control cells remain", is_control.sum())
+    new = adata[kept].copy()
+    new.uns["invirtuo"] = copy.deepcopy(dict(adata.uns.get("invirtuo", {}))) | {"knockdown": table}
+    return new
+
+
+def _knocked_down(gene, level, below, perturbation_below, cell_below, min_cells) -> tuple[np.ndarray, str]:
+    """Which cells of one perturbation stay, and why the others do not."""
+    nobody = np.zeros(len(gene), dtype=bool)
+    if level <= 0:
+        return nobody, "the gene is silent in the control cells"
+    remaining = gene.mean() / level
+    if not below(remaining, perturbation_below):
+        return nobody, f"{remaining:.2f} of the control expression remains"
+    stay = below(gene / level, cell_below)
+    if stay.sum() < min_cells:
+        return nobody, f"only {int(stay.sum())} cells are knocked down"
+    return stay, ""
+
+
+def _counts(adata: AnnData, layer: str | None) -> sparse.csr_matrix:
+    """The counts in memory; of the old sparse class, which AnnData of all versions keeps as it is."""
+    return sparse.csr_matrix(_matrix(adata, layer)[:], dtype=np.float32)
+
+
+def _depth(obs: pd.DataFrame, counts: sparse.csr_matrix, column: str | None) -> np.ndarray:
+    if column is None:
+        total = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    elif column in obs:
+        total = pd.to_numeric(obs[column], errors="coerce").to_numpy(np.float64)
+    else:
+        raise ValueError(f"size_factor: column {column!r} is not in obs; found {_some(obs.columns, 12)}")
+    bad = int((~(np.isfinite(total) & (total > 0))).sum())
+    if bad:
+        source = "no counts at all" if column is None else f"a depth obs[{column!r}] that is not a number above 0"
+        raise ValueError(f"{bad} cells have {source}; remove them, for example with scanpy.pp.filter_cells")
+    return total
+
+
+def _log_normalise(counts: sparse.csr_matrix, total: np.ndarray, target_sum: float) -> sparse.csr_matrix:
+    scaled = counts.copy()
+    scaled.data = np.log1p(scaled.data * np.repeat(target_sum / total, np.diff(counts.indptr))).astype(np.float32)
+    return scaled
+
+
+def _assemble(adata: AnnData, counts: sparse.csr_matrix, log_expr: sparse.csr_matrix, total: np.ndarray) -> AnnData:
+    """Build the new object: log values in X, counts in a layer; annotations copied, other layers left behind."""
+    from anndata import AnnData
+
+    new = AnnData(
+        X=log_expr,
+        obs=adata.obs.copy(),
+        var=adata.var.copy(),
+        layers={"counts": counts},
+        obsm={name: value.copy() for name, value in adata.obsm.items()},
+        uns=copy.deepcopy(dict(adata.uns)),
+    )
+    new.obs[TOTAL] = total
+    new.uns["invirtuo"] = dict(new.uns.get("invirtuo", {})) | {"size_factor": TOTAL}
+    return new
+
+
+def _training_rows(adata: AnnData, split: pd.Series | None) -> np.ndarray:
+    if split is None:
+        return np.ones(adata.n_obs, dtype=bool)
+    if len(split) != adata.n_obs or not pd.Index(split.index).equals(adata.obs_names):
+        raise ValueError(
+            f"split has {len(split)} entries with other names than the {adata.n_obs} cells; make it from adata.obs of "
+            "the same object"
+        )
+    train = (split == "train").to_numpy()
+    if not train.any():
+        raise ValueError(f"split holds no 'train' cells; found {_some(sorted(map(str, split.unique())))}")
+    return train
+
+
+def _positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    positions = adata.var_names.get_indexer(genes)
+    missing = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
+    if missing:
+        raise ValueError(f"keep: {len(missing)} genes are not in the data: {_some(missing)}")
+    return positions
+
+
+def _variable(new: AnnData, n_genes: int, train: np.ndarray, flavor: str) -> np.ndarray:
+    if n_genes < 1:
+        raise ValueError(f"n_genes is {n_genes}; expected at least 1, or None to keep all genes")
+    if flavor == "seurat_v3":
+        return variable_genes(new.layers["counts"][train], n_genes)
+    if flavor not in ("seurat", "cell_ranger"):
+        raise ValueError(f"flavor is {flavor!r}; expected 'seurat_v3', 'seurat' or 'cell_ranger'")
+    from scanpy.preprocessing import highly_variable_genes
+
+    n_genes = min(n_genes, new.n_vars)
+    table = highly_variable_genes(new[train].copy(), n_top_genes=n_genes, flavor=flavor, inplace=False)
+    return table["highly_variable"].to_numpy()
+
+
+def _strongest_genes(adata: AnnData, design: Design, n: int) -> dict[str, list[str]]:
+    """Genes with the largest absolute t against the control of the group, keyed ``<group>_<perturbation>``."""
+    from scanpy.get import rank_genes_groups_df
+    from scanpy.tools import rank_genes_groups
+
+    found: dict[str, list[str]] = {}
+    groups = design.groups(adata.obs)
+    for group in sorted(groups.unique()):
+        cells = adata[(groups == group).to_numpy()].copy()
+        sizes = cells.obs[design.perturbation].astype(str).value_counts()
+        labels = sorted(label for label, size in sizes.items() if size > 1 and label != design.control)
+        if sizes.get(design.control, 0) < 2 or not labels:
+            log.warning("no differential genes for %s: it needs two control and two perturbed cells", group)
+            continue
+        cells.obs[design.perturbation] = cells.obs[design.perturbation].astype(str).astype("category")
+        rank_genes_groups(
+            cells,
+            design.perturbation,
+            groups=labels,
+            reference=design.control,
+            method="t-test",
+            rankby_abs=True,
+            n_genes=n,
+        )
+        prefix = group.replace("|", "_")
+        found |= {f"{prefix}_{label}": list(rank_genes_groups_df(cells, label)["names"]) for label in labels}
+    return found
