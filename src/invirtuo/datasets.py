@@ -99,8 +99,8 @@ DATASETS: dict[str, _Source] = {
         size_factor="umi_total",
     ),
     "paul15": _Source(
-        "paul15.h5ad", "mouse myeloid progenitors",
-        "Paul et al. 2015, Cell, doi:10.1016/j.cell.2015.11.013; GEO GSE72857", GEO, (2730, 8716), "91774ef6f6f9d946c25e248b90dab448", perturbation=None, covariates=("cell_type",),
+        "paul15.h5ad", "mouse myeloid progenitors", "Paul et al. 2015, Cell, doi:10.1016/j.cell.2015.11.013; GSE72857",
+        GEO, (2730, 8716), "91774ef6f6f9d946c25e248b90dab448", perturbation=None, covariates=("cell_type",),
         size_factor="umi_total",
     ),
     "marrow": _Source(

@@ -264,7 +264,7 @@ def _knocked_down(gene, level, below, perturbation_below, cell_below, min_cells)
 
 def _counts(adata: AnnData, layer: str | None) -> sparse.csr_matrix:
     """The counts in memory; of the old sparse class, which AnnData of all versions keeps as it is."""
-    return sparse.csrmatrix(matrix(adata, layer)[:], dtype=np.float32)
+    return sparse.csr_matrix(matrix(adata, layer)[:], dtype=np.float32)
 
 
 def _depth(obs: pd.DataFrame, counts: sparse.csr_matrix, column: str | None) -> np.ndarray:
