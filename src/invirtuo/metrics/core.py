@@ -1,0 +1,617 @@
+"""Pair, the registry of metrics, and `evaluate`: how a predicted file is scored against a real one.
+
+It knows files and conditions, not models. A metric sees one *view* of each condition (its mean, its log fold change,
+its cells, ...). Views and metrics are plain functions with a decorator::
+
+    @view("mean")                                   # what can be seen of the cells of one condition
+    def mean_view(pair, side, condition): ...
+
+    @metric("rmse_mean", on="mean", ranked=True, broadcasts=True, ...)   # compares two such views
+    def rmse(pred, real): ...
+
+A metric over all conditions of a covariate group at once leaves `on` out and takes ``(pair, group)``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from invirtuo.files import read_h5ad
+from invirtuo.metrics.rank import ranks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from invirtuo.design import Design
+
+__all__ = ["METRICS", "VIEWS", "Metric", "Pair", "evaluate", "metric", "noise_floor", "score", "view"]
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["pred", "real"]
+MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, most raw count tables are
+BLOCK = 4096  # cells read at a time in whole-file passes
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and what a reader of its numbers must know.
+
+    Parameters
+    ----------
+    name
+        Column value in the tidy table.
+    label
+        Name for tables and figures.
+    direction
+        "lower" or "higher": which values are better.
+    range
+        Smallest and largest possible value.
+    best
+        Value of a perfect prediction.
+    definition
+        One line.
+    reference
+        Paper or code that published the definition.
+    values
+        Takes (pair, group), returns (P,): one value for each condition of the covariate group.
+    default
+        Whether `evaluate` computes it when no metrics are named.
+    """
+
+    name: str
+    label: str
+    direction: Literal["lower", "higher"]
+    range: tuple[float, float]
+    best: float
+    definition: str
+    reference: str
+    values: Callable[[Pair, str], np.ndarray]
+    default: bool = True
+
+
+METRICS: dict[str, Metric] = {}
+VIEWS: dict[str, Callable] = {}
+_UNCACHED: set[str] = set()
+
+
+def view(name: str, *, cached: bool = True) -> Callable[[Callable], Callable]:
+    """Register a function (pair, side, condition) -> array as a view of one condition.
+
+    Parameters
+    ----------
+    name
+        What metrics name in `on`.
+    cached
+        Keep the array in the Pair. False for arrays as large as the cells.
+    """
+
+    def register(function: Callable) -> Callable:
+        VIEWS[name] = function
+        if not cached:
+            _UNCACHED.add(name)
+        return function
+
+    return register
+
+
+def metric(
+    name: str,
+    *,
+    label: str,
+    direction: Literal["lower", "higher"],
+    range: tuple[float, float],
+    best: float,
+    definition: str,
+    reference: str,
+    on: str | None = None,
+    broadcasts: bool = False,
+    pairwise: Callable | None = None,
+    ranked: bool = False,
+    default: bool = True,
+) -> Callable[[Callable], Callable]:
+    """Register a plain function as a metric; the function itself is returned unchanged.
+
+    Parameters
+    ----------
+    name, label, direction, range, best, definition, reference, default
+        See :class:`Metric`.
+    on
+        The view that the function compares: it takes (pred, real) and returns a float. None: the function takes
+        (pair, group) and returns one value for each condition of the group.
+    broadcasts
+        The function works along the last axis and broadcasts over the others.
+    pairwise
+        Takes two sequences of P views, returns (P, P): predictions in rows, real data in columns. A faster way to what
+        the function gives for each pair.
+    ranked
+        Also register ``<name>_rank``: the place of a prediction among those of its group, see `invirtuo.metrics.rank`.
+    """
+
+    def register(function: Callable) -> Callable:
+        compare = _Comparison(name, on, function, pairwise or (_by_rows if broadcasts else _by_pairs)(function))
+        values = function if on is None else compare.values
+        METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default)
+        if ranked:
+            METRICS[f"{name}_rank"] = Metric(
+                name=f"{name}_rank",
+                label=f"{label} rank",
+                direction="lower",
+                range=(0.0, 1.0),
+                best=0.0,
+                definition=f"Share of the other predictions of the group closer to the real condition by {label}",
+                reference=reference,
+                values=lambda pair, group: ranks(compare.matrix(pair, group), direction),
+                default=default,
+            )
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Values of a function on a view: for each condition, or for all pairs of a group."""
+
+    name: str
+    on: str | None
+    function: Callable
+    pairwise: Callable
+
+    def matrix(self, pair: Pair, group: str) -> np.ndarray:
+        views = pair.view(self.on, "pred", group), pair.view(self.on, "real", group)
+        return pair.once(("matrix", self.name, group), lambda: np.asarray(self.pairwise(*views), dtype=float))
+
+    def values(self, pair: Pair, group: str) -> np.ndarray:
+        if pair.has(("matrix", self.name, group)):
+            return np.diagonal(self.matrix(pair, group))
+        views = zip(pair.view(self.on, "pred", group), pair.view(self.on, "real", group), strict=True)
+        return np.array([float(self.function(pred, real)) for pred, real in views])
+
+
+def _by_pairs(function: Callable) -> Callable:
+    return lambda preds, reals: [[float(function(pred, real)) for real in reals] for pred in preds]
+
+
+def _by_rows(function: Callable) -> Callable:
+    def matrix(preds: Sequence, reals: Sequence) -> list:
+        stacked = np.stack(list(reals))
+        return [function(pred, stacked) for pred in preds]
+
+    return matrix
+
+
+class Pair:
+    """A predicted and a real file, condition by condition; what several metrics need is computed once.
+
+    Genes are matched by name and kept in alphabetical order, so that the order of cells and genes in the files never
+    matters. Cells become dense one condition at a time.
+
+    Parameters
+    ----------
+    pred, real
+        AnnData (dense, CSR or CSC, in memory, backed, or a view) or the path of an h5ad file; X holds log1p-normalised
+        expression, in both on the same scale.
+    design
+        Says which columns of obs hold perturbation and covariates.
+    n_pcs
+        Principal components of the real cells, controls included, for metrics in that space.
+    controls
+        "real": the real control cells stand on both sides. "pred": each file's own.
+
+    Raises
+    ------
+    ValueError
+        If a column or gene is missing, a value is not finite, X holds counts, or no condition is in both files.
+    """
+
+    def __init__(
+        self,
+        pred: AnnData | str | Path,
+        real: AnnData | str | Path,
+        design: Design,
+        *,
+        n_pcs: int = 30,
+        controls: Literal["real", "pred"] = "real",
+    ):
+        if controls not in ("real", "pred"):
+            raise ValueError(f"controls must be 'real' or 'pred'; found {controls!r}")
+        real_side = _Cells("real", real, design)
+        pred_side = _Cells("pred", pred, design, genes=real_side.genes)
+        self._setup(design, pred_side, real_side, n_pcs, controls)
+
+    @classmethod
+    def halves(cls, real: AnnData | str | Path, design: Design, *, n_pcs: int = 30, seed: int = 0) -> Pair:
+        """Two disjoint random halves of each real condition, as prediction and truth; the controls stay whole."""
+        whole = _Cells("real", real, design)
+        single = {name: "only one cell" for name, rows in whole.rows.items() if len(rows) < 2}
+        if len(single) == len(whole.rows):
+            raise ValueError(
+                f"real: no condition has two or more cells to divide; found {_some(single) or 'no conditions'}"
+            )
+        rng = np.random.default_rng(seed)
+        pieces = {
+            name: np.array_split(rng.permutation(rows), 2) for name, rows in whole.rows.items() if name not in single
+        }
+        pred, rest = ({name: np.sort(halves[i]) for name, halves in pieces.items()} for i in (1, 0))
+        pair = cls.__new__(cls)
+        pair._setup(design, whole.restricted(pred), whole.restricted(rest), n_pcs, "real")
+        pair._skip(single)
+        return pair
+
+    def _setup(self, design: Design, pred: _Cells, real: _Cells, n_pcs: int, controls: str) -> None:
+        self.design = design
+        self.n_pcs = n_pcs
+        self.genes = real.genes
+        self._cells = {"pred": pred, "real": real}
+        self._control_side: dict[str, Side] = {"pred": "real" if controls == "real" else "pred", "real": "real"}
+        self._cache: dict = {}
+        both = [name for name in real.rows if name in pred.rows]
+        if not both:
+            raise ValueError(
+                f"no condition is in both files: pred has {_some(pred.rows)}; real has {_some(real.rows)}. "
+                f"Conditions are named by {' | '.join(design.columns)}"
+            )
+        self.skipped: dict[str, str] = {}
+        self._skip({name: "not in pred" for name in real.rows if name not in pred.rows})
+        self._skip({name: "not in real" for name in pred.rows if name not in real.rows})
+        self.conditions = real.table.loc[sorted(both)]
+
+    def _skip(self, reasons: dict[str, str]) -> None:
+        self.skipped |= reasons
+        if reasons:
+            reason = next(iter(reasons.values()))
+            logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, _some(reasons))
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the covariate groups with scored conditions, sorted."""
+        return sorted(set(self.conditions["_group"]))
+
+    def names(self, group: str) -> list[str]:
+        """Names of the scored conditions of a group, sorted."""
+        return list(self.conditions.index[self.conditions["_group"] == group])
+
+    def n_cells(self, side: Side, condition: str) -> int:
+        """Number of cells of a condition."""
+        return len(self._cells[side].rows[condition])
+
+    def cells(self, side: Side, condition: str) -> np.ndarray:
+        """(n, g) dense log1p expression of the cells of a condition, genes in alphabetical order."""
+        return _dense(self._cells[side].read(self._cells[side].rows[condition]))
+
+    def control_cells(self, side: Side, group: str) -> np.ndarray:
+        """(n, g) dense log1p expression of the control cells that this side is compared with."""
+        return _dense(self._read_control(side, group))
+
+    def moments(self, side: Side, condition: str) -> tuple[np.ndarray, np.ndarray, int]:
+        """Mean (g,), variance (g,) with n - 1 (NaN for one cell), and number of cells of a condition."""
+        cells = self._cells[side]
+        return self.once(("moments", side, condition), lambda: _moments(cells.read(cells.rows[condition])))
+
+    def control_moments(self, side: Side, group: str) -> tuple[np.ndarray, np.ndarray, int]:
+        """Like `moments`, of the control cells that this side is compared with."""
+        key = ("control", self._control_side[side], group)
+        return self.once(key, lambda: _moments(self._read_control(side, group)))
+
+    def group_moments(self, side: Side, group: str) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        """Moments of every condition that this file has in the group, scored or not, and of the controls."""
+        table = self._cells[side].table
+        conditions = table.index[table["_group"] == group]
+        return [*(self.moments(side, name) for name in conditions), self.control_moments(side, group)]
+
+    def group_of(self, condition: str) -> str:
+        """Name of the covariate group of a condition."""
+        return self.conditions.at[condition, "_group"]
+
+    def real_matrix(self):
+        """All real cells, scored or not, (n, g) CSR or dense, genes in alphabetical order."""
+        return self._cells["real"].read(np.arange(self._cells["real"].n_cells))
+
+    @property
+    def file_order(self) -> np.ndarray:
+        """(g,) position in `genes` of each gene of the real file, in the order of that file."""
+        return np.argsort(self._cells["real"].columns)
+
+    def view(self, name: str, side: Side, group: str) -> Sequence:
+        """The named view of each scored condition of a group, made when it is looked at."""
+        return _Views(self, name, side, self.names(group))
+
+    def see(self, name: str, side: Side, condition: str) -> np.ndarray:
+        """The named view of one condition."""
+        if name not in VIEWS:
+            raise ValueError(f"unknown view {name!r}; known: {_some(sorted(VIEWS), 99)}")
+        if name in _UNCACHED:
+            return VIEWS[name](self, side, condition)
+        return self.once(("view", name, side, condition), lambda: VIEWS[name](self, side, condition))
+
+    def once(self, key: tuple, compute: Callable):
+        """The value kept under a key; computed when it is first asked for."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+    def has(self, key: tuple) -> bool:
+        """Whether a value is kept under a key."""
+        return key in self._cache
+
+    def _read_control(self, side: Side, group: str):
+        cells = self._cells[self._control_side[side]]
+        rows = cells.controls.get(group)
+        if rows is None:
+            raise ValueError(
+                f"{cells.name}: group {group!r} has no control cells (label {self.design.control!r} in "
+                f"obs[{self.design.perturbation!r}]); groups with controls: {_some(cells.controls) or 'none'}. Add them, "
+                "or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
+            )
+        return cells.read(rows)
+
+
+@dataclass(frozen=True)
+class _Views(Sequence):
+    """Views of several conditions, made when looked at."""
+
+    pair: Pair
+    name: str
+    side: Side
+    conditions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.conditions)
+
+    def __getitem__(self, index):
+        return self.pair.see(self.name, self.side, self.conditions[index])
+
+
+class _Cells:
+    """One file: which rows belong to which condition, and how to read them in the common gene order."""
+
+    def __init__(self, name: str, source: AnnData | str | Path, design: Design, genes: np.ndarray | None = None):
+        self.name = name
+        self.adata = _open(name, source)
+        self.matrix = _matrix(self.adata)
+        obs = _checked_obs(name, self.adata.obs, design)
+        control = design.is_control(obs)
+        self.rows = _rows_by(design.names(obs), np.flatnonzero(~control))
+        self.controls = _rows_by(design.groups(obs), np.flatnonzero(control))
+        self.table = design.conditions(obs)
+        self.table["_group"] = design.groups(self.table).to_numpy()
+        self.table.index = pd.Index(design.names(self.table))
+        names = self.adata.var_names.astype(str)
+        if not names.is_unique:
+            repeated = _some(names[names.duplicated()].unique())
+            raise ValueError(f"{name}: gene names are not unique: {repeated}; call adata.var_names_make_unique()")
+        self.genes = np.array(sorted(names), dtype=object) if genes is None else genes
+        self.columns = names.get_indexer(self.genes)
+        if (self.columns < 0).any():
+            missing = self.genes[self.columns < 0]
+            raise ValueError(f"{name} lacks {len(missing)} of the {len(self.genes)} genes of real: {_some(missing)}")
+        self._check_values()
+
+    @property
+    def n_cells(self) -> int:
+        return self.adata.n_obs
+
+    def restricted(self, rows: dict[str, np.ndarray]) -> _Cells:
+        """The same file with fewer cells per condition."""
+        other = object.__new__(_Cells)
+        other.__dict__ |= self.__dict__ | {"rows": rows, "table": self.table.loc[sorted(rows)]}
+        return other
+
+    def read(self, rows: np.ndarray):
+        """(n, g) CSR or dense, genes in the common order."""
+        block = self.adata[rows].X if self.matrix is None else self.matrix[rows]
+        in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
+        return block if in_order else block[:, self.columns]
+
+    def _check_values(self) -> None:
+        largest, whole = -np.inf, True
+        for start in range(0, self.n_cells, BLOCK):
+            block = self.read(np.arange(start, min(start + BLOCK, self.n_cells)))
+            values = block.data if sparse.issparse(block) else block
+            if not np.isfinite(values).all():
+                bad = int((~np.isfinite(values)).sum())
+                raise ValueError(
+                    f"{self.name}: X holds {bad} NaN or infinite values (cells from row {start}); remove or repair"
+                )
+            largest = max(largest, values.max(initial=-np.inf))
+            whole = whole and bool((values == np.round(values)).all())
+        if largest > MAX_LOG1P or (self.name == "real" and whole and largest >= 2):
+            raise ValueError(
+                f"{self.name}: X looks like raw counts (largest value {largest:.4g}); expected log1p-normalised expression. "
+                "Normalise both files alike, for example with scanpy.pp.normalize_total(adata, target_sum=1e4) and "
+                "scanpy.pp.log1p(adata)"
+            )
+
+
+def evaluate(
+    pred: AnnData | str | Path,
+    real: AnnData | str | Path,
+    design: Design,
+    metrics: Sequence[str] | str | None = None,
+    *,
+    n_pcs: int = 30,
+    controls: Literal["real", "pred"] = "real",
+) -> pd.DataFrame:
+    """Score predicted cells against real cells, condition by condition.
+
+    Parameters
+    ----------
+    pred, real
+        AnnData or path of an h5ad file; X holds log1p-normalised expression. `real` needs control cells in every
+        scored covariate group; those of `pred` are not looked at unless `controls` is "pred".
+    design
+        Says which columns of obs hold perturbation and covariates.
+    metrics
+        Names from `METRICS`; None for all that are computed by default.
+    n_pcs
+        Principal components for metrics in that space, fitted once on all cells of `real`, controls included.
+    controls
+        "real": effects of both sides are taken against the real control cells. "pred": against each file's own.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row per condition and metric: `condition`, `perturbation`, one column per covariate, `metric`, `value`,
+        `n_pred`, `n_real`. ``attrs["skipped"]`` maps every condition that is in one file only to the reason,
+        ``attrs["n_scored"]`` and ``attrs["n_nan"]`` count values and missing values per metric.
+
+    Raises
+    ------
+    ValueError
+        If the files cannot be compared; the message says why and what to do.
+    """
+    chosen = _choose(metrics)
+    return score(Pair(pred, real, design, n_pcs=n_pcs, controls=controls), chosen)
+
+
+def noise_floor(
+    real: AnnData | str | Path,
+    design: Design,
+    metrics: Sequence[str] | str | None = None,
+    *,
+    n_pcs: int = 30,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score a random half of each real condition against the other half: what a perfect model would reach.
+
+    Distances between cell populations depend on the number of cells, so the floor of a large condition is lower.
+    Conditions with a single cell are listed in ``attrs["skipped"]``.
+
+    Parameters
+    ----------
+    real, design, metrics, n_pcs
+        As in :func:`evaluate`.
+    seed
+        Seed of the halves.
+
+    Returns
+    -------
+    pd.DataFrame
+        As from :func:`evaluate`.
+    """
+    chosen = _choose(metrics)
+    return score(Pair.halves(real, design, n_pcs=n_pcs, seed=seed), chosen)
+
+
+def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFrame:
+    """The table of :func:`evaluate` for a Pair that is already made."""
+    chosen = _choose(metrics)
+    # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
+    in_turn = sorted(chosen, key=lambda name: not name.endswith("_rank"))
+    blocks = []
+    for group in pair.groups:
+        values = {name: np.asarray(METRICS[name].values(pair, group), dtype=float) for name in in_turn}
+        wide = pd.DataFrame(values, index=pair.names(group))[chosen]
+        blocks.append(wide.rename_axis("condition").reset_index().melt("condition", var_name="metric"))
+    table = pd.concat(blocks, ignore_index=True)
+    table["metric"] = pd.Categorical(table["metric"], categories=chosen)
+    table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
+    result = _with_labels(table, pair)
+    missing = result["value"].isna().groupby(result["metric"]).agg(["size", "sum"])
+    result.attrs = {
+        "skipped": dict(pair.skipped),
+        "n_scored": {name: int(n) for name, n in missing["size"].items()},
+        "n_nan": {name: int(n) for name, n in missing["sum"].items()},
+    }
+    return result
+
+
+def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
+    """Add perturbation, covariates (dose, time) and numbers of cells to a table of conditions."""
+    design = pair.design
+    labels = pair.conditions.loc[table["condition"]].reset_index(drop=True)
+    columns = {"condition": table["condition"], "perturbation": labels[design.perturbation]}
+    columns |= {name: labels[name] for name in design.columns if name != design.perturbation}
+    columns |= {name: table[name] for name in ("metric", "value")}
+    for side in ("pred", "real"):
+        columns[f"n_{side}"] = table["condition"].map(
+            {name: pair.n_cells(side, name) for name in pair.conditions.index}
+        )
+    return pd.DataFrame(columns)
+
+
+def _choose(metrics: Sequence[str] | str | None) -> list[str]:
+    if metrics is None:
+        return [name for name, record in METRICS.items() if record.default]
+    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(f"unknown metrics: {_some(unknown) or 'none named'}; known: {_some(METRICS, 99)}")
+    return names
+
+
+def _open(name: str, source: AnnData | str | Path) -> AnnData:
+    if isinstance(source, str | os.PathLike):
+        source = read_h5ad(source)
+    if source.n_obs == 0 or source.n_vars == 0 or source.X is None:
+        raise ValueError(f"{name}: expected cells and genes with log1p expression in X; found {source.shape}")
+    return source
+
+
+def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
+    taken = {"condition", "metric", "value", "n_pred", "n_real", "_group"} & set(design.columns) - {design.perturbation}
+    if taken:
+        raise ValueError(f"covariate columns {_some(sorted(taken))} clash with columns of the score table; rename them")
+    for column in design.columns:
+        if column not in obs.columns:
+            raise ValueError(
+                f"{name}: obs has no column {column!r}, which the design names; found {_some(obs.columns)}"
+            )
+        if obs[column].isna().any():
+            missing = int(obs[column].isna().sum())
+            raise ValueError(f"{name}: obs[{column!r}] has {missing} missing values; remove these cells or label them")
+    return obs[design.columns]
+
+
+def _rows_by(keys: pd.Series, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Key to the rows that carry it, keys sorted, rows ascending."""
+    keys = keys.to_numpy()[rows]
+    return {str(key): rows[index] for key, index in sorted(pd.Series(keys).groupby(keys).indices.items())}
+
+
+def _matrix(adata: AnnData):
+    """X as CSR or dense, quick to take rows of; None where X stays on disk."""
+    if adata.isbacked and getattr(adata[:1].X, "format", None) != "csc":
+        return None
+    x = adata.to_memory().X if adata.isbacked else adata.X
+    if not sparse.issparse(x):
+        return np.asarray(x)
+    x = x.tocsr()
+    if not x.has_canonical_format:
+        x = x.copy()
+        x.sum_duplicates()
+    return x
+
+
+def _dense(block) -> np.ndarray:
+    return block.toarray() if sparse.issparse(block) else block
+
+
+def _moments(block) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean and variance of each gene by two passes, also for CSR without making it dense."""
+    n, g = block.shape
+    if not sparse.issparse(block):
+        mean = block.mean(axis=0, dtype=np.float64)
+        squares = np.square(block - mean).sum(axis=0)
+        return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
+    mean = np.bincount(block.indices, weights=block.data, minlength=g) / n
+    squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
+    squares += (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
+    return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
+
+
+def _some(values, limit: int = 8) -> str:
+    """The first few values, for messages."""
+    values = [str(value) for value in values]
+    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

@@ -1,0 +1,144 @@
+"""Metrics on differential expression: t-scores per gene against the control cells, and the genes that stand out.
+
+Genes are in alphabetical order, on which the published tie rule depends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from invirtuo.metrics.core import metric, view
+from invirtuo.metrics.mean import PERTURBENCH
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from invirtuo.metrics.core import Pair, Side
+
+__all__ = ["p_values", "signed_log_p", "t_scores", "top_degs", "top_k_recall"]
+
+Moments = tuple[np.ndarray, np.ndarray, int]  # mean (g,), variance (g,) with n - 1, number of cells
+
+
+@view("scores")
+def scores_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) t-score of each gene against the control cells of the group."""
+    return t_scores(pair.moments(side, condition), pair.control_moments(side, pair.group_of(condition)))
+
+
+@view("pvals")
+def pvals_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) two-sided p-value of each gene against the control cells of the group."""
+    return p_values(pair.moments(side, condition), pair.control_moments(side, pair.group_of(condition)))
+
+
+@view("logp")
+def logp_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) signed logarithm of the adjusted p-value of each gene."""
+    return signed_log_p(pair.see("pvals", side, condition), pair.see("scores", side, condition))
+
+
+def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
+    """All pairs at once: shared members of two families of gene sets."""
+    chosen = [np.stack([_among_top(scores, 50) for scores in views]).astype(float) for views in (preds, reals)]
+    return chosen[0] @ chosen[1].T / chosen[1].sum(axis=1)
+
+
+@metric(
+    "deg_recall",
+    label="DEG recall",
+    direction="higher",
+    range=(0.0, 1.0),
+    best=1.0,
+    definition="Share of the 50 genes with the largest absolute t-score that are among the 50 of the prediction",
+    reference=PERTURBENCH,
+    on="scores",
+    pairwise=_recall_matrix,
+    ranked=True,
+)
+def top_k_recall(pred: np.ndarray, real: np.ndarray, k: int = 50) -> float:
+    """Share of the k largest absolute scores that both vectors have in common, up and down mixed.
+
+    Parameters
+    ----------
+    pred, real
+        (g,) scores, genes in alphabetical order: of equal scores the later gene counts as larger.
+    k
+        Number of genes; all of them if there are fewer.
+    """
+    return float((_among_top(pred, k) & _among_top(real, k)).sum() / min(k, len(real)))
+
+
+def t_scores(group: Moments, control: Moments) -> np.ndarray:
+    """Welch's t with the number of perturbed cells on both sides (scanpy ``t-test_overestim_var``).
+
+    ``(mean_p - mean_c) / sqrt(var_p / n_p + var_c / n_p)``. 0 where it is not finite: no variance, or one cell only.
+
+    Parameters
+    ----------
+    group, control
+        Mean (g,), variance (g,) with n - 1, and number of cells of the perturbed and the control cells.
+
+    Returns
+    -------
+    np.ndarray
+        (g,), rounded to float32 as published, so that ties agree.
+    """
+    mean, var, n = group
+    control_mean, control_var, _ = control
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = ((mean - control_mean) / np.sqrt(var / n + control_var / n)).astype(np.float32)
+    return np.where(np.isfinite(scores), scores, 0.0).astype(np.float64)
+
+
+def p_values(group: Moments, control: Moments) -> np.ndarray:
+    """Two-sided p-values of :func:`t_scores`, Welch's degrees of freedom with n_p on both sides; 1 if not finite."""
+    from scipy import stats
+
+    mean, var, n = group
+    control_mean, control_var, _ = control
+    part, control_part = var / n, control_var / n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = np.square(part + control_part) / ((np.square(part) + np.square(control_part)) / (n - 1))
+        t = (mean - control_mean) / np.sqrt(part + control_part)
+    known = np.isfinite(t) & np.isfinite(freedom)
+    pvals = np.ones_like(t)
+    pvals[known] = 2 * stats.t.sf(np.abs(t[known]), freedom[known])
+    return pvals
+
+
+def signed_log_p(pvals: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """``-ln(adjusted p + 1e-37) * sign(score)`` with Benjamini-Hochberg adjustment over genes; (g,) to (g,)."""
+    from scipy import stats
+
+    return -np.log(stats.false_discovery_control(pvals) + 1e-37) * np.sign(scores)
+
+
+def top_degs(pair: Pair, condition: str, n: int = 20, *, compat_deg_index: bool = False) -> np.ndarray:
+    """Positions in `Pair.genes` of the n genes with the largest absolute t-score in the real data.
+
+    Parameters
+    ----------
+    pair, condition
+        Where to look.
+    n
+        Number of genes.
+    compat_deg_index
+        Reproduce a defect of the published code, which takes positions in the alphabetical order of genes for
+        positions in the order of the file, and so other genes unless the file is in alphabetical order.
+    """
+    largest = _largest(pair.see("scores", "real", condition), n)
+    return pair.file_order[largest] if compat_deg_index else largest
+
+
+def _largest(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k largest absolute scores; of equal ones the later comes first."""
+    return np.argsort(np.abs(scores), kind="stable")[::-1][:k]
+
+
+def _among_top(scores: np.ndarray, k: int) -> np.ndarray:
+    chosen = np.zeros(len(scores), dtype=bool)
+    chosen[_largest(scores, k)] = True
+    return chosen

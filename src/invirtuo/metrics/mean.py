@@ -1,0 +1,147 @@
+"""Metrics on pseudobulks: one vector per condition, compared gene by gene.
+
+The functions work along the last axis and broadcast over the others; `pred` and `real` hold what the view gives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from invirtuo.metrics.core import metric, view
+
+if TYPE_CHECKING:
+    from invirtuo.metrics.core import Pair, Side
+
+__all__ = ["cosine", "logfc", "mae", "mse", "pearson", "r2_score", "rmse", "scaled_mean"]
+
+PERTURBENCH = "Wu et al. 2024, PerturBench, arXiv:2408.10609"
+
+
+@view("mean")
+def mean_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) mean over cells of log1p expression."""
+    return pair.moments(side, condition)[0]
+
+
+@view("logfc")
+def logfc_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) log fold change of the means against the control cells of the group."""
+    control_mean = pair.control_moments(side, pair.group_of(condition))[0]
+    return logfc(pair.moments(side, condition)[0], control_mean)
+
+
+@view("scaled")
+def scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) mean over cells of expression standardised within the covariate group of this file."""
+    group = pair.group_of(condition)
+    centre, scale = pair.once(("scaling", side, group), lambda: _pooled(pair.group_moments(side, group)))
+    return scaled_mean(pair.cells(side, condition), centre, scale)
+
+
+@metric(
+    "rmse_mean",
+    label="RMSE mean",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="Root mean squared difference over genes of the mean log1p expression",
+    reference=PERTURBENCH,
+    on="mean",
+    broadcasts=True,
+    ranked=True,
+)
+def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Root mean squared difference, (..., g) against (..., g)."""
+    return np.sqrt(mse(pred, real))
+
+
+@metric(
+    "cosine_logfc",
+    label="Cosine logFC",
+    direction="higher",
+    range=(-1.0, 1.0),
+    best=1.0,
+    definition="Cosine of the angle between predicted and real log fold change against the control",
+    reference=PERTURBENCH,
+    on="logfc",
+    broadcasts=True,
+    ranked=True,
+)
+def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Cosine similarity, (..., g) against (..., g); NaN where a vector is zero."""
+    norms = np.linalg.norm(pred, axis=-1) * np.linalg.norm(real, axis=-1)
+    return _ratio((pred * real).sum(axis=-1), norms)
+
+
+def mse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Mean squared difference, (..., g) against (..., g)."""
+    return np.square(pred - real).mean(axis=-1)
+
+
+def mae(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Mean absolute difference, (..., g) against (..., g)."""
+    return np.abs(pred - real).mean(axis=-1)
+
+
+def pearson(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Pearson correlation, (..., g) against (..., g); NaN where a vector is constant."""
+    return cosine(_centred(pred), _centred(real))
+
+
+def r2_score(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Coefficient of determination as published: the prediction plays the role of the truth.
+
+    ``1 - sum (pred - real)^2 / sum (pred - mean(pred))^2``. Call it with swapped arguments for the usual definition.
+    A constant `pred` gives 1 if `real` equals it and 0 otherwise, as in scikit-learn.
+    """
+    residual = np.square(pred - real).sum(axis=-1)
+    unexplained = _ratio(residual, np.square(_centred(pred)).sum(axis=-1))
+    constant = np.where(residual == 0, 1.0, 0.0)
+    return np.where(np.isnan(unexplained), constant, 1.0 - unexplained)
+
+
+def logfc(mean: np.ndarray, control_mean: np.ndarray, *, pseudocount: float = 0.1) -> np.ndarray:
+    """Log fold change as published, ``log2(mean + 0.1) - log2(control_mean + 0.1)`` of means of log1p values.
+
+    Parameters
+    ----------
+    mean, control_mean
+        (..., g) means over cells of log1p expression (not expression: the published definition).
+    pseudocount
+        Added to both.
+
+    Returns
+    -------
+    np.ndarray
+        (..., g); 0 where a mean lies below minus the pseudocount, which a prediction with negative values can have.
+    """
+    mean, control_mean = np.asarray(mean, dtype=float), np.asarray(control_mean, dtype=float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.log2(mean + pseudocount) - np.log2(control_mean + pseudocount)
+    return np.where(np.isnan(change), 0.0, change)
+
+
+def scaled_mean(cells: np.ndarray, centre: np.ndarray, scale: np.ndarray, *, limit: float = 10.0) -> np.ndarray:
+    """Mean over cells of ``(x - centre) / scale``, clipped to +-limit; (n, g) to (g,)."""
+    return np.clip((cells - centre) / scale, -limit, limit).mean(axis=0, dtype=np.float64)
+
+
+def _pooled(moments: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (n - 1; 0 becomes 1) of several sets of cells taken together."""
+    total = sum(n for *_, n in moments)
+    centre = sum(n * mean for mean, _, n in moments) / total
+    squares = sum((n - 1) * np.nan_to_num(var) + n * np.square(mean - centre) for mean, var, n in moments)
+    scale = np.sqrt(squares / max(total - 1, 1))
+    return centre, np.where(scale == 0, 1.0, scale)
+
+
+def _centred(x: np.ndarray) -> np.ndarray:
+    return x - x.mean(axis=-1, keepdims=True)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Quotient; NaN where the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(denominator == 0, np.nan, np.true_divide(numerator, denominator))

@@ -1,0 +1,73 @@
+"""Ranks: how many other predictions lie closer to a real condition than its own does."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+__all__ = ["ranks"]
+
+TIE = 1e-9  # relative difference below which two values are the same number up to rounding
+
+
+def ranks(
+    matrix: np.ndarray,
+    direction: Literal["lower", "higher"],
+    *,
+    ties: Literal["mid", "random", "worst"] = "mid",
+    by: Literal["real", "pred"] = "real",
+    seed: int = 0,
+) -> np.ndarray:
+    """Place of each condition's own pair among the P candidates, from 0 (closest) to 1 (farthest).
+
+    The zero-based position is divided by P - 1; a single condition gets 0, a guess 0.5 on average. NaN comes last.
+
+    Parameters
+    ----------
+    matrix
+        (P, P), metric of prediction i (row) against real condition j (column).
+    direction
+        Whether "lower" or "higher" values of the metric are better.
+    ties
+        Place within a block of equal values: the middle, a random one, or the last. The published code takes a
+        random one (unseeded); the middle is its expectation.
+    by
+        "real": for each real condition, all predictions compete (published). "pred": for each prediction, all real
+        conditions compete.
+    seed
+        For random ties.
+
+    Returns
+    -------
+    np.ndarray
+        (P,)
+
+    References
+    ----------
+    Wu et al. 2024, PerturBench, arXiv:2408.10609, rank metrics.
+    """
+    if ties not in ("mid", "random", "worst") or direction not in ("lower", "higher") or by not in ("real", "pred"):
+        raise ValueError(
+            "expected direction 'lower' or 'higher', ties 'mid', 'random' or 'worst', by 'real' or 'pred'; "
+            f"found {direction!r}, {ties!r}, {by!r}"
+        )
+    matrix = np.asarray(matrix, dtype=float)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"expected a (P, P) matrix of predictions by real conditions; found shape {matrix.shape}")
+    if len(matrix) == 1:
+        return np.zeros(1)
+    candidates = matrix.T if by == "real" else matrix  # row j: what competes for j
+    badness = candidates if direction == "lower" else -candidates
+    badness = np.where(np.isfinite(badness), badness, np.finfo(float).max / 4)
+    own = np.diagonal(badness)[:, None]
+    tied = np.abs(badness - own) <= TIE * np.abs(own)
+    better = ((badness < own) & ~tied).sum(axis=1)
+    others = tied.sum(axis=1) - 1
+    if ties == "mid":
+        within = others / 2
+    elif ties == "worst":
+        within = others
+    else:
+        within = np.random.default_rng(seed).integers(0, others + 1)
+    return (better + within) / (len(matrix) - 1)
