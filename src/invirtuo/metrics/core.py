@@ -351,8 +351,8 @@ class Pair:
         if rows is None:
             raise ValueError(
                 f"{cells.name}: group {group!r} has no control cells (label {self.design.control!r} in "
-                f"obs[{self.design.perturbation!r}]); groups with controls: {_some(cells.controls) or 'none'}. Add them, "
-                "or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
+                f"obs[{self.design.perturbation!r}]); groups with controls: {_some(cells.controls) or 'none'}. "
+                "Add them, or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
             )
         return cells.read(rows)
 
@@ -428,9 +428,9 @@ class _Cells:
             whole = whole and bool((values == np.round(values)).all())
         if largest > MAX_LOG1P or (self.name == "real" and whole and largest >= 2):
             raise ValueError(
-                f"{self.name}: X looks like raw counts (largest value {largest:.4g}); expected log1p-normalised expression. "
-                "Normalise both files alike, for example with scanpy.pp.normalize_total(adata, target_sum=1e4) and "
-                "scanpy.pp.log1p(adata)"
+                f"{self.name}: X looks like raw counts (largest value {largest:.4g}); expected log1p-normalised "
+                "expression. Normalise both files alike, for example with scanpy.pp.normalize_total(adata, "
+                "target_sum=1e4) and scanpy.pp.log1p(adata)"
             )
 
 
