@@ -1,0 +1,125 @@
+"""Pictures of the report as PNG in a data address: PCA panels and training curves."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["curves", "panels"]
+
+# Okabe & Ito: told apart by colour-blind readers, on paper and on a dark page
+GREY, REAL, PREDICTED = "#c4c8cc", "#0072b2", "#d55e00"
+LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+MAX_ROWS, MAX_COLUMNS, MAX_POINTS = 12, 6, 4000
+
+
+def panels(table: pd.DataFrame) -> tuple[str, str]:
+    """Small multiples of cells on two principal components: a row per condition, a column per model.
+
+    Parameters
+    ----------
+    table
+        Columns ``pc1``, ``pc2``, ``kind`` ("background", "real" or "predicted"), ``model``, ``condition``. Background
+        cells without a condition are drawn in every panel, real cells in the panels of their condition.
+
+    Returns
+    -------
+    The picture, and a note on what was left out ("" if nothing).
+    """
+    predicted = table[table["kind"] == "predicted"]
+    models = list(dict.fromkeys(predicted["model"]))
+    conditions = list(dict.fromkeys(predicted["condition"]))
+    rows, columns = conditions[:MAX_ROWS], models[:MAX_COLUMNS]
+    figure = _figure(1.0 + 2.3 * len(columns), 0.7 + 2.2 * len(rows))
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    for i, condition in enumerate(rows):
+        for j, model in enumerate(columns):
+            _panel(grid[i][j], table, condition, model)
+        grid[i][0].set_ylabel(str(condition).replace("|", "\n"), fontsize=9)
+
+    for j, model in enumerate(columns):
+        grid[0][j].set_title(str(model), fontsize=10, fontweight="bold")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9, markerscale=4)
+    left_out = [(len(conditions) - len(rows), "conditions"), (len(models) - len(columns), "models")]
+    note = " and ".join(f"{n} more {what}" for n, what in left_out if n > 0)
+    return _png(figure), f"{note} not drawn" if note else ""
+
+
+def curves(history: pd.DataFrame) -> str:
+    """Training curves: a panel per quantity, a line per model; validation dashed.
+
+    Parameters
+    ----------
+    history
+        Columns ``step``, ``model`` and one per quantity; ``train_x`` and ``val_x`` share a panel.
+    """
+    skip = {"step", "model", "seconds", "epoch", "seed", "lr"}
+    numbers = [c for c in history.columns if c not in skip and pd.api.types.is_numeric_dtype(history[c])]
+    panels: dict[str, list[str]] = {}
+    for column in numbers:
+        panels.setdefault(column.removeprefix("train_").removeprefix("val_"), []).append(column)
+    names = sorted(panels, key=lambda name: (name != "total", name != "loss", name))[:MAX_COLUMNS]
+    per_row = min(3, len(names))
+    n_rows = -(-len(names) // per_row)
+    figure = _figure(3.4 * per_row + 0.4, 2.5 * n_rows + 0.5)
+    axes = figure.subplots(n_rows, per_row, squeeze=False).ravel()
+    for ax, name in zip(axes, names, strict=False):
+        for color, (model, part) in zip(LINES * 9, history.groupby("model", sort=False), strict=False):
+            for column in panels[name]:
+                line = part[["step", column]].dropna()
+                validation = column.startswith("val_")
+                label = None if validation else str(model)
+                ax.plot(line["step"], line[column], color=color, ls="--" if validation else "-", lw=1.4, label=label)
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("step", fontsize=9)
+        _clean(ax)
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    axes[0].legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
+    here = table["condition"].isin([condition, ""]) & table["model"].isin([model, ""])
+    style = {"background": (GREY, 3, 0.5), "real": (REAL, 4, 0.7), "predicted": (PREDICTED, 4, 0.6)}
+    for kind, (color, size, alpha) in style.items():
+        cells = table[here & (table["kind"] == kind)]
+        if len(cells) > MAX_POINTS:
+            cells = cells.sample(MAX_POINTS, random_state=0)
+        label = {"background": "all cells", "real": "real perturbed cells", "predicted": "predicted cells"}[kind]
+        ax.scatter(cells["pc1"], cells["pc2"], s=size, color=color, alpha=alpha, linewidths=0, label=label)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    _clean(ax)
+
+
+def _clean(ax: Axes) -> None:
+    ax.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#9aa0a6")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Make a figure without pyplot: nothing global, no window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
