@@ -186,6 +186,15 @@ def combine(
     -------
     pd.Series
         (n,), "train", "val", "test" or "".
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> obs = pd.DataFrame({"gene": ["control", "A", "B", "C", "A+B", "A+C"] * 4})
+    >>> design = iv.Design.from_adata(obs, perturbation="gene", control="control")
+    >>> split = combine(obs, design, fraction=1.0)
+    >>> sorted(obs["gene"][split == "test"].unique())
+    ['A+B', 'control']
     """
     table = _table(obs, design)
     heldout: Heldout = []
@@ -289,6 +298,15 @@ def hold_out(
     ------
     ValueError
         If a condition does not occur in obs, is a control, or a fraction is out of range.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> obs = pd.DataFrame({"gene": ["control", "A", "B"] * 8, "line": ["k", "h"] * 12})
+    >>> design = iv.Design.from_adata(obs, perturbation="gene", control="control", covariates="line")
+    >>> split = hold_out(obs, design, {"line": "k"})
+    >>> obs[split == "test"].value_counts().to_dict()
+    {('A', 'k'): 4, ('B', 'k'): 4, ('control', 'h'): 1, ('control', 'k'): 1}
     """
     _table(obs, design)  # checks the columns
     if not 0 <= val_fraction < 1:
@@ -331,7 +349,12 @@ def from_csv(path: str | Path, obs: pd.DataFrame) -> pd.Series:
     ValueError
         If the file has not two columns, names a cell twice or one that is not in obs, or holds another value.
     """
-    table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; expected a file of two columns (cell name, split)") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is empty or not a table of two columns (cell name, split): {error}") from error
     if table.shape[1] != 2:
         raise ValueError(f"{path}: expected two columns (cell name, split), no header; found {table.shape[1]} columns")
     cells, values = table[0], table[1]
@@ -466,6 +489,8 @@ def _condition_names(obs: pd.DataFrame, design: Design, conditions: pd.DataFrame
         conditions = conditions[[column for column in conditions if column in design.columns]].to_dict("records")
     elif isinstance(conditions, str | Mapping):
         conditions = [conditions]
+    if len(conditions) == 0:
+        raise ValueError(f"conditions is empty; name conditions, or give rows with columns {_some(design.columns)}")
     known = design.conditions(obs)
     names = design.names(known)
     found: set[str] = set()

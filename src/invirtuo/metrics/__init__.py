@@ -1,13 +1,30 @@
 """Judging: predicted cells against real cells, from any source.
 
-`METRICS` maps the name of a metric to its record; :func:`evaluate` and :func:`noise_floor` give tidy tables.
+`METRICS` maps the name of a metric to its record; :func:`evaluate` and :func:`noise_floor` give tidy tables. A metric
+is added by writing one function under :func:`metric` in one of the modules that are imported here.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
 from invirtuo.metrics import de, distribution, mean, rank
-from invirtuo.metrics.core import METRICS, Metric, Pair, evaluate, metric, noise_floor, score, view
+from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from invirtuo.design import Design
 
 __all__ = [
     "METRICS",
+    "VIEWS",
     "Metric",
     "Pair",
     "de",
@@ -18,5 +35,138 @@ __all__ = [
     "noise_floor",
     "rank",
     "score",
+    "summarize",
     "view",
 ]
+
+
+def evaluate(
+    pred: AnnData | str | Path,
+    real: AnnData | str | Path,
+    design: Design,
+    metrics: Sequence[str] | str | None = None,
+    *,
+    n_pcs: int = 30,
+    controls: Literal["real", "pred"] = "real",
+) -> pd.DataFrame:
+    """Score predicted cells against real cells, condition by condition.
+
+    Parameters
+    ----------
+    pred, real
+        AnnData or path of an h5ad file; X holds log1p-normalised expression. `real` needs control cells in every
+        scored covariate group; those of `pred` are not looked at unless `controls` is "pred".
+    design
+        Says which columns of obs hold perturbation and covariates.
+    metrics
+        Names from `METRICS`; None for all that are computed by default.
+    n_pcs
+        Principal components for metrics in that space, fitted once on all cells of `real`, controls included.
+    controls
+        "real": effects of both sides are taken against the real control cells. "pred": against each file's own.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row per condition and metric: `condition`, `perturbation`, one column per covariate, `metric`, `value`,
+        `n_pred`, `n_real`. ``attrs["skipped"]`` maps every condition that is in one file only to the reason,
+        ``attrs["n_scored"]`` and ``attrs["n_nan"]`` count values and missing values (NaN) per metric.
+
+    Raises
+    ------
+    ValueError
+        If the files cannot be compared; the message says why and what to do.
+    """
+    chosen = _choose(metrics)
+    return score(Pair(pred, real, design, n_pcs=n_pcs, controls=controls), chosen)
+
+
+def noise_floor(
+    real: AnnData | str | Path,
+    design: Design,
+    metrics: Sequence[str] | str | None = None,
+    *,
+    n_pcs: int = 30,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score a random half of each real condition against the other half: what a perfect model would reach.
+
+    Distances between cell populations depend on the number of cells, so the floor of a large condition is lower.
+    Conditions with a single cell are listed in ``attrs["skipped"]``.
+
+    Parameters
+    ----------
+    real, design, metrics, n_pcs
+        As in :func:`evaluate`.
+    seed
+        Seed of the halves.
+
+    Returns
+    -------
+    pd.DataFrame
+        As from :func:`evaluate`.
+    """
+    chosen = _choose(metrics)
+    return score(Pair.halves(real, design, n_pcs=n_pcs, seed=seed), chosen)
+
+
+def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFrame:
+    """The table of :func:`evaluate` for a Pair that is already made."""
+    chosen = _choose(metrics)
+    values = {}
+    # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
+    for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
+        of_groups = [np.asarray(METRICS[name].values(pair, group), dtype=float) for group in pair.groups]
+        values[name] = np.concatenate(of_groups)
+    conditions = [condition for group in pair.groups for condition in pair.names(group)]
+    table = pd.DataFrame({"condition": conditions, **values}).melt("condition", var_name="metric")
+    table["metric"] = pd.Categorical(table["metric"], categories=chosen)
+    table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
+    result = _with_labels(table, pair)
+    counts = summarize(result)
+    result.attrs = {"skipped": dict(pair.skipped)} | {name: counts[name].to_dict() for name in ("n_scored", "n_nan")}
+    return result
+
+
+def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",)) -> pd.DataFrame:
+    """Mean of each metric over conditions, every condition with the same weight; NaN is left out and counted.
+
+    Parameters
+    ----------
+    scores
+        Table from :func:`evaluate`, or several joined with further columns (model, seed).
+    by
+        Columns that tell means apart, for example ``["model", "metric"]`` or a covariate.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns `mean`, `n_scored` (conditions in the mean), `n_nan`; one row per combination of `by`, in the order of
+        first appearance.
+    """
+    values = scores.groupby(list(by), sort=False, observed=True)["value"]
+    return pd.DataFrame({"mean": values.mean(), "n_scored": values.count(), "n_nan": values.size() - values.count()})
+
+
+def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
+    """Add perturbation, covariates (dose, time) and numbers of cells to a table of conditions."""
+    design = pair.design
+    labels = pair.conditions.loc[table["condition"]].reset_index(drop=True)
+    columns = {"condition": table["condition"], "perturbation": labels[design.perturbation]}
+    columns |= {name: labels[name] for name in design.columns if name != design.perturbation}
+    columns |= {name: table[name] for name in ("metric", "value")}
+    for side in ("pred", "real"):
+        columns[f"n_{side}"] = table["condition"].map(
+            {name: pair.n_cells(side, name) for name in pair.conditions.index}
+        )
+    return pd.DataFrame(columns)
+
+
+def _choose(metrics: Sequence[str] | str | None) -> list[str]:
+    if metrics is None:
+        return [name for name, record in METRICS.items() if record.default]
+    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(f"unknown metrics: {', '.join(unknown) or 'none named'}; known: {', '.join(METRICS)}")
+    return names

@@ -1,12 +1,12 @@
-"""Pair, the registry of metrics, and `evaluate`: how a predicted file is scored against a real one.
+"""Pair and the registry of metrics: how predicted cells are set against real ones, condition by condition.
 
 It knows files and conditions, not models. A metric sees one *view* of each condition (its mean, its log fold change,
 its cells, ...). Views and metrics are plain functions with a decorator::
 
-    @view("mean")                                   # what can be seen of the cells of one condition
+    @view("mean")                                       # what can be seen of the cells of one condition
     def mean_view(pair, side, condition): ...
 
-    @metric("rmse_mean", on="mean", ranked=True, broadcasts=True, ...)   # compares two such views
+    @metric("rmse_mean", on="mean", ranked=True, ...)   # compares two such views
     def rmse(pred, real): ...
 
 A metric over all conditions of a covariate group at once leaves `on` out and takes ``(pair, group)``.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["METRICS", "VIEWS", "Metric", "Pair", "evaluate", "metric", "noise_floor", "score", "view"]
+__all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,6 @@ def metric(
     definition: str,
     reference: str,
     on: str | None = None,
-    broadcasts: bool = False,
     pairwise: Callable | None = None,
     ranked: bool = False,
     default: bool = True,
@@ -129,8 +128,6 @@ def metric(
     on
         The view that the function compares: it takes (pred, real) and returns a float. None: the function takes
         (pair, group) and returns one value for each condition of the group.
-    broadcasts
-        The function works along the last axis and broadcasts over the others.
     pairwise
         Takes two sequences of P views, returns (P, P): predictions in rows, real data in columns. A faster way to what
         the function gives for each pair.
@@ -139,7 +136,7 @@ def metric(
     """
 
     def register(function: Callable) -> Callable:
-        compare = _Comparison(name, on, function, pairwise or (_by_rows if broadcasts else _by_pairs)(function))
+        compare = _Comparison(name, on, function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
         METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default)
         if ranked:
@@ -179,16 +176,8 @@ class _Comparison:
         return np.array([float(self.function(pred, real)) for pred, real in views])
 
 
-def _by_pairs(function: Callable) -> Callable:
+def _each_pair(function: Callable) -> Callable:
     return lambda preds, reals: [[float(function(pred, real)) for real in reals] for pred in preds]
-
-
-def _by_rows(function: Callable) -> Callable:
-    def matrix(preds: Sequence, reals: Sequence) -> list:
-        stacked = np.stack(list(reals))
-        return [function(pred, stacked) for pred in preds]
-
-    return matrix
 
 
 class Pair:
@@ -426,129 +415,12 @@ class _Cells:
                 )
             largest = max(largest, values.max(initial=-np.inf))
             whole = whole and bool((values == np.round(values)).all())
-        if largest > MAX_LOG1P or (self.name == "real" and whole and largest >= 2):
+        if largest > MAX_LOG1P or (whole and largest >= 2):
             raise ValueError(
                 f"{self.name}: X looks like raw counts (largest value {largest:.4g}); expected log1p-normalised "
                 "expression. Normalise both files alike, for example with scanpy.pp.normalize_total(adata, "
                 "target_sum=1e4) and scanpy.pp.log1p(adata)"
             )
-
-
-def evaluate(
-    pred: AnnData | str | Path,
-    real: AnnData | str | Path,
-    design: Design,
-    metrics: Sequence[str] | str | None = None,
-    *,
-    n_pcs: int = 30,
-    controls: Literal["real", "pred"] = "real",
-) -> pd.DataFrame:
-    """Score predicted cells against real cells, condition by condition.
-
-    Parameters
-    ----------
-    pred, real
-        AnnData or path of an h5ad file; X holds log1p-normalised expression. `real` needs control cells in every
-        scored covariate group; those of `pred` are not looked at unless `controls` is "pred".
-    design
-        Says which columns of obs hold perturbation and covariates.
-    metrics
-        Names from `METRICS`; None for all that are computed by default.
-    n_pcs
-        Principal components for metrics in that space, fitted once on all cells of `real`, controls included.
-    controls
-        "real": effects of both sides are taken against the real control cells. "pred": against each file's own.
-
-    Returns
-    -------
-    pd.DataFrame
-        One row per condition and metric: `condition`, `perturbation`, one column per covariate, `metric`, `value`,
-        `n_pred`, `n_real`. ``attrs["skipped"]`` maps every condition that is in one file only to the reason,
-        ``attrs["n_scored"]`` and ``attrs["n_nan"]`` count values and missing values per metric.
-
-    Raises
-    ------
-    ValueError
-        If the files cannot be compared; the message says why and what to do.
-    """
-    chosen = _choose(metrics)
-    return score(Pair(pred, real, design, n_pcs=n_pcs, controls=controls), chosen)
-
-
-def noise_floor(
-    real: AnnData | str | Path,
-    design: Design,
-    metrics: Sequence[str] | str | None = None,
-    *,
-    n_pcs: int = 30,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Score a random half of each real condition against the other half: what a perfect model would reach.
-
-    Distances between cell populations depend on the number of cells, so the floor of a large condition is lower.
-    Conditions with a single cell are listed in ``attrs["skipped"]``.
-
-    Parameters
-    ----------
-    real, design, metrics, n_pcs
-        As in :func:`evaluate`.
-    seed
-        Seed of the halves.
-
-    Returns
-    -------
-    pd.DataFrame
-        As from :func:`evaluate`.
-    """
-    chosen = _choose(metrics)
-    return score(Pair.halves(real, design, n_pcs=n_pcs, seed=seed), chosen)
-
-
-def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFrame:
-    """The table of :func:`evaluate` for a Pair that is already made."""
-    chosen = _choose(metrics)
-    # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
-    in_turn = sorted(chosen, key=lambda name: not name.endswith("_rank"))
-    blocks = []
-    for group in pair.groups:
-        values = {name: np.asarray(METRICS[name].values(pair, group), dtype=float) for name in in_turn}
-        wide = pd.DataFrame(values, index=pair.names(group))[chosen]
-        blocks.append(wide.rename_axis("condition").reset_index().melt("condition", var_name="metric"))
-    table = pd.concat(blocks, ignore_index=True)
-    table["metric"] = pd.Categorical(table["metric"], categories=chosen)
-    table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
-    result = _with_labels(table, pair)
-    missing = result["value"].isna().groupby(result["metric"]).agg(["size", "sum"])
-    result.attrs = {
-        "skipped": dict(pair.skipped),
-        "n_scored": {name: int(n) for name, n in missing["size"].items()},
-        "n_nan": {name: int(n) for name, n in missing["sum"].items()},
-    }
-    return result
-
-
-def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
-    """Add perturbation, covariates (dose, time) and numbers of cells to a table of conditions."""
-    design = pair.design
-    labels = pair.conditions.loc[table["condition"]].reset_index(drop=True)
-    columns = {"condition": table["condition"], "perturbation": labels[design.perturbation]}
-    columns |= {name: labels[name] for name in design.columns if name != design.perturbation}
-    columns |= {name: table[name] for name in ("metric", "value")}
-    for side in ("pred", "real"):
-        columns[f"n_{side}"] = table["condition"].map(
-            {name: pair.n_cells(side, name) for name in pair.conditions.index}
-        )
-    return pd.DataFrame(columns)
-
-
-def _choose(metrics: Sequence[str] | str | None) -> list[str]:
-    if metrics is None:
-        return [name for name, record in METRICS.items() if record.default]
-    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
-        raise ValueError(f"unknown metrics: {_some(unknown) or 'none named'}; known: {_some(METRICS, 99)}")
-    return names
 
 
 def _open(name: str, source: AnnData | str | Path) -> AnnData:
@@ -582,8 +454,8 @@ def _rows_by(keys: pd.Series, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 def _matrix(adata: AnnData):
     """X as CSR or dense, quick to take rows of; None where X stays on disk."""
-    if adata.isbacked and getattr(adata[:1].X, "format", None) != "csc":
-        return None
+    if adata.isbacked and not adata.is_view and getattr(adata[:1].X, "format", None) != "csc":
+        return None  # a backed view cannot be indexed again, and rows of CSC are slow to find: both are read whole
     x = adata.to_memory().X if adata.isbacked else adata.X
     if not sparse.issparse(x):
         return np.asarray(x)

@@ -58,6 +58,18 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
     pairwise=_recall_matrix,
     ranked=True,
 )
+@metric(
+    "deg_recall_lfc",
+    label="DEG recall (logFC)",
+    direction="higher",
+    range=(0.0, 1.0),
+    best=1.0,
+    definition="Share of the 50 genes with the largest absolute log fold change that are among the 50 of the "
+    "prediction; unlike deg_recall it does not depend on the variance of the predicted cells",
+    reference="A variant of deg_recall for predictions without variance",
+    on="logfc",
+    default=False,
+)
 def top_k_recall(pred: np.ndarray, real: np.ndarray, k: int = 50) -> float:
     """Share of the k largest absolute scores that both vectors have in common, up and down mixed.
 

@@ -12,6 +12,8 @@ import numpy as np
 from invirtuo.metrics.core import metric, view
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from invirtuo.metrics.core import Pair, Side
 
 __all__ = ["cosine", "logfc", "mae", "mse", "pearson", "r2_score", "rmse", "scaled_mean"]
@@ -40,6 +42,19 @@ def scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     return scaled_mean(pair.cells(side, condition), centre, scale)
 
 
+def _rmse_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
+    from scipy.spatial.distance import cdist
+
+    x, y = np.stack(list(preds)), np.stack(list(reals))
+    return cdist(x, y) / np.sqrt(x.shape[1])
+
+
+def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
+    x, y = np.stack(list(preds)), np.stack(list(reals))
+    norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(y, axis=1)
+    return _ratio(x @ y.T, norms)
+
+
 @metric(
     "rmse_mean",
     label="RMSE mean",
@@ -49,7 +64,7 @@ def scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     definition="Root mean squared difference over genes of the mean log1p expression",
     reference=PERTURBENCH,
     on="mean",
-    broadcasts=True,
+    pairwise=_rmse_matrix,
     ranked=True,
 )
 def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -66,7 +81,7 @@ def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     definition="Cosine of the angle between predicted and real log fold change against the control",
     reference=PERTURBENCH,
     on="logfc",
-    broadcasts=True,
+    pairwise=_cosine_matrix,
     ranked=True,
 )
 def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:

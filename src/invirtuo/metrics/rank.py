@@ -46,6 +46,11 @@ def ranks(
     References
     ----------
     Wu et al. 2024, PerturBench, arXiv:2408.10609, rank metrics.
+
+    Examples
+    --------
+    >>> ranks(np.array([[0.1, 0.9, 0.3], [0.2, 0.8, 0.1], [0.3, 0.7, 0.2]]), "lower")
+    array([0. , 0.5, 0.5])
     """
     if ties not in ("mid", "random", "worst") or direction not in ("lower", "higher") or by not in ("real", "pred"):
         raise ValueError(
