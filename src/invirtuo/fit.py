@@ -1,0 +1,380 @@
+"""Fitting: FitConfig, and the one place where the Lightning Trainer lives.
+
+A step is a function of (seed, number of the step) alone, and a checkpoint holds weights, averaged weights, optimiser
+state and history as safetensors + JSON: a killed fit that resumes ends with the weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from invirtuo.files import writing
+from invirtuo.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from invirtuo.batch import Batch
+    from invirtuo.dataset import CellDataset
+    from invirtuo.model import Model
+
+__all__ = ["FitConfig", "bf16_pays", "run"]
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a model is trained; what it is stands in its own Config."""
+
+    steps: int = 2000  # optimiser steps
+    batch_size: int = 256  # cells per step and device, before accumulation
+    accumulate: int = 1  # batches per optimiser step
+    optimizer: str = "adam"  # "adam" (weight decay as L2) or "adamw"
+    lr: float = 1e-3  # highest learning rate
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "cosine"  # "cosine" falls to 0 at the last step; "constant"
+    warmup: int = 100  # steps of linear warm-up
+    clip: float = 5.0  # largest global gradient norm; 0 leaves gradients alone
+    ema: float = 0.999  # decay of the averaged weights, which are the ones kept; 0 keeps the plain ones
+    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where it is measured to be faster
+    val_every: int = 200  # steps between validations; 0 never
+    val_batches: int = 8  # most batches of one validation
+    patience: int = 0  # validations without improvement until an early stop; 0 never stops early
+    keep: str = "last"  # weights kept at the end: "last", or "best" by validation loss
+    checkpoint_every: int = 500  # steps between checkpoints, where a folder is given
+    compile: bool = False  # torch.compile the network (GPU)
+    accelerator: str = "auto"  # as in lightning.Trainer
+    devices: int | str = 1  # as in lightning.Trainer
+    seed: int = 0
+    progress: bool = True  # show a progress bar
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be meant."""
+        choices = {
+            "optimizer": ("adam", "adamw"),
+            "schedule": ("cosine", "constant"),
+            "precision": ("auto", "fp32", "bf16"),
+            "keep": ("last", "best"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"FitConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; expected at least 1")
+
+
+def run(
+    model: Model,
+    dataset: CellDataset,
+    config: FitConfig,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
+) -> pd.DataFrame:
+    """Train a model on a dataset and leave the kept weights in it.
+
+    Parameters
+    ----------
+    folder
+        Where checkpoints and history.csv go; None writes nothing.
+    resume
+        Go on from the last checkpoint in `folder`, if there is one.
+    callbacks, loggers
+        Handed to the Lightning Trainer.
+
+    Returns
+    -------
+    The history: one row per record, with step, seconds, lr, losses, and validation losses.
+
+    Raises
+    ------
+    ValueError
+        If `resume` is asked for without a folder, or the checkpoint belongs to another model or configuration.
+    FloatingPointError
+        If the loss is not finite.
+    """
+    if resume and folder is None:
+        raise ValueError("resume=True needs the folder of the earlier fit; pass folder=")
+    folder = None if folder is None else Path(folder)
+    with torch.random.fork_rng():
+        return _train(model, dataset, config, folder, resume, list(callbacks), list(loggers))
+
+
+def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool, callbacks, loggers) -> pd.DataFrame:
+    import lightning
+
+    # Lightning's default would silence nothing and write folders; here it only runs the loop.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    training = _training(model, dataset, config, folder)
+    if resume and folder is not None and (folder / LAST).exists():
+        training.restore(folder / LAST)
+    if training.step < config.steps and not training.stopped:
+        trainer = lightning.Trainer(
+            max_steps=config.steps - training.step,
+            max_epochs=-1,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision="bf16-mixed" if use_bf16(config) else "32-true",
+            gradient_clip_val=config.clip or None,
+            accumulate_grad_batches=config.accumulate,
+            callbacks=callbacks,
+            logger=loggers or False,
+            enable_progress_bar=config.progress,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            log_every_n_steps=10,
+        )
+        trainer.fit(training, train_dataloaders=_Stream(dataset, model, config, training.step * config.accumulate))
+    training.finish()
+    return pd.DataFrame(training.history)
+
+
+def use_bf16(config: FitConfig) -> bool:
+    """Whether this fit computes in bf16."""
+    return bf16_pays() if config.precision == "auto" else config.precision == "bf16"
+
+
+@cache
+def bf16_pays() -> bool:
+    """Whether matrix products in bf16 are at least 1.3 times faster than in fp32 on this machine, measured once."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(384, 384, dtype=dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        return sorted(times)[3]
+
+    return seconds(torch.float32) > 1.3 * seconds(torch.bfloat16)
+
+
+class _Stream:
+    """Batches of the training cells without end, from batch number `start` on."""
+
+    def __init__(self, dataset: CellDataset, model: Model, config: FitConfig, start: int):
+        self.dataset, self.model, self.config, self.start = dataset, model, config, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler, skip, epoch = SAMPLERS[self.model.sampler], self.start, 0
+        layout = self.dataset.layout("train")
+        while True:
+            n = 0
+            for rows in sampler(layout, self.config.batch_size, np.random.default_rng([self.config.seed, epoch])):
+                n += 1
+                if skip:
+                    skip -= 1
+                    continue
+                yield self.dataset.take(rows)
+            if n == 0:
+                raise ValueError(f"the sampler {self.model.sampler!r} found no cells to train on")
+            epoch += 1
+
+
+def _training(model, dataset, config: FitConfig, folder: Path | None):
+    """The Lightning module; made in a function so that importing this file does not import lightning."""
+    import lightning
+
+    class Training(lightning.LightningModule):
+        """One model in training: steps, averaged weights, validation, checkpoints."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+            self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+            self.step = 0
+            self.history: list[dict[str, float]] = []
+            self.best, self.waited, self.stopped = math.inf, 0, False
+            self.began, self.elapsed = time.perf_counter(), 0.0
+            self.optimizer_state: dict[str, Any] | None = None
+            self.loss_of = torch.compile(model.loss) if config.compile else model.loss
+            self.best_weights: dict[str, Tensor] | None = None
+
+        @property
+        def kept(self) -> nn.Module:
+            return self.average if self.average is not None else self.model
+
+        def configure_optimizers(self):
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
+            if self.optimizer_state is not None:
+                optimizer.load_state_dict(self.optimizer_state)
+            return optimizer
+
+        def on_train_batch_start(self, batch, batch_index):
+            for group in self.optimizers().param_groups:
+                group["lr"] = learning_rate(config, self.step)
+
+        def training_step(self, batch, batch_index):
+            number = self.step * config.accumulate + batch_index % config.accumulate
+            torch.manual_seed(_seed(config.seed, number, self.global_rank))
+            losses = self.loss_of(batch)
+            if not torch.isfinite(losses["total"]):
+                raise FloatingPointError(
+                    f"the loss of {type(self.model).__name__} is {float(losses['total'])} at step {self.step}; "
+                    "lower FitConfig.lr or check the scale of the data"
+                )
+            self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()}, prog_bar=True)
+            self._losses = losses
+            return losses["total"]
+
+        def on_train_batch_end(self, outputs, batch, batch_index):
+            if (batch_index + 1) % config.accumulate:
+                return
+            self.step += 1
+            if self.average is not None:
+                decay = min(config.ema, (1 + self.step) / (10 + self.step))
+                source, target = list(self.model.state_dict().values()), list(self.average.state_dict().values())
+                floating = [i for i, value in enumerate(target) if value.is_floating_point()]
+                torch._foreach_lerp_([target[i] for i in floating], [source[i] for i in floating], 1 - decay)
+            last = self.step == config.steps
+            validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
+            if validates or last or self.step % 20 == 0 or self.step == 1:
+                self.record(validates)
+            if folder is not None and (last or self.step % config.checkpoint_every == 0):
+                self.save(folder / LAST)
+                with writing(folder / "history.csv") as path:
+                    pd.DataFrame(self.history).to_csv(path, index=False)
+            if self.stopped:
+                self.trainer.should_stop = True
+
+        def record(self, validates: bool) -> None:
+            row = {
+                "step": self.step,
+                "seconds": round(self.elapsed + time.perf_counter() - self.began, 3),
+                "lr": learning_rate(config, self.step - 1),
+            }
+            row |= {f"train_{k}": float(v) for k, v in self._losses.items()}
+            if validates:
+                losses = validation_losses(self.kept, dataset, config, self.device)
+                row |= {f"val_{k}": v for k, v in losses.items()}
+                if losses:
+                    self.log_dict({f"val_{k}": v for k, v in losses.items()})
+                    self.judge(losses["total"])
+            self.history.append(row)
+
+        def judge(self, value: float) -> None:
+            if value < self.best:
+                self.best, self.waited = value, 0
+                if config.keep == "best":
+                    self.best_weights = {k: v.clone() for k, v in self.kept.state_dict().items()}
+            else:
+                self.waited += 1
+                self.stopped = bool(config.patience) and self.waited >= config.patience
+
+        def save(self, path: Path) -> None:
+            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+            if self.average is not None:
+                tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+            for k, state in self.optimizers().optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{k}.{name}": value for name, value in state.items()}
+            tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
+            facts = {
+                "config": asdict(config),
+                "step": self.step,
+                "best": self.best,
+                "waited": self.waited,
+                "stopped": self.stopped,
+                "seconds": self.elapsed + time.perf_counter() - self.began,
+                "history": self.history,
+                "optimizer": self.optimizers().optimizer.state_dict()["param_groups"],
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            with writing(path) as partial:
+                save_file(tensors, partial, metadata={"invirtuo": json.dumps(facts)})
+
+        def restore(self, path: Path) -> None:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["invirtuo"])
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+            _check_same(facts["config"], config, path)
+            part = lambda name: {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}  # noqa: E731
+            self.model.load_state_dict(part("model"))
+            if self.average is not None:
+                self.average.load_state_dict(part("average"))
+            state: dict[int, dict[str, Tensor]] = {}
+            for k, value in part("optimizer").items():
+                number, name = k.split(".", 1)
+                state.setdefault(int(number), {})[name] = value
+            self.optimizer_state = {"state": state, "param_groups": facts["optimizer"]}
+            self.best_weights = part("best") or None
+            self.step, self.best, self.waited = facts["step"], facts["best"], facts["waited"]
+            self.stopped, self.history, self.elapsed = facts["stopped"], facts["history"], facts["seconds"]
+            logger.info("resumed from %s at step %d", path, self.step)
+
+        def finish(self) -> None:
+            weights = self.best_weights or self.kept.state_dict()
+            self.model.to("cpu")
+            self.model.load_state_dict({k: v.cpu() for k, v in weights.items()})
+
+    return Training()
+
+
+@torch.no_grad()
+def validation_losses(model: Model, dataset: CellDataset, config: FitConfig, device="cpu") -> dict[str, float]:
+    """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells."""
+    if not len(dataset.rows("val")):
+        return {}
+    was_training = model.training
+    model.eval()
+    totals: dict[str, float] = {}
+    n = 0
+    with torch.random.fork_rng(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=use_bf16(config)):
+        torch.manual_seed(_seed(config.seed, 2**31, 0))
+        batches = dataset.batches(SAMPLERS[model.sampler], config.batch_size, part="val", seed=config.seed)
+        for _, batch in zip(range(config.val_batches), batches, strict=False):
+            for name, value in model.loss(batch.to(device)).items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
+            n += len(batch)
+    model.train(was_training)
+    return {name: value / n for name, value in totals.items()}
+
+
+def learning_rate(config: FitConfig, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then constant or a half cosine to 0."""
+    rate = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+    if config.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return rate
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _check_same(saved: dict[str, Any], config: FitConfig, path: Path) -> None:
+    """Refuse to resume with settings that would change the result."""
+    free = {"progress", "checkpoint_every", "accelerator", "devices", "compile"}
+    now = json.loads(json.dumps(asdict(config)))
+    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in now.items() if k not in free and saved.get(k) != v]
+    if changed:
+        raise ValueError(
+            f"the checkpoint {path} was made with another FitConfig ({'; '.join(changed)}); "
+            "resume with the same settings or fit into a new folder"
+        )

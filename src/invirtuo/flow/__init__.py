@@ -1,0 +1,20 @@
+"""Flow matching as functions on tensors: path, solver and guidance know neither networks nor cells."""
+
+from invirtuo.flow.coupling import exact_coupling
+from invirtuo.flow.guidance import guided
+from invirtuo.flow.path import PATHS, PathSample, gaussian_velocity, linear_path, trigonometric_path
+from invirtuo.flow.solve import EVALUATIONS, SOLVERS, solve, time_grid
+
+__all__ = [
+    "EVALUATIONS",
+    "PATHS",
+    "SOLVERS",
+    "PathSample",
+    "exact_coupling",
+    "gaussian_velocity",
+    "guided",
+    "linear_path",
+    "solve",
+    "time_grid",
+    "trigonometric_path",
+]

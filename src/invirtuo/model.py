@@ -1,0 +1,492 @@
+"""Model: a Config, `loss(batch)` and `sample(batch, generator)`; the rest of a model's life is written here once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import sparse
+from torch import Tensor, nn
+
+from invirtuo import fit as fitting
+from invirtuo.batch import Batch
+from invirtuo.checks import require_counts, require_log, some
+from invirtuo.dataset import CellDataset
+from invirtuo.design import Design
+from invirtuo.files import writing
+from invirtuo.fit import FitConfig
+from invirtuo.transforms import TRANSFORMS, Transform
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Model", "Preset", "SampleConfig"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published (or our own) setting: the model's Config, how it is fitted, and where it stands."""
+
+    config: Any
+    fit: FitConfig = FitConfig()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How cells are drawn from a fitted model."""
+
+    guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
+    interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts
+    steps: int | None = None  # steps of the solver; None: the model's own
+    solver: str | None = None  # name in flow.SOLVERS; None: the model's own
+    grid: tuple[float, ...] | None = None  # times of the steps, instead of `steps` uniform ones
+    clamp_min: float | None = None  # raise values below this to it; None leaves them
+    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where it is measured to be faster
+    batch_size: int = 256  # cells in the network at once; does not change the numbers
+
+
+class Model(nn.Module):
+    """Base of all models: fit, predict, save and load.
+
+    A model declares its `Config` and writes `loss` and `sample` (or `encode`). `prepare` may compute statistics of the
+    training cells into buffers; a model without parameters is fitted by that alone.
+
+    Parameters
+    ----------
+    design
+        Which columns of obs mean what.
+    genes
+        Names of the g genes, in the order of every tensor.
+    config
+        A Config, the name of a preset, or None for the defaults.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    PRESETS: ClassVar[Mapping[str, Preset]] = {}
+    space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
+    sampler: ClassVar[str] = "cells"  # which sampler of invirtuo.samplers forms training batches
+    needs_source: ClassVar[bool] = False  # whether sampling starts from control cells
+
+    history: pd.DataFrame
+
+    def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
+        super().__init__()
+        self.design = design
+        self.genes = [str(gene) for gene in genes]
+        if len(set(self.genes)) != len(self.genes):
+            raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
+        preset = self._preset(config)
+        self.config = preset.config
+        self.fit_config = preset.fit
+        self.preset = config if isinstance(config, str) else None
+        self.transforms: dict[str, Transform] = {}
+        self.history = pd.DataFrame()
+        self.card: dict[str, Any] = {}
+        self._controls: dict[str, sparse.csr_matrix] = {}
+        self.build()
+        self.eval()
+
+    # ---- what a model writes -----------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Make the layers from `self.config`, `self.design` and `self.genes`."""
+
+    def prepare(self, dataset: CellDataset) -> None:
+        """Compute what the model needs to know of the training cells before the first step."""
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of a batch, among them "total", which is minimised."""
+        raise NotImplementedError
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """Draw one cell (n, g) for each condition of the batch; `batch.source` holds control cells if needed."""
+        raise NotImplementedError
+
+    # ---- fitting -----------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        adata: AnnData,
+        split: pd.Series | None = None,
+        config: FitConfig | None = None,
+        *,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        callbacks: Sequence[Any] = (),
+        loggers: Sequence[Any] = (),
+    ) -> Self:
+        """Fit to the training cells of an AnnData.
+
+        Parameters
+        ----------
+        adata
+            Cells in the data space of the model.
+        split
+            "train", "val", "test" per cell, as the functions of `invirtuo.splits` give it; None trains on all cells.
+        config
+            How to train; None takes the preset's.
+        folder
+            Where checkpoints and history go; None writes nothing.
+        resume
+            Go on from the last checkpoint in `folder`; ends with the numbers of an uninterrupted fit.
+        callbacks, loggers
+            Handed to the Lightning Trainer.
+
+        Raises
+        ------
+        ValueError
+            If the data are not in the model's space, genes are missing, or labels are unknown.
+        """
+        config = config or self.fit_config
+        self._check_space(adata)
+        adata = self._with_genes(adata)
+        dataset = CellDataset(adata, self.design, split)
+        self.card = _card(self, dataset, config)
+        self.prepare(dataset)
+        if self.needs_source:
+            self._controls = _control_pool(dataset)
+        if any(p.requires_grad for p in self.parameters()):
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                self._reset()
+            self.train()
+            self.history = fitting.run(
+                self, dataset, config, folder=folder, resume=resume, callbacks=callbacks, loggers=loggers
+            )
+        self.eval()
+        return self
+
+    def _reset(self) -> None:
+        """Draw the first weights anew, so that they depend on the seed of the fit alone."""
+        fresh = type(self)(self.design, self.genes, self.config)
+        with torch.no_grad():
+            for mine, theirs in zip(self.parameters(), fresh.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    # ---- using -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(
+        self,
+        conditions: pd.DataFrame | str,
+        n_cells: int = 1000,
+        *,
+        guidance: float = 1.0,
+        steps: int | None = None,
+        solver: str | None = None,
+        seed: int = 0,
+        controls: AnnData | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        grid: Sequence[float] | None = None,
+        clamp_min: float | None = None,
+        precision: str = "auto",
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> AnnData:
+        """Draw cells for conditions.
+
+        Parameters
+        ----------
+        conditions
+            One row per condition with the columns of the Design, or "test" / "val": the conditions held out by the
+            split of the fit.
+        n_cells
+            Cells per condition.
+        guidance, interval
+            Weight of classifier-free guidance, and between which times it acts; 1 is no guidance.
+        steps, solver, grid
+            Steps and name of the solver, or an own time grid; None takes the model's own.
+        seed
+            Same seed, same cells, whatever the batch size and the other conditions.
+        controls
+            Control cells to start from, for models that need them; None takes those of the fitted data.
+        clamp_min
+            Raise values below this to it (0 for expression); None leaves them.
+        precision
+            "fp32", "bf16" or "auto".
+        batch_size
+            Cells in the network at once.
+        progress
+            Show a progress bar.
+
+        Returns
+        -------
+        AnnData with the columns of the Design in obs, X in the model's data space (float32), and
+        ``uns["invirtuo"]``: how it was made.
+
+        Raises
+        ------
+        ValueError
+            If the model is not fitted, or a condition has an unknown perturbation or covariate.
+        """
+        import anndata
+
+        if not self.card:
+            raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
+        if n_cells < 1:
+            raise ValueError(f"n_cells is {n_cells}; expected at least 1")
+        table = self._conditions(conditions)
+        config = SampleConfig(
+            guidance=guidance,
+            interval=interval,
+            steps=steps,
+            solver=solver,
+            grid=None if grid is None else tuple(float(t) for t in grid),
+            clamp_min=clamp_min,
+            precision=precision,
+            batch_size=batch_size,
+        )
+        pool = self._pool(controls)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.eval().to(device)
+        bf16 = precision == "bf16" or (precision == "auto" and fitting.bf16_pays())
+        cells = []
+        for i in _track(range(len(table)), "predicting", progress):
+            name = self.design.names(table.iloc[[i]]).iloc[0]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{name}".encode()))
+            batch = Batch(self.design.encode(table.iloc[[i] * n_cells]))
+            if self.needs_source:
+                source = _draw(pool, self.design.groups(table.iloc[[i]]).iloc[0], n_cells, generator)
+                batch = Batch(batch.condition, source=source)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                x = self.sample(batch.to(device), generator, config).float().cpu()
+            cells.append(x if clamp_min is None else x.clamp_min(clamp_min))
+        self.cpu()
+        obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
+        obs.index = [f"cell_{i}" for i in range(len(obs))]
+        for column in [*self.design.covariates, self.design.perturbation]:
+            obs[column] = obs[column].astype("category")
+        predicted = anndata.AnnData(torch.cat(cells).numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(self.genes)))
+        predicted.uns["invirtuo"] = self._provenance(seed, config)
+        return predicted
+
+    def generate(self, n_cells: int, **_: Any) -> AnnData:
+        """Draw cells as counts; only count models can."""
+        raise ValueError(f"{self.name} predicts expression and does not generate counts; use predict")
+
+    def embed(self, adata: AnnData) -> AnnData:
+        """Encode cells; only models with an encoder can."""
+        raise ValueError(f"{self.name} has no encoder; see `invirtuo list models` for models that embed")
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write config, design, transforms, weights, history and card into a folder; nothing is pickled."""
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; a model is saved as a folder, give another name")
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {f"{k}/{type(t).__name__}/{n}": a for k, t in self.transforms.items() for n, a in t.state().items()}
+        for group, x in self._controls.items():
+            arrays |= {f"controls/{group}/{part}": getattr(x, part) for part in ("data", "indices", "indptr")}
+        facts = {"model": self.name, "preset": self.preset, "config": asdict(self.config), "genes": self.genes}
+        _write_text(folder / "design.json", self.design.to_json())
+        _write_text(folder / "card.json", json.dumps(self.card, indent=2))
+        with writing(folder / "transforms.npz") as path:
+            np.savez_compressed(path, **arrays)
+        with writing(folder / "history.csv") as path:
+            self.history.to_csv(path, index=False)
+        with writing(folder / "weights.safetensors") as path:
+            save_file({k: v.contiguous().clone() for k, v in self.state_dict().items()}, path)
+        _write_text(folder / "config.json", json.dumps(facts, indent=2))
+
+    @classmethod
+    def restore(cls, folder: str | Path) -> Self:
+        """Read what :meth:`save` wrote; `invirtuo.load` finds the class by itself."""
+        folder = Path(folder)
+        facts = json.loads((folder / "config.json").read_text())
+        design = Design.from_json((folder / "design.json").read_text())
+        model = cls(design, facts["genes"], _config_from(cls.Config, facts["config"]))
+        model.preset = facts["preset"]
+        model.card = json.loads((folder / "card.json").read_text())
+        history = folder / "history.csv"
+        model.history = pd.read_csv(history) if history.exists() and history.stat().st_size > 2 else pd.DataFrame()
+        with np.load(folder / "transforms.npz", allow_pickle=False) as arrays:
+            model._load_arrays({key: arrays[key] for key in arrays.files})
+        tensors = load_file(folder / "weights.safetensors")
+        model._size_buffers(tensors)
+        model.load_state_dict(tensors)
+        return model.eval()
+
+    def _load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        states: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        for key, array in arrays.items():
+            head, rest = key.split("/", 1)
+            middle, tail = rest.rsplit("/", 1)
+            states.setdefault((head, middle), {})[tail] = array
+        for (head, middle), state in states.items():
+            if head == "controls":
+                shape = (len(state["indptr"]) - 1, len(self.genes))
+                self._controls[middle] = sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape)
+            else:
+                self.transforms[head] = TRANSFORMS[middle].load(state)
+
+    def _size_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give buffers whose size depends on the data the size that was saved."""
+        for key, buffer in list(self.named_buffers()):
+            if key in tensors and tensors[key].shape != buffer.shape:
+                path, _, name = key.rpartition(".")
+                setattr(self.get_submodule(path), name, torch.empty_like(tensors[key]))
+
+    # ---- checks ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _preset(cls, config: Any) -> Preset:
+        if config is None:
+            return cls.PRESETS.get("default", Preset(cls.Config()))
+        if isinstance(config, str):
+            if config not in cls.PRESETS:
+                known = ", ".join(cls.PRESETS) or "none"
+                raise ValueError(f"{cls.name} has no preset {config!r}; known: {known}")
+            return cls.PRESETS[config]
+        if not isinstance(config, cls.Config):
+            raise ValueError(f"config is a {type(config).__name__}; {cls.name} takes {cls.__name__}.Config or a preset")
+        same = [preset.fit for preset in cls.PRESETS.values() if preset.config == config]
+        return Preset(config, same[0]) if same else Preset(config)
+
+    def _check_space(self, adata: AnnData) -> None:
+        (require_log if self.space == "log" else require_counts)(adata)
+
+    def _with_genes(self, adata: AnnData) -> AnnData:
+        missing = [gene for gene in self.genes if gene not in set(adata.var_names)]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the model's {len(self.genes)} genes are not in the data: {some(missing)}; "
+                "use the gene set that the model was made with"
+            )
+        if list(adata.var_names) == self.genes:
+            return adata
+        if not adata.var_names.is_unique:
+            raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
+        return adata[:, self.genes]
+
+    def _conditions(self, conditions: pd.DataFrame | str) -> pd.DataFrame:
+        """The wanted conditions as a clean table, each once."""
+        if isinstance(conditions, str):
+            held_out = self.card["held_out"]
+            if conditions not in held_out:
+                raise ValueError(f"conditions is {conditions!r}; expected a DataFrame or one of {', '.join(held_out)}")
+            if not held_out[conditions]:
+                raise ValueError(f"the split of the fit held out no conditions for {conditions!r}; pass a DataFrame")
+            conditions = pd.DataFrame(held_out[conditions])
+        if not len(conditions):
+            raise ValueError("the table of conditions is empty; expected one row per wanted condition")
+        encoded = self.design.encode(conditions)  # names unknown labels and missing columns
+        unseen = [p for i, p in enumerate(self.design.perturbations) if p not in self.card["perturbations"]
+                  and bool((encoded.perturbation[:, i] != 0).any())]  # fmt: skip
+        if unseen:
+            raise ValueError(
+                f"perturbation(s) {some(unseen)} do not occur in the training cells of this model; "
+                f"trained: {some(self.card['perturbations'])}"
+            )
+        for name, levels in self.card["covariates"].items():
+            strange = sorted(set(conditions[name].astype(str)) - set(levels))
+            if strange:
+                raise ValueError(
+                    f"covariate {name!r}: {some(strange)} do not occur in the training cells; trained: {some(levels)}"
+                )
+        return conditions[self.design.columns].drop_duplicates().reset_index(drop=True)
+
+    def _pool(self, controls: AnnData | None) -> dict[str, sparse.csr_matrix]:
+        if controls is None:
+            return self._controls
+        self._check_space(controls)
+        dataset = CellDataset(self._with_genes(controls), self.design)
+        return _control_pool(dataset)
+
+    def _provenance(self, seed: int, config: SampleConfig) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "preset": self.preset or "",
+            "config": json.dumps(asdict(self.config)),
+            "sampling": json.dumps(asdict(config)),
+            "seed": seed,
+            "version": version("invirtuo"),
+            "data_hash": self.card["data_hash"],
+            "perturbation": self.design.perturbation,
+            "control": self.design.control,
+        }
+
+
+def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
+    """What a user of the saved model needs to know of its fit."""
+    design = model.design
+    train = dataset.obs.iloc[dataset.rows("train")]
+    seen = set(design.names(train))
+    held_out = {}
+    for part in ("val", "test"):
+        table = design.conditions(dataset.obs.iloc[dataset.rows(part)])
+        held_out[part] = table[~design.names(table).isin(seen)].to_dict("records")
+    labels = train[design.perturbation].astype(str).unique()
+    return {
+        "model": model.name,
+        "version": version("invirtuo"),
+        "seed": config.seed,
+        "fit": asdict(config),
+        "data_hash": dataset.fingerprint(),
+        "n_cells": {part: len(dataset.rows(part)) for part in ("train", "val", "test")},
+        "perturbations": sorted({part for label in labels for part in design.parts(label)}),
+        "covariates": {name: sorted(train[name].astype(str).unique()) for name in design.covariates},
+        "held_out": held_out,
+    }
+
+
+def _control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, sparse.csr_matrix]:
+    """Training control cells of every group, at most `limit` of each, chosen by a fixed seed."""
+    rows = dataset.rows("train")
+    obs = dataset.obs.iloc[rows]
+    groups = dataset.design.groups(obs).to_numpy()
+    control = dataset.design.is_control(obs)
+    rng = np.random.default_rng(0)
+    pool = {}
+    for group in np.unique(groups[control]):
+        members = rows[(groups == group) & control]
+        pool[str(group)] = dataset.matrix[np.sort(rng.permutation(members)[:limit])]
+    return pool
+
+
+def _draw(pool: Mapping[str, sparse.csr_matrix], group: str, n: int, generator: torch.Generator) -> Tensor:
+    """n control cells of a group; each is used once before any is used again."""
+    if group not in pool:
+        raise ValueError(
+            f"no control cells for the covariates {group!r}; known: {some(pool)}. Pass them with controls="
+        )
+    cells = pool[group]
+    rows = torch.cat([torch.randperm(cells.shape[0], generator=generator) for _ in range(-(-n // cells.shape[0]))])[:n]
+    return torch.from_numpy(cells[rows.numpy()].toarray())
+
+
+def _config_from(cls: type, values: Mapping[str, Any]) -> Any:
+    """A Config from JSON: lists become tuples, unknown fields are an error."""
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {', '.join(sorted(known))}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _write_text(path: Path, text: str) -> None:
+    with writing(path) as partial:
+        partial.write_text(text)
+
+
+def _track(items, label: str, progress: bool):
+    if not progress:
+        return items
+    from rich.progress import track
+
+    return track(items, description=label)

@@ -1,0 +1,44 @@
+"""The registry of models: one file, one paper. Adding a model is a file and a line here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from invirtuo.model import Model
+from invirtuo.models.linear_additive import LinearAdditive
+from invirtuo.models.means import ContextMean, NoChange, PerturbationMean
+from invirtuo.models.primeflow import PRiMeFlow
+
+__all__ = ["MODELS", "ContextMean", "LinearAdditive", "NoChange", "PRiMeFlow", "PerturbationMean", "load"]
+
+MODELS: dict[str, type[Model]] = {
+    model.name: model
+    for model in (
+        PRiMeFlow,
+        LinearAdditive,
+        PerturbationMean,
+        ContextMean,
+        NoChange,
+    )
+}
+
+
+def load(folder: str | Path) -> Model:
+    """Read a saved model of any kind.
+
+    Raises
+    ------
+    ValueError
+        If the folder is not a saved model, or of a model that this version does not know.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no saved model (no config.json); pass the folder that model.save wrote")
+    try:
+        name = json.loads(path.read_text())["model"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; save the model again") from error
+    if name not in MODELS:
+        raise ValueError(f"{path} is a saved {name!r}; this version knows {', '.join(MODELS)}")
+    return MODELS[name].restore(folder)

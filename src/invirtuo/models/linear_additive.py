@@ -1,0 +1,71 @@
+"""Linear additive model of PerturBench.
+
+Paper: PerturBench (Wu et al. 2024, arXiv:2408.10609). Each perturbed cell is paired with a random control cell of the
+same covariates; its expression is softplus(control + W [perturbation, covariates] + b), fitted by squared error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.fit import FitConfig
+from invirtuo.model import Model, Preset, SampleConfig
+
+__all__ = ["Config", "LinearAdditive"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What enters the linear map."""
+
+    use_covariates: bool = True  # whether the covariate one-hots enter beside the perturbation
+    softplus: bool = True  # keep predictions positive, as published
+
+
+_FIT = FitConfig(steps=2000, batch_size=512, lr=5e-3, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best")
+
+
+class LinearAdditive(Model):
+    """softplus(x_control + W [perturbation, covariates] + b), trained on control-perturbed pairs.
+
+    References
+    ----------
+    PerturBench, arXiv:2408.10609, section 3.2.
+    """
+
+    name = "linear_additive"
+    Config = Config
+    PRESETS = {
+        "default": Preset(Config(), _FIT, "ours"),
+        "norman19": Preset(Config(use_covariates=False), replace(_FIT, batch_size=4000, lr=4.717e-3, weight_decay=1.759e-8), "best of 60 trials, PerturBench"),
+        "srivatsan20": Preset(Config(), replace(_FIT, batch_size=4000, lr=7.788e-4, weight_decay=1.063e-8), "best of 60 trials, PerturBench"),
+        "jiang24": Preset(Config(), replace(_FIT, batch_size=2000, lr=1.421e-3, weight_decay=1.008e-8), "best of 60 trials, PerturBench"),
+    }  # fmt: skip
+    sampler = "pairs"
+    needs_source = True
+
+    def build(self) -> None:
+        """One Linear from condition to genes."""
+        levels = sum(map(len, self.design.covariates.values())) if self.config.use_covariates else 0
+        self.shift = nn.Linear(len(self.design.perturbations) + levels, len(self.genes))
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Mean squared error over cells and genes."""
+        return {"total": F.mse_loss(self._forward(batch.source, batch.condition), batch.target)}
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """Shift the control cells, (n, g)."""
+        return self._forward(batch.source, batch.condition)
+
+    def _forward(self, source: Tensor, condition: Condition) -> Tensor:
+        parts = [condition.perturbation]
+        if self.config.use_covariates:
+            for levels, codes in zip(self.design.covariates.values(), condition.covariates.values(), strict=True):
+                parts.append(F.one_hot(codes, len(levels)).float())
+        shifted = source + self.shift(torch.cat(parts, dim=1))
+        return F.softplus(shifted) if self.config.softplus else shifted

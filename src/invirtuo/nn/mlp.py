@@ -1,0 +1,64 @@
+"""Multi-layer perceptrons."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["MLP", "ModulatedBlock"]
+
+
+class MLP(nn.Sequential):
+    """`n_layers` times Linear, SiLU and dropout, then, if `n_out` is given, one Linear more.
+
+    Parameters
+    ----------
+    n_in, width, n_layers
+        Input width, hidden width and number of hidden layers.
+    n_out
+        Width of a last Linear without activation, or None to end with the activation.
+    dropout
+        Dropout after every activation.
+    """
+
+    def __init__(self, n_in: int, width: int, n_layers: int, n_out: int | None = None, dropout: float = 0.0):
+        layers: list[nn.Module] = []
+        for i in range(n_layers):
+            layers += [nn.Linear(n_in if i == 0 else width, width), nn.SiLU()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        if n_out is not None:
+            layers.append(nn.Linear(width if n_layers else n_in, n_out))
+        super().__init__(*layers)
+
+
+class ModulatedBlock(nn.Module):
+    """Residual block whose normalised input is scaled and shifted by an embedding; a new block is the identity.
+
+    Parameters
+    ----------
+    width
+        Width of the residual stream.
+    d_embedding
+        Width of the modulating embedding.
+
+    References
+    ----------
+    Perez et al. 2017, arXiv:1709.07871 (FiLM); zero initialisation: Peebles and Xie 2022, arXiv:2212.09748.
+    """
+
+    def __init__(self, width: int, d_embedding: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(d_embedding, 2 * width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (n, width), embedding (n, d_embedding) -> (n, width)."""
+        scale, shift = self.modulation(embedding).chunk(2, dim=-1)
+        hidden = self.norm(x) * (1 + scale) + shift
+        return x + self.down(self.dropout(F.silu(self.up(hidden))))

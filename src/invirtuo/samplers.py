@@ -1,0 +1,144 @@
+"""Which rows form the next batch. A sampler knows labels, never expression values.
+
+A sampler is a function ``sampler(layout, batch_size, rng) -> Iterator[Rows]`` that passes once over the rows of a
+:class:`Layout`; the same rng gives the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from invirtuo.design import Design
+
+__all__ = ["SAMPLERS", "Layout", "Rows", "Sampler", "cells", "pairs", "sets", "time_pairs"]
+
+
+class Rows(NamedTuple):
+    """Rows of one batch: `target` (n,), `source` (n,) or None, cells per set."""
+
+    target: np.ndarray
+    source: np.ndarray | None = None
+    set_size: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows to draw from, and what a sampler may know about them.
+
+    Parameters
+    ----------
+    rows
+        (n,), rows of the AnnData that may be drawn.
+    group
+        (n,), number of the covariate group of each.
+    condition
+        (n,), number of the condition (covariates and perturbation) of each.
+    is_control
+        (n,), True for control cells.
+    time
+        (n,), time of each, or None.
+    group_names
+        Name of each group, for messages.
+    """
+
+    rows: np.ndarray
+    group: np.ndarray
+    condition: np.ndarray
+    is_control: np.ndarray
+    time: np.ndarray | None
+    group_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray) -> Layout:
+        """Read the layout of some rows of obs."""
+        obs = obs.iloc[rows]
+        group, group_names = pd.factorize(design.groups(obs), sort=True)
+        condition, _ = pd.factorize(design.names(obs), sort=True)
+        time = obs[design.time].to_numpy(float) if design.time else None
+        return cls(np.asarray(rows), group, condition, design.is_control(obs), time, tuple(map(str, group_names)))
+
+    def controls(self) -> dict[int, np.ndarray]:
+        """Positions of the control cells of every group that has cells.
+
+        Raises
+        ------
+        ValueError
+            If a group has none.
+        """
+        pools = {int(g): np.flatnonzero((self.group == g) & self.is_control) for g in np.unique(self.group)}
+        empty = [self.group_names[g] for g, pool in pools.items() if not len(pool)]
+        if empty:
+            raise ValueError(
+                f"no control cells among the training cells of group(s) {', '.join(empty)}; add controls, "
+                "drop these cells, or use fewer covariates in the Design"
+            )
+        return pools
+
+
+Sampler = Callable[[Layout, int, np.random.Generator], Iterator[Rows]]
+
+
+def cells(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+    """Every cell once, in random order; a last batch may be smaller."""
+    order = rng.permutation(len(layout.rows))
+    for start in range(0, len(order), batch_size):
+        yield Rows(layout.rows[order[start : start + batch_size]])
+
+
+def pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+    """Every perturbed cell once, each with a random control cell of the same covariates."""
+    controls = layout.controls()
+    targets = rng.permutation(np.flatnonzero(~layout.is_control))
+    for start in range(0, len(targets), batch_size):
+        target = targets[start : start + batch_size]
+        source = np.array([controls[g][rng.integers(len(controls[g]))] for g in layout.group[target]])
+        yield Rows(layout.rows[target], layout.rows[source])
+
+
+def sets(layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size: int = 64) -> Iterator[Rows]:
+    """Cells of one condition in sets, each set with a set of control cells of the same covariates.
+
+    Every cell of a condition is used at least once; a short last set is filled by drawing from itself with
+    replacement. Controls are drawn without replacement where there are enough of them. `batch_size` counts cells.
+    """
+    controls = layout.controls()
+    chunks = []
+    for condition in np.unique(layout.condition):
+        members = rng.permutation(np.flatnonzero(layout.condition == condition))
+        for start in range(0, len(members), set_size):
+            chunk = members[start : start + set_size]
+            chunks.append(np.concatenate([chunk, rng.choice(chunk, set_size - len(chunk))]))
+    rng.shuffle(chunks)
+    per_batch = max(batch_size // set_size, 1)
+    for start in range(0, len(chunks), per_batch):
+        target = np.concatenate(chunks[start : start + per_batch])
+        pools = [controls[g] for g in layout.group[target[::set_size]]]
+        source = np.concatenate([rng.choice(pool, set_size, replace=len(pool) < set_size) for pool in pools])
+        yield Rows(layout.rows[target], layout.rows[source], set_size)
+
+
+def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+    """Every cell after the first time point once, each with a random cell of its group at the time point before."""
+    if layout.time is None:
+        raise ValueError("time pairs need a Design with time=; name the column of obs that holds time")
+    earlier = {}
+    for g in np.unique(layout.group):
+        in_group = layout.group == g
+        times = np.unique(layout.time[in_group])
+        for before, now in zip(times[:-1], times[1:], strict=True):
+            earlier[int(g), now] = np.flatnonzero(in_group & (layout.time == before))
+    keys = zip(layout.group.tolist(), layout.time.tolist(), strict=True)
+    targets = rng.permutation([i for i, key in enumerate(keys) if key in earlier])
+    for start in range(0, len(targets), batch_size):
+        target = targets[start : start + batch_size]
+        pools = [earlier[int(layout.group[i]), layout.time[i]] for i in target]
+        source = np.array([pool[rng.integers(len(pool))] for pool in pools])
+        yield Rows(layout.rows[target], layout.rows[source])
+
+
+SAMPLERS = {"cells": cells, "pairs": pairs, "sets": sets, "time_pairs": time_pairs}
