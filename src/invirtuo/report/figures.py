@@ -20,7 +20,7 @@ LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000
 MAX_ROWS, MAX_COLUMNS, MAX_POINTS = 12, 6, 4000
 
 
-def panels(table: pd.DataFrame) -> tuple[str, str]:
+def panels(table: pd.DataFrame) -> tuple[str, int, str]:
     """Small multiples of cells on two principal components: a row per condition, a column per model.
 
     Parameters
@@ -31,7 +31,7 @@ def panels(table: pd.DataFrame) -> tuple[str, str]:
 
     Returns
     -------
-    The picture, and a note on what was left out ("" if nothing).
+    The picture, its number of columns, and a note on what was left out ("" if nothing).
     """
     predicted = table[table["kind"] == "predicted"]
     models = list(dict.fromkeys(predicted["model"]))
@@ -50,7 +50,7 @@ def panels(table: pd.DataFrame) -> tuple[str, str]:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9, markerscale=4)
     left_out = [(len(conditions) - len(rows), "conditions"), (len(models) - len(columns), "models")]
     note = " and ".join(f"{n} more {what}" for n, what in left_out if n > 0)
-    return _png(figure), f"{note} not drawn" if note else ""
+    return _png(figure), len(columns), f"{note} not drawn" if note else ""
 
 
 def curves(history: pd.DataFrame) -> str:

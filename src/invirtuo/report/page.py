@@ -61,12 +61,13 @@ def write_report(
     folder = Path(results)
     scores, run = _scores(folder / "scores.csv"), _run(folder / "run.json")
     cells, history = _panels(folder), _history(folder / "history.csv")
-    picture, left_out = panels(cells) if cells is not None else ("", "")
+    picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
     page = _template().render(
         title=title or run.pop("title", None) or "How well were the cells predicted?",
         subtitle=" · ".join(str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)),
         sections=_sections(scores, run.get("baselines", BASELINES), run.get("floor", FLOOR)),
         panels=picture,
+        panels_columns=n_columns,
         panels_note=left_out,
         curves=curves(history) if history is not None else "",
         notes=_notes(run),

@@ -1,0 +1,35 @@
+"""Fixtures for all tests: toy cells, their design, and real files where they are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import invirtuo as iv
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def toy():
+    """Raw counts of 600 cells with planted effects; a fresh object for each test."""
+    return iv.datasets.toy()
+
+
+@pytest.fixture
+def design(toy):
+    return iv.Design.from_adata(toy, perturbation="perturbation", control="control", covariates=["cell_type"])
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Give a function that maps a name to its path in the folder of real data beside the checkout, or skips."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"needs {name} in the folder shared/ beside the checkout")
+        return path
+
+    return find
