@@ -1,0 +1,19 @@
+"""Settings of the documentation."""
+
+import importlib.metadata
+
+project = "invirtuo"
+author = "The invirtuo authors"
+copyright = "2026, The invirtuo authors"
+version = release = importlib.metadata.version("invirtuo")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+exclude_patterns = ["generated"]
+
+html_theme = "furo"
+html_title = "invirtuo"
