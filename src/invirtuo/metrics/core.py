@@ -167,10 +167,10 @@ class _Comparison:
 
     def matrix(self, pair: Pair, group: str) -> np.ndarray:
         views = pair.view(self.on, "pred", group), pair.view(self.on, "real", group)
-        return pair.once(("matrix", self.name, group), lambda: np.asarray(self.pairwise(*views), dtype=float))
+        return pair.once(("matrix", "pred", self.name, group), lambda: np.asarray(self.pairwise(*views), dtype=float))
 
     def values(self, pair: Pair, group: str) -> np.ndarray:
-        if pair.has(("matrix", self.name, group)):
+        if pair.has(("matrix", "pred", self.name, group)):
             return np.diagonal(self.matrix(pair, group))
         views = zip(pair.view(self.on, "pred", group), pair.view(self.on, "real", group), strict=True)
         return np.array([float(self.function(pred, real)) for pred, real in views])
@@ -238,13 +238,23 @@ class Pair:
         pair._skip(single)
         return pair
 
+    def against(self, pred: AnnData | str | Path) -> Pair:
+        """Another prediction of the same real data; what was computed of the real data is not computed again."""
+        real = self._cells["real"]
+        pair = type(self).__new__(type(self))
+        controls = self._control_side["pred"]
+        pair._setup(self.design, _Cells("pred", pred, self.design, genes=real.genes), real, self.n_pcs, controls)
+        pair._of_real = self._of_real
+        return pair
+
     def _setup(self, design: Design, pred: _Cells, real: _Cells, n_pcs: int, controls: str) -> None:
         self.design = design
         self.n_pcs = n_pcs
         self.genes = real.genes
         self._cells = {"pred": pred, "real": real}
         self._control_side: dict[str, Side] = {"pred": "real" if controls == "real" else "pred", "real": "real"}
-        self._cache: dict = {}
+        self._of_real: dict = {}
+        self._of_pair: dict = {}
         both = [name for name in real.rows if name in pred.rows]
         if not both:
             raise ValueError(
@@ -325,14 +335,21 @@ class Pair:
         return self.once(("view", name, side, condition), lambda: VIEWS[name](self, side, condition))
 
     def once(self, key: tuple, compute: Callable):
-        """The value kept under a key; computed when it is first asked for."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
+        """The value kept under a key; computed when it is first asked for.
+
+        The key names "pred" if the value depends on the prediction; all else is shared by :meth:`against`.
+        """
+        cache = self._cache(key)
+        if key not in cache:
+            cache[key] = compute()
+        return cache[key]
 
     def has(self, key: tuple) -> bool:
         """Whether a value is kept under a key."""
-        return key in self._cache
+        return key in self._cache(key)
+
+    def _cache(self, key: tuple) -> dict:
+        return self._of_pair if "pred" in key else self._of_real
 
     def _read_control(self, side: Side, group: str):
         cells = self._cells[self._control_side[side]]
