@@ -219,6 +219,13 @@ def test_a_new_metric_is_one_function(reference):
     assert table["largest_gap_rank"].between(0, 1).all()
 
 
+def test_a_rank_needs_a_view():
+    record = {"label": "x", "direction": "lower", "range": (0, 1), "best": 0, "definition": "x", "reference": "x"}
+    with pytest.raises(ValueError, match="ranked=True needs a view"):
+        metric("nothing", **record, ranked=True)(len)
+    assert "nothing" not in METRICS
+
+
 def test_a_new_metric_may_see_a_whole_group():
     """One number per group, as metrics over effect sizes need it."""
 

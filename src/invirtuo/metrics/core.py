@@ -136,7 +136,9 @@ def metric(
     """
 
     def register(function: Callable) -> Callable:
-        compare = _Comparison(name, on, function, pairwise or _each_pair(function))
+        if on is None and ranked:
+            raise ValueError(f"metric {name!r}: ranked=True needs a view to compare; name it with on=")
+        compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
         METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default)
         if ranked:
@@ -161,7 +163,7 @@ class _Comparison:
     """Values of a function on a view: for each condition, or for all pairs of a group."""
 
     name: str
-    on: str | None
+    on: str
     function: Callable
     pairwise: Callable
 
