@@ -13,7 +13,7 @@ from scipy import sparse
 
 from invirtuo.batch import Batch
 from invirtuo.design import Design
-from invirtuo.preprocess import check_genes, check_values
+from invirtuo.preprocess import TOTAL, check_genes, check_values
 from invirtuo.samplers import Layout, Rows, Sampler
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
 
 def _size_factors(adata: AnnData, matrix: sparse.csr_matrix, train: np.ndarray) -> np.ndarray:
     """Depth of each cell over the median depth of the training cells."""
-    if "size_factor" in adata.obs:
-        depth = adata.obs["size_factor"].to_numpy(np.float64)
+    if TOTAL in adata.obs:
+        depth = adata.obs[TOTAL].to_numpy(np.float64)
     else:
         counts = adata.layers["counts"] if "counts" in adata.layers else matrix
         depth = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()

@@ -251,6 +251,7 @@ class Model(nn.Module):
             batch_size=batch_size,
         )
         pool = self._pool(controls)
+        fitting.keep_freed_memory()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.eval().to(device)
         bf16 = precision == "bf16" or (precision == "auto" and fitting.bf16_pays())

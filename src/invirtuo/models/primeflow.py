@@ -231,7 +231,7 @@ class PRiMeFlow(Model):
     PRESETS = {
         "default": Preset(Config(), FitConfig(steps=3000, batch_size=256, lr=2e-3, clip=1.0, betas=(0.9, 0.99)), "ours"),
         "small": Preset(
-            replace(_PAPER, hidden_dim=32, channel_mult=(1, 2, 2), num_heads=4, attention_resolutions=(4,), dropout=0.0,
+            replace(_PAPER, hidden_dim=32, channel_mult=(1, 2, 2, 4), num_heads=2, attention_resolutions=(8,), dropout=0.0,
                     solver="ab2", steps=20),
             FitConfig(steps=1000, batch_size=64, lr=1e-3), "ours, the U-Net for a CPU"),
         "srivatsan20": Preset(_PAPER, replace(_PAPER_FIT, batch_size=54), "table 10"),

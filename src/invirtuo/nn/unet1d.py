@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from invirtuo.nn.norm import group_norm_silu
+
 __all__ = ["UNet1d"]
 
 
@@ -138,16 +140,24 @@ class Conv3(nn.Conv2d):
 
 
 class GroupNormAct(nn.GroupNorm):
-    """GroupNorm with 32 groups (fewer where the width asks for it), then SiLU."""
+    """GroupNorm with 32 groups (fewer where the width asks for it) of x + shift, then SiLU."""
 
     def __init__(self, channels: int, *, activation: bool = True):
         groups = next(n for n in range(min(32, channels), 0, -1) if channels % n == 0)
         super().__init__(groups, channels, eps=1e-5)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = super().forward(x)  # statistics are accumulated in fp32, also for bf16 input
-        return F.silu(h, inplace=not torch.is_grad_enabled()) if self.activation else h
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """x (n, c, 1, m), shift (n, c) -> (n, c, 1, m)."""
+        if x.device.type == "cpu":
+            positions = x.squeeze(2).transpose(1, 2)  # (n, m, c), contiguous in channels-last memory
+            h = group_norm_silu(
+                positions, self.weight, self.bias, self.num_groups, shift, eps=self.eps, silu=self.activation
+            )
+            return h.transpose(1, 2).unsqueeze(2)
+        x = x if shift is None else x + shift.to(x.dtype)[:, :, None, None]
+        h = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.silu(h) if self.activation else h
 
 
 class ResBlock(nn.Module):
@@ -166,12 +176,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(self.norm_in(x))
-        e = self.embed(embedding).to(h.dtype)[:, :, None, None]
+        e = self.embed(embedding)
         if self.film:
-            scale, shift = e.chunk(2, dim=1)
+            scale, shift = e.to(h.dtype)[:, :, None, None].chunk(2, dim=1)
             h = F.silu(self.norm_out(h) * (1 + scale) + shift)
         else:
-            h = self.norm_out(h + e)
+            h = self.norm_out(h, e)
         return _pointwise(self.skip, x) + self.conv_out(self.dropout(h))
 
 
