@@ -230,6 +230,7 @@ def test_headline_admits_that_baselines_win(scores):
     text = headline(score_table(scores))
     assert text.startswith("ridge is best in 2 of 2 scores")
     assert "No model beats the simple baselines overall." in text
+    assert "the best other baseline (no_change)" in text
 
 
 def test_headline_of_one_model(scores):

@@ -94,6 +94,8 @@ def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
         cells = table[here & (table["kind"] == kind)]
         if len(cells) > MAX_POINTS:
             cells = cells.sample(MAX_POINTS, random_state=0)
+        if kind == "predicted" and cells[["pc1", "pc2"]].std().max() < 1e-3 * table[["pc1", "pc2"]].std().max():
+            size, alpha = 45, 1.0  # one profile for all cells: a dot that can be seen
         label = {"background": "all cells", "real": "real perturbed cells", "predicted": "predicted cells"}[kind]
         ax.scatter(cells["pc1"], cells["pc2"], s=size, color=color, alpha=alpha, linewidths=0, label=label)
     ax.set_xticks([])

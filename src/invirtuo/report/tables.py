@@ -211,7 +211,8 @@ def _gap(table: ScoreTable, first: str, kinds: dict[str, str]) -> str:
     parts = []
     if len(best):
         name = best.idxmin() if column.direction == "lower" else best.idxmax()
-        parts.append(f"the best baseline ({name}) {number(best[name])}")
+        which = "best other" if kinds[first] == "baseline" else "best"
+        parts.append(f"the {which} baseline ({name}) {number(best[name])}")
     floor = [name for name, kind in kinds.items() if kind == "floor" and name in values.index]
     if floor:
         parts.append(f"real cells against real cells {number(values[floor[0]])}")
