@@ -138,7 +138,6 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             accelerator=config.accelerator,
             devices=config.devices,
             precision="bf16-mixed" if use_bf16(config) else "32-true",
-            gradient_clip_val=config.clip or None,
             accumulate_grad_batches=config.accumulate,
             callbacks=callbacks,
             logger=loggers or False,
@@ -261,6 +260,10 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
             self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()}, prog_bar=True)
             self._losses = losses
             return losses["total"]
+
+        def on_before_optimizer_step(self, optimizer):
+            if config.clip:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
 
         def on_train_batch_end(self, outputs, batch, batch_index):
             if (batch_index + 1) % config.accumulate:

@@ -1,0 +1,367 @@
+"""The command line: one verb, one call of the Python API.
+
+Exit code 0 on success, 2 on bad input with one message on standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="invirtuo",
+    help="Train, sample and judge generative models of how single cells answer to perturbations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Perturbation = Annotated[str, typer.Option(help="Column of obs with the perturbation labels.")]
+Control = Annotated[str, typer.Option(help="Label of the control cells in that column.")]
+Covariate = Annotated[list[str] | None, typer.Option(help="Covariate column of obs; may be given several times.")]
+Separator = Annotated[str, typer.Option(help="Joins the parts of a combination.")]
+Out = Annotated[Path, typer.Option(help="Where the result goes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no summary.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of split, fits and samples.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Scales the training to about this long on two cores.")] = 5.0,
+    quiet: Quiet = False,
+) -> None:
+    """Run the main job on the bundled cells and write a report."""
+    from invirtuo.bench import demo as run
+
+    scores = run(out, seed=seed, minutes=minutes, progress=not quiet)
+    if not quiet:
+        _print_scores(scores)
+        typer.echo(f"\nreport: {out / 'report.html'}")
+
+
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets or splits.")]) -> None:
+    """List what there is, with one line on each."""
+    from invirtuo import datasets, metrics, models, splits
+
+    def first_line(thing: Any) -> str:
+        return (thing.__doc__ or "").strip().splitlines()[0]
+
+    tables = {
+        "models": lambda: [
+            (name, first_line(model), f"presets: {', '.join(model.PRESETS) or '-'}")
+            for name, model in models.MODELS.items()
+        ],
+        "metrics": lambda: [
+            (name, record.definition, f"{record.direction} is better") for name, record in metrics.METRICS.items()
+        ],
+        "datasets": lambda: [
+            (str(name), row["title"], "here" if row["here"] else f"needs {row['file']}")
+            for name, row in datasets.describe().iterrows()
+        ],
+        "splits": lambda: [(name, first_line(split), "") for name, split in splits.SPLITS.items()],
+    }
+    if what not in tables:
+        raise ValueError(f"cannot list {what!r}; expected one of {', '.join(tables)}")
+    _print_rows(tables[what]())
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="h5ad file.")],
+    perturbation: Perturbation,
+    control: Control,
+    covariate: Covariate = None,
+    separator: Separator = "+",
+) -> None:
+    """Say what is in a file, and what would go wrong with it; exit code 2 if something would."""
+    from invirtuo import preprocess
+    from invirtuo.design import Design
+    from invirtuo.files import read_h5ad
+
+    adata = read_h5ad(data)
+    design = Design.from_adata(
+        adata, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+    )
+    findings = preprocess.check(adata, design)
+    _print_rows([tuple(str(value) for value in row) for row in findings.itertuples(index=False)])
+    if (findings["level"] == "error").any():
+        _fail(f"{data}: {int((findings['level'] == 'error').sum())} error(s), listed above")
+
+
+@app.command()
+def prepare(
+    data: Annotated[Path, typer.Argument(help="h5ad file with raw counts.")],
+    out: Annotated[Path, typer.Argument(help="h5ad file to write.")],
+    n_genes: Annotated[int | None, typer.Option(help="Number of variable genes to keep; all if not given.")] = None,
+    size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer that holds the raw counts, if not X.")] = None,
+    split: Annotated[Path | None, typer.Option(help="Split file; genes are chosen on its training cells.")] = None,
+    knockdown: Annotated[bool, typer.Option("--knockdown", help="Keep only cells that show the knock-down.")] = False,
+    perturbation: Annotated[str | None, typer.Option(help="Needed for --knockdown.")] = None,
+    control: Annotated[str | None, typer.Option(help="Needed for --knockdown.")] = None,
+    covariate: Covariate = None,
+) -> None:
+    """Normalise raw counts to log1p(CP10k), choose genes, filter knock-downs."""
+    from invirtuo import preprocess, splits
+    from invirtuo.design import Design
+    from invirtuo.files import read_h5ad, writing
+
+    adata = read_h5ad(data)
+    parts = None if split is None else splits.from_csv(split, adata.obs)
+    prepared = preprocess.normalize(adata, n_genes=n_genes, size_factor=size_factor, layer=layer, split=parts)
+    if knockdown:
+        if perturbation is None or control is None:
+            raise ValueError("--knockdown needs --perturbation and --control")
+        design = Design.from_adata(
+            prepared, perturbation=perturbation, control=control, covariates=covariate or []
+        )
+        prepared = preprocess.knockdown(prepared, design)
+    with writing(out) as path:
+        prepared.write_h5ad(path, compression="gzip")
+    typer.echo(f"{out}: {prepared.n_obs:,} cells x {prepared.n_vars:,} genes")
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Name of a model; see `invirtuo list models`.")],
+    data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
+    perturbation: Perturbation,
+    control: Control,
+    out: Out,
+    covariate: Covariate = None,
+    dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
+    separator: Separator = "+",
+    split: Annotated[str | None, typer.Option(help="Name of a split (see `invirtuo list splits`) or a file.csv.")] = None,
+    hold_out: Annotated[list[str] | None, typer.Option(help="Condition to hold out, or covariate=value.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the model's Config.")] = None,
+    fit_set: Annotated[list[str] | None, typer.Option(help="field=value of the FitConfig.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a model and save it as a folder."""
+    from invirtuo.design import Design
+    from invirtuo.files import read_h5ad
+    from invirtuo.models import MODELS
+
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    adata = read_h5ad(data)
+    design = Design.from_adata(
+        adata, perturbation=perturbation, control=control, covariates=covariate or [], dose=dose, separator=separator
+    )
+    parts = _split(adata.obs, design, split, hold_out)
+    base = MODELS[model](design, adata.var_names, preset)
+    fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
+    fitted.preset = preset
+    config = _with_fields(base.fit_config, [*(fit_set or []), *(["progress=false"] if quiet else [])])
+    fitted.fit(adata, split=parts, config=config, folder=out / "checkpoints", resume=resume)
+    fitted.save(out)
+    if not quiet:
+        typer.echo(f"saved: {out}")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a fitted model.")],
+    out: Out,
+    conditions: Annotated[str, typer.Option(help="FILE.csv with one row per condition, or test, or val.")] = "test",
+    n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells per condition.")] = 1000,
+    guidance: Annotated[float, typer.Option(help="Weight of classifier-free guidance; 1 is none.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver; the model's own if not given.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, ab2 or rk4.")] = None,
+    seed: int = 0,
+    controls: Annotated[Path | None, typer.Option(help="h5ad with control cells to start from.")] = None,
+    clamp_min: Annotated[float | None, typer.Option(help="Raise values below this to it.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw cells for conditions from a fitted model."""
+    from invirtuo.files import read_h5ad, writing
+    from invirtuo.models import load
+
+    wanted = conditions if conditions in ("test", "val") else _read_csv(Path(conditions))
+    predicted = load(run).predict(
+        wanted,
+        n_cells=n_cells,
+        guidance=guidance,
+        steps=steps,
+        solver=solver,
+        seed=seed,
+        controls=None if controls is None else read_h5ad(controls),
+        clamp_min=clamp_min,
+        progress=not quiet,
+    )
+    with writing(out) as path:
+        predicted.write_h5ad(path, compression="gzip")
+    if not quiet:
+        typer.echo(f"{out}: {predicted.n_obs:,} cells")
+
+
+@app.command()
+def evaluate(
+    pred: Annotated[Path, typer.Argument(help="h5ad with predicted cells.")],
+    real: Annotated[Path, typer.Argument(help="h5ad with real cells, controls among them.")],
+    perturbation: Perturbation,
+    control: Control,
+    out: Out,
+    covariate: Covariate = None,
+    separator: Separator = "+",
+    metrics: Annotated[str | None, typer.Option(help="Names joined by commas; see `invirtuo list metrics`.")] = None,
+    n_pcs: Annotated[int, typer.Option(help="Principal components of mmd_pca.")] = 30,
+    controls: Annotated[str, typer.Option(help="real: the real controls on both sides; pred: each file's own.")] = "real",
+    quiet: Quiet = False,
+) -> None:
+    """Score predicted cells against real cells; writes a tidy CSV."""
+    import invirtuo
+    from invirtuo.files import read_h5ad, writing
+
+    reality = read_h5ad(real)
+    design = invirtuo.Design.from_adata(
+        reality, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+    )
+    names = metrics.split(",") if metrics else None
+    if controls not in ("real", "pred"):
+        raise ValueError(f"--controls is {controls!r}; expected real or pred")
+    scores = invirtuo.evaluate(read_h5ad(pred), reality, design, names, n_pcs=n_pcs, controls=controls)  # type: ignore[arg-type]
+    with writing(out) as path:
+        scores.to_csv(path, index=False)
+    if not quiet:
+        _print_scores(scores.assign(model=pred.stem))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder with scores.csv.")],
+    out: Out = Path("report.html"),
+) -> None:
+    """Write one HTML page about a folder of results."""
+    from invirtuo.report import write_report
+
+    typer.echo(f"report: {write_report(results, out)}")
+
+
+def main() -> NoReturn:
+    """Run the command line; bad input ends with exit code 2 and one message."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        if _is_usage(error):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        if isinstance(error, (ValueError, FloatingPointError, OSError, MemoryError)):
+            _fail(str(error) or type(error).__name__)
+        raise
+    sys.exit(0)
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether click or typer raised it about the command line itself."""
+    return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"invirtuo: {message}", err=True)
+    sys.exit(2)
+
+
+def _split(obs, design, split: str | None, hold_out: list[str] | None):
+    """The split that --split or --hold-out asks for; None trains on all cells."""
+    from invirtuo import splits
+
+    if split and hold_out:
+        raise ValueError("--split and --hold-out exclude each other; give one of them")
+    if hold_out:
+        return splits.hold_out(obs, design, [_condition(text) for text in hold_out])
+    if split is None:
+        return None
+    if Path(split).suffix == ".csv" or Path(split).is_file():
+        return splits.from_csv(Path(split), obs)
+    choices = {name: function for name, function in splits.SPLITS.items() if name in ("transfer", "combine", "combine_inverse")}
+    if split not in choices:
+        raise ValueError(f"--split is {split!r}; expected a file.csv or one of {', '.join(choices)}; or use --hold-out")
+    return choices[split](obs, design)
+
+
+def _condition(text: str) -> str | dict[str, str]:
+    """``cell_type=B cell`` as a mapping, anything else as the name of a condition."""
+    column, equals, value = text.partition("=")
+    return {column: value} if equals else text
+
+
+def _with_fields(config: Any, assignments: list[str] | None) -> Any:
+    """A Config with fields replaced by ``field=value``; unknown fields and wrong types are errors."""
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for text in assignments or []:
+        name, equals, value = text.partition("=")
+        if not equals or name not in hints:
+            raise ValueError(f"cannot set {text!r}; expected field=value with a field of {', '.join(hints)}")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        changes[name] = _fitting(name, parsed, getattr(config, name))
+    return dataclasses.replace(config, **changes)
+
+
+def _fitting(name: str, value: Any, like: Any) -> Any:
+    """The value in the type of the field."""
+    if isinstance(like, bool) and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}; expected true or false")
+    if isinstance(like, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if like is not None and not isinstance(value, type(like)):
+        raise ValueError(f"{name}={value!r}; expected a value like {like!r}")
+    return value
+
+
+def _read_csv(path: Path):
+    import pandas as pd
+
+    if not path.is_file():
+        raise ValueError(f"--conditions: {path} does not exist; expected a CSV file, test or val")
+    try:
+        return pd.read_csv(path, dtype=str)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV table: {error}") from error
+
+
+def _print_scores(scores) -> None:
+    """Mean over conditions, a row per model."""
+    table = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", sort=False)
+    _print_rows([(str(name), *(f"{value:.3f}" for value in row)) for name, row in zip(table.index, table.to_numpy(), strict=True)],
+                header=("model", *map(str, table.columns)))  # fmt: skip
+
+
+def _print_rows(rows, header: tuple[str, ...] | None = None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = [tuple(escape(str(value)) for value in row) for row in rows]
+    if not rows:
+        return
+    table = Table(show_header=header is not None, box=None, pad_edge=False)
+    for name in header or [""] * len(rows[0]):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
