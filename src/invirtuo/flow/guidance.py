@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,17 +29,18 @@ def guided(
     weight
         Guidance weight; 1 is no guidance, 0 the unconditional velocity.
     interval
-        Guide only for interval[0] <= t < interval[1].
+        Guide only for interval[0] <= t < interval[1]; an interval that ends at 1 includes 1.
 
     References
     ----------
     Ho and Salimans 2022, arXiv:2207.12598, equation 6; interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
     """
+    start, end = interval[0], interval[1] if interval[1] < 1 else math.inf
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         n = len(x)
         keep = torch.zeros(n, dtype=torch.bool, device=x.device)
-        if weight == 1 or not interval[0] <= float(t) < interval[1]:
+        if weight == 1 or not start <= float(t) < end:
             return velocity(x, t, keep)
         both = velocity(torch.cat([x, x]), t, torch.cat([keep, ~keep]))
         return both[n:] + weight * (both[:n] - both[n:])

@@ -109,8 +109,9 @@ def gaussian_velocity(
     variance = a**2 + (b * sd) ** 2 + sigma**2
     covariance = a * da + b * db * sd**2
     velocity = db * mean + covariance / variance * (xt - b * mean)
-    left = da**2 + (db * sd) ** 2 - covariance**2 / variance
-    return velocity, left.clamp_min(0).sqrt()
+    # da^2 + (db sd)^2 - covariance^2 / variance, written so that genes with a small sd lose no digits
+    left = ((a * db - b * da) ** 2 * sd**2 + sigma**2 * (da**2 + (db * sd) ** 2)) / variance
+    return velocity, left.sqrt()
 
 
 def _sample(coefficients, x0: Tensor, x1: Tensor, t: Tensor, sigma: float, generator) -> PathSample:
