@@ -1,0 +1,139 @@
+"""Contract tests over SAMPLERS, and the rules of each sampler."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import invirtuo as iv
+from invirtuo.samplers import SAMPLERS, Layout, cells, pairs, sets, time_pairs
+
+
+@pytest.fixture
+def timed():
+    """60 cells, 2 groups, 3 time points; group "y" lacks the middle one. No perturbed cells at time 0."""
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {"p": rng.choice(["ctrl", "a"], 60), "cell": ["x"] * 40 + ["y"] * 20, "hours": np.arange(60) % 3}
+    )
+    obs.loc[(obs["cell"] == "y") & (obs["hours"] == 1), "hours"] = 2
+    obs.index = obs.index.map(str)
+    design = iv.Design.from_adata(obs, perturbation="p", control="ctrl", covariates=["cell"], time="hours")
+    return obs, design
+
+
+@pytest.fixture
+def layout(toy, design):
+    rows = np.sort(np.random.default_rng(1).permutation(toy.n_obs)[:437])  # not all, so that rows and positions differ
+    return Layout.of(toy.obs, design, rows)
+
+
+def run(sampler, layout, size, seed=0, **options):
+    return list(sampler(layout, size, np.random.default_rng(seed), **options))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_same_seed_same_batches(name, timed):
+    obs, design = timed
+    layout = Layout.of(obs, design, np.arange(60))
+    first, second, other = (run(SAMPLERS[name], layout, 16, seed) for seed in (3, 3, 4))
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.target, b.target)
+        assert (a.source is None) == (b.source is None)
+        if a.source is not None:
+            np.testing.assert_array_equal(a.source, b.source)
+            assert len(a.source) == len(a.target)
+    assert not np.array_equal(np.concatenate([r.target for r in first]), np.concatenate([r.target for r in other]))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_come_from_the_layout(name, timed):
+    obs, design = timed
+    rows = np.arange(5, 55)
+    for batch in run(SAMPLERS[name], Layout.of(obs, design, rows), 16):
+        assert np.isin(batch.target, rows).all()
+        assert batch.source is None or np.isin(batch.source, rows).all()
+
+
+def test_layout(toy, design, layout):
+    obs = toy.obs.iloc[layout.rows]
+    assert [layout.group_names[g] for g in layout.group] == obs["cell_type"].astype(str).tolist()
+    np.testing.assert_array_equal(layout.is_control, obs["perturbation"] == "control")
+    names = design.names(obs).to_numpy()
+    assert len({*zip(names, layout.condition, strict=True)}) == len(set(names)) == layout.condition.max() + 1
+    assert layout.time is None
+
+
+def test_cells_covers_every_cell_once(layout):
+    batches = run(cells, layout, 100)
+    assert [len(batch.target) for batch in batches] == [100, 100, 100, 100, 37]
+    assert all(batch.source is None and batch.set_size == 1 for batch in batches)
+    np.testing.assert_array_equal(np.sort(np.concatenate([batch.target for batch in batches])), layout.rows)
+
+
+def test_pairs_cover_perturbed_cells_and_share_covariates(toy, design, layout):
+    batches = run(pairs, layout, 64)
+    target = np.concatenate([batch.target for batch in batches])
+    source = np.concatenate([batch.source for batch in batches])
+    assert max(len(batch.target) for batch in batches) == 64
+    np.testing.assert_array_equal(np.sort(target), layout.rows[~layout.is_control])
+    assert design.is_control(toy.obs.iloc[source]).all()
+    np.testing.assert_array_equal(design.groups(toy.obs.iloc[target]), design.groups(toy.obs.iloc[source]))
+    assert len(np.unique(source)) > 0.8 * layout.is_control.sum()  # not a few controls again and again
+
+
+def test_pairs_without_controls(toy, design):
+    rows = np.flatnonzero(~((toy.obs["cell_type"] == "t_cell") & (toy.obs["perturbation"] == "control")))
+    with pytest.raises(ValueError, match=r"no control cells.*t_cell"):
+        run(pairs, Layout.of(toy.obs, design, rows), 64)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_sets(toy, design, layout, size):
+    """Sets of one condition, without overlap but for the filling of a short last set; controls of the same group."""
+    batches = run(sets, layout, 2 * size, set_size=size)
+    names, groups = design.names(toy.obs).to_numpy(), design.groups(toy.obs).to_numpy()
+    control = design.is_control(toy.obs)
+    found: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        assert batch.set_size == size and len(batch.target) in (size, 2 * size)
+        for target, source in zip(batch.target.reshape(-1, size), batch.source.reshape(-1, size), strict=True):
+            assert len(set(names[target])) == 1
+            assert control[source].all() and set(groups[source]) == set(groups[target])
+            found.setdefault(names[target[0]], []).append(target)
+            pool = (control & (groups == groups[target[0]]))[layout.rows].sum()
+            assert len(set(source)) == size if pool >= size else len(set(source)) <= pool
+    for name, chunks in found.items():
+        members = layout.rows[names[layout.rows] == name]
+        assert len(chunks) == -(-len(members) // size)  # a control condition has sets too
+        assert set(np.concatenate(chunks)) == set(members)  # all are used
+        full = [set(chunk) for chunk in chunks if len(set(chunk)) == size]
+        short = [set(chunk) for chunk in chunks if len(set(chunk)) < size]
+        assert len(short) <= 1
+        assert sum(map(len, full + short)) == len(members)  # no overlap: the filling is from the short set itself
+    assert set(found) == set(names[layout.rows])
+
+
+def test_sets_are_cut_anew_every_epoch(layout):
+    first, second = (np.concatenate([b.target for b in run(sets, layout, 32, s, set_size=32)]) for s in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_time_pairs(timed):
+    obs, design = timed
+    rows = np.arange(60)
+    batches = run(time_pairs, Layout.of(obs, design, rows), 8)
+    target = np.concatenate([batch.target for batch in batches])
+    source = np.concatenate([batch.source for batch in batches])
+    np.testing.assert_array_equal(np.sort(target), np.flatnonzero(obs["hours"] > 0))
+    before = {("x", 1): 0, ("x", 2): 1, ("y", 2): 0}
+    for now, then in zip(target, source, strict=True):
+        assert obs["cell"].iloc[now] == obs["cell"].iloc[then]
+        assert obs["hours"].iloc[then] == before[obs["cell"].iloc[now], obs["hours"].iloc[now]]
+
+
+def test_time_pairs_need_time(layout):
+    with pytest.raises(ValueError, match="need a Design with time="):
+        run(time_pairs, layout, 8)
