@@ -116,9 +116,14 @@ class CellDataset:
         return table.reset_index(drop=True), mean, variance, counts
 
     def fingerprint(self) -> str:
-        """Short hash of genes, labels and values, to tell one data set from another."""
+        """Short hash of genes, labels and values, to tell one data set from another, however it is stored."""
         digest = hashlib.blake2b(digest_size=8)
-        for array in (self.matrix.data, self.matrix.indices, self.matrix.indptr.astype(np.int64)):
+        matrix = self.matrix
+        if not matrix.has_canonical_format or not matrix.data.all():
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
+            matrix.eliminate_zeros()
+        for array in (matrix.data, matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)):
             digest.update(np.ascontiguousarray(array).data)
         for text in (*self.genes, *self.design.names(self.obs)):
             digest.update(str(text).encode() + b"\0")
