@@ -80,11 +80,11 @@ class PseudobulkAnchor(nn.Module):
         control = condition.is_control
         if not control.any():
             raise ValueError("the training cells hold no control cells; anchored conditioning needs them")
-        weight = n_cells[control, None].to(mean)
-        overall = (mean[control] * weight).sum(0) / weight.sum()
-        spread = ((variance[control] + (mean[control] - overall) ** 2) * weight).sum(0) / weight.sum()
-        control_mean, control_var = overall.repeat(len(self.control_mean), 1), spread.repeat(len(self.control_mean), 1)
-        control_mean[group[control]], control_var[group[control]] = mean[control], variance[control]
+        everywhere = _pooled(mean[control], variance[control], n_cells[control])
+        control_mean, control_var = (value.repeat(len(self.control_mean), 1) for value in everywhere)
+        for k in group[control].unique().tolist():  # with time or dose, several control conditions per group
+            rows = control & (group == k)
+            control_mean[k], control_var[k] = _pooled(mean[rows], variance[rows], n_cells[rows])
         self.control_mean = control_mean.float()
         self.control_sd = control_var.sqrt().float()
         self.effects = (mean[~control] - control_mean[group[~control]]).float()
@@ -154,3 +154,10 @@ class PseudobulkAnchor(nn.Module):
             weights = torch.stack([self._weights(m, k, bandwidth) for m, k in pairs])
             errors.append(float((weights @ self.effects - self.effects).square().sum()))
         return candidates[errors.index(min(errors))]
+
+
+def _pooled(mean: Tensor, variance: Tensor, n_cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (g,) over all cells of several conditions."""
+    weight = n_cells[:, None].to(mean)
+    overall = (mean * weight).sum(0) / weight.sum()
+    return overall, ((variance + (mean - overall) ** 2) * weight).sum(0) / weight.sum()

@@ -44,7 +44,7 @@ class GenewiseVelocity(nn.Module):
         Dropout in the network that reads the whole cell.
     """
 
-    def __init__(  # noqa: PLR0913 - the network's own hyperparameters
+    def __init__(
         self,
         n_genes: int,
         d_embedding: int,
@@ -73,7 +73,12 @@ class GenewiseVelocity(nn.Module):
         self.bias_out = nn.Parameter(torch.zeros(n_genes))
 
     def forward(
-        self, values: Tensor, cell: Tensor, embedding: Tensor, features: Tensor | None = None, genes: Tensor | None = None
+        self,
+        values: Tensor,
+        cell: Tensor,
+        embedding: Tensor,
+        features: Tensor | None = None,
+        genes: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the field.
 

@@ -15,7 +15,14 @@ __all__ = ["group_norm_silu"]
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None = None, *, eps: float = 1e-5, silu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    silu: bool = True,
 ) -> Tensor:
     """SiLU(GroupNorm(x + shift)).
 

@@ -49,7 +49,7 @@ class UNet1d(nn.Module):
     Dhariwal and Nichol 2021, arXiv:2105.05233, appendix; PRiMeFlow, section 3.1.
     """
 
-    def __init__(  # noqa: PLR0913 - the network's own hyperparameters
+    def __init__(
         self,
         in_channels: int,
         out_channels: int = 1,
