@@ -64,7 +64,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
     linear_fit = FitConfig(steps=max(int(500 * min(scale, 1)), 10), batch_size=512, lr=2e-2, ema=0.0, **common)
     entries = [
         Entry("primeflow", "primeflow", None, fit, {"progress": progress}),
-        Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 10}),
+        Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 8}),
         Entry("linear_additive", "linear_additive", None, linear_fit),
         Entry("perturbation_mean", "perturbation_mean", "profile"),
         Entry("perturbation_mean:shift", "perturbation_mean", "shift-cells"),
