@@ -90,6 +90,21 @@ def test_pairs_without_controls(toy, design):
         run(pairs, Layout.of(toy.obs, design, rows), 64)
 
 
+@pytest.mark.parametrize("sampler", [pairs, sets])
+def test_groups_without_controls_use_the_spare_ones(toy, design, sampler):
+    """Their own where there are some, those of the spare rows where there are none."""
+    lacks = (toy.obs["cell_type"] == "t_cell") & (toy.obs["perturbation"] == "control")
+    rows = np.flatnonzero(~lacks & (np.arange(600) < 300))
+    spare = np.arange(300, 600)
+    for batch in run(sampler, Layout.of(toy.obs, design, rows, spare), 64):
+        assert design.is_control(toy.obs.iloc[batch.source]).all()
+        np.testing.assert_array_equal(
+            design.groups(toy.obs.iloc[batch.target]), design.groups(toy.obs.iloc[batch.source])
+        )
+        t_cell = toy.obs["cell_type"].iloc[batch.source] == "t_cell"
+        assert np.isin(batch.source[t_cell], spare).all() and np.isin(batch.source[~t_cell], rows).all()
+
+
 @pytest.mark.parametrize("size", [16, 64])
 def test_sets(toy, design, layout, size):
     """Sets of one condition, without overlap but for the filling of a short last set; controls of the same group."""

@@ -66,8 +66,8 @@ class CellDataset:
         return np.flatnonzero(self.split == part)
 
     def layout(self, part: str = "train") -> Layout:
-        """What samplers may know of one part of the split."""
-        return Layout.of(self.obs, self.design, self.rows(part))
+        """What samplers may know of one part of the split; groups without controls there use those of training."""
+        return Layout.of(self.obs, self.design, self.rows(part), None if part == "train" else self.rows("train"))
 
     def batches(
         self, sampler: Sampler, batch_size: int, *, part: str = "train", seed: int | Sequence[int] = 0, skip: int = 0

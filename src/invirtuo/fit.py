@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import hashlib
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -78,9 +79,17 @@ class FitConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "accumulate"):
+        for name in ("steps", "batch_size", "accumulate", "val_batches", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("weight_decay", "warmup", "clip", "val_every", "patience"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; expected at least 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"FitConfig.lr is {self.lr}; expected a number above 0")
+        for name, values in {"ema": [self.ema], "betas": self.betas}.items():
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; expected at least 0 and below 1")
 
 
 def run(
@@ -137,7 +146,7 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             max_epochs=-1,
             accelerator=config.accelerator,
             devices=config.devices,
-            precision="bf16-mixed" if use_bf16(config) else "32-true",
+            precision="bf16-mixed" if training.bf16 else "32-true",
             accumulate_grad_batches=config.accumulate,
             callbacks=callbacks,
             logger=loggers or False,
@@ -213,7 +222,7 @@ class _Stream:
             epoch += 1
 
 
-def _training(model, dataset, config: FitConfig, folder: Path | None):
+def _training(model, dataset, config: FitConfig, folder: Path | None):  # noqa: C901 - a class, not one function
     """The Lightning module; made in a function so that importing this file does not import lightning."""
     import lightning
 
@@ -229,6 +238,7 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
             self.best, self.waited, self.stopped = math.inf, 0, False
             self.began, self.elapsed = time.perf_counter(), 0.0
             self.optimizer_state: dict[str, Any] | None = None
+            self.bf16 = use_bf16(config)
             self.loss_of = torch.compile(model.loss) if config.compile else model.loss
             self.best_weights: dict[str, Tensor] | None = None
 
@@ -242,6 +252,11 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
             optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
             if self.optimizer_state is not None:
                 optimizer.load_state_dict(self.optimizer_state)
+                for (
+                    parameter,
+                    state,
+                ) in optimizer.state.items():  # the fused step needs the memory layout of the weights
+                    state |= {k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if v.ndim}
             return optimizer
 
         def on_train_batch_start(self, batch, batch_index):
@@ -252,9 +267,10 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
             number = self.step * config.accumulate + batch_index % config.accumulate
             torch.manual_seed(_seed(config.seed, number, self.global_rank))
             losses = self.loss_of(batch)
-            if not torch.isfinite(losses["total"]):
+            total = float(losses["total"].detach())
+            if not math.isfinite(total):
                 raise FloatingPointError(
-                    f"the loss of {type(self.model).__name__} is {float(losses['total'])} at step {self.step}; "
+                    f"the loss of {type(self.model).__name__} is {total} at step {self.step}; "
                     "lower FitConfig.lr or check the scale of the data"
                 )
             self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()}, prog_bar=True)
@@ -293,7 +309,7 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
             }
             row |= {f"train_{k}": float(v.detach()) for k, v in self._losses.items()}
             if validates:
-                losses = validation_losses(self.kept, dataset, config, self.device)
+                losses = validation_losses(self.kept, dataset, config, self.device, bf16=self.bf16)
                 row |= {f"val_{k}": v for k, v in losses.items()}
                 if losses:
                     self.log_dict({f"val_{k}": v for k, v in losses.items()})
@@ -318,6 +334,9 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
             tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
             facts = {
                 "config": asdict(config),
+                "model": _identity(self.model),
+                "data": _data_hash(dataset),
+                "bf16": self.bf16,
                 "step": self.step,
                 "best": self.best,
                 "waited": self.waited,
@@ -332,10 +351,15 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
                 save_file(tensors, partial, metadata={"invirtuo": json.dumps(facts)})
 
         def restore(self, path: Path) -> None:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["invirtuo"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+            facts, tensors = _read(path)
             _check_same(facts["config"], config, path)
+            if facts["model"] != _identity(self.model):
+                raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
+            if facts["data"] != _data_hash(dataset):
+                raise ValueError(
+                    f"the checkpoint {path} was made with other data or another split; fit into a new folder"
+                )
+            self.bf16 = facts["bf16"]  # as measured when the fit began
             part = lambda name: {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}  # noqa: E731
             self.model.load_state_dict(part("model"))
             if self.average is not None:
@@ -359,23 +383,26 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):
 
 
 @torch.no_grad()
-def validation_losses(model: Model, dataset: CellDataset, config: FitConfig, device="cpu") -> dict[str, float]:
+def validation_losses(
+    model: Model, dataset: CellDataset, config: FitConfig, device="cpu", *, bf16: bool | None = None
+) -> dict[str, float]:
     """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells."""
     if not len(dataset.rows("val")):
         return {}
     was_training = model.training
     model.eval()
     totals: dict[str, float] = {}
-    n = 0
-    with torch.random.fork_rng(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=use_bf16(config)):
+    n_cells: dict[str, int] = {}
+    bf16 = use_bf16(config) if bf16 is None else bf16
+    with torch.random.fork_rng(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         torch.manual_seed(_seed(config.seed, 2**31, 0))
         batches = dataset.batches(SAMPLERS[model.sampler], config.batch_size, part="val", seed=config.seed)
         for _, batch in zip(range(config.val_batches), batches, strict=False):
             for name, value in model.loss(batch.to(device)).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
-            n += len(batch)
+                n_cells[name] = n_cells.get(name, 0) + len(batch)
     model.train(was_training)
-    return {name: value / n for name, value in totals.items()}
+    return {name: value / n_cells[name] for name, value in totals.items()}
 
 
 def learning_rate(config: FitConfig, step: int) -> float:
@@ -388,6 +415,28 @@ def learning_rate(config: FitConfig, step: int) -> float:
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What a checkpoint must agree with to belong to a model."""
+    facts = {"name": model.name, "config": asdict(model.config), "design": model.design.to_json(), "genes": model.genes}
+    return json.loads(json.dumps(facts))
+
+
+def _data_hash(dataset: CellDataset) -> str:
+    """Hash of cells and split."""
+    digest = hashlib.blake2b(dataset.fingerprint().encode(), digest_size=8)
+    digest.update("|".join(map(str, dataset.split)).encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of a checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["invirtuo"]), {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged ({error}); remove it and fit again") from error
 
 
 def _check_same(saved: dict[str, Any], config: FitConfig, path: Path) -> None:

@@ -155,7 +155,7 @@ class Model(nn.Module):
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split)
-        self.card = _card(self, dataset, config)
+        self.card = {}  # a fit that fails leaves an unfitted model
         self.prepare(dataset)
         if self.needs_source:
             self._controls = _control_pool(dataset)
@@ -167,8 +167,8 @@ class Model(nn.Module):
             self.history = fitting.run(
                 self, dataset, config, folder=folder, resume=resume, callbacks=callbacks, loggers=loggers
             )
-        self.eval()
-        return self
+        self.card = _card(self, dataset, config)
+        return self.eval()
 
     def _reset(self) -> None:
         """Draw the first weights anew, so that they depend on the seed of the fit alone."""

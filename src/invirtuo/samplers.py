@@ -6,8 +6,9 @@ A sampler is a function ``sampler(layout, batch_size, rng) -> Iterator[Rows]`` t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,8 @@ class Layout:
         (n,), time of each, or None.
     group_names
         Name of each group, for messages.
+    spare
+        Number of a group to the rows of control cells outside `rows`, for groups without control cells of their own.
     """
 
     rows: np.ndarray
@@ -52,25 +55,33 @@ class Layout:
     is_control: np.ndarray
     time: np.ndarray | None
     group_names: tuple[str, ...]
+    spare: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray) -> Layout:
-        """Read the layout of some rows of obs."""
-        obs = obs.iloc[rows]
-        group, group_names = pd.factorize(design.groups(obs), sort=True)
-        condition, _ = pd.factorize(design.names(obs), sort=True)
-        time = obs[design.time].to_numpy(float) if design.time else None
-        return cls(np.asarray(rows), group, condition, design.is_control(obs), time, tuple(map(str, group_names)))
+    def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray, spare: np.ndarray | None = None) -> Layout:
+        """Read the layout of some rows of obs; control cells among the `spare` rows help groups that have none."""
+        rows = np.asarray(rows)
+        part = obs.iloc[rows]
+        group, names = pd.factorize(design.groups(part), sort=True)
+        condition, _ = pd.factorize(design.names(part), sort=True)
+        time = part[design.time].to_numpy(float) if design.time else None
+        pools = {}
+        if spare is not None:
+            others = spare[design.is_control(obs.iloc[spare])]
+            groups = design.groups(obs.iloc[others]).to_numpy()
+            pools = {g: others[groups == name] for g, name in enumerate(names)}
+        return cls(rows, group, condition, design.is_control(part), time, tuple(map(str, names)), pools)
 
     def controls(self) -> dict[int, np.ndarray]:
-        """Positions of the control cells of every group that has cells.
+        """Rows of the control cells of every group that has cells.
 
         Raises
         ------
         ValueError
             If a group has none.
         """
-        pools = {int(g): np.flatnonzero((self.group == g) & self.is_control) for g in np.unique(self.group)}
+        pools = {int(g): self.rows[(self.group == g) & self.is_control] for g in np.unique(self.group)}
+        pools = {g: pool if len(pool) else self.spare.get(g, pool) for g, pool in pools.items()}
         empty = [self.group_names[g] for g, pool in pools.items() if not len(pool)]
         if empty:
             raise ValueError(
@@ -97,7 +108,7 @@ def pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator
     for start in range(0, len(targets), batch_size):
         target = targets[start : start + batch_size]
         source = np.array([controls[g][rng.integers(len(controls[g]))] for g in layout.group[target]])
-        yield Rows(layout.rows[target], layout.rows[source])
+        yield Rows(layout.rows[target], source)
 
 
 def sets(layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size: int = 64) -> Iterator[Rows]:
@@ -119,7 +130,7 @@ def sets(layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size:
         target = np.concatenate(chunks[start : start + per_batch])
         pools = [controls[g] for g in layout.group[target[::set_size]]]
         source = np.concatenate([rng.choice(pool, set_size, replace=len(pool) < set_size) for pool in pools])
-        yield Rows(layout.rows[target], layout.rows[source], set_size)
+        yield Rows(layout.rows[target], source, set_size)
 
 
 def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
@@ -130,7 +141,7 @@ def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Ite
     for g in np.unique(layout.group):
         in_group = layout.group == g
         times = np.unique(layout.time[in_group])
-        for before, now in zip(times[:-1], times[1:], strict=True):
+        for before, now in pairwise(times):
             earlier[int(g), now] = np.flatnonzero(in_group & (layout.time == before))
     keys = zip(layout.group.tolist(), layout.time.tolist(), strict=True)
     targets = rng.permutation([i for i, key in enumerate(keys) if key in earlier])
