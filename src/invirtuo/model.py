@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
 from invirtuo.files import writing
 from invirtuo.fit import FitConfig
+from invirtuo.flow import SOLVERS
 from invirtuo.transforms import TRANSFORMS, Transform
 
 if TYPE_CHECKING:
@@ -40,7 +44,7 @@ class Preset:
     """A published (or our own) setting: the model's Config, how it is fitted, and where it stands."""
 
     config: Any
-    fit: FitConfig = FitConfig()
+    fit: FitConfig = field(default_factory=FitConfig)
     source: str = ""
 
 
@@ -56,6 +60,16 @@ class SampleConfig:
     clamp_min: float | None = None  # raise values below this to it; None leaves them
     precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where it is measured to be faster
     batch_size: int = 256  # cells in the network at once; does not change the numbers
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be meant."""
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
+        if self.solver is not None and self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}")
+        for name in ("steps", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
 
 
 class Model(nn.Module):
@@ -307,20 +321,32 @@ class Model(nn.Module):
 
     @classmethod
     def restore(cls, folder: str | Path) -> Self:
-        """Read what :meth:`save` wrote; `invirtuo.load` finds the class by itself."""
+        """Read what :meth:`save` wrote; `invirtuo.load` finds the class by itself.
+
+        Raises
+        ------
+        ValueError
+            If a file is missing, damaged, or contradicts the others.
+        """
         folder = Path(folder)
-        facts = json.loads((folder / "config.json").read_text())
-        design = Design.from_json((folder / "design.json").read_text())
-        model = cls(design, facts["genes"], _config_from(cls.Config, facts["config"]))
-        model.preset = facts["preset"]
-        model.card = json.loads((folder / "card.json").read_text())
+        with _reading(folder / "config.json") as path:
+            facts = json.loads(path.read_text())
+            genes, preset, config = facts["genes"], facts["preset"], _config_from(cls.Config, facts["config"])
+        with _reading(folder / "design.json") as path:
+            design = Design.from_json(path.read_text())
+        model = cls(design, genes, config)
+        model.preset = preset
+        with _reading(folder / "card.json") as path:
+            model.card = json.loads(path.read_text())
         history = folder / "history.csv"
         model.history = pd.read_csv(history) if history.exists() and history.stat().st_size > 2 else pd.DataFrame()
-        with np.load(folder / "transforms.npz", allow_pickle=False) as arrays:
+        with _reading(folder / "transforms.npz") as path, path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
             model._load_arrays({key: arrays[key] for key in arrays.files})
-        tensors = load_file(folder / "weights.safetensors")
-        model._size_buffers(tensors)
-        model.load_state_dict(tensors)
+        with _reading(folder / "weights.safetensors") as path:
+            tensors = load_file(path)
+            model._size_buffers(tensors)
+            model.load_state_dict(tensors)
         return model.eval()
 
     def _load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
@@ -332,14 +358,16 @@ class Model(nn.Module):
         for (head, middle), state in states.items():
             if head == "controls":
                 shape = (len(state["indptr"]) - 1, len(self.genes))
-                self._controls[middle] = sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape)
+                cells = sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape)
+                cells.check_format(full_check=True)  # indices out of bounds would read foreign memory
+                self._controls[middle] = cells
             else:
                 self.transforms[head] = TRANSFORMS[middle].load(state)
 
     def _size_buffers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give buffers whose size depends on the data the size that was saved."""
+        """Give buffers that have no rows before a fit the number of rows that was saved."""
         for key, buffer in list(self.named_buffers()):
-            if key in tensors and tensors[key].shape != buffer.shape:
+            if buffer.ndim and not len(buffer) and key in tensors and tensors[key].shape[1:] == buffer.shape[1:]:
                 path, _, name = key.rpartition(".")
                 setattr(self.get_submodule(path), name, torch.empty_like(tensors[key]))
 
@@ -363,7 +391,8 @@ class Model(nn.Module):
         (require_log if self.space == "log" else require_counts)(adata)
 
     def _with_genes(self, adata: AnnData) -> AnnData:
-        missing = [gene for gene in self.genes if gene not in set(adata.var_names)]
+        known = set(adata.var_names)
+        missing = [gene for gene in self.genes if gene not in known]
         if missing:
             raise ValueError(
                 f"{len(missing)} of the model's {len(self.genes)} genes are not in the data: {some(missing)}; "
@@ -473,11 +502,34 @@ def _draw(pool: Mapping[str, sparse.csr_matrix], group: str, n: int, generator: 
 
 def _config_from(cls: type, values: Mapping[str, Any]) -> Any:
     """A Config from JSON: lists become tuples, unknown fields are an error."""
-    known = {field.name for field in fields(cls)}
+    known = {f.name for f in fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {', '.join(sorted(known))}"
+        )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Turn whatever goes wrong while a file of a saved model is read into one clear error."""
+    trouble = (
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        BadZipFile,
+        SafetensorError,
+    )
+    try:
+        yield path
+    except trouble as error:
+        reason = " ".join(str(error).split())[:300] if path.exists() else "it is missing"
+        raise ValueError(f"{path} is damaged: {reason}; save the model again") from error
 
 
 def _write_text(path: Path, text: str) -> None:

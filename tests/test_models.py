@@ -1,0 +1,549 @@
+"""Contract tests of all models, over the registry: a new model is tested by being registered."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import asdict, fields, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+import invirtuo as iv
+from invirtuo.files import read_h5ad
+from invirtuo.fit import FitConfig, validation_losses
+from invirtuo.samplers import SAMPLERS
+
+MODELS = iv.models.MODELS
+SMALL = {  # settings that are small enough to train in seconds; other models are tested with their defaults
+    "primeflow": iv.models.PRiMeFlow.Config(
+        hidden_dim=32, gene_width=16, n_context=4, cell_width=32, n_blocks=1, n_sinusoids=8, loss_genes=10, steps=6
+    ),
+    "primeflow unet": iv.models.PRiMeFlow.Config(
+        velocity="unet", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=32, channel_mult=(1, 1, 2),
+        num_res_blocks=1, num_heads=2, attention_resolutions=(4,), dropout=0.0, loss_genes=0, steps=4
+    ),
+    "primeflow mlp": iv.models.PRiMeFlow.Config(
+        velocity="mlp", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=64, loss_genes=0, steps=6
+    ),
+}  # fmt: skip
+CASES = [*MODELS, "primeflow unet", "primeflow mlp"]
+DETERMINISTIC = {"perturbation_mean"}  # every seed gives the same cells
+N_GENES = 14  # needs padding in a U-Net of three levels
+FIT = FitConfig(steps=6, batch_size=64, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=3)
+
+
+def experiment():
+    """Cells in log space, their design, and a split that holds out A in t cells and A+B in monocytes."""
+    cells = iv.preprocess.normalize(iv.datasets.toy(n_cells=360, n_genes=N_GENES))
+    design = iv.Design.from_adata(cells, perturbation="perturbation", control="control", covariates=["cell_type"])
+    split = iv.splits.hold_out(cells.obs, design, ["t_cell|A", "monocyte|A+B"])
+    return cells, design, split
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return experiment()[0]
+
+
+@pytest.fixture(scope="module")
+def design():
+    return experiment()[1]
+
+
+@pytest.fixture(scope="module")
+def split():
+    return experiment()[2]
+
+
+def new(case: str, design, genes, config=None):
+    return MODELS[case.split(maxsplit=1)[0]](design, genes, config if config is not None else SMALL.get(case))
+
+
+@pytest.fixture(scope="module")
+def fitted(cells, design, split):
+    """Give fitted models by name; each is fitted once."""
+    known = {}
+
+    def find(case: str):
+        if case not in known:
+            known[case] = new(case, design, cells.var_names).fit(cells, split, config=FIT)
+        return known[case]
+
+    return find
+
+
+def trainable(case: str) -> bool:
+    cells, design, _ = experiment()
+    return any(p.requires_grad for p in new(case, design, cells.var_names).parameters())
+
+
+TRAINABLE = [case for case in CASES if trainable(case)]
+ASKED = pd.DataFrame(
+    {"cell_type": ["t_cell", "b_cell", "monocyte", "t_cell"], "perturbation": ["A", "B+C", "A+B", "control"]}
+)
+
+
+def predict(model, conditions=ASKED, n_cells=5, **options):
+    return model.predict(conditions, n_cells, **({"precision": "fp32"} | options))
+
+
+def x_of(adata, cell_type: str, perturbation: str) -> np.ndarray:
+    return adata.X[((adata.obs["cell_type"] == cell_type) & (adata.obs["perturbation"] == perturbation)).to_numpy()]
+
+
+# ---- construction ----------------------------------------------------------------------------------------------------
+
+
+def test_names():
+    assert all(name == model.name for name, model in MODELS.items())
+    assert all(model.__doc__ for model in MODELS.values())
+    assert {model.sampler for model in MODELS.values()} <= set(SAMPLERS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_construction_and_presets(name, design, cells):
+    with torch.device("meta"):
+        model = MODELS[name](design, cells.var_names)
+        assert isinstance(model.config, MODELS[name].Config)
+        for preset, settings in MODELS[name].PRESETS.items():
+            made = MODELS[name](design, cells.var_names, preset)
+            assert made.config == settings.config and made.fit_config == settings.fit and made.preset == preset
+            assert settings.source
+    assert not model.training
+    json.dumps(asdict(model.config))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_configs_are_frozen_and_described(name):
+    config = MODELS[name].Config
+    assert config.__doc__
+    for field in fields(config):
+        with pytest.raises(AttributeError):
+            setattr(config(), field.name, None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_configs_are_refused(name, design, cells):
+    with pytest.raises(ValueError, match="has no preset 'nonsense'; known"):
+        MODELS[name](design, cells.var_names, "nonsense")
+    with pytest.raises(ValueError, match="config is a dict"):
+        MODELS[name](design, cells.var_names, {"width": 3})
+    with pytest.raises(ValueError, match="not unique"):
+        MODELS[name](design, ["g", "g"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_construction_leaves_the_global_state_to_itself(case, design, cells):
+    """Same global seed, same first weights."""
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(new(case, design, cells.var_names).state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", TRAINABLE)
+def test_loss_is_finite_and_every_parameter_gets_a_gradient(case, cells, design):
+    """From the second step on: layers that begin at zero hide others in the first one."""
+    torch.manual_seed(0)
+    model = new(case, design, cells.var_names)
+    dataset = iv.CellDataset(cells, design)
+    model.prepare(dataset)
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    seen = dict.fromkeys(dict(model.named_parameters()), False)
+    for epoch in range(2):
+        for batch in dataset.batches(SAMPLERS[model.sampler], 64, seed=epoch):
+            losses = model.loss(batch)
+            assert all(value.ndim == 0 and torch.isfinite(value) for value in losses.values())
+            optimizer.zero_grad()
+            losses["total"].backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    assert torch.isfinite(parameter.grad).all(), name
+                    seen[name] |= bool(parameter.grad.any())
+            optimizer.step()
+    assert [name for name, reached in seen.items() if not reached] == []
+
+
+@pytest.mark.parametrize("case", TRAINABLE)
+def test_fit_lowers_the_loss(case, cells, design):
+    """Four cells, one for each condition, are learned in 150 steps; judged with the same draws before and after."""
+    groups = design.names(cells.obs).to_numpy()
+    rows = [np.flatnonzero(groups == f"b_cell|{label}")[0] for label in ("control", "A", "B", "A+C")] * 8
+    few = AnnData(cells.X[rows], obs=cells.obs.iloc[rows].reset_index(drop=True).rename(str), var=cells.var[[]])
+    model = new(case, design, cells.var_names)
+    dataset = iv.CellDataset(few, design)
+    dataset.split[:] = "val"  # judge on the training cells themselves
+    config = replace(FIT, steps=150, batch_size=32, lr=1e-2, ema=0.0, clip=1.0, val_every=0)
+    model.prepare(iv.CellDataset(few, design))
+    before = validation_losses(model, dataset, config)["total"]
+    model.fit(few, config=config)
+    after = validation_losses(model, dataset, config)["total"]
+    assert after < 0.5 * before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fit_returns_the_model_and_does_not_write_to_the_data(case, cells, design, split):
+    adata = cells.copy()
+    x = [part.tobytes() for part in (adata.X.data, adata.X.indices, adata.X.indptr)]
+    obs, uns, labels = adata.obs.copy(deep=True), copy.deepcopy(dict(adata.uns)), split.copy(deep=True)
+    model = new(case, design, adata.var_names)
+    assert model.fit(adata, split, config=replace(FIT, steps=2)) is model
+    predict(model)
+    predict(model, controls=adata)
+    assert [part.tobytes() for part in (adata.X.data, adata.X.indices, adata.X.indptr)] == x
+    pd.testing.assert_frame_equal(adata.obs, obs)
+    pd.testing.assert_series_equal(split, labels)
+    assert dict(adata.uns) == uns
+    assert isinstance(model.history, pd.DataFrame)
+    assert not model.training
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_covariates(case, cells):
+    plain = iv.Design.from_adata(cells, perturbation="perturbation", control="control")
+    model = new(case, plain, cells.var_names).fit(cells, config=replace(FIT, steps=2))
+    assert predict(model, pd.DataFrame({"perturbation": ["A", "A+B"]})).shape == (10, N_GENES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dose_and_time(case, cells):
+    timed = cells.copy()
+    timed.obs["dose"] = np.where(timed.obs["perturbation"] == "control", 0.0, 1.0 + 9.0 * (np.arange(360) // 9 % 2))
+    timed.obs["hours"] = np.arange(360) // 18 % 2
+    design = iv.Design.from_adata(timed, perturbation="perturbation", control="control", covariates=["cell_type"],
+                                  dose="dose", time="hours")  # fmt: skip
+    model = new(case, design, cells.var_names).fit(timed, config=replace(FIT, steps=2))
+    conditions = design.conditions(timed.obs).iloc[[0, 5]]
+    predicted = predict(model, conditions)
+    assert predicted.shape == (10, N_GENES) and np.isfinite(predicted.X).all()
+    pd.testing.assert_frame_equal(
+        predicted.obs[design.columns].drop_duplicates().reset_index(drop=True).astype(str),
+        conditions.reset_index(drop=True).astype(str),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_genes_in_another_order_are_sorted(case, cells, design, split, fitted):
+    """The model keeps its order of genes whatever the order (or surplus) of the data."""
+    wider = cells[:, ::-1].copy()
+    model = new(case, design, cells.var_names).fit(wider, split, config=FIT)
+    assert model.genes == list(cells.var_names)
+    np.testing.assert_allclose(predict(model).X, predict(fitted(case)).X, atol=1e-5)
+
+
+# ---- prediction ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predicted_cells(case, cells, design, fitted):
+    predicted = predict(fitted(case))
+    assert predicted.var_names.tolist() == cells.var_names.tolist()
+    assert predicted.X.dtype == np.float32 and predicted.shape == (20, N_GENES)
+    assert list(predicted.obs.columns) == design.columns == ["cell_type", "perturbation"]
+    assert predicted.obs_names.is_unique
+    assert all(isinstance(predicted.obs[column].dtype, pd.CategoricalDtype) for column in design.columns)
+    expected = ASKED.loc[ASKED.index.repeat(5)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(
+        predicted.obs.astype(str).reset_index(drop=True), expected[design.columns].astype(str)
+    )
+    assert np.isfinite(predicted.X).all()
+    facts = predicted.uns["invirtuo"]
+    assert facts["model"] == case.split(maxsplit=1)[0] and facts["seed"] == 0 and facts["control"] == "control"
+    assert {"config", "version", "data_hash", "sampling"} <= set(facts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predicted_cells_can_be_written_and_scored(case, cells, design, fitted, tmp_path):
+    predicted = predict(fitted(case), "test")
+    predicted.write_h5ad(tmp_path / "predicted.h5ad")
+    again = read_h5ad(tmp_path / "predicted.h5ad")
+    np.testing.assert_array_equal(again.X, predicted.X)
+    scores = iv.evaluate(predicted, cells, design, metrics=["rmse_mean"])
+    assert set(scores["condition"]) == {"t_cell|A", "monocyte|A+B"} and np.isfinite(scores["value"]).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_held_out_conditions_by_name(case, design, fitted):
+    predicted = predict(fitted(case), "test", 3)
+    assert design.names(predicted.obs).value_counts().to_dict() == {"t_cell|A": 3, "monocyte|A+B": 3}
+    with pytest.raises(ValueError, match="held out no conditions for 'val'"):
+        predict(fitted(case), "val")
+    with pytest.raises(ValueError, match="'train'; expected a DataFrame or one of val, test"):
+        predict(fitted(case), "train")
+
+
+def test_validation_conditions_by_name(cells, design, split):
+    split = split.replace({"test": "val"})
+    model = new("no_change", design, cells.var_names).fit(cells, split)
+    assert set(design.names(predict(model, "val").obs)) == {"t_cell|A", "monocyte|A+B"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_seed_same_cells(case, fitted):
+    model = fitted(case)
+    first = predict(model)
+    torch.randn(3)
+    np.testing.assert_array_equal(predict(model).X, first.X)
+    other = predict(model, seed=1)
+    generative = not np.array_equal(other.X, first.X)
+    assert generative == (case not in DETERMINISTIC)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cells_do_not_depend_on_batches_or_company(case, fitted):
+    """Not on how many cells are in the network at once, nor on which other conditions are asked for, in any order."""
+    model = fitted(case)
+    whole = predict(model)
+    for size in (1, 3, 1000):
+        np.testing.assert_allclose(predict(model, batch_size=size).X, whole.X, atol=2e-5, rtol=1e-5)
+    for i, row in ASKED.iterrows():
+        alone = predict(model, ASKED.iloc[[i]])
+        np.testing.assert_allclose(alone.X, x_of(whole, row["cell_type"], row["perturbation"]), atol=2e-5, rtol=1e-5)
+    backwards = predict(model, ASKED[::-1].assign(other=1))
+    np.testing.assert_allclose(x_of(backwards, "t_cell", "A"), x_of(whole, "t_cell", "A"), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_condition_once_and_any_number_of_cells(case, fitted):
+    assert predict(fitted(case), pd.concat([ASKED, ASKED]), 1).n_obs == 4
+    assert predict(fitted(case), ASKED[:1], 200).n_obs == 200
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_clamp(case, fitted):
+    free, clamped = predict(fitted(case)), predict(fitted(case), clamp_min=0.5)
+    np.testing.assert_array_equal(clamped.X, np.maximum(free.X, 0.5))
+    assert (free.X < 0.5).any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_is_close_to_fp32(case, fitted):
+    full, low = predict(fitted(case), n_cells=50), predict(fitted(case), n_cells=50, precision="bf16")
+    assert low.X.dtype == np.float32
+    np.testing.assert_allclose(low.X.mean(0), full.X.mean(0), atol=0.1)
+    assert {v.dtype for v in fitted(case).state_dict().values() if v.is_floating_point()} <= {torch.float32}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if MODELS[case.split(maxsplit=1)[0]].needs_source])
+def test_given_controls_are_used(case, cells, fitted):
+    """The expression of the given control cells reaches the prediction."""
+    model = fitted(case)
+    given = cells[(cells.obs["perturbation"] == "control").to_numpy()].copy()
+    given.X = np.full(given.shape, 3.3, np.float32)
+    changed = predict(model, ASKED.iloc[[3]], controls=given)
+    if case in ("perturbation_mean",):  # the profile comes from the training means
+        np.testing.assert_array_equal(changed.X, predict(model, ASKED.iloc[[3]]).X)
+    else:
+        assert not np.allclose(changed.X, predict(model, ASKED.iloc[[3]]).X)
+    with pytest.raises(ValueError, match="no control cells for the covariates 't_cell'"):
+        predict(model, ASKED[:1], controls=given[(given.obs["cell_type"] != "t_cell").to_numpy()])
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predict_before_fit(case, cells, design):
+    with pytest.raises(ValueError, match="is not fitted yet; call fit"):
+        new(case, design, cells.var_names).predict(ASKED)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"perturbation": "Z"}, "'Z'.*known"),
+        ({"perturbation": "A+Z"}, "'Z'.*known"),
+        ({"cell_type": "neuron"}, "neuron"),
+        ({"cell_type": None}, "missing"),
+    ],
+)
+def test_unknown_conditions(case, change, words, fitted):
+    with pytest.raises(ValueError, match=words):
+        predict(fitted(case), ASKED.assign(**change))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_requests(case, fitted):
+    model = fitted(case)
+    with pytest.raises(ValueError, match="empty"):
+        predict(model, ASKED[:0])
+    with pytest.raises(ValueError, match="'cell_type' is not in the table"):
+        predict(model, ASKED[["perturbation"]])
+    with pytest.raises(ValueError, match="n_cells is 0"):
+        predict(model, n_cells=0)
+    with pytest.raises(ValueError, match="precision is 'fp16'"):
+        predict(model, precision="fp16")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        predict(model, batch_size=0)
+    with pytest.raises(ValueError, match="steps is 0"):
+        predict(model, steps=0)
+    with pytest.raises(ValueError, match="unknown solver 'dopri'|solver is 'dopri'"):
+        predict(model, solver="dopri")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_labels_that_were_never_trained(case, cells, design):
+    """Known to the Design, but not among the training cells."""
+    without = iv.splits.hold_out(cells.obs, design, [{"perturbation": p} for p in ("C", "A+C", "B+C")])
+    model = new(case, design, cells.var_names).fit(cells, without, config=replace(FIT, steps=1, val_every=0))
+    with pytest.raises(ValueError, match=r"perturbation\(s\) C do not occur in the training cells"):
+        predict(model, pd.DataFrame({"cell_type": ["t_cell"], "perturbation": ["C"]}))
+    only = pd.Series(np.where(cells.obs["cell_type"] == "b_cell", "train", "test"), index=cells.obs_names)
+    model = new(case, design, cells.var_names).fit(cells, only, config=replace(FIT, steps=1, val_every=0))
+    with pytest.raises(ValueError, match="covariate 'cell_type': t_cell do not occur in the training cells"):
+        predict(model, ASKED[:1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_data(case, cells, design):
+    model = new(case, design, cells.var_names)
+    with pytest.raises(ValueError, match=f"1 of the model's {N_GENES} genes are not in the data: gene_0"):
+        model.fit(cells[:, 1:], config=FIT)
+    counts = cells.copy()
+    counts.X = counts.layers["counts"]
+    with pytest.raises(ValueError, match="raw counts.*expected log1p"):
+        model.fit(counts, config=FIT)
+    with pytest.raises(ValueError, match="does not name every one"):
+        model.fit(cells, pd.Series(["train"]), config=FIT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_model_cannot_do(name, cells, design):
+    model = new(name, design, cells.var_names)
+    if MODELS[name].generate is iv.Model.generate:
+        with pytest.raises(ValueError, match="does not generate counts"):
+            model.generate(5)
+    if MODELS[name].embed is iv.Model.embed:
+        with pytest.raises(ValueError, match="has no encoder"):
+            model.embed(cells)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+FILES = ["card.json", "config.json", "design.json", "history.csv", "transforms.npz", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_save_and_load(case, fitted, tmp_path):
+    model = fitted(case)
+    model.save(tmp_path / "deep" / "run")
+    again = iv.load(tmp_path / "deep" / "run")
+    assert type(again) is type(model) and not again.training
+    assert sorted(path.name for path in (tmp_path / "deep" / "run").iterdir()) == FILES
+    assert again.config == model.config and again.design == model.design and again.genes == model.genes
+    assert again.card == json.loads(json.dumps(model.card))
+    first, second = predict(model), predict(again)
+    np.testing.assert_array_equal(second.X, first.X)
+    assert second.uns["invirtuo"] == first.uns["invirtuo"]
+    np.testing.assert_array_equal(predict(again, "test").X, predict(model, "test").X)
+    pd.testing.assert_frame_equal(again.history, model.history, check_dtype=False)
+    again.save(tmp_path / "deep" / "run")  # over itself
+    np.testing.assert_array_equal(predict(iv.load(tmp_path / "deep" / "run")).X, first.X)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_pickled(case, fitted, tmp_path):
+    fitted(case).save(tmp_path)
+    with np.load(tmp_path / "transforms.npz", allow_pickle=False) as arrays:
+        assert all(arrays[name].dtype != object for name in arrays.files)
+    for path in tmp_path.iterdir():
+        start = path.read_bytes()[:2]
+        assert start[:1] != b"\x80" or path.suffix == ".safetensors", path  # a pickle begins with 0x80
+        assert start != b"PK" or path.suffix == ".npz", path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unfitted_models_can_be_saved(case, cells, design, tmp_path):
+    new(case, design, cells.var_names).save(tmp_path)
+    with pytest.raises(ValueError, match="is not fitted yet"):
+        iv.load(tmp_path).predict(ASKED)
+
+
+@pytest.mark.parametrize("preset", ["small"])
+def test_preset_names_are_kept(preset, cells, design, tmp_path):
+    iv.models.PRiMeFlow(design, cells.var_names, preset).save(tmp_path)
+    assert iv.load(tmp_path).preset == preset
+
+
+@pytest.fixture(scope="module")
+def saved(fitted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    for case in ("linear_additive", "primeflow"):
+        fitted(case).save(folder / case)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["linear_additive", "primeflow"])
+@pytest.mark.parametrize("file", [name for name in FILES if name != "history.csv"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
+def test_damaged_folders(case, file, damage, saved, tmp_path):
+    folder = shutil.copytree(saved / case, tmp_path / "run")
+    path = folder / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "garbage": b"\x00\xff" * 50}[damage])
+    with pytest.raises(ValueError, match=file):
+        iv.load(folder)
+
+
+def rewrite(path, change) -> None:
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda f: f.update(model="nobody"), "saved 'nobody'; this version knows"),
+        ("config.json", lambda f: f.pop("genes"), "config.json"),
+        ("config.json", lambda f: f["config"].update(colour="red"), "unknown field.*colour"),
+        ("config.json", lambda f: f["genes"].append("one more"), "weights.safetensors"),
+        ("design.json", lambda f: f.pop("perturbations"), "design.json"),
+        ("design.json", lambda f: f.update(perturbations=["A", "B"]), "weights.safetensors"),
+    ],
+)
+def test_folders_that_contradict_themselves(file, change, message, saved, tmp_path):
+    folder = shutil.copytree(saved / "linear_additive", tmp_path / "run")
+    rewrite(folder / file, change)
+    with pytest.raises(ValueError, match=message):
+        iv.load(folder)
+
+
+def test_control_cells_with_indices_out_of_bounds(saved, tmp_path):
+    """Such a matrix must not be used: it reads memory that is not its own."""
+    folder = shutil.copytree(saved / "linear_additive", tmp_path / "run")
+    with np.load(folder / "transforms.npz") as file:
+        arrays = dict(file)
+    name = next(name for name in arrays if name.endswith("indices"))
+    arrays[name] = arrays[name] + 10_000
+    np.savez(folder / "transforms.npz", **arrays)
+    with pytest.raises(ValueError, match=r"transforms\.npz"):
+        iv.load(folder)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="holds no saved model"):
+        iv.load(tmp_path)
+    with pytest.raises(ValueError, match="holds no saved model"):
+        iv.load(tmp_path / "nowhere")
+
+
+def test_saving_over_a_file(fitted, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        fitted("no_change").save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
