@@ -254,6 +254,8 @@ def report(
 def main() -> NoReturn:
     """Run the command line; bad input ends with exit code 2 and one message."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.captureWarnings(True)  # deprecations inside other packages are not for a user of the shell
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
     try:
         app(standalone_mode=False)
     except typer.Exit as done:

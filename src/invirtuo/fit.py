@@ -148,9 +148,9 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             devices=config.devices,
             precision="bf16-mixed" if training.bf16 else "32-true",
             accumulate_grad_batches=config.accumulate,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *([_bar(config, training.step)] if config.progress else [])],
             logger=loggers or False,
-            enable_progress_bar=config.progress,
+            enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
             log_every_n_steps=10,
@@ -380,6 +380,34 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):  # noqa: 
             self.model.load_state_dict({k: v.cpu() for k, v in weights.items()})
 
     return Training()
+
+
+def _bar(config: FitConfig, start: int):
+    """A progress bar over optimiser steps, with the loss; it knows the steps of an earlier, resumed fit."""
+    import lightning
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("fitting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+
+    class Bar(lightning.Callback):
+        """Shows steps done, time left and the loss."""
+
+        def on_train_start(self, trainer, module):
+            self.progress = Progress(*columns)
+            self.task = self.progress.add_task("fitting", total=config.steps, completed=start, loss=float("nan"))
+            self.progress.start()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+            loss = float(outputs["loss"].detach()) * config.accumulate
+            self.progress.update(self.task, completed=start + trainer.global_step, loss=loss)
+
+        def on_train_end(self, trainer, module):
+            self.progress.stop()
+
+        def on_exception(self, trainer, module, exception):
+            self.progress.stop()
+
+    return Bar()
 
 
 @torch.no_grad()

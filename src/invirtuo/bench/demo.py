@@ -16,7 +16,7 @@ from invirtuo.report import write_report
 __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
-STEPS, UNET_STEPS = 1200, 40  # optimiser steps per `MINUTES`
+STEPS, UNET_STEPS, LINEAR_STEPS = 1200, 40, 1200  # optimiser steps per `MINUTES`
 MINUTES = 5.0
 
 NOTES = (
@@ -61,7 +61,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
     scale = minutes / MINUTES
     fit = replace(PRiMeFlow.PRESETS["default"].fit, steps=max(int(STEPS * scale), 10), **common)
     unet_fit = replace(PRiMeFlow.PRESETS["small"].fit, steps=max(int(UNET_STEPS * scale), 2), val_batches=2, **common)
-    linear_fit = FitConfig(steps=max(int(500 * min(scale, 1)), 10), batch_size=512, lr=2e-2, ema=0.0, **common)
+    linear_fit = FitConfig(steps=max(int(LINEAR_STEPS * scale), 10), batch_size=512, lr=1e-2, ema=0.0, **common)
     entries = [
         Entry("primeflow", "primeflow", None, fit, {"progress": progress}),
         Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 8}),
