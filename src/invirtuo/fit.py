@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from invirtuo.files import writing
 from invirtuo.samplers import SAMPLERS
@@ -135,9 +135,8 @@ def run(
 def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool, callbacks, loggers) -> pd.DataFrame:
     import lightning
 
-    # Lightning's default would silence nothing and write folders; here it only runs the loop.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    training = _training(model, dataset, config, folder)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it only runs the loop here
+    training = _Training(model, dataset, config, folder)
     if resume and folder is not None and (folder / LAST).exists():
         training.restore(folder / LAST)
     if training.step < config.steps and not training.stopped:
@@ -155,7 +154,8 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             enable_checkpointing=False,
             log_every_n_steps=10,
         )
-        trainer.fit(training, train_dataloaders=_Stream(dataset, model, config, training.step * config.accumulate))
+        stream = _Stream(dataset, model, config, training.step * config.accumulate)
+        trainer.fit(_lightning_module(training), train_dataloaders=stream)
     training.finish()
     return pd.DataFrame(training.history)
 
@@ -222,59 +222,172 @@ class _Stream:
             epoch += 1
 
 
-def _training(model, dataset, config: FitConfig, folder: Path | None):  # noqa: C901 - a class, not one function
-    """The Lightning module; made in a function so that importing this file does not import lightning."""
+class _Training:
+    """One model in training: optimiser, averaged weights, validation, history, checkpoints."""
+
+    def __init__(self, model: Model, dataset: CellDataset, config: FitConfig, folder: Path | None):
+        self.model, self.dataset, self.config, self.folder = model, dataset, config, folder
+        self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+        self.optimizer = _optimizer(model, config)
+        self.bf16 = use_bf16(config)
+        self.data_hash = _data_hash(dataset)
+        self.loss_of = torch.compile(model.loss) if config.compile else model.loss
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.best, self.waited, self.stopped = math.inf, 0, False
+        self.best_weights: dict[str, Tensor] | None = None
+        self.began, self.elapsed = time.perf_counter(), 0.0
+        self._losses: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> Model:
+        """The model whose weights are validated and kept: the averaged one, if there is one."""
+        return self.model if self.average is None else self.average
+
+    def loss(self, batch: Batch, batch_index: int, rank: int) -> dict[str, Tensor]:
+        """Losses of one batch, with the noise of its number."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        number = self.step * self.config.accumulate + batch_index % self.config.accumulate
+        torch.manual_seed(_seed(self.config.seed, number, rank))
+        self._losses = self.loss_of(batch)
+        total = float(self._losses["total"].detach())
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss of {type(self.model).__name__} is {total} at step {self.step}; "
+                "lower FitConfig.lr or check the scale of the data"
+            )
+        return self._losses
+
+    def after_step(self, device: torch.device | str, main: bool) -> dict[str, float]:
+        """Count a step, average weights, validate, record and save when it is time; gives validation losses."""
+        config, folder = self.config, self.folder
+        self.step += 1
+        if self.average is not None:
+            _move_average(self.average, self.model, min(config.ema, (1 + self.step) / (10 + self.step)))
+        last = self.step == config.steps
+        validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
+        losses = {}
+        if validates:
+            losses = validation_losses(self.kept, self.dataset, config, device, bf16=self.bf16)
+            if losses:
+                self._judge(losses["total"])
+        if validates or last or self.step % 20 == 0 or self.step == 1:
+            self._record(losses)
+        if folder is not None and main and (last or self.stopped or self.step % config.checkpoint_every == 0):
+            self.save(folder / LAST)
+            with writing(folder / "history.csv") as path:
+                pd.DataFrame(self.history).to_csv(path, index=False)
+        return losses
+
+    def _record(self, validation: dict[str, float]) -> None:
+        seconds = self.elapsed + time.perf_counter() - self.began
+        row = {"step": self.step, "seconds": round(seconds, 3), "lr": learning_rate(self.config, self.step - 1)}
+        row |= {f"train_{k}": float(v.detach()) for k, v in self._losses.items()}
+        self.history.append(row | {f"val_{k}": v for k, v in validation.items()})
+
+    def _judge(self, value: float) -> None:
+        if value < self.best:
+            self.best, self.waited = value, 0
+            if self.config.keep == "best":
+                self.best_weights = {k: v.clone() for k, v in self.kept.state_dict().items()}
+        else:
+            self.waited += 1
+            self.stopped = bool(self.config.patience) and self.waited >= self.config.patience
+
+    def save(self, path: Path) -> None:
+        """Write everything that :meth:`restore` needs into one safetensors file."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for number, state in optimizer["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
+        facts = {
+            "config": asdict(self.config),
+            "model": _identity(self.model),
+            "data": self.data_hash,
+            "bf16": self.bf16,
+            "step": self.step,
+            "best": self.best,
+            "waited": self.waited,
+            "stopped": self.stopped,
+            "seconds": self.elapsed + time.perf_counter() - self.began,
+            "history": self.history,
+            "optimizer": optimizer["param_groups"],
+        }
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        with writing(path) as partial:
+            save_file(tensors, partial, metadata={"invirtuo": json.dumps(facts)})
+
+    def restore(self, path: Path) -> None:
+        """Take up the state of a checkpoint, after checking that it belongs to this fit."""
+        facts, tensors = _read(path)
+        _check_same(facts["config"], self.config, path)
+        if facts["model"] != _identity(self.model):
+            raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
+        if facts["data"] != self.data_hash:
+            raise ValueError(f"the checkpoint {path} was made with other data or another split; fit into a new folder")
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+
+        self.model.load_state_dict(part("model"))
+        if self.average is not None:
+            self.average.load_state_dict(part("average"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for k, value in part("optimizer").items():
+            number, name = k.split(".", 1)
+            state.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]})
+        for parameter, values in self.optimizer.state.items():  # the fused step needs the memory layout of the weights
+            values |= {k: torch.empty_like(parameter).copy_(v) for k, v in values.items() if v.ndim}
+        self.best_weights = part("best") or None
+        self.bf16 = facts["bf16"]  # as measured when the fit began
+        self.step, self.best, self.waited = facts["step"], facts["best"], facts["waited"]
+        self.stopped, self.history, self.elapsed = facts["stopped"], facts["history"], facts["seconds"]
+        logger.info("resumed from %s at step %d", path, self.step)
+
+    def finish(self) -> None:
+        """Leave the kept weights in the model, on the CPU."""
+        weights = self.best_weights or self.kept.state_dict()
+        self.model.to("cpu")
+        self.model.load_state_dict({k: v.cpu() for k, v in weights.items()})
+
+
+def _optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
+
+
+@torch.no_grad()
+def _move_average(average: Model, model: Model, decay: float) -> None:
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    floating = [(old, new) for old, new in pairs if old.is_floating_point()]
+    torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - decay)
+
+
+def _lightning_module(training: _Training):
+    """The shell that Lightning drives; made in a function so that importing this file does not import lightning."""
     import lightning
 
-    class Training(lightning.LightningModule):
-        """One model in training: steps, averaged weights, validation, checkpoints."""
+    config = training.config
+
+    class Shell(lightning.LightningModule):
+        """Hands batches and steps on to the training."""
 
         def __init__(self):
             super().__init__()
-            self.model = model
-            self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
-            self.step = 0
-            self.history: list[dict[str, float]] = []
-            self.best, self.waited, self.stopped = math.inf, 0, False
-            self.began, self.elapsed = time.perf_counter(), 0.0
-            self.optimizer_state: dict[str, Any] | None = None
-            self.bf16 = use_bf16(config)
-            self.loss_of = torch.compile(model.loss) if config.compile else model.loss
-            self.best_weights: dict[str, Tensor] | None = None
-
-        @property
-        def kept(self) -> nn.Module:
-            return self.average if self.average is not None else self.model
+            self.model, self.average = training.model, training.average  # moved to the device together
 
         def configure_optimizers(self):
-            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
-            if self.optimizer_state is not None:
-                optimizer.load_state_dict(self.optimizer_state)
-                for (
-                    parameter,
-                    state,
-                ) in optimizer.state.items():  # the fused step needs the memory layout of the weights
-                    state |= {k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if v.ndim}
-            return optimizer
-
-        def on_train_batch_start(self, batch, batch_index):
-            for group in self.optimizers().param_groups:
-                group["lr"] = learning_rate(config, self.step)
+            return training.optimizer
 
         def training_step(self, batch, batch_index):
-            number = self.step * config.accumulate + batch_index % config.accumulate
-            torch.manual_seed(_seed(config.seed, number, self.global_rank))
-            losses = self.loss_of(batch)
-            total = float(losses["total"].detach())
-            if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"the loss of {type(self.model).__name__} is {total} at step {self.step}; "
-                    "lower FitConfig.lr or check the scale of the data"
-                )
-            self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()}, prog_bar=True)
-            self._losses = losses
+            losses = training.loss(batch, batch_index, self.global_rank)
+            self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()})
             return losses["total"]
 
         def on_before_optimizer_step(self, optimizer):
@@ -282,104 +395,12 @@ def _training(model, dataset, config: FitConfig, folder: Path | None):  # noqa: 
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
 
         def on_train_batch_end(self, outputs, batch, batch_index):
-            if (batch_index + 1) % config.accumulate:
-                return
-            self.step += 1
-            if self.average is not None:
-                decay = min(config.ema, (1 + self.step) / (10 + self.step))
-                source, target = list(self.model.state_dict().values()), list(self.average.state_dict().values())
-                floating = [i for i, value in enumerate(target) if value.is_floating_point()]
-                torch._foreach_lerp_([target[i] for i in floating], [source[i] for i in floating], 1 - decay)
-            last = self.step == config.steps
-            validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
-            if validates or last or self.step % 20 == 0 or self.step == 1:
-                self.record(validates)
-            if folder is not None and (last or self.step % config.checkpoint_every == 0):
-                self.save(folder / LAST)
-                with writing(folder / "history.csv") as path:
-                    pd.DataFrame(self.history).to_csv(path, index=False)
-            if self.stopped:
-                self.trainer.should_stop = True
+            if (batch_index + 1) % config.accumulate == 0:
+                losses = training.after_step(self.device, self.trainer.is_global_zero)
+                self.log_dict({f"val_{k}": v for k, v in losses.items()})
+                self.trainer.should_stop |= training.stopped
 
-        def record(self, validates: bool) -> None:
-            row = {
-                "step": self.step,
-                "seconds": round(self.elapsed + time.perf_counter() - self.began, 3),
-                "lr": learning_rate(config, self.step - 1),
-            }
-            row |= {f"train_{k}": float(v.detach()) for k, v in self._losses.items()}
-            if validates:
-                losses = validation_losses(self.kept, dataset, config, self.device, bf16=self.bf16)
-                row |= {f"val_{k}": v for k, v in losses.items()}
-                if losses:
-                    self.log_dict({f"val_{k}": v for k, v in losses.items()})
-                    self.judge(losses["total"])
-            self.history.append(row)
-
-        def judge(self, value: float) -> None:
-            if value < self.best:
-                self.best, self.waited = value, 0
-                if config.keep == "best":
-                    self.best_weights = {k: v.clone() for k, v in self.kept.state_dict().items()}
-            else:
-                self.waited += 1
-                self.stopped = bool(config.patience) and self.waited >= config.patience
-
-        def save(self, path: Path) -> None:
-            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-            if self.average is not None:
-                tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-            for k, state in self.optimizers().optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{k}.{name}": value for name, value in state.items()}
-            tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
-            facts = {
-                "config": asdict(config),
-                "model": _identity(self.model),
-                "data": _data_hash(dataset),
-                "bf16": self.bf16,
-                "step": self.step,
-                "best": self.best,
-                "waited": self.waited,
-                "stopped": self.stopped,
-                "seconds": self.elapsed + time.perf_counter() - self.began,
-                "history": self.history,
-                "optimizer": self.optimizers().optimizer.state_dict()["param_groups"],
-            }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            with writing(path) as partial:
-                save_file(tensors, partial, metadata={"invirtuo": json.dumps(facts)})
-
-        def restore(self, path: Path) -> None:
-            facts, tensors = _read(path)
-            _check_same(facts["config"], config, path)
-            if facts["model"] != _identity(self.model):
-                raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
-            if facts["data"] != _data_hash(dataset):
-                raise ValueError(
-                    f"the checkpoint {path} was made with other data or another split; fit into a new folder"
-                )
-            self.bf16 = facts["bf16"]  # as measured when the fit began
-            part = lambda name: {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}  # noqa: E731
-            self.model.load_state_dict(part("model"))
-            if self.average is not None:
-                self.average.load_state_dict(part("average"))
-            state: dict[int, dict[str, Tensor]] = {}
-            for k, value in part("optimizer").items():
-                number, name = k.split(".", 1)
-                state.setdefault(int(number), {})[name] = value
-            self.optimizer_state = {"state": state, "param_groups": facts["optimizer"]}
-            self.best_weights = part("best") or None
-            self.step, self.best, self.waited = facts["step"], facts["best"], facts["waited"]
-            self.stopped, self.history, self.elapsed = facts["stopped"], facts["history"], facts["seconds"]
-            logger.info("resumed from %s at step %d", path, self.step)
-
-        def finish(self) -> None:
-            weights = self.best_weights or self.kept.state_dict()
-            self.model.to("cpu")
-            self.model.load_state_dict({k: v.cpu() for k, v in weights.items()})
-
-    return Training()
+    return Shell()
 
 
 def _bar(config: FitConfig, start: int):
@@ -387,7 +408,13 @@ def _bar(config: FitConfig, start: int):
     import lightning
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("fitting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    columns = (
+        TextColumn("fitting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+    )
 
     class Bar(lightning.Callback):
         """Shows steps done, time left and the loss."""
