@@ -55,7 +55,9 @@ def main() -> None:
             distance = score(pair, ["mmd_gex"])["value"].mean()
             ratios = [total_variance(predicted[mask]) / spread[name] for name, mask in masks(predicted, design)]
             rows.append((solver, n, steps, distance, float(np.mean(ratios)), seconds))
-            print("{:10s}{:5d} evaluations  mmd_gex {:.4f}  variance {:.3f}  {:.1f} s".format(*rows[-1][:2], *rows[-1][3:]))
+            print(
+                f"{solver:10s}{n:5d} evaluations  mmd_gex {distance:.4f}  variance {rows[-1][4]:.3f}  {seconds:.1f} s"
+            )
     if args.out:
         columns = ["solver", "evaluations", "steps", "mmd_gex", "variance_ratio", "seconds"]
         pd.DataFrame(rows, columns=columns).to_csv(args.out, index=False)

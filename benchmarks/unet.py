@@ -48,7 +48,8 @@ class PlainUNet(nn.Module):
         for block in stage:
             if isinstance(block, ResBlock):
                 inner = conv(block.conv_in, F.silu(norm(block.norm_in, h))) + block.embed(e)[:, :, None]
-                inner = conv(block.conv_out, F.dropout(F.silu(norm(block.norm_out, inner)), block.dropout.p, self.training))
+                inner = F.dropout(F.silu(norm(block.norm_out, inner)), block.dropout.p, self.training)
+                inner = conv(block.conv_out, inner)
                 h = (h if isinstance(block.skip, nn.Identity) else pointwise(block.skip, h)) + inner
             elif isinstance(block, Attention):
                 n, c, m = h.shape
@@ -103,10 +104,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
     torch.manual_seed(0)
-    levels = len(args.mult)
-    ours = UNet1d(
-        args.width, width=args.width, mult=args.mult, attention=(2 ** (levels - 1),), d_embedding=4 * args.width, heads=4
-    )
+    width, bottom = args.width, 2 ** (len(args.mult) - 1)
+    ours = UNet1d(width, width=width, mult=args.mult, attention=(bottom,), d_embedding=4 * width, heads=4)
     for parameter in ours.parameters():  # zero-initialised layers would make the comparison of outputs empty
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)

@@ -123,9 +123,7 @@ def prepare(
     if knockdown:
         if perturbation is None or control is None:
             raise ValueError("--knockdown needs --perturbation and --control")
-        design = Design.from_adata(
-            prepared, perturbation=perturbation, control=control, covariates=covariate or []
-        )
+        design = Design.from_adata(prepared, perturbation=perturbation, control=control, covariates=covariate or [])
         prepared = preprocess.knockdown(prepared, design)
     with writing(out) as path:
         prepared.write_h5ad(path, compression="gzip")
@@ -142,7 +140,7 @@ def fit(
     covariate: Covariate = None,
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
     separator: Separator = "+",
-    split: Annotated[str | None, typer.Option(help="Name of a split (see `invirtuo list splits`) or a file.csv.")] = None,
+    split: Annotated[str | None, typer.Option(help="Name of a split (`invirtuo list splits`) or a file.csv.")] = None,
     hold_out: Annotated[list[str] | None, typer.Option(help="Condition to hold out, or covariate=value.")] = None,
     preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the model's Config.")] = None,
@@ -164,7 +162,6 @@ def fit(
     parts = _split(adata.obs, design, split, hold_out)
     base = MODELS[model](design, adata.var_names, preset)
     fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
-    fitted.preset = preset
     config = _with_fields(base.fit_config, [*(fit_set or []), *(["progress=false"] if quiet else [])])
     fitted.fit(adata, split=parts, config=config, folder=out / "checkpoints", resume=resume)
     fitted.save(out)
@@ -219,7 +216,7 @@ def evaluate(
     separator: Separator = "+",
     metrics: Annotated[str | None, typer.Option(help="Names joined by commas; see `invirtuo list metrics`.")] = None,
     n_pcs: Annotated[int, typer.Option(help="Principal components of mmd_pca.")] = 30,
-    controls: Annotated[str, typer.Option(help="real: the real controls on both sides; pred: each file's own.")] = "real",
+    controls: Annotated[str, typer.Option(help="real: real controls on both sides; pred: each file's own.")] = "real",
     quiet: Quiet = False,
 ) -> None:
     """Score predicted cells against real cells; writes a tidy CSV."""
@@ -231,9 +228,7 @@ def evaluate(
         reality, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
     )
     names = metrics.split(",") if metrics else None
-    if controls not in ("real", "pred"):
-        raise ValueError(f"--controls is {controls!r}; expected real or pred")
-    scores = invirtuo.evaluate(read_h5ad(pred), reality, design, names, n_pcs=n_pcs, controls=controls)  # type: ignore[arg-type]
+    scores = invirtuo.evaluate(read_h5ad(pred), reality, design, names, n_pcs=n_pcs, controls=controls)
     with writing(out) as path:
         scores.to_csv(path, index=False)
     if not quiet:
@@ -294,7 +289,7 @@ def _split(obs, design, split: str | None, hold_out: list[str] | None):
         return None
     if Path(split).suffix == ".csv" or Path(split).is_file():
         return splits.from_csv(Path(split), obs)
-    choices = {name: function for name, function in splits.SPLITS.items() if name in ("transfer", "combine", "combine_inverse")}
+    choices = {name: splits.SPLITS[name] for name in ("transfer", "combine", "combine_inverse")}
     if split not in choices:
         raise ValueError(f"--split is {split!r}; expected a file.csv or one of {', '.join(choices)}; or use --hold-out")
     return choices[split](obs, design)
@@ -349,8 +344,8 @@ def _read_csv(path: Path):
 def _print_scores(scores) -> None:
     """Mean over conditions, a row per model."""
     table = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", sort=False)
-    _print_rows([(str(name), *(f"{value:.3f}" for value in row)) for name, row in zip(table.index, table.to_numpy(), strict=True)],
-                header=("model", *map(str, table.columns)))  # fmt: skip
+    rows = [(str(name), *(f"{value:.3f}" for value in row)) for name, row in table.iterrows()]
+    _print_rows(rows, header=("model", *map(str, table.columns)))
 
 
 def _print_rows(rows, header: tuple[str, ...] | None = None) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from invirtuo.batch import Condition
+from invirtuo.checks import some
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -86,16 +87,15 @@ class Design:
         """
         obs = adata if isinstance(adata, pd.DataFrame) else adata.obs
         covariates = [covariates] if isinstance(covariates, str) else list(covariates)
-        roles = {"perturbation": [perturbation], "covariates": covariates, "dose": [dose], "time": [time]}
-        for role, columns in roles.items():
-            for column in columns:
-                if column is not None:
-                    _check_column(obs, column, role)
+        roles = [("perturbation", perturbation), *(("covariates", name) for name in covariates)]
+        for role, column in [*roles, ("dose", dose), ("time", time)]:
+            if column is not None:
+                _check_column(obs, column, role)
         labels = _labels(obs, perturbation)
         if control not in labels.cat.categories:
             raise ValueError(
-                f"control label {control!r} does not occur in obs[{perturbation!r}]; found {_some(labels.cat.categories)}. "
-                "Pass the label of the unperturbed cells as control="
+                f"control label {control!r} does not occur in obs[{perturbation!r}]; "
+                f"found {some(labels.cat.categories)}. Pass the label of the unperturbed cells as control="
             )
         parts = {part for label in labels.cat.categories for part in _split(label, separator, control)}
         dose_max = float(_numeric(obs, dose).max()) if dose else 1.0
@@ -164,7 +164,7 @@ class Design:
                 if part not in position:
                     raise ValueError(
                         f"perturbation {part!r} in obs[{self.perturbation!r}] is not known to this design; "
-                        f"known: {_some(self.perturbations)} and the control {self.control!r}"
+                        f"known: {some(self.perturbations)} and the control {self.control!r}"
                     )
                 table[row, position[part]] = 1.0
         multi_hot = table[labels.cat.codes.to_numpy()]
@@ -211,7 +211,8 @@ def _codes(obs: pd.DataFrame, column: str, levels: Sequence[str]) -> torch.Tenso
     if (codes < 0).any():
         unknown = sorted(set(obs[column].astype(str)) - set(levels))
         raise ValueError(
-            f"covariate obs[{column!r}] has labels that are not known to this design: {_some(unknown)}; known: {_some(levels)}"
+            f"covariate obs[{column!r}] has labels that are not known to this design: {some(unknown)}; "
+            f"known: {some(levels)}"
         )
     return torch.from_numpy(codes.astype(np.int64))
 
@@ -219,20 +220,15 @@ def _codes(obs: pd.DataFrame, column: str, levels: Sequence[str]) -> torch.Tenso
 def _numeric(obs: pd.DataFrame, column: str) -> pd.Series:
     values = pd.to_numeric(obs[column].astype(object), errors="coerce").astype(float)
     if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"obs[{column!r}] must hold finite numbers >= 0; found {_some(obs[column].unique())}")
+        raise ValueError(f"obs[{column!r}] must hold finite numbers >= 0; found {some(obs[column].unique())}")
     return values
 
 
 def _check_column(obs: pd.DataFrame, column: str, role: str) -> None:
     if column not in obs.columns:
-        raise ValueError(f"{role}: column {column!r} is not in the table; found {_some(obs.columns)}")
+        raise ValueError(f"{role}: column {column!r} is not in the table; found {some(obs.columns)}")
     if obs[column].isna().any():
         raise ValueError(
-            f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; remove these cells or label them"
+            f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; "
+            "remove these cells or label them"
         )
-
-
-def _some(values, limit: int = 8) -> str:
-    """The first few values, for messages."""
-    values = [str(value) for value in values]
-    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from invirtuo.checks import some
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from invirtuo.design import Design
+from invirtuo.design import Design
 
 __all__ = ["SPLITS", "combine", "combine_inverse", "from_csv", "hold_out", "manual", "transfer"]
 
@@ -361,18 +363,18 @@ def from_csv(path: str | Path, obs: pd.DataFrame) -> pd.Series:
     wrong = ~values.isin([*PARTS, ""])
     if wrong.any():
         raise ValueError(
-            f"{path}: split values must be train, val, test or empty; found {_some(values[wrong].unique())} "
+            f"{path}: split values must be train, val, test or empty; found {some(values[wrong].unique())} "
             f"in line {int(np.flatnonzero(wrong)[0]) + 1}. The file has no header line"
         )
     if cells.duplicated().any():
-        raise ValueError(f"{path}: cells named more than once: {_some(cells[cells.duplicated()].unique())}")
+        raise ValueError(f"{path}: cells named more than once: {some(cells[cells.duplicated()].unique())}")
     if not obs.index.is_unique:
         raise ValueError(
             "obs: cell names are not unique, a split file cannot be matched; call adata.obs_names_make_unique()"
         )
     unknown = cells[~cells.isin(obs.index.astype(str))]
     if len(unknown):
-        raise ValueError(f"{path}: cells that are not in obs: {_some(unknown)}; obs has {_some(obs.index, 3)}")
+        raise ValueError(f"{path}: cells that are not in obs: {some(unknown)}; obs has {some(obs.index, 3)}")
     split = pd.Series(values.to_numpy(dtype=object), index=cells).reindex(obs.index.astype(str), fill_value="")
     return pd.Series(split.to_numpy(), index=obs.index, name="split", dtype=object)
 
@@ -390,7 +392,7 @@ def _table(obs: pd.DataFrame, design: Design) -> pd.DataFrame:
     """Label and state of each cell, as text."""
     for column in design.columns:
         if column not in obs.columns:
-            raise ValueError(f"obs has no column {column!r}, which the design names; found {_some(obs.columns)}")
+            raise ValueError(f"obs has no column {column!r}, which the design names; found {some(obs.columns)}")
         if obs[column].isna().any():
             missing = int(obs[column].isna().sum())
             raise ValueError(f"obs[{column!r}] has {missing} missing values; remove these cells or label them")
@@ -421,7 +423,7 @@ def _states(groups: Sequence, design: Design, table: pd.DataFrame) -> list[State
         else:
             name = group if isinstance(group, str) else "|".join(map(str, group))
         if name not in known:
-            raise ValueError(f"group {group!r} does not occur in obs; found {_some(known)}")
+            raise ValueError(f"group {group!r} does not occur in obs; found {some(known)}")
         states.append(known[name])
     return states
 
@@ -442,14 +444,14 @@ def _finish(
     order = sorted(counts) if stratum_order is None else _states(stratum_order, design, table)
     missing = {state for _, state in rest} - set(order)
     if missing:
-        names = _some("|".join(state) for state in sorted(missing))
+        names = some("|".join(state) for state in sorted(missing))
         raise ValueError(f"stratum_order leaves out groups with held-out conditions: {names}")
     if alone:
         fate = "they go to test" if keep_singletons else "their cells are unassigned (keep_singletons=True: test)"
         logger.warning(
             "held-out conditions alone in their group cannot be divided into val and test, %s: %s",
             fate,
-            _some("|".join([*state, label]) for label, state in alone),
+            some("|".join([*state, label]) for label, state in alone),
         )
     val, test = _halves(rest, [order.index(state) for _, state in rest], seed)
     part = dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
@@ -490,14 +492,14 @@ def _condition_names(obs: pd.DataFrame, design: Design, conditions: pd.DataFrame
     elif isinstance(conditions, str | Mapping):
         conditions = [conditions]
     if len(conditions) == 0:
-        raise ValueError(f"conditions is empty; name conditions, or give rows with columns {_some(design.columns)}")
+        raise ValueError(f"conditions is empty; name conditions, or give rows with columns {some(design.columns)}")
     known = design.conditions(obs)
     names = design.names(known)
     found: set[str] = set()
     for wanted in conditions:
         match = (names == wanted) if isinstance(wanted, str) else _matches(known, wanted, design)
         if not match.any():
-            raise ValueError(f"condition {wanted!r} is no perturbed condition of obs; found {_some(names)}")
+            raise ValueError(f"condition {wanted!r} is no perturbed condition of obs; found {some(names)}")
         found |= set(names[match])
     return found
 
@@ -505,9 +507,7 @@ def _condition_names(obs: pd.DataFrame, design: Design, conditions: pd.DataFrame
 def _matches(known: pd.DataFrame, wanted: Mapping, design: Design) -> pd.Series:
     """Which conditions agree with all the values that are given."""
     if not wanted or set(wanted) - set(design.columns):
-        raise ValueError(
-            f"conditions: {dict(wanted)} must name columns of the design; expected {_some(design.columns)}"
-        )
+        raise ValueError(f"conditions: {dict(wanted)} must name columns of the design; expected {some(design.columns)}")
     return pd.concat([_equals(known[column], value) for column, value in wanted.items()], axis=1).all(axis=1)
 
 
@@ -523,9 +523,3 @@ def _warn_about_controls(split: pd.Series, groups: pd.Series, control: np.ndarra
         lacking = [part for part in PARTS if part in wanted - set(parts)]
         if lacking:
             logger.warning("group %s has no control cells in %s (%d in all)", group, ", ".join(lacking), len(parts))
-
-
-def _some(values, limit: int = 8) -> str:
-    """The first few values, for messages."""
-    values = [str(value) for value in values]
-    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

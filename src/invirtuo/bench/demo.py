@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from invirtuo import datasets, preprocess, splits
 from invirtuo.bench.compare import Entry, compare
 from invirtuo.fit import FitConfig
-from invirtuo.models.primeflow import PRiMeFlow
+from invirtuo.model import Preset
+from invirtuo.models import LinearAdditive, PRiMeFlow
 from invirtuo.report import write_report
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["demo"]
 
@@ -26,8 +29,8 @@ NOTES = (
     "other cell types as input. Adam, cosine schedule, averaged weights; 20 steps of AB2.",
     "The row 'primeflow:unet' is the paper's network at width 32 with the training steps that fit the time of a demo: "
     "it is far from converged and says nothing about the paper's own setting.",
-    "linear_additive is fitted by gradient descent, the other baselines in closed form. 'shift' adds the mean effect to "
-    "single control cells, the profile predicts one vector for all cells.",
+    "linear_additive is fitted by gradient descent, the other baselines in closed form. 'shift' adds the mean effect "
+    "to single control cells, the profile predicts one vector for all cells.",
     "One perturbation only: rank metrics carry no meaning here and are left out.",
 )
 
@@ -57,11 +60,13 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
     held_out = [{"cell_type": cell_type} for cell_type in HELD_OUT]
     split = splits.hold_out(raw.obs, design, held_out, seed=seed, control_fractions=(0.6, 0.1, 0.3))
     adata = preprocess.normalize(raw, split=split)
-    common = {"seed": seed, "progress": progress}
-    scale = minutes / MINUTES
-    fit = replace(PRiMeFlow.PRESETS["default"].fit, steps=max(int(STEPS * scale), 10), **common)
-    unet_fit = replace(PRiMeFlow.PRESETS["small"].fit, steps=max(int(UNET_STEPS * scale), 2), val_batches=2, **common)
-    linear_fit = FitConfig(steps=max(int(LINEAR_STEPS * scale), 10), batch_size=512, lr=1e-2, ema=0.0, **common)
+
+    def training(preset: Preset, steps: int) -> FitConfig:
+        return replace(preset.fit, steps=max(int(steps * minutes / MINUTES), 2), seed=seed, progress=progress)
+
+    fit = training(PRiMeFlow.PRESETS["default"], STEPS)
+    unet_fit = replace(training(PRiMeFlow.PRESETS["small"], UNET_STEPS), val_batches=2)
+    linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=1e-2, schedule="cosine")
     entries = [
         Entry("primeflow", "primeflow", None, fit, {"progress": progress}),
         Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 8}),

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from invirtuo.checks import some
 from invirtuo.files import read_h5ad
 from invirtuo.metrics.rank import ranks
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from invirtuo.design import Design
+from invirtuo.design import Design
 
 __all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
 
@@ -228,7 +229,7 @@ class Pair:
         single = {name: "only one cell" for name, rows in whole.rows.items() if len(rows) < 2}
         if len(single) == len(whole.rows):
             raise ValueError(
-                f"real: no condition has two or more cells to divide; found {_some(single) or 'no conditions'}"
+                f"real: no condition has two or more cells to divide; found {some(single) or 'no conditions'}"
             )
         rng = np.random.default_rng(seed)
         pieces = {
@@ -260,7 +261,7 @@ class Pair:
         both = [name for name in real.rows if name in pred.rows]
         if not both:
             raise ValueError(
-                f"no condition is in both files: pred has {_some(pred.rows)}; real has {_some(real.rows)}. "
+                f"no condition is in both files: pred has {some(pred.rows)}; real has {some(real.rows)}. "
                 f"Conditions are named by {' | '.join(design.columns)}"
             )
         self.skipped: dict[str, str] = {}
@@ -272,7 +273,7 @@ class Pair:
         self.skipped |= reasons
         if reasons:
             reason = next(iter(reasons.values()))
-            logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, _some(reasons))
+            logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, some(reasons))
 
     @property
     def groups(self) -> list[str]:
@@ -331,7 +332,7 @@ class Pair:
     def see(self, name: str, side: Side, condition: str) -> np.ndarray:
         """The named view of one condition."""
         if name not in VIEWS:
-            raise ValueError(f"unknown view {name!r}; known: {_some(sorted(VIEWS), 99)}")
+            raise ValueError(f"unknown view {name!r}; known: {some(sorted(VIEWS), 99)}")
         if name in _UNCACHED:
             return VIEWS[name](self, side, condition)
         return self.once(("view", name, side, condition), lambda: VIEWS[name](self, side, condition))
@@ -359,7 +360,7 @@ class Pair:
         if rows is None:
             raise ValueError(
                 f"{cells.name}: group {group!r} has no control cells (label {self.design.control!r} in "
-                f"obs[{self.design.perturbation!r}]); groups with controls: {_some(cells.controls) or 'none'}. "
+                f"obs[{self.design.perturbation!r}]); groups with controls: {some(cells.controls) or 'none'}. "
                 "Add them, or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
             )
         return cells.read(rows)
@@ -397,13 +398,13 @@ class _Cells:
         self.table.index = pd.Index(design.names(self.table))
         names = self.adata.var_names.astype(str)
         if not names.is_unique:
-            repeated = _some(names[names.duplicated()].unique())
+            repeated = some(names[names.duplicated()].unique())
             raise ValueError(f"{name}: gene names are not unique: {repeated}; call adata.var_names_make_unique()")
         self.genes = np.array(sorted(names), dtype=object) if genes is None else genes
         self.columns = names.get_indexer(self.genes)
         if (self.columns < 0).any():
             missing = self.genes[self.columns < 0]
-            raise ValueError(f"{name} lacks {len(missing)} of the {len(self.genes)} genes of real: {_some(missing)}")
+            raise ValueError(f"{name} lacks {len(missing)} of the {len(self.genes)} genes of real: {some(missing)}")
         self._check_values()
 
     @property
@@ -453,12 +454,10 @@ def _open(name: str, source: AnnData | str | Path) -> AnnData:
 def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
     taken = {"condition", "metric", "value", "n_pred", "n_real", "_group"} & set(design.columns) - {design.perturbation}
     if taken:
-        raise ValueError(f"covariate columns {_some(sorted(taken))} clash with columns of the score table; rename them")
+        raise ValueError(f"covariate columns {some(sorted(taken))} clash with columns of the score table; rename them")
     for column in design.columns:
         if column not in obs.columns:
-            raise ValueError(
-                f"{name}: obs has no column {column!r}, which the design names; found {_some(obs.columns)}"
-            )
+            raise ValueError(f"{name}: obs has no column {column!r}, which the design names; found {some(obs.columns)}")
         if obs[column].isna().any():
             missing = int(obs[column].isna().sum())
             raise ValueError(f"{name}: obs[{column!r}] has {missing} missing values; remove these cells or label them")
@@ -500,9 +499,3 @@ def _moments(block) -> tuple[np.ndarray, np.ndarray, int]:
     squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
     squares += (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
     return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
-
-
-def _some(values, limit: int = 8) -> str:
-    """The first few values, for messages."""
-    values = [str(value) for value in values]
-    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

@@ -27,7 +27,8 @@ class Config:
     softplus: bool = True  # keep predictions positive, as published
 
 
-_FIT = FitConfig(steps=2000, batch_size=512, lr=5e-3, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best")
+_FIT = FitConfig(steps=2000, batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best")
+_BEST = "PerturBench, best of 60 trials"
 
 
 class LinearAdditive(Model):
@@ -41,10 +42,10 @@ class LinearAdditive(Model):
     name = "linear_additive"
     Config = Config
     PRESETS = {
-        "default": Preset(Config(), _FIT, "ours"),
-        "norman19": Preset(Config(use_covariates=False), replace(_FIT, batch_size=4000, lr=4.717e-3, weight_decay=1.759e-8), "best of 60 trials, PerturBench"),
-        "srivatsan20": Preset(Config(), replace(_FIT, batch_size=4000, lr=7.788e-4, weight_decay=1.063e-8), "best of 60 trials, PerturBench"),
-        "jiang24": Preset(Config(), replace(_FIT, batch_size=2000, lr=1.421e-3, weight_decay=1.008e-8), "best of 60 trials, PerturBench"),
+        "default": Preset(Config(), replace(_FIT, batch_size=512, lr=5e-3), "ours"),
+        "norman19": Preset(Config(use_covariates=False), replace(_FIT, lr=4.717e-3, weight_decay=1.759e-8), _BEST),
+        "srivatsan20": Preset(Config(), replace(_FIT, lr=7.788e-4, weight_decay=1.063e-8), _BEST),
+        "jiang24": Preset(Config(), replace(_FIT, batch_size=2000, lr=1.421e-3, weight_decay=1.008e-8), _BEST),
     }  # fmt: skip
     sampler = "pairs"
     needs_source = True

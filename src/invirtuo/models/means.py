@@ -111,8 +111,13 @@ class PerturbationMean(_Pseudobulk):
         """(g,), mean effect of one perturbation (p,) multi-hot."""
         if not multi_hot.any():
             return torch.zeros_like(self.means[0])
-        rows = torch.nonzero((self.perturbations == multi_hot).all(1)).flatten()
-        deltas = [self.means[i] - c for i in rows if (c := self._control_mean(self.covariates[i])) is not None]
+        rows = (self.perturbations == multi_hot).all(1)
+        contexts = dict.fromkeys(map(tuple, self.covariates[rows].tolist()))
+        deltas = []
+        for covariates in (torch.tensor(context, dtype=torch.int64) for context in contexts):
+            own = rows & (self.covariates == covariates).all(1)  # A+B, B+A and all times are one perturbation
+            if (control := self._control_mean(covariates)) is not None:
+                deltas.append(_weighted(self.means[own], self.n_cells[own]) - control)
         if deltas:
             return torch.stack(deltas).mean(0)
         parts = torch.nonzero(multi_hot).flatten()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -218,6 +219,7 @@ _PAPER = Config(
     steps=100,
 )
 _MLP = replace(_PAPER, velocity="mlp")
+_FIT = FitConfig(steps=3000, batch_size=256, lr=2e-3, clip=1.0, betas=(0.9, 0.99))
 _PAPER_FIT = FitConfig(steps=20_000, lr=5e-5, schedule="constant", warmup=0, ema=0.0, accumulate=4, keep="best")
 
 
@@ -232,10 +234,10 @@ class PRiMeFlow(Model):
     name = "primeflow"
     Config = Config
     PRESETS = {
-        "default": Preset(Config(), FitConfig(steps=3000, batch_size=256, lr=2e-3, clip=1.0, betas=(0.9, 0.99)), "ours"),
+        "default": Preset(Config(), _FIT, "ours"),
         "small": Preset(
-            replace(_PAPER, hidden_dim=32, channel_mult=(1, 2, 2, 4), num_heads=2, attention_resolutions=(8,), dropout=0.0,
-                    solver="ab2", steps=20),
+            replace(_PAPER, hidden_dim=32, channel_mult=(1, 2, 2, 4), num_heads=2, attention_resolutions=(8,),
+                    dropout=0.0, solver="ab2", steps=20),
             FitConfig(steps=1000, batch_size=64, lr=1e-3), "ours, the U-Net for a CPU"),
         "srivatsan20": Preset(_PAPER, replace(_PAPER_FIT, batch_size=54), "table 10"),
         "norman19": Preset(
@@ -296,7 +298,7 @@ class PRiMeFlow(Model):
         losses = {"total": per_cell.mean()}
         if not self.training:
             edges = [i * n // T_BINS for i in range(T_BINS + 1)]
-            bins = zip(edges[:-1], edges[1:], strict=True)
+            bins = pairwise(edges)
             losses |= {f"t{i}": per_cell[a:b].mean() for i, (a, b) in enumerate(bins) if a < b}
         return losses
 

@@ -56,6 +56,9 @@ class PseudobulkAnchor(nn.Module):
         self.register_buffer("groups", torch.zeros(0, dtype=torch.int64))
         self._expected: dict[tuple, Tensor] = {}
 
+    control_mean: Tensor
+    control_sd: Tensor
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Take the sizes of the saved effects, which depend on the data."""
         for name in ("effects", "designs", "groups"):
