@@ -371,8 +371,8 @@ def test_learns_a_response_it_never_saw(cells, plan):
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
 U_NET = {"velocity": "unet", "num_res_blocks": 2, "hidden_dim": 256, "dropout": 0.1, "conv_resample": True,
-         "num_heads": 8, "attention_resolutions": (16,), "n_layers_gene_expression": 2, "n_layers_conditions": 2, "n_layers_time": 2,
-         "prob_unconditional": 0.2, "interpl_type": "linear", "sigma": 0.0}  # fmt: skip
+         "num_heads": 8, "attention_resolutions": (16,), "n_layers_gene_expression": 2, "n_layers_conditions": 2,
+         "n_layers_time": 2, "prob_unconditional": 0.2, "interpl_type": "linear", "sigma": 0.0}  # fmt: skip
 TABLES = {  # tables 10 to 13: config, fit
     "srivatsan20": (
         U_NET | {"channel_mult": (1, 2, 2, 4, 4)},
