@@ -1,0 +1,5 @@
+"""`python -m invirtuo` is the command line."""
+
+from invirtuo.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""Contract of a comparison: complete tidy scores, everything a report needs, the same numbers twice."""
+
+from __future__ import annotations
+
+import json
+
+import anndata as ad
+import pandas as pd
+import pytest
+
+import invirtuo as iv
+from invirtuo.bench import Entry, compare
+from invirtuo.bench.demo import HELD_OUT, demo
+
+
+@pytest.fixture
+def comparison(toy, design, tmp_path):
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A", "b_cell|A+B"])
+    adata = iv.preprocess.normalize(toy, split=split)
+    tiny = iv.models.PRiMeFlow.Config(hidden_dim=32, cell_width=32, gene_width=16, n_blocks=1, steps=3)
+    fit = iv.FitConfig(steps=8, batch_size=32, val_every=4, progress=False)
+    entries = [
+        Entry("flow", "primeflow", tiny, fit),
+        Entry("mean", "perturbation_mean", "shift-cells"),
+        Entry("none", "no_change"),
+    ]
+
+    def run(name: str) -> pd.DataFrame:
+        return compare(adata, design, split, entries, tmp_path / name, n_cells=30, about={"title": "toy"})
+
+    return run
+
+
+def test_scores_are_complete_and_tidy(comparison, tmp_path):
+    scores = comparison("a")
+    assert scores.columns[:4].tolist() == ["condition", "perturbation", "cell_type", "metric"]
+    counts = scores.groupby("model").size()
+    assert set(counts.index) == {"flow", "mean", "none", "noise_floor"}
+    assert (counts == 2 * 5).all()  # conditions x metrics
+    pd.testing.assert_frame_equal(scores, pd.read_csv(tmp_path / "a" / "scores.csv"), check_dtype=False)
+    floor = scores[(scores["model"] == "noise_floor") & (scores["metric"] == "rmse_mean")]["value"].mean()
+    none = scores[(scores["model"] == "none") & (scores["metric"] == "rmse_mean")]["value"].mean()
+    assert floor < none
+
+
+def test_everything_a_report_needs(comparison, tmp_path):
+    comparison("a")
+    folder = tmp_path / "a"
+    assert ad.read_h5ad(folder / "predicted.h5ad").uns["invirtuo"]["model"] == "primeflow"
+    assert set(pd.read_csv(folder / "panels.csv")["kind"]) == {"background", "real", "predicted"}
+    run = json.loads((folder / "run.json").read_text())
+    assert [entry["label"] for entry in run["models"]] == ["flow", "mean", "none"]
+    assert run["models"][0]["fit"]["steps"] == 8
+    page = iv.report(folder, folder / "report.html").read_text()
+    assert "noise_floor" in page
+    assert iv.load(folder / "models" / "flow").name == "primeflow"
+
+
+def test_same_seed_same_table(comparison):
+    pd.testing.assert_frame_equal(comparison("a"), comparison("b"))
+
+
+@pytest.mark.slow
+def test_demo_keeps_its_promise(tmp_path):
+    """PRiMeFlow is best in every measure on the held-out conditions (two cores: about five minutes)."""
+    scores = demo(tmp_path, progress=False)
+    assert set(scores["cell_type"]) == set(HELD_OUT)
+    mean = scores.pivot_table(index="model", columns="metric", values="value")
+    others = mean.drop(index=["primeflow", "noise_floor"])
+    for metric in ("mmd_gex", "mmd_pca", "rmse_mean"):
+        assert mean.loc["primeflow", metric] < others[metric].min()
+    for metric in ("deg_recall", "cosine_logfc"):
+        assert mean.loc["primeflow", metric] > others[metric].max()
+    assert (tmp_path / "report.html").stat().st_size > 100_000

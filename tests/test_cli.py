@@ -1,0 +1,236 @@
+"""Contract of the command line: the whole way from counts to report, and one message with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import invirtuo as iv
+from invirtuo import cli
+
+COLUMNS = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]
+TINY = ["hidden_dim=32", "cell_width=32", "gene_width=16", "n_blocks=1", "loss_genes=0"]
+SET = [part for field in TINY for part in ("--set", field)]
+FAST = ["--fit-set", "steps=12", "--fit-set", "batch_size=32", "--fit-set", "val_every=6", "--quiet"]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a command in this process; gives exit code, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["invirtuo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capfd.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Folder with counts.h5ad and log.h5ad of the toy cells, and a model fitted on them."""
+    folder = tmp_path_factory.mktemp("cli")
+    counts = iv.datasets.toy(n_cells=240, n_genes=30)
+    counts.write_h5ad(folder / "counts.h5ad")
+    log = iv.preprocess.normalize(counts)
+    log.write_h5ad(folder / "log.h5ad")
+    design = iv.Design.from_adata(log, perturbation="perturbation", control="control", covariates=["cell_type"])
+    split = iv.splits.hold_out(log.obs, design, ["monocyte|A", "b_cell|A+B"])
+    model = iv.models.PerturbationMean(design, log.var_names).fit(log, split=split)
+    model.save(folder / "mean")
+    log[(split == "test").to_numpy()].write_h5ad(folder / "real.h5ad")
+    split.to_csv(folder / "split.csv", header=False)
+    return folder
+
+
+def test_the_whole_way(run, tmp_path):
+    raw, log, model = tmp_path / "raw.h5ad", tmp_path / "log.h5ad", tmp_path / "run"
+    iv.datasets.toy(n_cells=240, n_genes=30).write_h5ad(raw)
+    assert run("prepare", raw, log, "--n-genes", 25)[0] == 0
+    assert iv.preprocess.looks_like_counts(ad.read_h5ad(log).layers["counts"])
+    assert run("check", log, *COLUMNS)[0] == 0
+    held_out = ["--hold-out", "monocyte|A", "--hold-out", "b_cell|A+B"]
+    assert run("fit", "primeflow", log, *COLUMNS, *held_out, *SET, *FAST, "--out", model)[0] == 0
+    assert json.loads((model / "config.json").read_text())["config"]["hidden_dim"] == 32
+    assert (
+        run("predict", model, "-n", 20, "--steps", 3, "--solver", "euler", "--quiet", "--out", tmp_path / "p.h5ad")[0]
+        == 0
+    )
+    predicted = ad.read_h5ad(tmp_path / "p.h5ad")
+    assert predicted.shape == (40, 25)
+    assert set(predicted.obs["cell_type"]) == {"monocyte", "b_cell"}
+    scores = tmp_path / "results" / "scores.csv"
+    assert (
+        run("evaluate", tmp_path / "p.h5ad", log, *COLUMNS, "--metrics", "rmse_mean,deg_recall", "--out", scores)[0]
+        == 0
+    )
+    table = pd.read_csv(scores)
+    assert set(table["metric"]) == {"rmse_mean", "deg_recall"}
+    assert set(table["condition"]) == {"monocyte|A", "b_cell|A+B"}
+    assert run("report", scores.parent, "--out", tmp_path / "report.html")[0] == 0
+    assert "monocyte|A" in (tmp_path / "report.html").read_text()
+
+
+def test_same_words_same_numbers(run, files, tmp_path):
+    run("predict", files / "mean", "-n", 7, "--seed", 3, "--quiet", "--out", tmp_path / "p.h5ad")
+    predicted = iv.load(files / "mean").predict("test", n_cells=7, seed=3)
+    np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "p.h5ad").X, predicted.X)
+
+
+def test_resume_ends_with_the_same_weights(run, files, tmp_path):
+    arguments = ["fit", "primeflow", files / "log.h5ad", *COLUMNS, *SET, "--fit-set", "precision=fp32", *FAST]
+    assert run(*arguments, "--out", tmp_path / "whole")[0] == 0
+    assert run(*arguments, "--out", tmp_path / "again")[0] == 0
+    assert run(*arguments, "--resume", "--out", tmp_path / "again")[0] == 0
+    first, second = (iv.load(tmp_path / name).state_dict() for name in ("whole", "again"))
+    assert all((first[key] == second[key]).all() for key in first)
+
+
+@pytest.mark.parametrize("what", ["models", "metrics", "datasets", "splits"])
+def test_list(run, what):
+    code, out, _ = run("list", what)
+    assert code == 0
+    names = {"models": "primeflow", "metrics": "mmd_gex", "datasets": "kang", "splits": "transfer"}
+    assert names[what] in out
+
+
+def spoiled(kind: str) -> ad.AnnData:
+    """The log-normalised toy cells with one thing wrong."""
+    adata = iv.preprocess.normalize(iv.datasets.toy(n_cells=120, n_genes=20))
+    x = adata.X.toarray()
+    if kind == "nan":
+        x[3, 4] = np.nan
+    elif kind == "negative":
+        x[3, 4] = -1
+    elif kind == "linear":
+        x = np.expm1(x)
+    elif kind == "counts":
+        x = adata.layers["counts"].toarray()
+    elif kind == "twice":
+        x = np.log1p(x)
+    adata.X = x.astype(np.float32)
+    if kind == "duplicate genes":
+        adata.var_names = ["same", "same", *adata.var_names[2:]]
+    if kind == "no control":
+        adata = adata[(adata.obs["perturbation"] != "control").to_numpy()].copy()
+    if kind == "missing label":
+        adata.obs["perturbation"] = adata.obs["perturbation"].astype(object)
+        adata.obs.iloc[0, adata.obs.columns.get_loc("perturbation")] = np.nan
+    if kind == "no column":
+        del adata.obs["cell_type"]
+    if kind == "group without control":
+        keep = (adata.obs["cell_type"] != "b_cell") | (adata.obs["perturbation"] != "control")
+        adata = adata[keep.to_numpy()].copy()
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "NaN"),
+        ("negative", "negative"),
+        ("linear", "without logarithm"),
+        ("counts", "raw counts"),
+        ("twice", "taken twice"),
+        ("duplicate genes", "gene names occur more than once"),
+        ("no control", "control label 'control' does not occur"),
+        ("missing label", "missing values"),
+        ("no column", "column 'cell_type' is not in"),
+        ("group without control", "no control cells among the training cells of group"),
+    ],
+)
+def test_fit_refuses(run, tmp_path, kind, message):
+    spoiled(kind).write_h5ad(tmp_path / "bad.h5ad")
+    code, _, err = run("fit", "linear_additive", tmp_path / "bad.h5ad", *COLUMNS, *FAST, "--out", tmp_path / "run")
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "nonsense", "LOG", *COLUMNS, "--out", "OUT"], "unknown model 'nonsense'; known: primeflow"),
+        (["fit", "primeflow", "LOG", *COLUMNS, "--preset", "nope", "--out", "OUT"], "no preset 'nope'"),
+        (["fit", "primeflow", "LOG", *COLUMNS, "--set", "widht=3", "--out", "OUT"], "cannot set 'widht=3'"),
+        (["fit", "primeflow", "LOG", *COLUMNS, "--set", "hidden_dim=wide", "--out", "OUT"], "hidden_dim='wide'"),
+        (["fit", "primeflow", "LOG", *COLUMNS, "--fit-set", "progress=3", "--out", "OUT"], "expected true or false"),
+        (["fit", "primeflow", "LOG", *COLUMNS, "--split", "nope", "--out", "OUT"], "--split is 'nope'"),
+        (["fit", "primeflow", "LOG", *COLUMNS, "--hold-out", "t_cell|Z", "--out", "OUT"], "t_cell|Z"),
+        (["fit", "primeflow", "LOG", "--perturbation", "x", "--control", "y", "--out", "OUT"], "column 'x' is not in"),
+        (["fit", "primeflow", "NONE", *COLUMNS, "--out", "OUT"], "does not exist"),
+        (["fit", "primeflow", "CUT", *COLUMNS, "--out", "OUT"], "truncated or damaged"),
+        (["prepare", "LOG", "OUT"], "expected raw counts"),
+        (["check", "TEXT", *COLUMNS], "not an HDF5 file"),
+        (["predict", "MEAN", "--conditions", "UNSEEN", "--out", "OUT"], "perturbation 'Z'"),
+        (["predict", "MEAN", "--conditions", "STRANGE", "--out", "OUT"], "neuron"),
+        (["predict", "MEAN", "--conditions", "NONE", "--out", "OUT"], "does not exist"),
+        (["predict", "MEAN", "-n", "0", "--out", "OUT"], "n_cells is 0"),
+        (["predict", "FOLDER", "--out", "OUT"], "holds no saved model"),
+        (["evaluate", "LOG", "REAL", *COLUMNS, "--metrics", "nope", "--out", "OUT"], "nope"),
+        (["evaluate", "COUNTS", "REAL", *COLUMNS, "--out", "OUT"], "log1p"),
+        (["evaluate", "FEWER", "REAL", *COLUMNS, "--out", "OUT"], "genes"),
+        (["evaluate", "LOG", "REAL", *COLUMNS, "--controls", "x", "--out", "OUT"], "controls"),
+        (["report", "FOLDER", "--out", "OUT"], "scores.csv"),
+        (["demo", "--minutes", "0", "--out", "OUT"], "minutes is 0"),
+        (["list", "nonsense"], "cannot list 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_message(run, files, tmp_path, arguments, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.h5ad").write_text("not a file of cells")
+    whole = (files / "log.h5ad").read_bytes()
+    (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
+    pd.DataFrame({"cell_type": ["b_cell"], "perturbation": ["Z"]}).to_csv(tmp_path / "unseen.csv", index=False)
+    pd.DataFrame({"cell_type": ["neuron"], "perturbation": ["A"]}).to_csv(tmp_path / "strange.csv", index=False)
+    ad.read_h5ad(files / "log.h5ad")[:, :10].copy().write_h5ad(tmp_path / "fewer.h5ad")
+    names = {
+        "LOG": files / "log.h5ad", "REAL": files / "real.h5ad", "COUNTS": files / "counts.h5ad",
+        "MEAN": files / "mean", "NONE": tmp_path / "none.h5ad", "CUT": tmp_path / "cut.h5ad",
+        "TEXT": tmp_path / "text.h5ad", "FOLDER": tmp_path / "folder", "UNSEEN": tmp_path / "unseen.csv",
+        "STRANGE": tmp_path / "strange.csv", "FEWER": tmp_path / "fewer.h5ad", "OUT": tmp_path / "out",
+    }  # fmt: skip
+    code, _, err = run(*[names.get(argument, argument) for argument in arguments])
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
+
+
+def test_a_failed_write_leaves_the_old_file(run, files, tmp_path):
+    old = tmp_path / "scores.csv"
+    old.write_text("precious")
+    code, _, _ = run("evaluate", files / "counts.h5ad", files / "real.h5ad", *COLUMNS, "--out", old)
+    assert code == 2
+    assert old.read_text() == "precious"
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+def test_every_layout_of_the_matrix(run, files, tmp_path, layout):
+    adata = ad.read_h5ad(files / "log.h5ad")
+    adata.X = {"csr": adata.X, "csc": sparse.csc_matrix(adata.X), "dense": adata.X.toarray()}[layout]
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    split = ["--split", files / "split.csv"]
+    assert run("fit", "context_mean", tmp_path / "x.h5ad", *COLUMNS, *split, *FAST, "--out", tmp_path / "run")[0] == 0
+    predicted = iv.load(tmp_path / "run").predict("test", n_cells=3)
+    assert predicted.shape == (6, 30)
+
+
+def test_no_traceback_from_the_shell(tmp_path):
+    command = [sys.executable, "-m", "invirtuo", "check", str(tmp_path / "none.h5ad"), *COLUMNS[:4]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"invirtuo: {tmp_path / 'none.h5ad'} does not exist; expected an h5ad file"
+    ]
