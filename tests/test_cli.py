@@ -141,13 +141,14 @@ def spoiled(kind: str) -> ad.AnnData:
         ("linear", "without logarithm"),
         ("counts", "raw counts"),
         ("twice", "taken twice"),
-        ("duplicate genes", "gene names occur more than once"),
+        ("duplicate genes", "gene names are not unique"),
         ("no control", "control label 'control' does not occur"),
         ("missing label", "missing values"),
         ("no column", "column 'cell_type' is not in"),
         ("group without control", "no control cells among the training cells of group"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def test_fit_refuses(run, tmp_path, kind, message):
     spoiled(kind).write_h5ad(tmp_path / "bad.h5ad")
     code, _, err = run("fit", "linear_additive", tmp_path / "bad.h5ad", *COLUMNS, *FAST, "--out", tmp_path / "run")
