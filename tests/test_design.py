@@ -67,6 +67,14 @@ def test_wrong_names_are_named(options, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "options", [{"covariates": ["p"]}, {"covariates": ["cell", "cell"]}, {"dose": "um", "time": "um"}]
+)
+def test_a_column_has_one_role(options):
+    with pytest.raises(ValueError, match="more than one role"):
+        make(table(["ctrl", "a"], um=[0.0, 1.0]), **options)
+
+
 @pytest.mark.parametrize("column", ["p", "cell"])
 def test_missing_values_are_counted(column):
     obs = table(["ctrl", "a", "b", "a"])

@@ -390,6 +390,13 @@ def test_bad_requests(case, fitted):
         predict(model, steps=0)
     with pytest.raises(ValueError, match="unknown solver 'dopri'|solver is 'dopri'"):
         predict(model, solver="dopri")
+    for grid in ((0.0, 0.5), (0.5, 1.0), (0.0, 1.0, 0.5), (0.0,)):
+        with pytest.raises(ValueError, match="grid is .* times that rise from 0 to 1"):
+            predict(model, grid=grid)
+    with pytest.raises(ValueError, match="guidance is nan"):
+        predict(model, guidance=float("nan"))
+    with pytest.raises(ValueError, match="conditions is a dict; expected a DataFrame"):
+        predict(model, ASKED.to_dict("list"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -414,6 +421,8 @@ def test_bad_data(case, cells, design):
     counts.X = counts.layers["counts"]
     with pytest.raises(ValueError, match="raw counts.*expected log1p"):
         model.fit(counts, config=FIT)
+    with pytest.raises(ValueError, match="config is a str; expected a FitConfig"):
+        model.fit(cells, config="default")
     with pytest.raises(ValueError, match="does not name every one"):
         model.fit(cells, pd.Series(["train"]), config=FIT)
 

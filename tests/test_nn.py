@@ -524,6 +524,21 @@ def test_anchor_pools_the_controls_of_a_group():
     assert float(anchor.effect(ask(1, [1, 0]))) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_anchor_chooses_its_bandwidth_on_few_conditions(monkeypatch):
+    """Leave-one-out over thousands of conditions would take hours."""
+    n = 700
+    multi_hot = torch.zeros(n + 2, 3)
+    multi_hot[torch.arange(n) + 2, torch.arange(n) % 3] = 1
+    condition = Condition(multi_hot, {"cell": torch.arange(n + 2) % 2})
+    solved = []
+    weights = PseudobulkAnchor._weights
+    monkeypatch.setattr(PseudobulkAnchor, "_weights", lambda self, *a: solved.append(1) or weights(self, *a))
+    anchor = PseudobulkAnchor((2,), 3, 4)
+    mean = randn(n + 2, 4).double()
+    anchor.fit(condition, mean, torch.ones_like(mean), torch.ones(n + 2))
+    assert len(anchor.effects) == n and 100 < len(solved) <= 10 * 200
+
+
 def test_anchor_without_covariates():
     rows = [([0, 0], [1.0]), ([1, 0], [3.0]), ([0, 1], [2.0])]
     condition = Condition(torch.tensor([row[0] for row in rows], dtype=torch.float32))

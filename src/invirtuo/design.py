@@ -6,6 +6,7 @@ It knows nothing of expression values and of models.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Self
@@ -83,14 +84,17 @@ class Design:
         Raises
         ------
         ValueError
-            If a column is missing or holds missing values, the control label does not occur, or a dose is negative.
+            If a column is missing, holds missing values or has two roles, the control label does not occur, or a dose
+            is negative.
         """
         obs = adata if isinstance(adata, pd.DataFrame) else adata.obs
         covariates = [covariates] if isinstance(covariates, str) else list(covariates)
         roles = [("perturbation", perturbation), *(("covariates", name) for name in covariates)]
-        for role, column in [*roles, ("dose", dose), ("time", time)]:
-            if column is not None:
-                _check_column(obs, column, role)
+        roles += [(role, column) for role, column in (("dose", dose), ("time", time)) if column is not None]
+        for role, column in roles:
+            _check_column(obs, column, role)
+        if repeated := [column for column, n in Counter(column for _, column in roles).items() if n > 1]:
+            raise ValueError(f"column(s) {some(repeated)} have more than one role; name each column once")
         labels = _labels(obs, perturbation)
         if control not in labels.cat.categories:
             raise ValueError(

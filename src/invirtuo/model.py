@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,10 @@ class SampleConfig:
             raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
         if self.solver is not None and self.solver not in SOLVERS:
             raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; expected a finite number")
+        if self.grid is not None and ([*self.grid] != sorted({*self.grid}) or self.grid[:1] + self.grid[-1:] != (0, 1)):
+            raise ValueError(f"grid is {self.grid}; expected times that rise from 0 to 1")
         for name in ("steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
@@ -166,6 +171,8 @@ class Model(nn.Module):
             If the data are not in the model's space, genes are missing, or labels are unknown.
         """
         config = config or self.fit_config
+        if not isinstance(config, FitConfig):
+            raise ValueError(f"config is a {type(config).__name__}; expected a FitConfig")
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split)
@@ -413,6 +420,8 @@ class Model(nn.Module):
             if not held_out[conditions]:
                 raise ValueError(f"the split of the fit held out no conditions for {conditions!r}; pass a DataFrame")
             conditions = pd.DataFrame(held_out[conditions])
+        if not isinstance(conditions, pd.DataFrame):
+            raise ValueError(f'conditions is a {type(conditions).__name__}; expected a DataFrame, "test" or "val"')
         if not len(conditions):
             raise ValueError("the table of conditions is empty; expected one row per wanted condition")
         encoded = self.design.encode(conditions)  # names unknown labels and missing columns
