@@ -25,7 +25,7 @@ class PseudobulkAnchor(nn.Module):
     """Per gene: control mean, control standard deviation, expected mean, and expected effect of a condition.
 
     The expected effect of perturbations m (multi-hot) in a group k is a ridge regression on the effects Y (c, g) of the
-    training conditions with multi-hots Z (c, p), weighted by how alike the groups are:
+    training conditions with multi-hots Z (c, p), weighted by how alike the groups are::
 
         effect = m^T (Z^T S Z + ridge I)^-1 Z^T S Y,  S = diag(exp(-|control_k - control_i|^2 / bandwidth) + floor)
 
