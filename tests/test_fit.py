@@ -348,6 +348,14 @@ def test_callbacks_and_loggers_are_used(mean, cells, tmp_path):
     assert "train_total" in pd.read_csv(file)
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress(mean, cells, capsys, progress):
+    mean.fit(cells, config=replace(CONFIG, accumulate=2, progress=progress))
+    shown = capsys.readouterr().out
+    assert ("24/24" in shown) == progress
+    assert progress or shown == ""
+
+
 def test_nothing_is_left_behind(cells, plan, split, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     iv.models.PRiMeFlow(plan, cells.var_names, DROPOUT).fit(cells, split, config=replace(CONFIG, checkpoint_every=2))
@@ -434,7 +442,10 @@ def test_resume_of_an_early_stop(cells, plan, split, tmp_path):
     config = replace(CONFIG, steps=20, lr=0.1, warmup=0, schedule="constant", ema=0.0, val_every=1, patience=3,
                      keep="best", checkpoint_every=2)  # fmt: skip
     whole = Overshoot(plan, cells.var_names).fit(cells, split, config=config, folder=tmp_path)
-    resumed = Overshoot(plan, cells.var_names).fit(cells, split, config=config, folder=tmp_path, resume=True)
+    spy = Spy()
+    resumed = Overshoot(plan, cells.var_names)
+    resumed.fit(cells, split, config=config, folder=tmp_path, resume=True, callbacks=[spy])
+    assert spy.weights == []
     assert_equal(weights(resumed), weights(whole))
     assert resumed.history["step"].tolist() == whole.history["step"].tolist()
 

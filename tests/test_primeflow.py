@@ -330,6 +330,30 @@ def test_statistics_of_the_genes(plan, cells):
 
 
 @pytest.mark.parametrize("interpolant", ["linear", "trigonometric"])
+def test_preconditioning_by_hand(interpolant, plan, cells, batch, dataset):
+    """Gaussian velocity plus what is left of ut times the network, which reads the whole cell standardised."""
+    config = replace(GENEWISE, interpl_type=interpolant, sigma=0.3)
+    model = filled(plan, cells, config, dataset)
+    x, t = points(batch)
+    s, mean, sd = t[:, None].double(), model.gene_mean.double(), model.gene_sd.double()
+    if interpolant == "linear":
+        a, b, da, db = 1 - s, s, -torch.ones_like(s), torch.ones_like(s)
+    else:
+        angle = math.pi * s / 2
+        a, b, da, db = angle.cos(), angle.sin(), -math.pi / 2 * angle.sin(), math.pi / 2 * angle.cos()
+    variance = a**2 + (b * sd) ** 2 + 0.3**2
+    covariance = a * da + b * db * sd**2
+    residual = x.double() - b * mean
+    velocity = db * mean + covariance / variance * residual
+    left = (da**2 + (db * sd) ** 2 - covariance**2 / variance).sqrt()
+    cell = (residual / variance.sqrt()).float()
+    network = model.velocity(x, cell, t, batch.condition, None, model.anchor(batch.condition), None)
+    expected = velocity.float() + left.float() * network
+    torch.testing.assert_close(model.evaluate(x, t, batch.condition), expected, atol=1e-4, rtol=1e-3)
+    assert float(network.detach().abs().mean()) > 0.05
+
+
+@pytest.mark.parametrize("interpolant", ["linear", "trigonometric"])
 def test_a_new_preconditioned_model_samples_the_gaussian_of_every_gene(interpolant, plan, cells):
     config = replace(GENEWISE, hurdle=False, interpl_type=interpolant, steps=40)
     fit = replace(FIT, steps=1, lr=1e-12, ema=0.0)
