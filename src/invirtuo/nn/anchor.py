@@ -121,7 +121,7 @@ class PseudobulkAnchor(nn.Module):
                 m = torch.tensor(row).to(self.effects)
                 self._expected[key] = self._weights(m, k, float(self.bandwidth)) @ self.effects
         known = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        table = torch.stack([self._expected[key] for key in known])
+        table = torch.stack([self._expected[key] for key in known]).to(self.effects.device)
         return table[torch.tensor([known[key] for key in keys], device=table.device)]
 
     def group(self, condition: Condition) -> Tensor:
