@@ -409,7 +409,7 @@ import test_fit as here
 
 class Slow(lightning.Callback):
     def on_train_batch_end(self, *args):
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 cells, plan, split = here.experiment()
 config = here.replace(here.HARD, steps=60)
