@@ -342,10 +342,12 @@ def _read_csv(path: Path):
 
 
 def _print_scores(scores) -> None:
-    """Mean over conditions, a row per model."""
+    """Mean over conditions: a row per model, or, for one model, a row per metric."""
     table = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", sort=False)
+    if len(table) == 1:
+        table = table.T
     rows = [(str(name), *(f"{value:.3f}" for value in row)) for name, row in table.iterrows()]
-    _print_rows(rows, header=("model", *map(str, table.columns)))
+    _print_rows(rows, header=(table.index.name, *map(str, table.columns)))
 
 
 def _print_rows(rows, header: tuple[str, ...] | None = None) -> None:
