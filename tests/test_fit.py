@@ -214,6 +214,23 @@ def test_every_cell_is_seen_once_per_pass(mean, cells):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("start", [0, 5])
+def test_devices_share_the_batches(mean, cells, plan, monkeypatch, start):
+    """Each of two devices gets every other batch, from the batch after the `start` that each has had."""
+    dataset = iv.CellDataset(cells, plan)
+
+    def first(n: int, start: int) -> list[list[int]]:
+        stream = fitting._Stream(dataset, mean, CONFIG, start)
+        return [batch.index.tolist() for _, batch in zip(range(n), stream, strict=False)]
+
+    alone = first(16, 2 * start)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        assert first(8, start) == alone[rank::2]
+
+
 def test_same_seed_same_weights(cells, plan):
     """The seed of the fit decides alone: not the first weights, not the global state, which stays as it is."""
     results = []

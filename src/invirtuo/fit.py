@@ -201,25 +201,33 @@ def keep_freed_memory() -> None:
 
 
 class _Stream:
-    """Batches of the training cells without end, from batch number `start` on."""
+    """Batches of the training cells without end; of several devices each takes its share, after the first `start`."""
 
     def __init__(self, dataset: CellDataset, model: Model, config: FitConfig, start: int):
         self.dataset, self.model, self.config, self.start = dataset, model, config, start
 
     def __iter__(self) -> Iterator[Batch]:
-        sampler, skip, epoch = SAMPLERS[self.model.sampler], self.start, 0
+        rank, n_devices = _rank()
+        sampler, number, epoch = SAMPLERS[self.model.sampler], 0, 0
         layout = self.dataset.layout("train")
         while True:
             n = 0
             for rows in sampler(layout, self.config.batch_size, np.random.default_rng([self.config.seed, epoch])):
                 n += 1
-                if skip:
-                    skip -= 1
-                    continue
-                yield self.dataset.take(rows)
+                number += 1
+                if number > self.start * n_devices and (number - 1) % n_devices == rank:
+                    yield self.dataset.take(rows)
             if n == 0:
                 raise ValueError(f"the sampler {self.model.sampler!r} found no cells to train on")
             epoch += 1
+
+
+def _rank() -> tuple[int, int]:
+    """Number of this device, and of how many."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 class _Training:
