@@ -72,3 +72,13 @@ def test_demo_keeps_its_promise(tmp_path):
     for metric in ("deg_recall", "cosine_logfc"):
         assert mean.loc["primeflow", metric] > others[metric].max()
     assert (tmp_path / "report.html").stat().st_size > 100_000
+
+
+def test_a_dose_read_as_text_is_the_same_dose(toy):
+    toy.obs["dose"] = (toy.obs["perturbation"] != "control") * 10.0
+    design = iv.Design.from_adata(toy, perturbation="perturbation", control="control", dose="dose")
+    wanted = pd.DataFrame({"perturbation": ["A"], "dose": ["10"]})
+    adata = iv.preprocess.normalize(toy)
+    predicted = iv.models.PerturbationMean(design, adata.var_names).fit(adata).predict(wanted, n_cells=5)
+    scores = iv.evaluate(predicted, adata, design, ["rmse_mean"])
+    assert scores["condition"].tolist() == ["A|10"]

@@ -131,8 +131,14 @@ class Design:
 
     def names(self, obs: pd.DataFrame) -> pd.Series:
         """Name of the condition of each row: covariate values and perturbation (and dose, time) joined by ``|``."""
-        columns = [obs[column].astype(str) for column in self.columns]
+        table = self.tidy(obs)
+        columns = [table[c].map("{:g}".format) if c in (self.dose, self.time) else table[c] for c in self.columns]
         return columns[0].str.cat(columns[1:], sep="|") if len(columns) > 1 else columns[0]
+
+    def tidy(self, obs: pd.DataFrame) -> pd.DataFrame:
+        """Only the columns of the Design: labels as text, dose and time as numbers, whatever their types in obs."""
+        numbers = {column: _numeric(obs, column) for column in (self.dose, self.time) if column is not None}
+        return pd.DataFrame({c: numbers.get(c, obs[c].astype(str)) for c in self.columns}, index=obs.index)
 
     def groups(self, obs: pd.DataFrame) -> pd.Series:
         """Name of the covariate group of each row: covariate values joined by ``|``; ``all`` without covariates."""
@@ -143,11 +149,9 @@ class Design:
 
     def conditions(self, obs: pd.DataFrame, *, control: bool = False) -> pd.DataFrame:
         """Distinct conditions of obs, one row each, sorted by name; control conditions only if asked for."""
-        table = obs[self.columns].drop_duplicates()
+        table = self.tidy(obs).drop_duplicates()
         if not control:
             table = table[~self.is_control(table)]
-        for column in [*self.covariates, self.perturbation]:
-            table[column] = table[column].astype(str)
         return table.sort_values(self.columns, ignore_index=True)
 
     def encode(self, obs: pd.DataFrame) -> Condition:

@@ -438,7 +438,7 @@ class Model(nn.Module):
                 raise ValueError(
                     f"covariate {name!r}: {some(strange)} do not occur in the training cells; trained: {some(levels)}"
                 )
-        return conditions[self.design.columns].drop_duplicates().reset_index(drop=True)
+        return self.design.tidy(conditions).drop_duplicates().reset_index(drop=True)
 
     def _pool(self, controls: AnnData | None) -> dict[str, sparse.csr_matrix]:
         if controls is None:
