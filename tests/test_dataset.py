@@ -262,3 +262,8 @@ def test_repeated_genes_and_unknown_labels_are_refused(small, small_design):
     small.var_names = ["gene_0", *small.var_names[:-1]]
     with pytest.raises(ValueError, match="gene_0"):
         iv.CellDataset(small, small_design)
+
+
+def test_an_anndata_without_x_is_refused(toy, design):
+    with pytest.raises(ValueError, match="has no X"):
+        iv.CellDataset(anndata.AnnData(obs=toy.obs, var=toy.var), design)

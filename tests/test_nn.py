@@ -388,8 +388,8 @@ def pseudobulk(rows, genes: int = 3):
     return condition, mean, torch.full_like(mean, 0.25), torch.full((len(rows),), 10)
 
 
-def anchor_of(rows, levels=(2,), n_perturbations: int = 2) -> PseudobulkAnchor:
-    anchor = PseudobulkAnchor(levels, n_perturbations, len(rows[0][2]))
+def anchor_of(rows, n_perturbations: int = 2) -> PseudobulkAnchor:
+    anchor = PseudobulkAnchor(1, n_perturbations, len(rows[0][2]))
     anchor.fit(*pseudobulk(rows))
     return anchor
 
@@ -440,7 +440,7 @@ def test_anchor_by_its_formula():
     """m^T (Z^T S Z + ridge I)^-1 Z^T S Y with the bandwidth that the anchor chose."""
     rows = [(k, m, randn(4, seed=10 * k + sum(m) + 3 * m[0]).abs().tolist())
             for k in range(3) for m in ([0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1])]  # fmt: skip
-    anchor = anchor_of(rows, levels=(3,), n_perturbations=3)
+    anchor = anchor_of(rows, n_perturbations=3)
     assert len(anchor.effects) == 12
     controls = torch.tensor([row[2] for row in rows if not any(row[1])], dtype=torch.float64)
     treated = [row for row in rows if any(row[1])]
@@ -471,14 +471,14 @@ IDENTICAL = [
 
 
 def test_anchor_recovers_additive_effects_over_identical_groups():
-    anchor = anchor_of(IDENTICAL, levels=(3,))
+    anchor = anchor_of(IDENTICAL)
     for group, multi_hot, mean in IDENTICAL:
         expected = torch.tensor(mean) - 3.0
         torch.testing.assert_close(anchor.effect(ask(group, multi_hot))[0], expected, atol=5e-3, rtol=0)
 
 
 def test_anchor_adds_the_parts_of_an_unseen_combination():
-    anchor = anchor_of([row for row in IDENTICAL if row[1] != [1, 1]], levels=(3,))
+    anchor = anchor_of([row for row in IDENTICAL if row[1] != [1, 1]])
     both = torch.tensor(ADDITIVE["a"]) + torch.tensor(ADDITIVE["b"])
     torch.testing.assert_close(anchor.effect(ask(1, [1, 1]))[0], both, atol=5e-3, rtol=0)
 
@@ -494,7 +494,8 @@ def test_anchor_null_features():
     mixed = anchor(condition, torch.tensor([False, True]))
     torch.testing.assert_close(mixed[0], anchor(condition)[0])
     mean = torch.tensor([1.5, 1.5, 0.5])
-    expected = torch.stack([mean, torch.full((3,), 0.5), mean, torch.zeros(3)], dim=-1)
+    spread = torch.tensor([0.5, 0.5, 0.5]).sqrt()  # .25 within and .25 between the groups
+    expected = torch.stack([mean, spread, mean, torch.zeros(3)], dim=-1)
     torch.testing.assert_close(mixed[1], expected)
 
 
@@ -502,7 +503,7 @@ def test_anchor_of_a_group_without_controls():
     """It takes mean and spread over all control cells, weighted by their number."""
     condition, mean, variance, n_cells = pseudobulk(TWO_GROUPS)
     n_cells[3] = 30  # controls of group 1
-    anchor = PseudobulkAnchor((3,), 2, 3)
+    anchor = PseudobulkAnchor(1, 2, 3)
     anchor.fit(condition, mean, variance, n_cells)
     overall = torch.tensor([1.75, 1.75, 0.25], dtype=torch.float64)
     spread = 0.25 + (0.25 * (mean[0] - overall) ** 2 + 0.75 * (mean[3] - overall) ** 2)
@@ -516,7 +517,7 @@ def test_anchor_pools_the_controls_of_a_group():
     rows = [(0, [0, 0], [1.0]), (0, [0, 0], [4.0]), (0, [1, 0], [3.0]), (1, [0, 0], [2.0]), (1, [1, 0], [2.0])]
     condition, mean, variance, n_cells = pseudobulk(rows)
     n_cells[1] = 20
-    anchor = PseudobulkAnchor((2,), 2, 1)
+    anchor = PseudobulkAnchor(1, 2, 1)
     anchor.fit(condition, mean, variance, n_cells)
     features = anchor(ask(0, [0, 0]))[0, 0]
     assert float(features[0]) == pytest.approx(3.0)
@@ -533,7 +534,7 @@ def test_anchor_chooses_its_bandwidth_on_few_conditions(monkeypatch):
     solved = []
     weights = PseudobulkAnchor._weights
     monkeypatch.setattr(PseudobulkAnchor, "_weights", lambda self, *a: solved.append(1) or weights(self, *a))
-    anchor = PseudobulkAnchor((2,), 3, 4)
+    anchor = PseudobulkAnchor(1, 3, 4)
     mean = randn(n + 2, 4).double()
     anchor.fit(condition, mean, torch.ones_like(mean), torch.ones(n + 2))
     assert len(anchor.effects) == n and 100 < len(solved) <= 10 * 200
@@ -543,7 +544,7 @@ def test_anchor_without_covariates():
     rows = [([0, 0], [1.0]), ([1, 0], [3.0]), ([0, 1], [2.0])]
     condition = Condition(torch.tensor([row[0] for row in rows], dtype=torch.float32))
     mean = torch.tensor([row[1] for row in rows], dtype=torch.float64)
-    anchor = PseudobulkAnchor((), 2, 1)
+    anchor = PseudobulkAnchor(0, 2, 1)
     anchor.fit(condition, mean, torch.ones_like(mean), torch.ones(3))
     combination = Condition(torch.ones(1, 2))
     assert float(anchor.effect(combination)) == pytest.approx(3.0, abs=1e-2)
@@ -555,7 +556,7 @@ def test_anchor_needs_controls():
 
 
 def test_anchor_save_and_load():
-    anchor, again = anchor_of(TWO_GROUPS), PseudobulkAnchor((2,), 2, 3)
+    anchor, again = anchor_of(TWO_GROUPS), PseudobulkAnchor(1, 2, 3)
     again(ask(0, [1, 0]))  # fill its memory with what it does not know yet
     again.load_state_dict(load(save({k: v.contiguous() for k, v in anchor.state_dict().items()})))
     for group in (0, 1):

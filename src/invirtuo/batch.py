@@ -66,6 +66,13 @@ class Condition(_Record):
         return len(self.perturbation)
 
     @property
+    def groups(self) -> Tensor:
+        """(n, number of covariates), level of every covariate; equal rows are one covariate group."""
+        columns = [codes[:, None] for codes in self.covariates.values()]
+        empty = torch.zeros(len(self), 0, dtype=torch.int64, device=self.perturbation.device)
+        return torch.cat([empty, *columns], dim=1)
+
+    @property
     def is_control(self) -> Tensor:
         """(n,) bool, True where no perturbation acts."""
         return (self.perturbation == 0).all(dim=1)

@@ -231,6 +231,8 @@ def _stored(X) -> np.ndarray:
 def matrix(adata: AnnData, layer: str | None):
     """X, or the layer of that name."""
     if layer is None:
+        if adata.X is None:
+            raise ValueError("the AnnData has no X; expected cells x genes. Put the matrix into adata.X")
         return adata.X
     if layer not in adata.layers:
         raise ValueError(f"there is no layer {layer!r}; found {', '.join(adata.layers) or 'no layers'}")

@@ -127,6 +127,8 @@ def run(
     if resume and folder is None:
         raise ValueError("resume=True needs the folder of the earlier fit; pass folder=")
     folder = None if folder is None else Path(folder)
+    for left_over in [] if folder is None else folder.glob(".*.part.*"):  # of a write that was killed
+        left_over.unlink()
     keep_freed_memory()
     with torch.random.fork_rng():
         return _train(model, dataset, config, folder, resume, list(callbacks), list(loggers))

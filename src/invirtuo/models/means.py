@@ -70,7 +70,7 @@ class _Pseudobulk(Model):
         table, mean, _, n_cells = dataset.pseudobulk("train")
         condition = self.design.encode(table)
         self.means, self.n_cells = torch.from_numpy(mean).float(), torch.from_numpy(n_cells)
-        self.perturbations, self.covariates = condition.perturbation, _stack(condition.covariates, len(table))
+        self.perturbations, self.covariates = condition.perturbation, condition.groups
 
     def _control_mean(self, covariates: Tensor) -> Tensor | None:
         """(g,), control mean of one covariate group, or None."""
@@ -102,7 +102,7 @@ class PerturbationMean(_Pseudobulk):
         _, which = batch.condition.perturbation.unique(dim=0, return_inverse=True)
         if self.config.mode == "shift_cells":
             return (batch.source + effect[which]).clamp_min(0)
-        covariates = _stack(batch.condition.covariates, len(batch))
+        covariates = batch.condition.groups
         control = self._control_mean(covariates[0])
         mean = batch.source.mean(0) if control is None else control
         return mean + effect[which]
@@ -146,7 +146,7 @@ class ContextMean(_Pseudobulk):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The mean for every perturbed cell, the source for every control cell, (n, g)."""
-        covariates = _stack(batch.condition.covariates, len(batch))
+        covariates = batch.condition.groups
         rows = (self.covariates == covariates[0]).all(1) & (self.perturbations != 0).any(1)
         if rows.any():
             mean = _weighted(self.means[rows], self.n_cells[rows])
@@ -160,8 +160,3 @@ class ContextMean(_Pseudobulk):
 def _weighted(means: Tensor, n_cells: Tensor) -> Tensor:
     weight = n_cells.to(means)[:, None]
     return (means * weight).sum(0) / weight.sum()
-
-
-def _stack(covariates, n: int) -> Tensor:
-    columns = list(covariates.values())
-    return torch.stack(columns, dim=1) if columns else torch.zeros(n, 0, dtype=torch.int64)

@@ -263,7 +263,7 @@ class PRiMeFlow(Model):
         self.register_buffer("gene_sd", torch.ones(sizes.n_genes))
         self.register_buffer("smallest", torch.zeros(()))
         anchored = config.anchor and config.velocity == "genewise"
-        self.anchor = PseudobulkAnchor(levels, sizes.n_perturbations, sizes.n_genes) if anchored else None
+        self.anchor = PseudobulkAnchor(len(levels), sizes.n_perturbations, sizes.n_genes) if anchored else None
 
     def prepare(self, dataset: CellDataset) -> None:
         """Mean and standard deviation of every gene, and the anchors, from training cells."""

@@ -7,8 +7,6 @@ network trained on these features meets errors of the same size as it will for n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -30,39 +28,31 @@ class PseudobulkAnchor(nn.Module):
         effect = m^T (Z^T S Z + ridge I)^-1 Z^T S Y,  S = diag(exp(-|control_k - control_i|^2 / bandwidth) + floor)
 
     with the condition itself left out of Z and Y. The bandwidth is chosen by leave-one-out error on training
-    conditions. Groups without control cells of their own take the mean over all groups.
+    conditions. Groups without control cells of their own take the statistics of all control cells.
 
     Parameters
     ----------
-    levels
-        Number of levels of every covariate.
-    n_perturbations, n_genes
-        p and g.
+    n_covariates, n_perturbations, n_genes
+        Number of covariates, p and g.
     """
 
     n_features = 4
 
-    def __init__(self, levels: Sequence[int], n_perturbations: int, n_genes: int):
+    def __init__(self, n_covariates: int, n_perturbations: int, n_genes: int):
         super().__init__()
-        self.levels = list(levels)
-        n_groups = 1
-        for k in self.levels:
-            n_groups *= k
-        self.register_buffer("control_mean", torch.zeros(n_groups, n_genes))
-        self.register_buffer("control_sd", torch.zeros(n_groups, n_genes))
-        self.register_buffer("distance", torch.zeros(n_groups, n_groups))
+        # Row 0 stands for all control cells, the others for the groups that have some.
+        self.register_buffer("codes", torch.full((1, n_covariates), -1))
+        self.register_buffer("control_mean", torch.zeros(1, n_genes))
+        self.register_buffer("control_sd", torch.zeros(1, n_genes))
         self.register_buffer("bandwidth", torch.ones(()))
         self.register_buffer("effects", torch.zeros(0, n_genes))
         self.register_buffer("designs", torch.zeros(0, n_perturbations))
-        self.register_buffer("groups", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("own_codes", torch.zeros(0, n_covariates, dtype=torch.int64))
         self._expected: dict[tuple, Tensor] = {}
 
-    control_mean: Tensor
-    control_sd: Tensor
-
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Take the sizes of the saved effects, which depend on the data."""
-        for name in ("effects", "designs", "groups"):
+        """Take the sizes of the saved tables, which depend on the data."""
+        for name in ("codes", "control_mean", "control_sd", "effects", "designs", "own_codes"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.bandwidth.device))
         self._expected.clear()
@@ -80,83 +70,74 @@ class PseudobulkAnchor(nn.Module):
         n_cells
             (c,)
         """
-        group = self.group(condition)
         control = condition.is_control
         if not control.any():
             raise ValueError("the training cells hold no control cells; anchored conditioning needs them")
-        everywhere = _pooled(mean[control], variance[control], n_cells[control])
-        control_mean, control_var = (value.repeat(len(self.control_mean), 1) for value in everywhere)
-        for k in group[control].unique().tolist():  # with time or dose, several control conditions per group
-            rows = control & (group == k)
-            control_mean[k], control_var[k] = _pooled(mean[rows], variance[rows], n_cells[rows])
-        self.control_mean = control_mean.float()
-        self.control_sd = control_var.sqrt().float()
-        self.effects = (mean[~control] - control_mean[group[~control]]).float()
+        codes = condition.groups
+        groups = codes[control].unique(dim=0) if codes.shape[1] else codes[:1]
+        members = [control, *(control & (codes == group).all(1) for group in groups)]  # several with time or dose
+        pooled = [_pooled(mean[rows], variance[rows], n_cells[rows]) for rows in members]
+        self.codes = torch.cat([torch.full((1, codes.shape[1]), -1), groups])
+        self.control_mean = torch.stack([m for m, _ in pooled]).float()
+        self.control_sd = torch.stack([v for _, v in pooled]).sqrt().float()
+        self.own_codes = codes[~control]
+        self.effects = (mean[~control] - self.control_mean[self._rows(self.own_codes)]).float()
         self.designs = condition.perturbation[~control].clone()
-        self.groups = group[~control].clone()
-        self.distance = torch.cdist(control_mean, control_mean).square().float()
-        self.bandwidth = self._choose_bandwidth()
         self._expected.clear()
+        self.bandwidth = self._choose_bandwidth()
 
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
-        """Features (n, g, 4) of n conditions; null rows hold the mean over all groups and no effect."""
-        group = self.group(condition)
-        effect = self.effect(condition)
-        mean, sd = self.control_mean[group], self.control_sd[group]
+        """Features (n, g, 4) of n conditions; null rows hold the statistics of all control cells and no effect."""
+        rows, effect = self._rows(condition.groups), self.effect(condition)
         if is_null is not None:
-            null = is_null[:, None]
-            mean = torch.where(null, self.control_mean.mean(0), mean)
-            sd = torch.where(null, self.control_sd.mean(0), sd)
-            effect = torch.where(null, 0.0, effect)
+            rows = torch.where(is_null, 0, rows)
+            effect = torch.where(is_null[:, None], 0.0, effect)
+        mean = self.control_mean[rows]
         expected = (mean + effect).clamp_min(0)
-        return torch.stack([mean, sd, expected, expected - mean], dim=-1)
+        return torch.stack([mean, self.control_sd[rows], expected, expected - mean], dim=-1)
 
     def effect(self, condition: Condition) -> Tensor:
         """(n, g), expected difference to the control mean; every distinct condition is computed once and kept."""
-        group = self.group(condition).cpu()
-        bits = condition.perturbation.detach().cpu().numpy()
-        keys = [(k, row.tobytes()) for k, row in zip(group.tolist(), bits, strict=True)]
-        for key, k, row in zip(keys, group.tolist(), bits, strict=True):
+        codes, multi_hot = condition.groups.cpu(), condition.perturbation.detach().cpu()
+        keys = [(c.tobytes(), m.tobytes()) for c, m in zip(codes.numpy(), multi_hot.numpy(), strict=True)]
+        known = {key: i for i, key in reversed(list(enumerate(keys)))}  # one row for each distinct condition
+        for key, i in known.items():
             if key not in self._expected:
-                m = torch.tensor(row).to(self.effects)
-                self._expected[key] = self._weights(m, k, float(self.bandwidth)) @ self.effects
-        known = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+                weights = self._weights(multi_hot[i].to(self.effects), codes[i].to(self.codes), float(self.bandwidth))
+                self._expected[key] = weights @ self.effects
+        place = {key: i for i, key in enumerate(known)}
         table = torch.stack([self._expected[key] for key in known]).to(self.effects.device)
-        return table[torch.tensor([known[key] for key in keys], device=table.device)]
+        return table[torch.tensor([place[key] for key in keys], device=table.device)]
 
-    def group(self, condition: Condition) -> Tensor:
-        """(n,), number of the covariate group."""
-        number = torch.zeros(len(condition), dtype=torch.int64, device=condition.perturbation.device)
-        for k, codes in zip(self.levels, condition.covariates.values(), strict=True):
-            number = number * k + codes
-        return number
+    def _rows(self, codes: Tensor) -> Tensor:
+        """(n,), row of the group in the tables; 0 for groups without control cells."""
+        return (codes[:, None] == self.codes[1:]).all(-1).long() @ torch.arange(1, len(self.codes), device=codes.device)
 
-    def _weights(self, m: Tensor, group: int, bandwidth: float) -> Tensor:
+    def _weights(self, m: Tensor, codes: Tensor, bandwidth: float) -> Tensor:
         """(c,), weight of every training effect in the expected effect of one condition, itself left out."""
-        if not len(self.effects) or not m.any():
-            return torch.zeros(len(self.effects)).to(self.effects)
-        similarity = torch.exp(-self.distance[group, self.groups] / bandwidth) + FLOOR
-        itself = (self.groups == group) & (self.designs == m).all(1)
+        nothing = torch.zeros(len(self.effects)).to(self.effects)
+        relevant = (self.designs[:, m != 0] != 0).any(1)
+        itself = (self.own_codes == codes).all(1) & (self.designs == m).all(1)
+        if not (relevant & ~itself).any():
+            return nothing
+        here, there = (self.control_mean[self._rows(c)] for c in (codes[None], self.own_codes))
+        similarity = torch.exp(-(here - there).square().sum(1) / bandwidth) + FLOOR
         similarity = torch.where(itself, 0.0, similarity).double()
         z = self.designs.double()
-        relevant = (z[:, m != 0] != 0).any(1)
-        largest = similarity[relevant].max() if relevant.any() else similarity.new_zeros(())
-        if largest <= 0:
-            return torch.zeros(len(self.effects)).to(self.effects)
-        weighted = z.T * (similarity / largest)
+        weighted = z.T * (similarity / similarity[relevant].max())
         gram = weighted @ z + RIDGE * torch.eye(z.shape[1]).to(z)
         return (m.double() @ torch.linalg.solve(gram, weighted)).to(self.effects)
 
     def _choose_bandwidth(self) -> Tensor:
-        positive = self.distance[self.distance > 0]
-        if not len(positive) or not len(self.effects):
-            return torch.ones(()).to(self.distance)
-        candidates = positive.median() * 2.0 ** torch.arange(-6, 4).to(self.distance)
+        distance = torch.pdist(self.control_mean[1:].double()).square().float()
+        if not (distance > 0).any() or not len(self.effects):
+            return torch.ones(())
+        candidates = distance[distance > 0].median() * 2.0 ** torch.arange(-6, 4)
         left_out = torch.linspace(0, len(self.effects) - 1, min(len(self.effects), LEFT_OUT)).round().long()
         errors = []
         for bandwidth in candidates.tolist():
-            pairs = zip(self.designs[left_out], self.groups[left_out].tolist(), strict=True)
-            weights = torch.stack([self._weights(m, k, bandwidth) for m, k in pairs])
+            pairs = zip(self.designs[left_out], self.own_codes[left_out], strict=True)
+            weights = torch.stack([self._weights(m, codes, bandwidth) for m, codes in pairs])
             errors.append(float((weights @ self.effects - self.effects[left_out]).square().sum()))
         return candidates[errors.index(min(errors))]
 
