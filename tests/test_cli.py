@@ -163,7 +163,7 @@ def test_fit_refuses(run, tmp_path, kind, message):
     [
         (["fit", "nonsense", "LOG", *COLUMNS, "--out", "OUT"], "unknown model 'nonsense'; known: primeflow"),
         (["fit", "primeflow", "LOG", *COLUMNS, "--preset", "nope", "--out", "OUT"], "no preset 'nope'"),
-        (["fit", "primeflow", "LOG", *COLUMNS, "--set", "widht=3", "--out", "OUT"], "cannot set 'widht=3'"),
+        (["fit", "primeflow", "LOG", *COLUMNS, "--set", "nonsense=3", "--out", "OUT"], "cannot set 'nonsense=3'"),
         (["fit", "primeflow", "LOG", *COLUMNS, "--set", "hidden_dim=wide", "--out", "OUT"], "hidden_dim='wide'"),
         (["fit", "primeflow", "LOG", *COLUMNS, "--fit-set", "progress=3", "--out", "OUT"], "expected true or false"),
         (["fit", "primeflow", "LOG", *COLUMNS, "--split", "nope", "--out", "OUT"], "--split is 'nope'"),

@@ -38,7 +38,8 @@ __all__ = ["FitConfig", "bf16_pays", "run"]
 
 logger = logging.getLogger(__name__)
 
-LAST, BEST = "last.safetensors", "best.safetensors"
+LAST = "last.safetensors"  # everything that a resumed fit needs
+BEST = "best.safetensors"  # weights with the lowest validation loss so far
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,9 @@ class _Training:
         losses = {}
         if validates:
             losses = validation_losses(self.kept, self.dataset, config, device, bf16=self.bf16)
-            if losses:
-                self._judge(losses["total"])
+            if losses and self._improves(losses["total"]) and folder is not None and main:
+                with writing(folder / BEST) as path:
+                    save_file({k: v.cpu().contiguous().clone() for k, v in self.kept.state_dict().items()}, path)
         if validates or last or self.step % 20 == 0 or self.step == 1:
             self._record(losses)
         if folder is not None and main and (last or self.stopped or self.step % config.checkpoint_every == 0):
@@ -296,14 +298,15 @@ class _Training:
         row |= {f"train_{k}": float(v.detach()) for k, v in self._losses.items()}
         self.history.append(row | {f"val_{k}": v for k, v in validation.items()})
 
-    def _judge(self, value: float) -> None:
+    def _improves(self, value: float) -> bool:
         if value < self.best:
             self.best, self.waited = value, 0
             if self.config.keep == "best":
                 self.best_weights = {k: v.clone() for k, v in self.kept.state_dict().items()}
-        else:
-            self.waited += 1
-            self.stopped = bool(self.config.patience) and self.waited >= self.config.patience
+            return True
+        self.waited += 1
+        self.stopped = bool(self.config.patience) and self.waited >= self.config.patience
+        return False
 
     def save(self, path: Path) -> None:
         """Write everything that :meth:`restore` needs into one safetensors file."""
