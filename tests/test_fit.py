@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 import invirtuo as iv
@@ -382,7 +383,10 @@ def test_nothing_is_left_behind(cells, plan, split, tmp_path, monkeypatch):
 def test_checkpoint_is_safetensors_and_json(cells, plan, split, tmp_path):
     model = iv.models.PRiMeFlow(plan, cells.var_names, DROPOUT)
     model.fit(cells, split, config=replace(CONFIG, keep="best", val_every=6), folder=tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["history.csv", "last.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["best.safetensors", "history.csv", "last.safetensors"]
+    best = load_file(tmp_path / "run" / "best.safetensors")
+    assert all(torch.equal(best[k], v) for k, v in model.state_dict().items())
     with safe_open(tmp_path / "run" / "last.safetensors", framework="pt") as file:
         facts = json.loads(file.metadata()["invirtuo"])
         assert {key.split(".")[0] for key in file.keys()} == {"model", "average", "optimizer", "best"}
