@@ -82,6 +82,16 @@ class Config:
             raise ValueError(f"prob_unconditional is {self.prob_unconditional}; expected at least 0 and below 1")
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a velocity network needs to know of genes and Design."""
+
+    n_genes: int
+    n_perturbations: int
+    levels: tuple[int, ...]
+    n_continuous: int
+
+
 class _Embedding(nn.Module):
     """Time and condition encoders, of one width."""
 
@@ -153,13 +163,18 @@ class MLPVelocity(nn.Module):
         super().__init__()
         width, dropout = config.hidden_dim, config.dropout
         self.d_time, self.time_scale = min(width, 256), config.time_scale
-        n_condition = sizes.n_perturbations + sum(sizes.levels) + sizes.n_continuous
         self.values = MLP(sizes.n_genes, width, config.n_layers_gene_expression, dropout=dropout)
         self.time = MLP(self.d_time, width, config.n_layers_time, dropout=dropout)
         self.condition = ConditionEncoder(
-            sizes.n_perturbations, list(sizes.levels), sizes.n_continuous, width, 1, config.covariate_scale
+            sizes.n_perturbations,
+            list(sizes.levels),
+            sizes.n_continuous,
+            width,
+            config.n_layers_conditions,
+            config.covariate_scale,
+            activated=True,
+            dropout=dropout,
         )
-        self.condition.mlp = MLP(n_condition, width, config.n_layers_conditions, dropout=dropout)
         self.decode = MLP(3 * width, width, config.n_layers_decoding, n_out=sizes.n_genes, dropout=dropout)
 
     def forward(self, x: Tensor, cell: Tensor, t: Tensor, condition: Condition, is_null, features, genes) -> Tensor:
@@ -192,16 +207,6 @@ class GenewiseField(nn.Module):
     def forward(self, x: Tensor, cell: Tensor, t: Tensor, condition: Condition, is_null, features, genes) -> Tensor:
         time, encoded = self.embed(t, condition, is_null)
         return self.field(x, cell, F.silu(time + encoded), features, genes)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a velocity network needs to know of genes and Design."""
-
-    n_genes: int
-    n_perturbations: int
-    levels: tuple[int, ...]
-    n_continuous: int
 
 
 VELOCITIES = {"unet": UNetVelocity, "mlp": MLPVelocity, "genewise": GenewiseField}
@@ -239,9 +244,10 @@ class PRiMeFlow(Model):
             replace(_PAPER, hidden_dim=32, channel_mult=(1, 2, 2, 4), num_heads=2, attention_resolutions=(8,),
                     dropout=0.0, solver="ab2", steps=20),
             FitConfig(steps=1000, batch_size=64, lr=1e-3), "ours, the U-Net for a CPU"),
-        "srivatsan20": Preset(_PAPER, replace(_PAPER_FIT, batch_size=54), "table 10"),
+        "srivatsan20": Preset(_PAPER, replace(_PAPER_FIT, batch_size=54), "table 10; 4 devices there"),
         "norman19": Preset(
-            replace(_PAPER, channel_mult=(1, 1, 2, 2, 4)), replace(_PAPER_FIT, batch_size=100), "table 11"),
+            replace(_PAPER, channel_mult=(1, 1, 2, 2, 4)), replace(_PAPER_FIT, batch_size=100),
+            "table 11; 4 devices there"),
         "mlp-srivatsan20": Preset(
             replace(_MLP, hidden_dim=3072, dropout=0.0, n_layers_gene_expression=1, n_layers_conditions=1,
                     n_layers_time=3, n_layers_decoding=2, prob_unconditional=0.0, sigma=0.01),

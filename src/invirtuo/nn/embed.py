@@ -57,6 +57,8 @@ class ConditionEncoder(nn.Module):
         Linear layers of the MLP, the last one without activation.
     covariate_scale
         Factor on the one-hot blocks; 0 leaves the covariates out.
+    activated, dropout
+        Let every layer end in activation and dropout, the last one too.
     """
 
     def __init__(
@@ -67,12 +69,18 @@ class ConditionEncoder(nn.Module):
         width: int,
         n_layers: int = 2,
         covariate_scale: float = 1.0,
+        *,
+        activated: bool = False,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.levels = levels
         self.covariate_scale = covariate_scale
         n_in = n_perturbations + sum(levels) + n_continuous
-        self.mlp = MLP(n_in, width, n_layers - 1, n_out=width)
+        if activated:
+            self.mlp = MLP(n_in, width, n_layers, dropout=dropout)
+        else:
+            self.mlp = MLP(n_in, width, n_layers - 1, n_out=width, dropout=dropout)
         self.null = nn.Parameter(torch.zeros(width))
 
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
