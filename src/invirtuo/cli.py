@@ -37,7 +37,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no su
 def demo(
     out: Out = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of split, fits and samples.")] = 0,
-    minutes: Annotated[float, typer.Option(help="Scales the training to about this long on two cores.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Scales the training to about this long on two cores.")] = 4.0,
     quiet: Quiet = False,
 ) -> None:
     """Run the main job on the bundled cells and write a report."""

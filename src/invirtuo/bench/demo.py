@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
-STEPS, UNET_STEPS, LINEAR_STEPS = 1200, 40, 1200  # optimiser steps per `MINUTES`
-MINUTES = 5.0
+STEPS, UNET_STEPS, LINEAR_STEPS = 1200, 30, 1200  # optimiser steps per `MINUTES`
+MINUTES = 4.0
 
 NOTES = (
     "Main row: PRiMeFlow's flow matching from noise to log expression, with the velocity network 'genewise' in place "
@@ -69,7 +69,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
     linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=1e-2, schedule="cosine")
     entries = [
         Entry("primeflow", "primeflow", None, fit, {"progress": progress}),
-        Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 8}),
+        Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 5}),
         Entry("linear_additive", "linear_additive", None, linear_fit),
         Entry("perturbation_mean", "perturbation_mean", "profile"),
         Entry("perturbation_mean:shift", "perturbation_mean", "shift-cells"),
