@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from invirtuo.metrics import de, distribution, mean, rank
+from invirtuo.metrics import de, discrimination, distribution, mean, rank, wilcoxon
+from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METRICS",
+    "PROFILES",
     "VIEWS",
     "Metric",
     "Pair",
     "de",
+    "discrimination",
     "distribution",
     "evaluate",
     "mean",
@@ -35,9 +38,17 @@ __all__ = [
     "noise_floor",
     "rank",
     "score",
+    "score_against",
     "summarize",
     "view",
+    "wilcoxon",
 ]
+
+PROFILES: dict[str, tuple[str, ...]] = {  # what may be named in place of metrics
+    "perturbench": tuple(name for name, record in METRICS.items() if record.default),
+    "cell_eval": tuple(name for name, record in METRICS.items() if record.reference == mean.CELL_EVAL),
+    "vcc": ("mae", "pds_l1", "de_overlap_n"),
+}
 
 
 def evaluate(
@@ -59,7 +70,7 @@ def evaluate(
     design
         Says which columns of obs hold perturbation and covariates.
     metrics
-        Names from `METRICS`; None for all that are computed by default.
+        Names from `METRICS` or `PROFILES` ("cell_eval", "vcc", ...); None for all that are computed by default.
     n_pcs
         Principal components for metrics in that space, fitted once on all cells of `real`, controls included.
     controls
@@ -165,8 +176,11 @@ def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
 def _choose(metrics: Sequence[str] | str | None) -> list[str]:
     if metrics is None:
         return [name for name, record in METRICS.items() if record.default]
-    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
+    asked = [metrics] if isinstance(metrics, str) else metrics
+    names = list(dict.fromkeys(name for entry in asked for name in PROFILES.get(entry, (entry,))))
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
-        raise ValueError(f"unknown metrics: {', '.join(unknown) or 'none named'}; known: {', '.join(METRICS)}")
+        raise ValueError(
+            f"unknown metrics: {', '.join(unknown) or 'none named'}; known: {', '.join([*METRICS, *PROFILES])}"
+        )
     return names

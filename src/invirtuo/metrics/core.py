@@ -290,21 +290,24 @@ class Pair:
 
     def cells(self, side: Side, condition: str) -> np.ndarray:
         """(n, g) dense log1p expression of the cells of a condition, genes in alphabetical order."""
-        return _dense(self._cells[side].read(self._cells[side].rows[condition]))
+        return _dense(self.stored(side, condition))
 
     def control_cells(self, side: Side, group: str) -> np.ndarray:
         """(n, g) dense log1p expression of the control cells that this side is compared with."""
-        return _dense(self._read_control(side, group))
+        return _dense(self.stored_control(side, group))
+
+    def stored(self, side: Side, condition: str):
+        """Like `cells`, CSR or dense as the file holds them."""
+        return self._cells[side].read(self._cells[side].rows[condition])
 
     def moments(self, side: Side, condition: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Mean (g,), variance (g,) with n - 1 (NaN for one cell), and number of cells of a condition."""
-        cells = self._cells[side]
-        return self.once(("moments", side, condition), lambda: _moments(cells.read(cells.rows[condition])))
+        return self.once(("moments", side, condition), lambda: _moments(self.stored(side, condition)))
 
     def control_moments(self, side: Side, group: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Like `moments`, of the control cells that this side is compared with."""
         key = ("control", self._control_side[side], group)
-        return self.once(key, lambda: _moments(self._read_control(side, group)))
+        return self.once(key, lambda: _moments(self.stored_control(side, group)))
 
     def group_moments(self, side: Side, group: str) -> list[tuple[np.ndarray, np.ndarray, int]]:
         """Moments of every condition that this file has in the group, scored or not, and of the controls."""
@@ -354,7 +357,8 @@ class Pair:
     def _cache(self, key: tuple) -> dict:
         return self._of_pair if "pred" in key else self._of_real
 
-    def _read_control(self, side: Side, group: str):
+    def stored_control(self, side: Side, group: str):
+        """Like `control_cells`, CSR or dense as the file holds them."""
         cells = self._cells[self._control_side[side]]
         rows = cells.controls.get(group)
         if rows is None:

@@ -11,12 +11,12 @@ from scipy import linalg, sparse
 from scipy.sparse.linalg import aslinearoperator, svds
 
 from invirtuo.metrics.core import metric, view
-from invirtuo.metrics.mean import PERTURBENCH
+from invirtuo.metrics.mean import CELL_EVAL, PERTURBENCH, pearson
 
 if TYPE_CHECKING:
     from invirtuo.metrics.core import Pair, Side
 
-__all__ = ["energy_distance", "half_energy", "mean_distance", "principal_axes"]
+__all__ = ["distance_correlation", "energy_distance", "half_energy", "mean_distance", "principal_axes"]
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,42 @@ def energy_distance(pred: np.ndarray, real: np.ndarray) -> float:
     centre = real.mean(axis=0, dtype=np.float64)
     x, y = _shifted(pred, centre), _shifted(real, centre)
     return 2 * mean_distance(x, y) - _without_self(x) - _without_self(y)
+
+
+@view("distance to control")
+def distance_to_control_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """Energy distance of the cells to the control cells of the group, but for a term that all conditions share.
+
+    ``2 E|x - c| - E|x - x'|`` with self-pairs; ``E|c - c'|`` would cost most and changes no correlation.
+    """
+    group = pair.group_of(condition)
+    centre = pair.control_moments(side, group)[0]
+    x, c = (_shifted(cells, centre) for cells in (pair.cells(side, condition), pair.control_cells(side, group)))
+    within = mean_distance(x, x) - np.sqrt(FLOOR) / len(x)  # a cell is at distance 0 from itself
+    return np.array(2 * mean_distance(x, c) - within)
+
+
+@metric(
+    "edistance_pearson",
+    label="E-distance Pearson",
+    direction="higher",
+    range=(-1.0, 1.0),
+    best=1.0,
+    definition="Pearson correlation over the perturbations of a group of the predicted and real energy distance to the "
+    "control; one value per group, repeated for each of its conditions; NaN for fewer than two or equal distances",
+    reference=CELL_EVAL,
+    default=False,
+)
+def edistance_pearson(pair: Pair, group: str) -> np.ndarray:
+    """:func:`distance_correlation` of a group, (P,) times the same value."""
+    sides = [np.array(list(pair.view("distance to control", side, group))) for side in ("pred", "real")]
+    return np.full(len(sides[0]), distance_correlation(*sides))
+
+
+def distance_correlation(pred: np.ndarray, real: np.ndarray, *, rounding: float = 1e-6) -> float:
+    """Pearson correlation of distances, (P,) against (P,); NaN where a side is constant up to relative rounding."""
+    constant = any(np.ptp(side) <= rounding * np.abs(side).max() for side in (pred, real))
+    return np.nan if constant else float(pearson(pred, real))
 
 
 def mean_distance(x: np.ndarray, y: np.ndarray) -> float:

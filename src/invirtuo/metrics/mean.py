@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from invirtuo.metrics.core import Pair, Side
 
-__all__ = ["cosine", "logfc", "mae", "mse", "pearson", "r2_score", "rmse", "scaled_mean"]
+__all__ = ["cosine", "effect", "logfc", "mae", "mse", "pearson", "r2_score", "rmse", "scaled_mean"]
 
 PERTURBENCH = "Wu et al. 2024, PerturBench, arXiv:2408.10609"
+CELL_EVAL = "Adduri et al. 2025, STATE, doi:10.1101/2025.06.26.661135; cell-eval 0.8"
 
 
 @view("mean")
@@ -32,6 +33,12 @@ def logfc_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) log fold change of the means against the control cells of the group."""
     control_mean = pair.control_moments(side, pair.group_of(condition))[0]
     return logfc(pair.moments(side, condition)[0], control_mean)
+
+
+@view("effect")
+def effect_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) mean over cells of log1p expression, minus that of the control cells of the group."""
+    return effect(pair.moments(side, condition)[0], pair.control_moments(side, pair.group_of(condition))[0])
 
 
 @view("scaled")
@@ -90,16 +97,50 @@ def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     return _ratio((pred * real).sum(axis=-1), norms)
 
 
+@metric(
+    "mse",
+    label="MSE",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="Mean squared difference over genes of the mean log1p expression",
+    reference=CELL_EVAL,
+    on="mean",
+    default=False,
+)
 def mse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mean squared difference, (..., g) against (..., g)."""
     return np.square(pred - real).mean(axis=-1)
 
 
+@metric(
+    "mae",
+    label="MAE",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="Mean absolute difference over genes of the mean log1p expression",
+    reference=CELL_EVAL,
+    on="mean",
+    default=False,
+)
 def mae(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mean absolute difference, (..., g) against (..., g)."""
     return np.abs(pred - real).mean(axis=-1)
 
 
+@metric(
+    "pearson_delta",
+    label="Pearson delta",
+    direction="higher",
+    range=(-1.0, 1.0),
+    best=1.0,
+    definition="Pearson correlation over genes of the predicted and the real difference of mean log1p expression to "
+    "the control; NaN for no effect",
+    reference=CELL_EVAL,
+    on="effect",
+    default=False,
+)
 def pearson(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Pearson correlation, (..., g) against (..., g); NaN where a vector is constant."""
     return cosine(_centred(pred), _centred(real))
@@ -136,6 +177,13 @@ def logfc(mean: np.ndarray, control_mean: np.ndarray, *, pseudocount: float = 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.log2(mean + pseudocount) - np.log2(control_mean + pseudocount)
     return np.where(np.isnan(change), 0.0, change)
+
+
+def effect(mean: np.ndarray, control_mean: np.ndarray, *, rounding: float = 1e-6) -> np.ndarray:
+    """Difference of two means, (g,) minus (g,); all 0 if no gene differs by more than rounding of the largest mean."""
+    difference = mean - control_mean
+    size = max(np.abs(mean).max(initial=0), np.abs(control_mean).max(initial=0))
+    return difference if np.abs(difference).max(initial=0) > rounding * size else np.zeros_like(difference)
 
 
 def scaled_mean(cells: np.ndarray, centre: np.ndarray, scale: np.ndarray, *, limit: float = 10.0) -> np.ndarray:

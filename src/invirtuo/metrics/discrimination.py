@@ -1,0 +1,111 @@
+"""Perturbation discrimination: how many real effects of others lie closer to a prediction than that of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from invirtuo.metrics.core import metric
+from invirtuo.metrics.mean import CELL_EVAL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from invirtuo.metrics.core import Pair
+
+__all__ = ["discrimination"]
+
+Distance = Literal["l1", "l2", "cosine"]
+
+
+def discrimination(
+    preds: np.ndarray,
+    reals: np.ndarray,
+    distance: Distance,
+    *,
+    left_out: Sequence[np.ndarray] | None = None,
+    ties: Literal["strict", "mid"] = "strict",
+) -> np.ndarray:
+    """Perturbation discrimination score, from 1 (own perturbation closest) to 1 / P.
+
+    ``1 - r / P`` with r the number of other real effects strictly closer to the prediction than its own. A random guess
+    gets ``(P + 1) / (2 P)``, so scores of different P cannot be compared. The paper's normalised form is
+    ``2 * mean(score) - 1``.
+
+    Parameters
+    ----------
+    preds, reals
+        (P, g) predicted and real effects, or pseudobulks.
+    distance
+        "l1", "l2" or "cosine".
+    left_out
+        For each perturbation the positions of genes that do not count, as published its own target.
+    ties
+        "strict": other effects at the same distance do not count (published); "mid": they count half.
+
+    Returns
+    -------
+    np.ndarray
+        (P,); NaN where a distance is not defined: the cosine of no effect.
+
+    References
+    ----------
+    Adduri et al. 2025, STATE, doi:10.1101/2025.06.26.661135, section 5.7; cell-eval 0.8.
+
+    Examples
+    --------
+    >>> real = np.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> discrimination(np.array([[0.9, 0.2], [0.8, 0.1]]), real, "l2")
+    array([1. , 0.5])
+    """
+    if distance not in ("l1", "l2", "cosine") or ties not in ("strict", "mid"):
+        raise ValueError(
+            f"expected distance 'l1', 'l2' or 'cosine', ties 'strict' or 'mid'; found {distance!r}, {ties!r}"
+        )
+    scores = np.empty(len(preds))
+    for i, pred in enumerate(preds):
+        kept = np.ones(len(pred), dtype=bool)
+        if left_out is not None:
+            kept[left_out[i]] = False
+        distances = _distances(pred[kept], reals[:, kept], distance)
+        own = distances[i]
+        place = (distances < own).sum() + (0.5 * ((distances == own).sum() - 1) if ties == "mid" else 0.0)
+        scores[i] = 1 - place / len(preds) if np.isfinite(distances).all() else np.nan
+    return scores
+
+
+def _distances(pred: np.ndarray, reals: np.ndarray, distance: Distance) -> np.ndarray:
+    """(P,) distances of one effect (g,) to all real effects (P, g)."""
+    if distance == "l1":
+        return np.abs(reals - pred).sum(axis=1)
+    if distance == "l2":
+        return np.sqrt(np.square(reals - pred).sum(axis=1))
+    norms = np.linalg.norm(reals, axis=1) * np.linalg.norm(pred)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(norms == 0, np.nan, 1 - reals @ pred / norms)
+
+
+def _of_group(pair: Pair, group: str, distance: Distance) -> np.ndarray:
+    """Scores of a covariate group on effects, the genes named by a perturbation left out; (P,)."""
+    preds, reals = (np.stack(list(pair.view("effect", side, group))) for side in ("pred", "real"))
+    labels = pair.conditions.loc[pair.names(group), pair.design.perturbation]
+    targets = [np.flatnonzero(np.isin(pair.genes, [str(label), *pair.design.parts(label)])) for label in labels]
+    return discrimination(preds, reals, distance, left_out=targets)
+
+
+_LABELS: dict[Distance, str] = {"l1": "L1", "l2": "L2", "cosine": "cosine"}
+
+for _distance, _label in _LABELS.items():
+    metric(
+        f"pds_{_distance}",
+        label=f"PDS {_label}",
+        direction="higher",
+        range=(0.0, 1.0),
+        best=1.0,
+        definition=f"1 minus the share of the P real effects of the group closer ({_label}) to the predicted effect "
+        "than its own, target genes left out; depends on P",
+        reference=CELL_EVAL,
+        default=False,
+    )(partial(_of_group, distance=_distance))
