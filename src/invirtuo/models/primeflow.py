@@ -224,7 +224,7 @@ _PAPER = Config(
     steps=100,
 )
 _MLP = replace(_PAPER, velocity="mlp")
-_FIT = FitConfig(steps=3000, batch_size=256, lr=2e-3, clip=1.0, betas=(0.9, 0.99))
+_FIT = FitConfig(steps=2000, batch_size=256, lr=2e-3, clip=1.0, betas=(0.9, 0.99))
 _PAPER_FIT = FitConfig(steps=20_000, lr=5e-5, schedule="constant", warmup=0, ema=0.0, accumulate=4, keep="best")
 
 
