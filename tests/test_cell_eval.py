@@ -8,7 +8,18 @@ from scipy import sparse, stats
 from scipy.spatial.distance import cdist
 
 from invirtuo import Design
-from invirtuo.metrics import METRICS, PROFILES, Pair, evaluate, mean, score, score_against, summarize, wilcoxon
+from invirtuo.metrics import (
+    METRICS,
+    PROFILES,
+    Pair,
+    evaluate,
+    mean,
+    noise_floor,
+    score,
+    score_against,
+    summarize,
+    wilcoxon,
+)
 from invirtuo.metrics.baseline import relative
 from invirtuo.metrics.discrimination import discrimination
 from invirtuo.metrics.distribution import distance_correlation
@@ -274,6 +285,11 @@ def test_real_controls_stand_on_both_sides():
     shared = values(evaluate(PRED, REAL, DESIGN, "cell_eval"))
     assert (own["pearson_delta"] != shared["pearson_delta"]).all()
     pd.testing.assert_series_equal(own["mae"], shared["mae"])
+
+
+def test_noise_floor_of_the_profile():
+    floor = values(noise_floor(REAL, DESIGN, "cell_eval"))
+    assert (floor["pds_l2"] == 1).all() and floor["pearson_delta"].between(0.5, 1).all()
 
 
 # profiles and baselines

@@ -93,6 +93,23 @@ def test_every_value(case, pair_of):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=f"{case} {name}")
 
 
+def test_two_halves_of_the_real_cells():
+    """What cell-eval calls the ceiling, before the correction for half the cells."""
+    real = read("good_sparse", "real")
+    labels, rng, halves = real.obs["target_gene"].astype("category"), np.random.default_rng(0), ([], [])
+    for label in labels.cat.categories:
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        n = len(rows) // 2
+        halves[0].extend(rows[:n])
+        halves[1].extend(rows[n : 2 * n])
+    design = Design.from_adata(real, perturbation="target_gene", control="non-targeting")
+    table = table_of(Pair(real[halves[1]].copy(), real[halves[0]].copy(), design, controls="pred"))
+    golden = pd.read_csv(GOLDEN / "good_sparse" / "ceiling_results.csv", index_col="perturbation").loc[table.index]
+    for name, column in THEIRS.items():
+        atol = TOLERANCE.get(name, 1e-12)
+        np.testing.assert_allclose(table[name], golden[column].astype(float), rtol=0, atol=atol, err_msg=name)
+
+
 @pytest.mark.parametrize("case", SAME_CONTROLS)
 def test_real_controls_on_both_sides_change_nothing_where_they_are_the_same(case, pair_of):
     pd.testing.assert_frame_equal(table_of(pair_of(case, "real")), table_of(pair_of(case)), rtol=0, atol=1e-9)

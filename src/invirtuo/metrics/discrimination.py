@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from invirtuo.metrics.core import metric
 from invirtuo.metrics.mean import CELL_EVAL
@@ -65,11 +66,12 @@ def discrimination(
             f"expected distance 'l1', 'l2' or 'cosine', ties 'strict' or 'mid'; found {distance!r}, {ties!r}"
         )
     scores = np.empty(len(preds))
-    for i, pred in enumerate(preds):
-        kept = np.ones(len(pred), dtype=bool)
-        if left_out is not None:
-            kept[left_out[i]] = False
-        distances = _distances(pred[kept], reals[:, kept], distance)
+    counted = reals.copy()
+    for i, pred in enumerate(preds.copy()):
+        genes = np.empty(0, dtype=int) if left_out is None else left_out[i]
+        pred[genes] = counted[:, genes] = 0.0  # adds nothing to any distance
+        distances = _distances(pred, counted, distance)
+        counted[:, genes] = reals[:, genes]
         own = distances[i]
         place = (distances < own).sum() + (0.5 * ((distances == own).sum() - 1) if ties == "mid" else 0.0)
         scores[i] = 1 - place / len(preds) if np.isfinite(distances).all() else np.nan
@@ -78,10 +80,8 @@ def discrimination(
 
 def _distances(pred: np.ndarray, reals: np.ndarray, distance: Distance) -> np.ndarray:
     """(P,) distances of one effect (g,) to all real effects (P, g)."""
-    if distance == "l1":
-        return np.abs(reals - pred).sum(axis=1)
-    if distance == "l2":
-        return np.sqrt(np.square(reals - pred).sum(axis=1))
+    if distance != "cosine":
+        return cdist(pred[None], reals, {"l1": "cityblock", "l2": "euclidean"}[distance])[0]
     norms = np.linalg.norm(reals, axis=1) * np.linalg.norm(pred)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(norms == 0, np.nan, 1 - reals @ pred / norms)

@@ -135,19 +135,6 @@ def energy_distance(pred: np.ndarray, real: np.ndarray) -> float:
     return 2 * mean_distance(x, y) - _without_self(x) - _without_self(y)
 
 
-@view("distance to control")
-def distance_to_control_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
-    """Energy distance of the cells to the control cells of the group, but for a term that all conditions share.
-
-    ``2 E|x - c| - E|x - x'|`` with self-pairs; ``E|c - c'|`` would cost most and changes no correlation.
-    """
-    group = pair.group_of(condition)
-    centre = pair.control_moments(side, group)[0]
-    x, c = (_shifted(cells, centre) for cells in (pair.cells(side, condition), pair.control_cells(side, group)))
-    within = mean_distance(x, x) - np.sqrt(FLOOR) / len(x)  # a cell is at distance 0 from itself
-    return np.array(2 * mean_distance(x, c) - within)
-
-
 @metric(
     "edistance_pearson",
     label="E-distance Pearson",
@@ -161,8 +148,26 @@ def distance_to_control_view(pair: Pair, side: Side, condition: str) -> np.ndarr
 )
 def edistance_pearson(pair: Pair, group: str) -> np.ndarray:
     """:func:`distance_correlation` of a group, (P,) times the same value."""
-    sides = [np.array(list(pair.view("distance to control", side, group))) for side in ("pred", "real")]
-    return np.full(len(sides[0]), distance_correlation(*sides))
+    return np.full(
+        len(pair.names(group)), distance_correlation(*(_to_control(pair, s, group) for s in ("pred", "real")))
+    )
+
+
+def _to_control(pair: Pair, side: Side, group: str) -> np.ndarray:
+    """(P,) energy distances to the control cells, ``2 E|x - c| - E|x - x'|`` with self-pairs.
+
+    ``E|c - c'|`` is left out: it is the same for all conditions, costs most, and changes no correlation.
+    """
+    known = pair.once(("distance to control", side, group), dict)
+    waiting = [name for name in pair.names(group) if name not in known]
+    if waiting:
+        centre = pair.control_moments(side, group)[0]
+        control = _shifted(pair.control_cells(side, group), centre)
+        for name in waiting:
+            cells = _shifted(pair.cells(side, name), centre)
+            within = mean_distance(cells, cells) - np.sqrt(FLOOR) / len(cells)  # no distance to itself
+            known[name] = 2 * mean_distance(cells, control) - within
+    return np.array([known[name] for name in pair.names(group)])
 
 
 def distance_correlation(pred: np.ndarray, real: np.ndarray, *, rounding: float = 1e-6) -> float:
