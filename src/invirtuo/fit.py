@@ -32,7 +32,7 @@ from invirtuo.samplers import SAMPLERS
 if TYPE_CHECKING:
     from invirtuo.batch import Batch
     from invirtuo.dataset import CellDataset
-    from invirtuo.model import Model
+    from invirtuo.model import Model, SampleConfig
 
 __all__ = ["FitConfig", "bf16_pays", "run"]
 
@@ -163,8 +163,8 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
     return pd.DataFrame(training.history)
 
 
-def use_bf16(config: FitConfig) -> bool:
-    """Whether this fit computes in bf16."""
+def use_bf16(config: FitConfig | SampleConfig) -> bool:
+    """Whether a fit, or sampling, computes in bf16."""
     return bf16_pays() if config.precision == "auto" else config.precision == "bf16"
 
 

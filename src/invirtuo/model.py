@@ -275,7 +275,7 @@ class Model(nn.Module):
         fitting.keep_freed_memory()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.eval().to(device)
-        bf16 = precision == "bf16" or (precision == "auto" and fitting.bf16_pays())
+        bf16 = fitting.use_bf16(config)
         cells = []
         for i in _track(range(len(table)), "predicting", progress):
             name = self.design.names(table.iloc[[i]]).iloc[0]

@@ -98,12 +98,11 @@ class PerturbationMean(_Pseudobulk):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Shifted control cells, or the control mean plus the effect, (n, g)."""
-        effect = torch.stack([self.effect(row) for row in batch.condition.perturbation.unique(dim=0)])
-        _, which = batch.condition.perturbation.unique(dim=0, return_inverse=True)
+        distinct, which = batch.condition.perturbation.unique(dim=0, return_inverse=True)
+        effect = torch.stack([self.effect(row) for row in distinct])
         if self.config.mode == "shift_cells":
             return (batch.source + effect[which]).clamp_min(0)
-        covariates = batch.condition.groups
-        control = self._control_mean(covariates[0])
+        control = self._control_mean(batch.condition.groups[0])
         mean = batch.source.mean(0) if control is None else control
         return mean + effect[which]
 
@@ -114,7 +113,7 @@ class PerturbationMean(_Pseudobulk):
         rows = (self.perturbations == multi_hot).all(1)
         contexts = dict.fromkeys(map(tuple, self.covariates[rows].tolist()))
         deltas = []
-        for covariates in (torch.tensor(context, dtype=torch.int64) for context in contexts):
+        for covariates in (self.covariates.new_tensor(context) for context in contexts):
             own = rows & (self.covariates == covariates).all(1)  # A+B, B+A and all times are one perturbation
             if (control := self._control_mean(covariates)) is not None:
                 deltas.append(_weighted(self.means[own], self.n_cells[own]) - control)

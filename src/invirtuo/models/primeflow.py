@@ -26,6 +26,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, gaussian_velocity, guided, solve
+from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import MLP, ConditionEncoder, GenewiseVelocity, PseudobulkAnchor, UNet1d, sinusoids
 
@@ -357,7 +358,5 @@ class PRiMeFlow(Model):
 
 def _standard(x: Tensor, t: Tensor, mean: Tensor, sd: Tensor, config: Config) -> Tensor:
     """The point on the path, standardised by the Gaussian it would come from."""
-    from invirtuo.flow.path import COEFFICIENTS
-
     a, b, _, _ = COEFFICIENTS[config.interpl_type](t[:, None])
     return (x - b * mean) / (a**2 + (b * sd) ** 2 + config.sigma**2).sqrt()
