@@ -1,6 +1,7 @@
 """Splits: what each promises, exact draws that must not move, and the messages for bad input."""
 
 import hashlib
+import itertools
 import logging
 import subprocess
 import sys
@@ -11,7 +12,19 @@ import pandas as pd
 import pytest
 
 from invirtuo import Design, splits
-from invirtuo.splits import SPLITS, combine, combine_inverse, from_csv, hold_out, manual, transfer
+from invirtuo.splits import (
+    SPLITS,
+    combine,
+    combine_inverse,
+    from_csv,
+    hold_out,
+    imbalanced,
+    manual,
+    scaling,
+    transfer,
+    under_represented,
+    zero_shot,
+)
 
 LABELS = ["A", "B", "C", "D", "E", "F", "A+B", "C+D", "A+E", "B+F", "control"]
 PARTS = {"train", "val", "test"}
@@ -33,6 +46,10 @@ CALLS = {
     "manual": {"groups": ["k|no", "h|yes"]},
     "combine": {},
     "combine_inverse": {},
+    "scaling": {"core": 8, "n": 9},
+    "imbalanced": {"entropy": 0.9, "fraction": 0.5, "max_heldout": 2},
+    "under_represented": {"contexts": ["k|no"]},
+    "zero_shot": {"context": "k|no"},
     "hold_out": {"conditions": [{"line": "k", "gene": "A"}, {"gene": "C+D"}]},
 }
 
@@ -71,7 +88,7 @@ def test_categories_and_unused_levels_do_not_matter(name):
     pd.testing.assert_series_equal(split, SPLITS[name](OBS, BOTH, **CALLS[name]))
 
 
-@pytest.mark.parametrize("name", ["transfer", "manual", "combine", "combine_inverse"])
+@pytest.mark.parametrize("name", sorted({*SPLITS} - {"hold_out"}))
 def test_a_held_out_condition_lies_in_one_part(name):
     parts = parts_by_condition(SPLITS[name](OBS, BOTH, **CALLS[name]), BOTH)
     assert (parts.map(len) == 1).all()
@@ -103,12 +120,13 @@ DIGESTS = {
     "manual": "7424e4d22d598aca",
     "combine": "5eff96a934a7fb24",
     "combine_inverse": "d1ac6859bdc9e8b1",
+    "hold_out": "f8246f76ab55e8c1",
 }
 
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_draws_do_not_move(name):
-    """Kept from the version that agreed with the official code cell by cell (see tests/reference)."""
+    """Those of PerturBench are kept from the version that agreed with its code cell by cell (see tests/reference)."""
     assert digest(SPLITS[name](OBS, BOTH, **CALLS[name]))[:16] == DIGESTS[name]
 
 
@@ -214,6 +232,196 @@ def test_no_covariates():
     assert set(hold_out(OBS, design, ["A"])[OBS["gene"] == "A"]) == {"test"}
 
 
+# how much and how balanced the training data are
+
+
+def test_scaling_grows_the_training_part_only():
+    steps = [scaling(OBS, BOTH, core=6, n=n) for n in (6, 8, 10)]
+    for by_n, n in zip(steps, (6, 8, 10), strict=True):
+        assert OBS.loc[(by_n != "") & (OBS["gene"] != "control"), "gene"].nunique() == n
+        held = by_n.isin(["val", "test"])
+        assert held.equals(steps[0].isin(["val", "test"])) and by_n[held].equals(steps[0][held])
+    for smaller, larger in itertools.pairwise(steps):
+        assert set(larger.index[larger == "train"]) > set(smaller.index[smaller == "train"])
+    pd.testing.assert_series_equal(scaling(OBS, BOTH, core=6), steps[-1])
+
+
+def test_scaling_by_groups():
+    steps = [scaling(OBS, BOTH, by="groups", core=2, n=n) for n in (2, 3, 4)]
+    groups = BOTH.groups(OBS)
+    perturbed = ~BOTH.is_control(OBS)
+    for step, n in zip(steps, (2, 3, 4), strict=True):
+        assert groups[step != ""].nunique() == n
+        held = step.isin(["val", "test"]) & perturbed
+        assert held.equals(steps[0].isin(["val", "test"]) & perturbed) and step[held].equals(steps[0][held])
+        assert groups[held].nunique() == 2
+        assert OBS[held].groupby(groups)["gene"].nunique().tolist() == [7, 7]  # int(0.7 * 10)
+    assert not (step == "").any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 11}, "0 < core <= n <= 10, the perturbations of obs; found core=2, n=11"),
+        ({"core": 5, "n": 4}, "found core=5, n=4"),
+        ({"core": 0}, "found core=0"),
+        ({"by": "groups", "n": 5}, "n <= 4, the groups of obs; found core=3, n=5"),
+        ({"by": "cells"}, "by must be"),
+    ],
+)
+def test_scaling_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        scaling(OBS, BOTH, **options)
+
+
+def many(n_labels=189, lines=("a", "b", "c")):
+    rows = [(label, line) for line in lines for label in ["control", *(f"p{i}" for i in range(n_labels))]]
+    return pd.DataFrame(rows * 4, columns=["gene", "line"])
+
+
+def balance(counts):
+    share = np.asarray(counts) / np.sum(counts)
+    return -(share * np.log(share)).sum() / np.log(len(share))
+
+
+@pytest.mark.parametrize("entropy", [0.3, 0.6, 0.8, 0.95, 1.0])
+def test_imbalanced_meets_the_entropy(entropy):
+    obs = many()
+    design = Design.from_adata(obs, perturbation="gene", control="control", covariates="line")
+    split = imbalanced(obs, design, entropy=entropy, order=["b", "c", "a"])
+    used = obs[(split != "") & (obs["gene"] != "control")].groupby("line")["gene"].nunique()
+    assert abs(balance(used) - entropy) < 0.015  # whole perturbations
+    assert used["b"] == 189 and used["b"] >= used["c"] >= used["a"]
+    assert (split[obs["gene"] == "control"] != "").all()
+
+
+def test_imbalanced_keeps_the_same_perturbations_first():
+    obs = many(n_labels=60)
+    design = Design.from_adata(obs, perturbation="gene", control="control", covariates="line")
+    kept = []
+    for entropy in (0.5, 0.7, 0.9):
+        split = imbalanced(obs, design, entropy=entropy)
+        kept.append({*obs.loc[(split != "") & (obs["line"] == "c"), "gene"]})
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_imbalanced_counts_what_is_there():
+    obs = many(n_labels=30)
+    obs = obs[(obs["line"] != "b") | obs["gene"].isin(["control", "p1", "p2", "p3"])].reset_index(drop=True)
+    design = Design.from_adata(obs, perturbation="gene", control="control", covariates="line")
+    split = imbalanced(obs, design, entropy=0.7)
+    used = obs[(split != "") & (obs["gene"] != "control")].groupby("line")["gene"].nunique()
+    assert used["a"] == 30 and used["b"] <= 3
+    with pytest.raises(ValueError, match=r"entropy must be in \(0, 0.775"):
+        imbalanced(obs, design, entropy=0.99)
+    with pytest.raises(ValueError, match=r"two or more covariate groups.*obs has a, b, c"):
+        imbalanced(obs, design, order=["a", "b"])
+    with pytest.raises(ValueError, match=r"two or more covariate groups"):
+        imbalanced(OBS, Design.from_adata(OBS, perturbation="gene", control="control"))
+
+
+# contexts
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("fraction", "size"), [(0.3, 3), (0.39, 3), (0.75, 7)])
+def test_under_represented_support_and_target(seed, fraction, size):
+    split = under_represented(OBS, BOTH, contexts=["k|no", ("h", "yes")], seed=seed, fraction=fraction)
+    parts = parts_by_condition(split, BOTH)
+    groups = parts.index.str.rsplit("|", n=1).str[0]
+    for context in ("k|no", "h|yes"):
+        of_context = parts[groups == context].map(set)
+        assert (of_context == {"train"}).sum() == size
+        assert (of_context == {"test"}).sum() == 10 - size
+    others = parts[~groups.isin(["k|no", "h|yes"])]
+    assert (others == {"val"}).sum() == 1  # 5 % of 20 conditions
+    assert (others == {"train"}).sum() == 19
+    control = BOTH.is_control(OBS)
+    shares = split[control].groupby(BOTH.groups(OBS)).value_counts().unstack()
+    assert (shares[["train", "val", "test"]] == [4, 2, 2]).all(axis=None)
+
+
+def test_each_context_draws_by_itself():
+    one, both = (under_represented(OBS, BOTH, contexts=contexts) for contexts in (["k|no"], ["h|yes", "k|no"]))
+    inside = BOTH.groups(OBS) == "k|no"
+    pd.testing.assert_series_equal(one[inside], both[inside])
+    supports = [OBS.loc[(both == "train") & (BOTH.groups(OBS) == g), "gene"].unique() for g in ("k|no", "h|yes")]
+    assert set(supports[0]) != set(supports[1])
+
+
+def test_a_mapping_is_one_context():
+    split = under_represented(OBS, BOTH, contexts=[{"line": "k"}])
+    k = OBS["line"] == "k"
+    trained = OBS[k & (split == "train") & (OBS["gene"] != "control")]
+    assert trained["gene"].nunique() == 3
+    assert trained.groupby("gene")["drug"].nunique().tolist() == [2, 2, 2]  # the same in both its groups
+    assert "test" not in set(split[~k & (OBS["gene"] != "control")])
+
+
+def test_support_can_be_named():
+    split = under_represented(OBS, BOTH, contexts="k|no", support=["A", "C+D"])
+    trained = OBS[(BOTH.groups(OBS) == "k|no") & (split == "train")]
+    assert set(trained["gene"]) == {"A", "C+D", "control"}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_validation_leaves_every_perturbation_in_training(seed):
+    rare = OBS[(OBS["gene"] != "A") | (BOTH.groups(OBS) == "k|yes")]  # A in one context only
+    for split in (
+        under_represented(rare, BOTH, contexts=["k|no"], val_fraction=0.9, seed=seed),
+        zero_shot(rare, BOTH, context="k|no", val_fraction=0.9, seed=seed),
+    ):
+        assert set(rare.loc[split == "train", "gene"]) == set(LABELS)
+        val = (split == "val") & ~BOTH.is_control(rare)
+        assert len(set(BOTH.names(rare)[val])) >= 15
+        assert "k|no" not in set(BOTH.groups(rare)[val])
+
+
+def test_perturbations_that_nobody_trains_are_reported(caplog):
+    alone = OBS[(OBS["gene"] != "A") | (BOTH.groups(OBS) == "k|no")]
+    with caplog.at_level(logging.WARNING):
+        under_represented(alone, BOTH, contexts=["k|no"], support=["B", "C"])
+    assert "trained on in no context: A" in caplog.text
+    with pytest.raises(ValueError, match=r"other contexts lack 1 perturbations of k\|no: A; zero-shot needs"):
+        zero_shot(alone, BOTH, context="k|no")
+
+
+def test_zero_shot_holds_out_all_of_one_context():
+    split = zero_shot(OBS, BOTH, context={"line": "h"}, val_fraction=0)
+    perturbed, h = ~BOTH.is_control(OBS), OBS["line"] == "h"
+    assert set(split[perturbed & h]) == {"test"}
+    assert set(split[perturbed & ~h]) == {"train"}
+    assert set(split[~perturbed & h]) == PARTS
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (under_represented, {"contexts": ["k|maybe"]}, r"'k\|maybe' does not occur in obs; found h\|no"),
+        (under_represented, {"contexts": [{"cell": "k"}]}, "must name covariates of the design; found line, drug"),
+        (under_represented, {"contexts": []}, "at least one context"),
+        (under_represented, {"contexts": [{"line": "k"}, "k|no"]}, "shares cells with another"),
+        (under_represented, {"contexts": [{"line": "k"}, {"line": "h"}]}, "are all there is"),
+        (under_represented, {"contexts": ["k|no"], "fraction": 0.05}, "has 10 perturbations .* of which 0 would train"),
+        (under_represented, {"contexts": ["k|no"], "support": ["Z"]}, "among them the unknown Z"),
+        (under_represented, {"contexts": ["k|no"], "support": LABELS[:-1]}, "of which 10 would train"),
+        (under_represented, {"contexts": ["k|no"], "fraction": 1.0}, r"fraction must be in \[0, 1\)"),
+        (under_represented, {"contexts": ["k|no"], "val_fraction": -1}, "val_fraction"),
+        (zero_shot, {"context": "k|maybe"}, "does not occur"),
+        (zero_shot, {"context": "k|no", "control_fractions": (1, 1, 1)}, "control_fractions must be three numbers"),
+    ],
+)
+def test_context_messages(function, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(OBS, BOTH, **options)
+
+
+def test_zero_shot_needs_perturbed_cells():
+    bare = OBS[(BOTH.groups(OBS) != "k|no") | (OBS["gene"] == "control")]
+    with pytest.raises(ValueError, match="no perturbed cells"):
+        zero_shot(bare, BOTH, context="k|no")
+
+
 # plain hold-out
 
 
@@ -256,6 +464,16 @@ def test_hold_out_does_not_repeat_one_draw():
     assert len(patterns) > 10
 
 
+def test_hold_out_of_a_group_with_its_controls():
+    split = hold_out(OBS, BOTH, [{"line": "k"}], unseen_control_fractions=(0, 0, 1))
+    assert set(split[OBS["line"] == "k"]) == {"test"}
+    plain = hold_out(OBS, BOTH, [{"line": "k"}])
+    pd.testing.assert_series_equal(split[OBS["line"] == "h"], plain[OBS["line"] == "h"])
+    # a group that keeps a condition in training is not unseen
+    kept = hold_out(OBS, BOTH, [{"line": "k", "gene": "A"}], unseen_control_fractions=(0, 0, 1))
+    pd.testing.assert_series_equal(kept, hold_out(OBS, BOTH, [{"line": "k", "gene": "A"}]))
+
+
 def test_hold_out_by_dose():
     obs = OBS.assign(dose=np.where(OBS["gene"] == "control", 0.0, 1.0 + (np.arange(len(OBS)) % 2)))
     design = Design.from_adata(obs, perturbation="gene", control="control", covariates=["line"], dose="dose")
@@ -275,6 +493,7 @@ def test_hold_out_by_dose():
         ([], {}, "conditions is empty"),
         (["k|no|A"], {"val_fraction": 1.5}, "val_fraction"),
         (["k|no|A"], {"control_fractions": (0.5, 0.5, 0.5)}, "sum to 1"),
+        (["k|no|A"], {"unseen_control_fractions": (1, 1, 0)}, "unseen_control_fractions must be"),
     ],
 )
 def test_hold_out_messages(conditions, options, message):
