@@ -297,7 +297,7 @@ def test_noise_floor_of_the_profile():
 
 def test_profiles_stand_for_their_metrics():
     assert all(name in METRICS for names in PROFILES.values() for name in names) and not set(PROFILES) & set(METRICS)
-    assert len(PROFILES["cell_eval"]) == 18 and not any(METRICS[name].default for name in PROFILES["cell_eval"])
+    assert len(PROFILES["cell_eval"]) == 27 and not any(METRICS[name].default for name in PROFILES["cell_eval"])
     table = evaluate(PRED, REAL, DESIGN, ["vcc", "mae", "rmse_mean"])
     assert table["metric"].unique().tolist() == ["mae", "pds_l1", "de_overlap_n", "rmse_mean"]
     default = evaluate(PRED, REAL, DESIGN)

@@ -1,7 +1,8 @@
 """Judging: predicted cells against real cells, from any source.
 
-`METRICS` maps the name of a metric to its record; :func:`evaluate` and :func:`noise_floor` give tidy tables. A metric
-is added by writing one function under :func:`metric` in one of the modules that are imported here.
+`METRICS` maps the name of a metric to its record; :func:`evaluate` and :func:`noise_floor` give tidy tables,
+:func:`ceiling` what the cells at hand allow. A metric is added by writing one function under :func:`metric` in one of
+the modules that are imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from invirtuo.metrics import de, discrimination, distribution, mean, rank, wilcoxon
+from invirtuo.metrics import de, discrimination, distribution, generation, mean, rank, wilcoxon
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.design import Design
+    from invirtuo.metrics.cells import Layer, Scale
 
 __all__ = [
     "METRICS",
@@ -29,10 +31,12 @@ __all__ = [
     "VIEWS",
     "Metric",
     "Pair",
+    "ceiling",
     "de",
     "discrimination",
     "distribution",
     "evaluate",
+    "generation",
     "mean",
     "metric",
     "noise_floor",
@@ -47,8 +51,24 @@ __all__ = [
 PROFILES: dict[str, tuple[str, ...]] = {  # what may be named in place of metrics
     "perturbench": tuple(name for name, record in METRICS.items() if record.default),
     "cell_eval": tuple(name for name, record in METRICS.items() if record.reference == mean.CELL_EVAL),
+    "minimal": (
+        *("pearson_delta", "mse", "mae", "pds_l1", "de_overlap_n", "de_precision_n"),
+        *("de_nsig_real", "de_nsig_pred"),
+    ),
     "vcc": ("mae", "pds_l1", "de_overlap_n"),
+    "generation": (
+        *("mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_linear"),
+        *("wasserstein2", "knn_recall", "knn_precision"),
+    ),
 }
+
+# of these cell-eval extrapolates the agreement of two halves to that of two full sets of cells
+EXTRAPOLATED = {
+    *("pearson_delta", "pds_l1", "pds_l2", "pds_cosine"),
+    *(name for name in METRICS if name.startswith(("de_overlap_", "de_precision_"))),
+    *("de_spearman_size", "de_spearman_lfc", "de_direction_match", "de_recall", "de_pr_auc", "de_roc_auc"),
+}
+ABSENT = ("de_direction_match", "de_recall", "de_spearman_lfc")  # no value, not NaN, without real DE genes in cell-eval
 
 
 def evaluate(
@@ -59,14 +79,17 @@ def evaluate(
     *,
     n_pcs: int = 30,
     controls: Literal["real", "pred"] = "real",
+    scale: Scale = "log1p",
+    layer: Layer = None,
 ) -> pd.DataFrame:
     """Score predicted cells against real cells, condition by condition.
 
     Parameters
     ----------
     pred, real
-        AnnData or path of an h5ad file; X holds log1p-normalised expression. `real` needs control cells in every
-        scored covariate group; those of `pred` are not looked at unless `controls` is "pred".
+        AnnData or path of an h5ad file, from anyone; X holds log1p-normalised expression. Genes are matched by name.
+        `real` needs control cells in every scored covariate group; those of `pred` are not looked at unless `controls`
+        is "pred".
     design
         Says which columns of obs hold perturbation and covariates.
     metrics
@@ -75,6 +98,13 @@ def evaluate(
         Principal components for metrics in that space, fitted once on all cells of `real`, controls included.
     controls
         "real": effects of both sides are taken against the real control cells. "pred": against each file's own.
+    scale
+        "log1p": the values are used as they are. "counts": each file is normalised to its median depth (over all its
+        genes and cells) and log1p is taken. "auto": whichever both files seem to hold; an error if they disagree.
+    layer
+        None: the values stand in X. Otherwise the name of a layer or of an entry of obsm, for both files or by file
+        (``{"pred": "X_hvg", "real": None}``). The columns of obsm are the genes, in order, of var_names, of those
+        marked ``var["highly_variable"]``, or of the DataFrame, whichever has as many.
 
     Returns
     -------
@@ -89,7 +119,8 @@ def evaluate(
         If the files cannot be compared; the message says why and what to do.
     """
     chosen = _choose(metrics)
-    return score(Pair(pred, real, design, n_pcs=n_pcs, controls=controls), chosen)
+    pair = Pair(pred, real, design, n_pcs=n_pcs, controls=controls, scale=scale, layer=layer)
+    return score(pair, chosen)
 
 
 def noise_floor(
@@ -99,6 +130,8 @@ def noise_floor(
     *,
     n_pcs: int = 30,
     seed: int = 0,
+    scale: Scale = "log1p",
+    layer: Layer = None,
 ) -> pd.DataFrame:
     """Score a random half of each real condition against the other half: what a perfect model would reach.
 
@@ -107,7 +140,7 @@ def noise_floor(
 
     Parameters
     ----------
-    real, design, metrics, n_pcs
+    real, design, metrics, n_pcs, scale, layer
         As in :func:`evaluate`.
     seed
         Seed of the halves.
@@ -118,7 +151,48 @@ def noise_floor(
         As from :func:`evaluate`.
     """
     chosen = _choose(metrics)
-    return score(Pair.halves(real, design, n_pcs=n_pcs, seed=seed), chosen)
+    return score(Pair.halves(real, design, n_pcs=n_pcs, seed=seed, scale=scale, layer=layer), chosen)
+
+
+def ceiling(
+    real: AnnData | str | Path,
+    design: Design,
+    metrics: Sequence[str] | str | None = "cell_eval",
+    *,
+    n_pcs: int = 30,
+    seed: int = 0,
+    scale: Scale = "log1p",
+    layer: Layer = None,
+    compat: bool = False,
+) -> pd.DataFrame:
+    """What agreement the real cells allow, extrapolated from two halves of equal size; controls are divided as well.
+
+    With r the mean over conditions of half against half, ``2 r / (1 + r)`` (Spearman-Brown) is the agreement expected
+    of two sets as large as the whole. It is defined for r > 0 and given for correlations, overlaps and areas only.
+
+    Parameters
+    ----------
+    real, design, metrics, n_pcs, scale, layer
+        As in :func:`evaluate`. ``score(Pair.equal_halves(...))`` gives the values of each condition.
+    seed
+        Seed of the halves.
+    compat
+        As in :func:`summarize`.
+
+    Returns
+    -------
+    pd.DataFrame
+        As from :func:`summarize` for `metric`, and a column `ceiling`, NaN where it is not defined.
+
+    References
+    ----------
+    cell-eval 0.8; Spearman 1910 and Brown 1910, on the reliability of halves.
+    """
+    chosen = _choose(metrics)
+    pair = Pair.equal_halves(real, design, n_pcs=n_pcs, seed=seed, scale=scale, layer=layer)
+    table = summarize(score(pair, chosen), compat=compat)
+    defined = table.index.isin(EXTRAPOLATED) & (table["mean"] > 0)
+    return table.assign(ceiling=(2 * table["mean"] / (1 + table["mean"])).where(defined))
 
 
 def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFrame:
@@ -139,7 +213,7 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     return result
 
 
-def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",)) -> pd.DataFrame:
+def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",), *, compat: bool = False) -> pd.DataFrame:
     """Mean of each metric over conditions, every condition with the same weight; NaN is left out and counted.
 
     Parameters
@@ -148,6 +222,9 @@ def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",)) -> pd.DataF
         Table from :func:`evaluate`, or several joined with further columns (model, seed).
     by
         Columns that tell means apart, for example ``["model", "metric"]`` or a covariate.
+    compat
+        As cell-eval: a single NaN makes the mean NaN. Direction, recall and Spearman LFC of a condition without real DE
+        genes are absent there and do not count as NaN; for Spearman LFC this is known if `scores` has `de_recall` too.
 
     Returns
     -------
@@ -156,7 +233,20 @@ def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",)) -> pd.DataF
         first appearance.
     """
     values = scores.groupby(list(by), sort=False, observed=True)["value"]
-    return pd.DataFrame({"mean": values.mean(), "n_scored": values.count(), "n_nan": values.size() - values.count()})
+    table = pd.DataFrame({"mean": values.mean(), "n_scored": values.count(), "n_nan": values.size() - values.count()})
+    if compat:
+        spoiled = scores["value"].isna() & ~_absent(scores)
+        spoiled = spoiled.groupby([scores[column] for column in by], sort=False, observed=True).any()
+        table["mean"] = table["mean"].mask(spoiled)
+    return table
+
+
+def _absent(scores: pd.DataFrame) -> pd.Series:
+    """Which values do not exist because the condition has no real DE gene."""
+    keys = [column for column in scores.columns if column not in ("metric", "value", "n_pred", "n_real")]
+    no_genes = (scores["metric"] == "de_recall") & scores["value"].isna()
+    of_condition = no_genes.groupby([scores[key] for key in keys], observed=True).transform("any") if keys else no_genes
+    return no_genes | scores["metric"].isin(ABSENT) & (of_condition | (scores["metric"] == "de_direction_match"))
 
 
 def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:

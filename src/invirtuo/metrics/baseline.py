@@ -18,7 +18,8 @@ def score_against(user: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     ----------
     user, base
         Tables from :func:`invirtuo.metrics.evaluate` of the model and of the baseline: the same conditions, metrics
-        with a finite best value. Means leave NaN out.
+        with a finite best value. Means leave NaN out. Metrics without a direction, such as numbers of genes, are left
+        out.
 
     Returns
     -------
@@ -36,13 +37,13 @@ def score_against(user: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
         different = wide["user"].axes[axis].symmetric_difference(wide["base"].axes[axis])
         if len(different):
             raise ValueError(f"user and base must have the same {kind}; in one of them only: {some(different)}")
-    names = list(dict.fromkeys(user["metric"]))
+    names = [name for name in dict.fromkeys(user["metric"]) if name not in METRICS or METRICS[name].direction]
     unbounded = [name for name in names if name not in METRICS or not np.isfinite(METRICS[name].best)]
     if unbounded:
         raise ValueError(f"metrics without a known finite best value: {some(unbounded)}; leave them out")
     best = pd.Series({name: METRICS[name].best for name in names})
     table = relative(wide["user"].mean(), wide["base"].mean(), best)
-    counts = pd.DataFrame({f"n_{side}": wide[side].count() for side in wide})
+    counts = pd.DataFrame({f"n_{side}": wide[side][names].count() for side in wide})
     return table.join(counts.astype("Int64"))
 
 

@@ -15,17 +15,15 @@ A metric over all conditions of a covariate group at once leaves `on` out and ta
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from invirtuo.checks import some
-from invirtuo.files import read_h5ad
+from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, of_side
 from invirtuo.metrics.rank import ranks
 
 if TYPE_CHECKING:
@@ -39,10 +37,6 @@ __all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
 
 logger = logging.getLogger(__name__)
 
-Side = Literal["pred", "real"]
-MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, most raw count tables are
-BLOCK = 4096  # cells read at a time in whole-file passes
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -55,11 +49,11 @@ class Metric:
     label
         Name for tables and figures.
     direction
-        "lower" or "higher": which values are better.
+        "lower" or "higher": which values are better. None for what describes the data and judges nothing.
     range
         Smallest and largest possible value.
     best
-        Value of a perfect prediction.
+        Value of a perfect prediction; NaN where there is none.
     definition
         One line.
     reference
@@ -72,7 +66,7 @@ class Metric:
 
     name: str
     label: str
-    direction: Literal["lower", "higher"]
+    direction: Literal["lower", "higher"] | None
     range: tuple[float, float]
     best: float
     definition: str
@@ -110,7 +104,7 @@ def metric(
     name: str,
     *,
     label: str,
-    direction: Literal["lower", "higher"],
+    direction: Literal["lower", "higher"] | None,
     range: tuple[float, float],
     best: float,
     definition: str,
@@ -137,12 +131,12 @@ def metric(
     """
 
     def register(function: Callable) -> Callable:
-        if on is None and ranked:
-            raise ValueError(f"metric {name!r}: ranked=True needs a view to compare; name it with on=")
+        if ranked and (on is None or direction is None):
+            raise ValueError(f"metric {name!r}: ranked=True needs a view to compare and a direction; name both")
         compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
         METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default)
-        if ranked:
+        if ranked and direction is not None:
             METRICS[f"{name}_rank"] = Metric(
                 name=f"{name}_rank",
                 label=f"{label} rank",
@@ -200,11 +194,14 @@ class Pair:
         Principal components of the real cells, controls included, for metrics in that space.
     controls
         "real": the real control cells stand on both sides. "pred": each file's own.
+    scale, layer
+        What the values are and where they stand, see :func:`invirtuo.metrics.evaluate`.
 
     Raises
     ------
     ValueError
-        If a column or gene is missing, a value is not finite, X holds counts, or no condition is in both files.
+        If a column or gene is missing, a value is not finite or not on the stated scale, or no condition is in both
+        files.
     """
 
     def __init__(
@@ -215,17 +212,30 @@ class Pair:
         *,
         n_pcs: int = 30,
         controls: Literal["real", "pred"] = "real",
+        scale: Scale = "log1p",
+        layer: Layer = None,
     ):
         if controls not in ("real", "pred"):
             raise ValueError(f"controls must be 'real' or 'pred'; found {controls!r}")
-        real_side = _Cells("real", real, design)
-        pred_side = _Cells("pred", pred, design, genes=real_side.genes)
-        self._setup(design, pred_side, real_side, n_pcs, controls)
+        real_side = Cells("real", real, design, layer=of_side(layer, "real"))
+        pred_side = Cells("pred", pred, design, genes=real_side.genes, layer=of_side(layer, "pred"))
+        stated = common_scale(scale, real_side, pred_side)
+        self._setup(design, pred_side.on_scale(stated), real_side.on_scale(stated), n_pcs, controls)
 
     @classmethod
-    def halves(cls, real: AnnData | str | Path, design: Design, *, n_pcs: int = 30, seed: int = 0) -> Pair:
+    def halves(
+        cls,
+        real: AnnData | str | Path,
+        design: Design,
+        *,
+        n_pcs: int = 30,
+        seed: int = 0,
+        scale: Scale = "log1p",
+        layer: Layer = None,
+    ) -> Pair:
         """Two disjoint random halves of each real condition, as prediction and truth; the controls stay whole."""
-        whole = _Cells("real", real, design)
+        whole = Cells("real", real, design, layer=of_side(layer, "real"))
+        whole = whole.on_scale(common_scale(scale, whole))
         single = {name: "only one cell" for name, rows in whole.rows.items() if len(rows) < 2}
         if len(single) == len(whole.rows):
             raise ValueError(
@@ -241,16 +251,51 @@ class Pair:
         pair._skip(single)
         return pair
 
+    @classmethod
+    def equal_halves(
+        cls,
+        real: AnnData | str | Path,
+        design: Design,
+        *,
+        n_pcs: int = 30,
+        seed: int = 0,
+        scale: Scale = "log1p",
+        layer: Layer = None,
+    ) -> Pair:
+        """Two disjoint random halves of equal size of each real condition and of the controls, as cell-eval does it.
+
+        Unlike :meth:`halves`, each side is compared with its own half of the controls; an odd cell is left out.
+        """
+        whole = Cells("real", real, design, layer=of_side(layer, "real"))
+        whole = whole.on_scale(common_scale(scale, whole))
+        pieces, single = whole.equal_pieces(np.random.default_rng(seed))
+        if all(name in single for name in whole.rows):
+            raise ValueError("real: no condition has two or more cells to divide")
+        if no_control := [f"controls of {name}" for name in whole.controls if f"controls of {name}" in single]:
+            raise ValueError(f"real: {some(no_control)}: fewer than two cells to divide")
+        rest, pred = (
+            whole.restricted(
+                {name: pieces[name][i] for name in whole.rows if name in pieces},
+                {name: pieces[f"controls of {name}"][i] for name in whole.controls},
+            )
+            for i in (0, 1)
+        )
+        pair = cls.__new__(cls)
+        pair._setup(design, pred, rest, n_pcs, "pred")
+        pair._skip(dict.fromkeys(single, "only one cell"))
+        return pair
+
     def against(self, pred: AnnData | str | Path) -> Pair:
         """Another prediction of the same real data; what was computed of the real data is not computed again."""
         real = self._cells["real"]
         pair = type(self).__new__(type(self))
-        controls = self._control_side["pred"]
-        pair._setup(self.design, _Cells("pred", pred, self.design, genes=real.genes), real, self.n_pcs, controls)
+        layer = self._cells["pred"].layer
+        other = Cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
+        pair._setup(self.design, other, real, self.n_pcs, self._control_side["pred"])
         pair._of_real = self._of_real
         return pair
 
-    def _setup(self, design: Design, pred: _Cells, real: _Cells, n_pcs: int, controls: str) -> None:
+    def _setup(self, design: Design, pred: Cells, real: Cells, n_pcs: int, controls: str) -> None:
         self.design = design
         self.n_pcs = n_pcs
         self.genes = real.genes
@@ -306,8 +351,12 @@ class Pair:
 
     def control_moments(self, side: Side, group: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Like `moments`, of the control cells that this side is compared with."""
-        key = ("control", self._control_side[side], group)
-        return self.once(key, lambda: _moments(self.stored_control(side, group)))
+        return self.of_control("moments of control", side, group, _moments)
+
+    def of_control(self, name: str, side: Side, group: str, compute: Callable):
+        """What a function makes of the control cells that this side is compared with, kept under a name."""
+        key = (name, self._control_side[side], group)
+        return self.once(key, lambda: compute(self.stored_control(side, group)))
 
     def group_moments(self, side: Side, group: str) -> list[tuple[np.ndarray, np.ndarray, int]]:
         """Moments of every condition that this file has in the group, scored or not, and of the controls."""
@@ -322,6 +371,26 @@ class Pair:
     def real_matrix(self):
         """All real cells, scored or not, (n, g) CSR or dense, genes in alphabetical order."""
         return self._cells["real"].read(np.arange(self._cells["real"].n_cells))
+
+    def seeded_order(self, side: Side, condition: str) -> np.ndarray:
+        """Positions of the cells of a condition in a random order that does not depend on their order in the file.
+
+        The cells are sorted by a fixed random combination of their genes, then permuted with a fixed seed.
+        """
+        cells = self._cells[side].read(self._cells[side].rows[condition])
+        key = cells @ np.random.default_rng(0).standard_normal(len(self.genes))
+        return np.argsort(key, kind="stable")[np.random.default_rng(1).permutation(len(key))]
+
+    def scored_half(self, condition: str) -> np.ndarray:
+        """Positions of a random half of the real cells of a condition, the odd cell included, sorted."""
+        order = self.seeded_order("real", condition)
+        return np.sort(order[: (len(order) + 1) // 2])
+
+    def unscored_matrix(self):
+        """The real cells outside of every `scored_half`, and the control cells; form as of `real_matrix`."""
+        cells = self._cells["real"]
+        others = [np.delete(rows, self.scored_half(name)) for name, rows in cells.rows.items()]
+        return cells.read(np.sort(np.concatenate([*others, *cells.controls.values()])))
 
     @property
     def file_order(self) -> np.ndarray:
@@ -384,108 +453,6 @@ class _Views(Sequence):
 
     def __getitem__(self, index):
         return self.pair.see(self.name, self.side, self.conditions[index])
-
-
-class _Cells:
-    """One file: which rows belong to which condition, and how to read them in the common gene order."""
-
-    def __init__(self, name: str, source: AnnData | str | Path, design: Design, genes: np.ndarray | None = None):
-        self.name = name
-        self.adata = _open(name, source)
-        self.matrix = _matrix(self.adata)
-        obs = _checked_obs(name, self.adata.obs, design)
-        control = design.is_control(obs)
-        self.rows = _rows_by(design.names(obs), np.flatnonzero(~control))
-        self.controls = _rows_by(design.groups(obs), np.flatnonzero(control))
-        self.table = design.conditions(obs)
-        self.table["_group"] = design.groups(self.table).to_numpy()
-        self.table.index = pd.Index(design.names(self.table))
-        names = self.adata.var_names.astype(str)
-        if not names.is_unique:
-            repeated = some(names[names.duplicated()].unique())
-            raise ValueError(f"{name}: gene names are not unique: {repeated}; call adata.var_names_make_unique()")
-        self.genes = np.array(sorted(names), dtype=object) if genes is None else genes
-        self.columns = names.get_indexer(self.genes)
-        if (self.columns < 0).any():
-            missing = self.genes[self.columns < 0]
-            raise ValueError(f"{name} lacks {len(missing)} of the {len(self.genes)} genes of real: {some(missing)}")
-        self._check_values()
-
-    @property
-    def n_cells(self) -> int:
-        return self.adata.n_obs
-
-    def restricted(self, rows: dict[str, np.ndarray]) -> _Cells:
-        """The same file with fewer cells per condition."""
-        other = object.__new__(_Cells)
-        other.__dict__ |= self.__dict__ | {"rows": rows, "table": self.table.loc[sorted(rows)]}
-        return other
-
-    def read(self, rows: np.ndarray):
-        """(n, g) CSR or dense, genes in the common order."""
-        block = self.adata[rows].X if self.matrix is None else self.matrix[rows]
-        in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
-        return block if in_order else block[:, self.columns]
-
-    def _check_values(self) -> None:
-        largest, whole = -np.inf, True
-        for start in range(0, self.n_cells, BLOCK):
-            block = self.read(np.arange(start, min(start + BLOCK, self.n_cells)))
-            values = block.data if sparse.issparse(block) else block
-            if not np.isfinite(values).all():
-                bad = int((~np.isfinite(values)).sum())
-                raise ValueError(
-                    f"{self.name}: X holds {bad} NaN or infinite values (cells from row {start}); remove or repair"
-                )
-            largest = max(largest, values.max(initial=-np.inf))
-            whole = whole and bool((values == np.round(values)).all())
-        if largest > MAX_LOG1P or (whole and largest >= 2):
-            raise ValueError(
-                f"{self.name}: X looks like raw counts (largest value {largest:.4g}); expected log1p-normalised "
-                "expression. Normalise both files alike, for example with scanpy.pp.normalize_total(adata, "
-                "target_sum=1e4) and scanpy.pp.log1p(adata)"
-            )
-
-
-def _open(name: str, source: AnnData | str | Path) -> AnnData:
-    if isinstance(source, str | os.PathLike):
-        source = read_h5ad(source)
-    if source.n_obs == 0 or source.n_vars == 0 or source.X is None:
-        raise ValueError(f"{name}: expected cells and genes with log1p expression in X; found {source.shape}")
-    return source
-
-
-def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
-    taken = {"condition", "metric", "value", "n_pred", "n_real", "_group"} & set(design.columns) - {design.perturbation}
-    if taken:
-        raise ValueError(f"covariate columns {some(sorted(taken))} clash with columns of the score table; rename them")
-    for column in design.columns:
-        if column not in obs.columns:
-            raise ValueError(f"{name}: obs has no column {column!r}, which the design names; found {some(obs.columns)}")
-        if obs[column].isna().any():
-            missing = int(obs[column].isna().sum())
-            raise ValueError(f"{name}: obs[{column!r}] has {missing} missing values; remove these cells or label them")
-    return obs[design.columns]
-
-
-def _rows_by(keys: pd.Series, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Key to the rows that carry it, keys sorted, rows ascending."""
-    keys = keys.to_numpy()[rows]
-    return {str(key): rows[index] for key, index in sorted(pd.Series(keys).groupby(keys).indices.items())}
-
-
-def _matrix(adata: AnnData):
-    """X as CSR or dense, quick to take rows of; None where X stays on disk."""
-    if adata.isbacked and not adata.is_view and getattr(adata[:1].X, "format", None) != "csc":
-        return None  # a backed view cannot be indexed again, and rows of CSC are slow to find: both are read whole
-    x = adata.to_memory().X if adata.isbacked else adata.X
-    if not sparse.issparse(x):
-        return np.asarray(x)
-    x = x.tocsr()
-    if not x.has_canonical_format:
-        x = x.copy()
-        x.sum_duplicates()
-    return x
 
 
 def _dense(block) -> np.ndarray:

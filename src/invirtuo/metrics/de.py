@@ -28,6 +28,14 @@ def scores_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     return t_scores(pair.moments(side, condition), pair.control_moments(side, pair.group_of(condition)))
 
 
+@view("scores_floor")
+def scores_floor_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) t-score of each gene, the variance of the perturbed cells not below that of the controls."""
+    mean, var, n = pair.moments(side, condition)
+    control = pair.control_moments(side, pair.group_of(condition))
+    return t_scores((mean, np.fmax(var, control[1]), n), control)
+
+
 @view("pvals")
 def pvals_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) two-sided p-value of each gene against the control cells of the group."""
@@ -57,6 +65,18 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
     on="scores",
     pairwise=_recall_matrix,
     ranked=True,
+)
+@metric(
+    "deg_recall_floor",
+    label="DEG recall (floor)",
+    direction="higher",
+    range=(0.0, 1.0),
+    best=1.0,
+    definition="deg_recall of t-scores in which each gene varies at least as much among the perturbed cells as among "
+    "the control cells, on both sides: predictions without variance keep their scores",
+    reference="A variant of deg_recall for predictions with little or no variance",
+    on="scores_floor",
+    default=False,
 )
 @metric(
     "deg_recall_lfc",

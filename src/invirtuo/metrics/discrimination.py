@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from invirtuo.metrics.core import Pair
 
-__all__ = ["discrimination"]
+__all__ = ["discrimination", "of_group"]
+
+STATE = "Adduri et al. 2025, STATE, doi:10.1101/2025.06.26.661135, section 5.7"
 
 Distance = Literal["l1", "l2", "cosine"]
 
@@ -87,12 +89,33 @@ def _distances(pred: np.ndarray, reals: np.ndarray, distance: Distance) -> np.nd
         return np.where(norms == 0, np.nan, 1 - reals @ pred / norms)
 
 
-def _of_group(pair: Pair, group: str, distance: Distance) -> np.ndarray:
-    """Scores of a covariate group on effects, the genes named by a perturbation left out; (P,)."""
-    preds, reals = (np.stack(list(pair.view("effect", side, group))) for side in ("pred", "real"))
+def of_group(
+    pair: Pair,
+    group: str,
+    distance: Distance,
+    *,
+    on: Literal["effect", "mean"] = "effect",
+    leave_out_targets: bool = True,
+    normalised: bool = False,
+) -> np.ndarray:
+    """Scores of a covariate group, (P,).
+
+    Parameters
+    ----------
+    pair, group, distance
+        What to compare, see :func:`discrimination`.
+    on
+        Effects, or pseudobulks ("mean"). With L1 and L2 both give the same if the two sides share their controls.
+    leave_out_targets
+        Leave out the genes that a perturbation is named after (published code; the paper does not say).
+    normalised
+        Give ``2 * score - 1``.
+    """
+    preds, reals = (np.stack(list(pair.view(on, side, group))) for side in ("pred", "real"))
     labels = pair.conditions.loc[pair.names(group), pair.design.perturbation]
     targets = [np.flatnonzero(np.isin(pair.genes, [str(label), *pair.design.parts(label)])) for label in labels]
-    return discrimination(preds, reals, distance, left_out=targets)
+    scores = discrimination(preds, reals, distance, left_out=targets if leave_out_targets else None)
+    return 2 * scores - 1 if normalised else scores
 
 
 _LABELS: dict[Distance, str] = {"l1": "L1", "l2": "L2", "cosine": "cosine"}
@@ -108,4 +131,15 @@ for _distance, _label in _LABELS.items():
         "than its own, target genes left out; depends on P",
         reference=CELL_EVAL,
         default=False,
-    )(partial(_of_group, distance=_distance))
+    )(partial(of_group, distance=_distance))
+    metric(
+        f"pds_norm_{_distance}",
+        label=f"PDS norm {_label}",
+        direction="higher",
+        range=(-1.0, 1.0),
+        best=1.0,
+        definition=f"pds_{_distance} brought to the range -1 to 1, 1 - 2 r / P with r real effects closer than its "
+        "own; 1 / P is expected of a guess",
+        reference=STATE,
+        default=False,
+    )(partial(of_group, distance=_distance, normalised=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import sparse
 
 from invirtuo.metrics.core import metric, view
 
@@ -16,7 +17,19 @@ if TYPE_CHECKING:
 
     from invirtuo.metrics.core import Pair, Side
 
-__all__ = ["cosine", "effect", "logfc", "mae", "mse", "pearson", "r2_score", "rmse", "scaled_mean"]
+__all__ = [
+    "coefficient_of_variation",
+    "cosine",
+    "effect",
+    "logfc",
+    "mae",
+    "mse",
+    "pearson",
+    "r2_ref",
+    "r2_score",
+    "rmse",
+    "scaled_mean",
+]
 
 PERTURBENCH = "Wu et al. 2024, PerturBench, arXiv:2408.10609"
 CELL_EVAL = "Adduri et al. 2025, STATE, doi:10.1101/2025.06.26.661135; cell-eval 0.8"
@@ -41,12 +54,35 @@ def effect_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     return effect(pair.moments(side, condition)[0], pair.control_moments(side, pair.group_of(condition))[0])
 
 
+@view("logfc_linear")
+def logfc_linear_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) log fold change of mean expression, logarithm undone cell by cell, against the control of the group."""
+    control_mean = pair.of_control("mean expression", side, pair.group_of(condition), _mean_expression)
+    return logfc(_mean_expression(pair.stored(side, condition)), control_mean)
+
+
 @view("scaled")
 def scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) mean over cells of expression standardised within the covariate group of this file."""
+    return _scaled_by(side, pair, side, condition)
+
+
+@view("scaled_ref")
+def scaled_ref_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) mean over cells of expression standardised by the real cells of the covariate group."""
+    return _scaled_by("real", pair, side, condition)
+
+
+def _scaled_by(ruler: Side, pair: Pair, side: Side, condition: str) -> np.ndarray:
     group = pair.group_of(condition)
-    centre, scale = pair.once(("scaling", side, group), lambda: _pooled(pair.group_moments(side, group)))
+    centre, scale = pair.once(("scaling", ruler, group), lambda: _pooled(pair.group_moments(ruler, group)))
     return scaled_mean(pair.cells(side, condition), centre, scale)
+
+
+@view("var")
+def var_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) coefficient of variation over cells."""
+    return coefficient_of_variation(*pair.moments(side, condition))
 
 
 def _rmse_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
@@ -62,6 +98,42 @@ def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
     return _ratio(x @ y.T, norms)
 
 
+@metric(
+    "rmse_var",
+    label="RMSE variation",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="Root mean squared difference over genes of the coefficient of variation (standard deviation over mean) "
+    "of log1p expression",
+    reference=PERTURBENCH,
+    on="var",
+    default=False,
+)
+@metric(
+    "rmse_scaled_ref",
+    label="RMSE scaled (real)",
+    direction="lower",
+    range=(0.0, 20.0),
+    best=0.0,
+    definition="Root mean squared difference over genes of mean expression, both sides standardised by the real cells "
+    "of the covariate group, controls included, and clipped to 10",
+    reference="A variant of rmse_scaled with one ruler for both sides",
+    on="scaled_ref",
+    default=False,
+)
+@metric(
+    "rmse_scaled",
+    label="RMSE scaled",
+    direction="lower",
+    range=(0.0, 20.0),
+    best=0.0,
+    definition="Root mean squared difference over genes of mean expression, each side standardised by its own cells of "
+    "the covariate group, all its conditions and the controls, and clipped to 10",
+    reference=PERTURBENCH,
+    on="scaled",
+    default=False,
+)
 @metric(
     "rmse_mean",
     label="RMSE mean",
@@ -79,6 +151,31 @@ def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.sqrt(mse(pred, real))
 
 
+@metric(
+    "cosine_pca",
+    label="Cosine PCA",
+    direction="higher",
+    range=(-1.0, 1.0),
+    best=1.0,
+    definition="Cosine of the angle between predicted and real mean on the principal components of all real cells",
+    reference=PERTURBENCH,
+    on="pca_average",
+    pairwise=_cosine_matrix,
+    ranked=True,
+    default=False,
+)
+@metric(
+    "cosine_logfc_linear",
+    label="Cosine logFC linear",
+    direction="higher",
+    range=(-1.0, 1.0),
+    best=1.0,
+    definition="Cosine of the angle between predicted and real log fold change of mean expression, the logarithm of "
+    "the data undone before taking means",
+    reference="A variant of cosine_logfc; PerturBench takes means of log1p values",
+    on="logfc_linear",
+    default=False,
+)
 @metric(
     "cosine_logfc",
     label="Cosine logFC",
@@ -98,6 +195,18 @@ def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 @metric(
+    "mse_delta",
+    label="MSE delta",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="Mean squared difference over genes of the predicted and the real difference of mean log1p expression "
+    "to the control",
+    reference=CELL_EVAL,
+    on="effect",
+    default=False,
+)
+@metric(
     "mse",
     label="MSE",
     direction="lower",
@@ -113,6 +222,18 @@ def mse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.square(pred - real).mean(axis=-1)
 
 
+@metric(
+    "mae_delta",
+    label="MAE delta",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="Mean absolute difference over genes of the predicted and the real difference of mean log1p expression "
+    "to the control",
+    reference=CELL_EVAL,
+    on="effect",
+    default=False,
+)
 @metric(
     "mae",
     label="MAE",
@@ -146,6 +267,18 @@ def pearson(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     return cosine(_centred(pred), _centred(real))
 
 
+@metric(
+    "r2_score",
+    label="R2 scores",
+    direction="higher",
+    range=(-np.inf, 1.0),
+    best=1.0,
+    definition="1 minus the squared difference of t-scores over the variation of the predicted t-scores over genes: "
+    "the prediction stands in the place of the truth, as published",
+    reference=PERTURBENCH,
+    on="scores",
+    default=False,
+)
 def r2_score(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Coefficient of determination as published: the prediction plays the role of the truth.
 
@@ -156,6 +289,35 @@ def r2_score(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     unexplained = _ratio(residual, np.square(_centred(pred)).sum(axis=-1))
     constant = np.where(residual == 0, 1.0, 0.0)
     return np.where(np.isnan(unexplained), constant, 1.0 - unexplained)
+
+
+@metric(
+    "r2_ref",
+    label="R2 scores (real)",
+    direction="higher",
+    range=(-np.inf, 1.0),
+    best=1.0,
+    definition="Coefficient of determination over genes of the real t-scores by the predicted ones",
+    reference="A variant of r2_score with the real data as the truth",
+    on="scores",
+    default=False,
+)
+def r2_ref(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Coefficient of determination with `real` as the truth, (..., g) against (..., g)."""
+    return r2_score(real, pred)
+
+
+def coefficient_of_variation(mean: np.ndarray, var: np.ndarray, n: int) -> np.ndarray:
+    """Standard deviation (dividing by n) over mean; 0 where that is not finite.
+
+    Parameters
+    ----------
+    mean, var, n
+        Mean (g,) and variance (g,) with n - 1 (NaN for one cell), and number of cells.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.sqrt(np.nan_to_num(var) * (n - 1) / n) / mean
+    return np.where(np.isfinite(ratio), ratio, 0.0)
 
 
 def logfc(mean: np.ndarray, control_mean: np.ndarray, *, pseudocount: float = 0.1) -> np.ndarray:
@@ -189,6 +351,14 @@ def effect(mean: np.ndarray, control_mean: np.ndarray, *, rounding: float = 1e-6
 def scaled_mean(cells: np.ndarray, centre: np.ndarray, scale: np.ndarray, *, limit: float = 10.0) -> np.ndarray:
     """Mean over cells of ``(x - centre) / scale``, clipped to +-limit; (n, g) to (g,)."""
     return np.clip((cells - centre) / scale, -limit, limit).mean(axis=0, dtype=np.float64)
+
+
+def _mean_expression(block) -> np.ndarray:
+    """(g,) mean over cells of ``expm1``; values below 0, which predictions may have, count as 0."""
+    if not sparse.issparse(block):
+        return np.expm1(np.maximum(block, 0.0)).mean(axis=0, dtype=np.float64)
+    values = np.expm1(np.maximum(block.data, 0.0))
+    return np.bincount(block.indices, weights=values, minlength=block.shape[1]) / block.shape[0]
 
 
 def _pooled(moments: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ __all__ = [
     "de_recall",
     "de_roc_auc",
     "de_spearman_lfc",
+    "de_spearman_lfc_finite",
     "log2_fold_change",
     "rank_sum",
     "size_correlation",
@@ -150,7 +151,7 @@ def log2_fold_change(mean: np.ndarray, control_mean: np.ndarray) -> np.ndarray:
     return np.where((top == 0) & (bottom == 0), 0.0, change)
 
 
-def de_overlap(pred: DETable, real: DETable, k: int | None = None) -> float:
+def de_overlap(pred: DETable, real: DETable, k: int | None = None, *, denominator: Literal["q", "k"] = "q") -> float:
     """Share of the q strongest real genes among the q strongest predicted, q = min(k, number of real DE genes).
 
     Only significant genes count. 0 if the real data have none.
@@ -161,9 +162,14 @@ def de_overlap(pred: DETable, real: DETable, k: int | None = None) -> float:
         DETable of one condition.
     k
         None: all real DE genes.
+    denominator
+        "q": divide by q, as the published code. "k": by k also where there are fewer DE genes (paper, equation 38).
     """
+    if denominator not in ("q", "k"):
+        raise ValueError(f"denominator must be 'q' or 'k'; found {denominator!r}")
     strongest = real.top(k)
-    return _shared(strongest, pred.top(len(strongest)), len(strongest))
+    n = len(strongest) if denominator == "q" or k is None else k
+    return _shared(strongest, pred.top(len(strongest)), n)
 
 
 def de_precision(pred: DETable, real: DETable, k: int | None = None) -> float:
@@ -172,7 +178,11 @@ def de_precision(pred: DETable, real: DETable, k: int | None = None) -> float:
     return _shared(real.top(len(strongest)), strongest, len(strongest))
 
 
-for _k in (None, 50, 100, 200):
+def _number(pred: DETable, real: DETable, side: Side) -> float:
+    return float({"pred": pred, "real": real}[side].significant.sum())
+
+
+for _k in (None, 50, 100, 200, 500):
     _which = "all" if _k is None else f"up to {_k}"
     metric(
         f"de_overlap_{_k or 'n'}",
@@ -187,18 +197,34 @@ for _k in (None, 50, 100, 200):
         default=False,
     )(partial(de_overlap, k=_k))
 
-metric(
-    "de_precision_n",
-    label="DE precision N",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
-    definition="Share of the predicted DE genes that are among as many of the strongest real DE genes; 0 without "
-    "predicted DE genes",
-    reference=CELL_EVAL,
-    on="wilcoxon",
-    default=False,
-)(de_precision)
+    metric(
+        f"de_precision_{_k or 'n'}",
+        label=f"DE precision {_k or 'N'}",
+        direction="higher",
+        range=(0.0, 1.0),
+        best=1.0,
+        definition=f"Share of the predicted DE genes ({_which}, strongest first) that are among as many of the "
+        "strongest real DE genes; 0 without predicted DE genes",
+        reference=CELL_EVAL,
+        on="wilcoxon",
+        default=False,
+    )(partial(de_precision, k=_k))
+
+
+_WHOSE: dict[Side, str] = {"real": "the real data", "pred": "the prediction"}
+
+for _side, _whose in _WHOSE.items():
+    metric(
+        f"de_nsig_{_side}",
+        label=f"DE genes {_side}",
+        direction=None,
+        range=(0.0, np.inf),
+        best=np.nan,
+        definition=f"Number of DE genes of {_whose}, adjusted p below 0.05; a description, not a score",
+        reference=CELL_EVAL,
+        on="wilcoxon",
+        default=False,
+    )(partial(_number, side=_side))
 
 
 @metric(
@@ -247,6 +273,24 @@ def de_recall(pred: DETable, real: DETable) -> float:
 def de_spearman_lfc(pred: DETable, real: DETable) -> float:
     """Spearman correlation of the LFC over the real DE genes; NaN for fewer than two or a constant side."""
     return spearman(pred.lfc[real.significant], real.lfc[real.significant])
+
+
+@metric(
+    "de_spearman_lfc_finite",
+    label="DE Spearman LFC (finite)",
+    direction="higher",
+    range=(-1.0, 1.0),
+    best=1.0,
+    definition="de_spearman_lfc over the real DE genes whose fold changes are finite on both sides, that is expressed "
+    "in perturbed and control cells",
+    reference="A variant of de_spearman_lfc; genes absent from one group all tie at an infinite fold change there",
+    on="wilcoxon",
+    default=False,
+)
+def de_spearman_lfc_finite(pred: DETable, real: DETable) -> float:
+    """Like :func:`de_spearman_lfc`, genes with an infinite LFC on either side left out."""
+    finite = real.significant & np.isfinite(pred.lfc) & np.isfinite(real.lfc)
+    return spearman(pred.lfc[finite], real.lfc[finite])
 
 
 @metric(
@@ -302,12 +346,19 @@ def de_spearman_size(pair: Pair, group: str) -> np.ndarray:
     return np.full(len(sizes[0]), size_correlation(*map(np.array, sizes)))
 
 
-def size_correlation(pred: np.ndarray, real: np.ndarray) -> float:
+def size_correlation(pred: np.ndarray, real: np.ndarray, *, all_perturbations: bool = False) -> float:
     """Spearman correlation of numbers of DE genes, (P,) against (P,), over perturbations with a real DE gene.
 
     1 if there are none, as published; NaN for a single one or a constant side.
+
+    Parameters
+    ----------
+    pred, real
+        (P,) numbers of DE genes.
+    all_perturbations
+        Count those without a real DE gene too, as the paper does.
     """
-    some = real > 0
+    some = (real > 0) | all_perturbations
     return spearman(pred[some], real[some]) if some.any() else 1.0
 
 

@@ -1,0 +1,345 @@
+"""Metrics of generated populations as CFGen and cellFlow define them: kernels, optimal transport, neighbourhoods.
+
+The functions take (n, d) generated and (m, d) real cells. Where the published definition depends on the order of the
+rows, the function does too; the registered metric sees the cells in an order that their place in the file does not
+change (`Pair.seeded_order`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment, linprog
+from scipy.spatial.distance import cdist
+
+from invirtuo.metrics.core import metric, view
+from invirtuo.metrics.distribution import axes_of_all
+
+if TYPE_CHECKING:
+    from invirtuo.metrics.core import Pair, Side
+
+__all__ = [
+    "knn_coverage",
+    "knn_density",
+    "knn_precision",
+    "knn_recall",
+    "mmd_linear",
+    "mmd_rbf",
+    "mmd_rbf_median",
+    "mmd_rbf_unbiased",
+    "transport_cost",
+    "wasserstein1",
+    "wasserstein2",
+]
+
+CFGEN = "Palma et al. 2025, CFGen, arXiv:2407.11734"
+CELLFLOW = "Palma et al. 2023, cellFlow; code of Tong et al. 2024, arXiv:2302.00482"
+PRDC = "Naeem et al. 2020, arXiv:2002.09797; Kynkaanniemi et al. 2019, arXiv:1904.06991; cellFlow, k = 10"
+SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+PAIRS = 1 << 22  # cell pairs held at a time: 32 MB
+MANY = 4096  # cells from which the median distance is taken
+
+
+@view("pca_scaled")
+def pca_scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(n, d) cells on the principal axes of all real cells, divided by the standard deviation of these on each axis."""
+    return pair.see("pca", side, condition) / pair.once(("spread",), lambda: _spread(pair))
+
+
+@metric(
+    "mmd_rbf",
+    label="MMD RBF",
+    direction="lower",
+    range=(0.0, 2.0 * len(SIGMAS)),
+    best=0.0,
+    definition="Squared MMD on principal components, Gaussian kernels of sigma 0.01 to 100 summed, V-statistic: at the "
+    "three small scales it sees only each cell's own kernel, a floor of about 6 / n",
+    reference=CFGEN,
+    on="pca",
+    default=False,
+)
+def mmd_rbf(pred: np.ndarray, real: np.ndarray, *, sigmas: Sequence[float] = SIGMAS) -> float:
+    """Squared maximum mean discrepancy under the kernel ``sum_s exp(-|x - y|^2 / (2 s^2))``, biased, as published.
+
+    Parameters
+    ----------
+    pred, real
+        (n, d) and (m, d) cells, of which the first min(n, m) count.
+    sigmas
+        Scales; their kernels are summed.
+
+    References
+    ----------
+    Gretton et al. 2012, equation 5; Palma et al. 2025, arXiv:2407.11734.
+    """
+    n = min(len(pred), len(real))
+    x, y = pred[:n], real[:n]
+    return max(0.0, _kernel_mean(x, x, sigmas) + _kernel_mean(y, y, sigmas) - 2 * _kernel_mean(x, y, sigmas))
+
+
+@metric(
+    "mmd_rbf_unbiased",
+    label="MMD RBF unbiased",
+    direction="lower",
+    range=(-2.0 * len(SIGMAS), 2.0 * len(SIGMAS)),
+    best=0.0,
+    definition="mmd_rbf without the kernel of each cell with itself (U-statistic): about 0 for equal populations, "
+    "whatever the number of cells; NaN for a single cell",
+    reference="A variant of mmd_rbf; Gretton et al. 2012, equation 3",
+    on="pca",
+    default=False,
+)
+def mmd_rbf_unbiased(pred: np.ndarray, real: np.ndarray, *, sigmas: Sequence[float] = SIGMAS) -> float:
+    """Like :func:`mmd_rbf`, the diagonals of the two inner kernels left out; NaN for a single cell."""
+    n = min(len(pred), len(real))
+    return _unbiased(pred[:n], real[:n], sigmas)
+
+
+@metric(
+    "mmd_rbf_median",
+    label="MMD RBF median",
+    direction="lower",
+    range=(-2.0, 2.0),
+    best=0.0,
+    definition="Unbiased squared MMD on principal components, one Gaussian kernel whose sigma is the median distance "
+    "between real cells of the condition, all cells; NaN for a single cell or equal real cells",
+    reference="A variant of mmd_rbf with the median heuristic, Gretton et al. 2012, section 8",
+    on="pca",
+    default=False,
+)
+def mmd_rbf_median(pred: np.ndarray, real: np.ndarray) -> float:
+    """Unbiased squared MMD of all cells, sigma the median distance of real cells: one ruler for all predictions."""
+    sigma = _median_distance(real)
+    return _unbiased(pred, real, (sigma,)) if sigma > 0 else np.nan
+
+
+@metric(
+    "mmd_linear",
+    label="MMD linear",
+    direction="lower",
+    range=(-np.inf, np.inf),
+    best=0.0,
+    definition="Estimate of the squared distance of means on standardised principal components from products of "
+    "successive differences of paired cells; may be negative; depends on the order, here random with a fixed seed",
+    reference=CELLFLOW,
+    on="pca_scaled",
+    default=False,
+)
+def mmd_linear(pred: np.ndarray, real: np.ndarray) -> float:
+    """Mean over i of ``<d_i, d_i+1>`` with ``d_i = x_i - y_i``: depends on the order of rows, may be negative.
+
+    Parameters
+    ----------
+    pred, real
+        (n, d) and (m, d) cells, of which the first min(n, m) count; NaN if that is one.
+    """
+    n = min(len(pred), len(real))
+    difference = np.subtract(pred[:n], real[:n], dtype=np.float64)
+    return float(np.einsum("ij,ij->i", difference[:-1], difference[1:]).mean()) if n > 1 else np.nan
+
+
+@metric(
+    "wasserstein2",
+    label="Wasserstein-2",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="Root of the smallest mean squared distance between predicted and real cells paired by optimal "
+    "transport, on principal components; depends on the numbers of cells",
+    reference=CFGEN,
+    on="pca",
+    default=False,
+)
+def wasserstein2(pred: np.ndarray, real: np.ndarray) -> float:
+    """Root of the exact optimal transport cost of squared Euclidean distances, all rows with equal weights."""
+    return float(np.sqrt(transport_cost(cdist(pred, real, "sqeuclidean"))))
+
+
+def wasserstein1(pred: np.ndarray, real: np.ndarray) -> float:
+    """Exact optimal transport cost of Euclidean distances, all rows with equal weights."""
+    return transport_cost(cdist(pred, real))
+
+
+@metric(
+    "knn_recall",
+    label="kNN recall",
+    direction="higher",
+    range=(0.0, 1.0),
+    best=1.0,
+    definition="Share of real cells nearer to a predicted cell than that cell's 10th predicted neighbour (L1, "
+    "standardised principal components): is all that is real covered?",
+    reference=PRDC,
+    on="pca_scaled",
+    default=False,
+)
+def knn_recall(pred: np.ndarray, real: np.ndarray, *, k: int = 10) -> float:
+    """Share of real cells inside the ball of a predicted cell; see :func:`knn_precision`."""
+    return knn_precision(real, pred, k=k)
+
+
+@metric(
+    "knn_precision",
+    label="kNN precision",
+    direction="higher",
+    range=(0.0, 1.0),
+    best=1.0,
+    definition="Share of predicted cells nearer to a real cell than that cell's 10th real neighbour (L1, standardised "
+    "principal components): is what is predicted real?",
+    reference=PRDC,
+    on="pca_scaled",
+    default=False,
+)
+def knn_precision(pred: np.ndarray, real: np.ndarray, *, k: int = 10) -> float:
+    """Share of predicted cells inside the ball of a real cell.
+
+    Parameters
+    ----------
+    pred, real
+        (n, d) and (m, d) cells.
+    k
+        The ball of a cell reaches to its k-th neighbour of its own kind (L1, border excluded), or to the last of fewer.
+
+    Returns
+    -------
+    float
+        NaN if there is one real cell only, which has no neighbour.
+    """
+    return float(_balls_around(pred, real, k)[0].astype(bool).mean()) if len(real) > 1 else np.nan
+
+
+def knn_density(pred: np.ndarray, real: np.ndarray, *, k: int = 10) -> float:
+    """Mean over predicted cells of the number of real balls around it, over k; see :func:`knn_precision`."""
+    return float(_balls_around(pred, real, k)[0].mean() / k) if len(real) > 1 else np.nan
+
+
+def knn_coverage(pred: np.ndarray, real: np.ndarray, *, k: int = 10) -> float:
+    """Share of real balls with a predicted cell inside; see :func:`knn_precision`."""
+    return float(_balls_around(pred, real, k)[1].mean()) if len(real) > 1 else np.nan
+
+
+def transport_cost(cost: np.ndarray) -> float:
+    """Exact cost of optimal transport between uniform weights.
+
+    Equal numbers: an assignment. Unequal: the linear program over a few cheap routes for each cell, to which routes
+    with negative reduced cost are added until there is none, which proves the optimum among all.
+
+    Parameters
+    ----------
+    cost
+        (n, m), >= 0.
+
+    Examples
+    --------
+    >>> transport_cost(np.array([[0.0, 4.0], [1.0, 0.0]]))
+    0.0
+    >>> round(transport_cost(np.array([[0.0, 3.0, 1.0], [1.0, 1.0, 2.0]])), 6)
+    0.833333
+    """
+    n, m = cost.shape
+    if n == m:
+        return float(cost[linear_sum_assignment(cost)].mean())
+    largest = float(cost.max(initial=0.0))
+    if largest == 0 or 1 in (n, m):
+        return float(cost.mean())
+    scaled = cost / largest
+    routes = _staircase(n, m)
+    for axis in (0, 1):
+        routes |= _cheapest(scaled, axis)
+    while True:
+        value, duals = _transport_over(scaled, routes)
+        reduced = scaled - duals[:n, None] - duals[n:]
+        if reduced.min() >= -1e-9:
+            return float(value * largest)
+        better = reduced < -1e-9
+        added = (_cheapest(reduced, 0) | _cheapest(reduced, 1)) & better & ~routes
+        if not added.any():  # what is left is rounding of the solver
+            return float(value * largest)
+        routes |= added
+
+
+def _staircase(n: int, m: int) -> np.ndarray:
+    """(n, m) routes over which some plan is always possible: those of the plan that fills up row by row."""
+    routes = np.zeros((n, m), dtype=bool)
+    ends = np.union1d(np.arange(n) * m, np.arange(m) * n)  # of the shares, in units of 1 / (n m)
+    routes[ends // m, ends // n] = True
+    return routes
+
+
+def _cheapest(cost: np.ndarray, axis: int, k: int = 10) -> np.ndarray:
+    """(n, m) whether a route is among the k cheapest of its row (axis 1) or column (axis 0)."""
+    chosen = np.zeros(cost.shape, dtype=bool)
+    k = min(k, cost.shape[axis])
+    np.put_along_axis(chosen, np.argpartition(cost, k - 1, axis=axis).take(np.arange(k), axis=axis), True, axis=axis)
+    return chosen
+
+
+def _transport_over(cost: np.ndarray, routes: np.ndarray) -> tuple[float, np.ndarray]:
+    """Smallest cost of a plan over some routes, and the dual values (n + m,) of rows and columns."""
+    n, m = cost.shape
+    rows, columns = np.nonzero(routes)
+    which = np.arange(len(rows))
+    ones = np.ones(len(rows))
+    sums = sparse.vstack(
+        [sparse.csr_array((ones, (at, which)), shape=(size, len(which))) for at, size in ((rows, n), (columns, m))]
+    )
+    shared = np.gcd(n, m)
+    amounts = np.repeat([m // shared, n // shared], [n, m]).astype(float)
+    found = linprog(cost[rows, columns], A_eq=sums, b_eq=amounts, method="highs-ds")
+    if not found.success:
+        raise ValueError(f"optimal transport between {n} and {m} cells was not solved: {found.message}")
+    return found.fun * shared / (n * m), found.eqlin.marginals
+
+
+def _kernel_mean(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float]) -> float:
+    """Mean over all pairs of the sum of Gaussian kernels."""
+    total = 0.0
+    for block in _distance_blocks(x, y, "sqeuclidean"):
+        total += sum(float(np.exp(block / (-2 * sigma**2)).sum()) for sigma in sigmas)
+    return total / (len(x) * len(y))
+
+
+def _unbiased(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float]) -> float:
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        return np.nan
+    within = [(_kernel_mean(cells, cells, sigmas) - len(sigmas) / k) * k / (k - 1) for cells, k in ((x, n), (y, m))]
+    return sum(within) - 2 * _kernel_mean(x, y, sigmas)
+
+
+def _median_distance(cells: np.ndarray) -> float:
+    """Median distance of different cells, from evenly spaced ones of the order by length if there are many."""
+    if len(cells) > MANY:
+        order = np.argsort(np.linalg.norm(cells, axis=1), kind="stable")
+        cells = cells[order[np.linspace(0, len(cells) - 1, MANY).astype(int)]]
+    if len(cells) < 2:
+        return np.nan
+    return float(np.median(cdist(cells, cells)[np.triu_indices(len(cells), 1)]))
+
+
+def _balls_around(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many balls of centres hold each point, and whether each ball holds a point."""
+    k = min(k, len(centres) - 1)
+    blocks = _distance_blocks(centres, centres, "cityblock")
+    radius = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])
+    counts, filled = [], np.zeros(len(centres), dtype=bool)
+    for block in _distance_blocks(points, centres, "cityblock"):
+        inside = block < radius
+        counts.append(inside.sum(axis=1))
+        filled |= inside.any(axis=0)
+    return np.concatenate(counts), filled
+
+
+def _distance_blocks(x: np.ndarray, y: np.ndarray, kind: str) -> Iterator[np.ndarray]:
+    rows = max(1, PAIRS // len(y))
+    for start in range(0, len(x), rows):
+        yield cdist(x[start : start + rows], y, kind)
+
+
+def _spread(pair: Pair) -> np.ndarray:
+    """(d,) standard deviation of all real cells on each principal axis."""
+    centre, axes = axes_of_all(pair)
+    projected = pair.real_matrix() @ axes - centre @ axes
+    return projected.std(axis=0)
