@@ -33,7 +33,7 @@ clean:
 	rm -rf .venv site demo
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev,ray,tune]"
 	@touch $@
 
 .venv/installed-docs: pyproject.toml constraints.txt .venv/installed

@@ -16,6 +16,7 @@ _NAMES = {
     "Model": "model",
     "Pair": "metrics",
     "SampleConfig": "model",
+    "benchmark": "bench",
     "evaluate": "metrics",
     "load": "models",
     "report": "report",

@@ -50,9 +50,9 @@ def demo(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets or splits.")]) -> None:
+def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets, tasks or splits.")]) -> None:
     """List what there is, with one line on each."""
-    from invirtuo import datasets, metrics, models, splits
+    from invirtuo import bench, datasets, metrics, models, splits
 
     def first_line(thing: Any) -> str:
         return (thing.__doc__ or "").strip().splitlines()[0]
@@ -63,11 +63,15 @@ def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets or
             for name, model in models.MODELS.items()
         ],
         "metrics": lambda: [
-            (name, record.definition, f"{record.direction} is better") for name, record in metrics.METRICS.items()
+            (name, record.definition, f"{record.direction} is better, {_range(record.range)}", record.reference)
+            for name, record in metrics.METRICS.items()
         ],
         "datasets": lambda: [
             (str(name), row["title"], "here" if row["here"] else f"needs {row['file']}")
             for name, row in datasets.describe().iterrows()
+        ],
+        "tasks": lambda: [
+            (task.name, task.title, f"{task.dataset}; {', '.join(task.metrics)}") for task in bench.TASKS.values()
         ],
         "splits": lambda: [(name, first_line(split), "") for name, split in splits.SPLITS.items()],
     }
@@ -236,6 +240,80 @@ def evaluate(
 
 
 @app.command()
+def benchmark(
+    tasks: Annotated[list[str], typer.Argument(help="Names of tasks; see `invirtuo list tasks`.")],
+    out: Out,
+    model: Annotated[
+        list[str] | None, typer.Option(help="MODEL, MODEL:PRESET or FILE.json; may be given several times.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 5,
+    engine: Annotated[str, typer.Option(help="local: processes on this machine; ray: a Ray cluster.")] = "local",
+    baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
+    metrics: Annotated[str | None, typer.Option(help="Names joined by commas, instead of those of the tasks.")] = None,
+    n_jobs: Annotated[int | None, typer.Option(help="Cells computed at a time.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each cell.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with data files.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit and score models on tasks with several seeds; goes on where it was stopped."""
+    from invirtuo import bench
+
+    scores = bench.benchmark(
+        tasks,
+        model,
+        seeds,
+        out,
+        engine,  # type: ignore[arg-type]
+        baselines=baselines,
+        metrics=metrics.split(",") if metrics else None,
+        n_jobs=n_jobs,
+        threads=threads,
+        data_dir=data_dir,
+        progress=not quiet,
+    )
+    if not quiet:
+        for task, part in scores.groupby("task", sort=False):
+            typer.echo(f"\n{task}")
+            _print_scores(part)
+        typer.echo(f"\nreport: {out / 'report.html'}")
+    if failed := _failed(out / "costs.csv"):
+        typer.echo(f"invirtuo: {failed} cell(s) failed, see {out / 'costs.csv'}; run again to try them again", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="MODEL, MODEL:PRESET or FILE.json.")],
+    task: Annotated[str, typer.Argument(help="Name of a task; its validation conditions are scored.")],
+    out: Out,
+    trials: Annotated[int, typer.Option(help="Number of trials, those of earlier runs included.")] = 20,
+    objective: Annotated[
+        str, typer.Option(help="metric=weight joined by commas; the sum is minimised.")
+    ] = "rmse_mean=1,rmse_mean_rank=0.1",
+    seed: Annotated[int, typer.Option(help="Of the search and of the fits.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads of each fit.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with data files.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Choose hyperparameters on the validation conditions of a task; goes on where it was stopped."""
+    from invirtuo import bench
+
+    best = bench.tune(
+        model,
+        task,
+        trials,
+        out,
+        objective=_weights(objective),
+        seed=seed,
+        threads=threads,
+        data_dir=data_dir,
+        progress=not quiet,
+    )
+    if not quiet:
+        typer.echo(f"best setting of {best.label}: {out / 'best.json'}; all trials: {out / 'trials.csv'}")
+
+
+@app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="Folder with scores.csv.")],
     out: Out = Path("report.html"),
@@ -328,6 +406,28 @@ def _fitting(name: str, value: Any, like: Any) -> Any:
     if like is not None and not isinstance(value, type(like)):
         raise ValueError(f"{name}={value!r}; expected a value like {like!r}")
     return value
+
+
+def _failed(costs: Path) -> int:
+    import pandas as pd
+
+    return int((pd.read_csv(costs)["status"] == "failed").sum())
+
+
+def _weights(text: str) -> dict[str, float]:
+    """``rmse_mean=1,rmse_mean_rank=0.1`` as a mapping."""
+    weights = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"--objective: {part!r}; expected metric=weight, for example rmse_mean=1") from None
+    return weights
+
+
+def _range(ends: tuple[float, float]) -> str:
+    return " to ".join(f"{end:g}".replace("inf", "∞") for end in ends)
 
 
 def _read_csv(path: Path):

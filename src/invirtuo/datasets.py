@@ -26,6 +26,8 @@ from invirtuo.design import Design
 from invirtuo.files import read_h5ad, writing
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
 
 __all__ = ["DATASETS", "describe", "design", "load", "toy"]
@@ -131,7 +133,13 @@ DATASETS: dict[str, _Source] = {
 }  # fmt: skip
 
 
-def load(name: str, path: str | os.PathLike | None = None, *, data_dir: str | os.PathLike | None = None) -> AnnData:
+def load(
+    name: str,
+    path: str | os.PathLike | None = None,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    counts: bool = True,
+) -> AnnData:
     """Load a named data set.
 
     Parameters
@@ -142,10 +150,13 @@ def load(name: str, path: str | os.PathLike | None = None, *, data_dir: str | os
         File or http(s) address to take it from. What was downloaded is kept in the data folder.
     data_dir
         Folder with data files; see the module for what is taken without it.
+    counts
+        Raw counts in X. False: the log1p expression that the publisher of the file made, where there is one.
 
     Returns
     -------
     AnnData with raw counts in X; ``uns["invirtuo"]`` names the data set and the column with the depth of each cell.
+    Genes of the files of PerturBench, whose order is arbitrary, are sorted by name.
 
     Raises
     ------
@@ -165,7 +176,11 @@ def load(name: str, path: str | os.PathLike | None = None, *, data_dir: str | os
     adata = read_h5ad(file)
     _check_content(adata, name, source, file)
     if source.counts_layer is not None:
-        adata.X = adata.layers.pop(source.counts_layer)
+        adata = adata[:, sorted(adata.var_names)].copy()
+        if counts:
+            adata.X = adata.layers.pop(source.counts_layer)
+    elif not counts:
+        raise ValueError(f"the file of {name!r} holds raw counts only; load it with counts=True and normalise it")
     note = {"dataset": name} | ({"size_factor": source.size_factor} if source.size_factor else {})
     adata.uns["invirtuo"] = note
     return adata
@@ -199,8 +214,23 @@ def describe(*, data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
     return table
 
 
-def design(name: str, adata: AnnData | None = None, *, data_dir: str | os.PathLike | None = None) -> Design:
+def design(
+    name: str,
+    adata: AnnData | None = None,
+    *,
+    covariates: Sequence[str] | None = None,
+    data_dir: str | os.PathLike | None = None,
+) -> Design:
     """Design of a named data set, levels read from `adata` (loaded if not given).
+
+    Parameters
+    ----------
+    name, data_dir
+        As in :func:`load`.
+    adata
+        Cells of that data set.
+    covariates
+        Columns to take as covariates; None takes those of the data set.
 
     Raises
     ------
@@ -219,7 +249,10 @@ def design(name: str, adata: AnnData | None = None, *, data_dir: str | os.PathLi
         raise ValueError(f"nothing was perturbed in {name!r}, so it has no design; those with one: {', '.join(usable)}")
     adata = load(name, data_dir=data_dir) if adata is None else adata
     return Design.from_adata(
-        adata, perturbation=source.perturbation, control=source.control, covariates=list(source.covariates)
+        adata,
+        perturbation=source.perturbation,
+        control=source.control,
+        covariates=list(source.covariates if covariates is None else covariates),
     )
 
 

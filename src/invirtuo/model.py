@@ -35,7 +35,7 @@ from invirtuo.transforms import TRANSFORMS, Transform
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Model", "Preset", "SampleConfig"]
+__all__ = ["Model", "Preset", "SampleConfig", "config_from"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class Model(nn.Module):
     name: ClassVar[str]
     Config: ClassVar[type]
     PRESETS: ClassVar[Mapping[str, Preset]] = {}
+    SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     sampler: ClassVar[str] = "cells"  # which sampler of invirtuo.samplers forms training batches
     needs_source: ClassVar[bool] = False  # whether sampling starts from control cells
@@ -108,7 +109,7 @@ class Model(nn.Module):
         self.genes = [str(gene) for gene in genes]
         if len(set(self.genes)) != len(self.genes):
             raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
-        preset = self._preset(config)
+        preset = self.preset_of(config)
         self.config = preset.config
         self.fit_config = preset.fit
         self.preset = config if isinstance(config, str) else None
@@ -338,7 +339,7 @@ class Model(nn.Module):
         folder = Path(folder)
         with _reading(folder / "config.json") as path:
             facts = json.loads(path.read_text())
-            genes, preset, config = facts["genes"], facts["preset"], _config_from(cls.Config, facts["config"])
+            genes, preset, config = facts["genes"], facts["preset"], config_from(cls.Config, facts["config"])
         with _reading(folder / "design.json") as path:
             design = Design.from_json(path.read_text())
         model = cls(design, genes, config)
@@ -381,7 +382,8 @@ class Model(nn.Module):
     # ---- checks ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _preset(cls, config: Any) -> Preset:
+    def preset_of(cls, config: Any) -> Preset:
+        """Config and FitConfig that a Config, a preset name or None stand for."""
         if config is None:
             return cls.PRESETS.get("default", Preset(cls.Config()))
         if isinstance(config, str):
@@ -509,7 +511,7 @@ def _draw(pool: Mapping[str, sparse.csr_matrix], group: str, n: int, generator: 
     return torch.from_numpy(cells[rows.numpy()].toarray())
 
 
-def _config_from(cls: type, values: Mapping[str, Any]) -> Any:
+def config_from(cls: type, values: Mapping[str, Any]) -> Any:
     """A Config from JSON: lists become tuples, unknown fields are an error."""
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(values) - known)

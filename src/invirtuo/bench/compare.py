@@ -4,60 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from invirtuo.bench.entry import FLOOR, Entry
+from invirtuo.bench.run import software
+from invirtuo.bench.task import PUBLISHED
 from invirtuo.files import writing
-from invirtuo.fit import FitConfig
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.distribution import principal_axes
-from invirtuo.models import MODELS
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.design import Design
+    from invirtuo.fit import FitConfig
     from invirtuo.model import Model
 
-__all__ = ["Entry", "compare"]
+__all__ = ["compare"]
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean")
 PANEL_CELLS = 400  # cells of one kind drawn in one panel
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of a comparison.
-
-    Parameters
-    ----------
-    label
-        Name of the row.
-    model
-        Name in ``MODELS``.
-    config
-        Config, preset name, or None for the defaults.
-    fit
-        How to train; None takes the preset's.
-    predict
-        Options of ``Model.predict``.
-    """
-
-    label: str
-    model: str
-    config: Any = None
-    fit: FitConfig | None = None
-    predict: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compare(
@@ -68,7 +42,7 @@ def compare(
     out: str | Path,
     *,
     part: str = "test",
-    metrics: Sequence[str] | None = METRICS,
+    metrics: Sequence[str] | None = PUBLISHED,
     n_cells: int = 1000,
     n_pcs: int = 30,
     seed: int = 0,
@@ -106,8 +80,7 @@ def compare(
     pair: Pair | None = None
     for entry in entries:
         started = time.perf_counter()
-        model = MODELS[entry.model](design, adata.var_names, entry.config)
-        fit = entry.fit or model.fit_config
+        model, fit = entry.make(design, adata.var_names)
         logger.info("fitting %s", entry.label)
         model.fit(adata, split=split, config=fit)
         fitted = time.perf_counter()
@@ -119,7 +92,7 @@ def compare(
         predictions[entry.label] = predicted
         model.save(out / "models" / entry.label)
         runs.append(_facts(entry, model, fit, fitted - started, done - fitted))
-    tables.append(noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model="noise_floor"))
+    tables.append(noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model=FLOOR))
     scores = pd.concat(tables, ignore_index=True)
     scores = scores[scores["condition"].isin(set(tables[0]["condition"]))].reset_index(drop=True)
     _write(out / "scores.csv", scores)
@@ -127,7 +100,7 @@ def compare(
     _write(out / "panels.csv", _panels(adata, real, predictions, design, seed))
     with writing(out / "predicted.h5ad") as path:
         predictions[entries[0].label].write_h5ad(path, compression="gzip")
-    facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "models": runs, "software": _software()}
+    facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "models": runs, "software": software()}
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts, indent=2))
     return scores
@@ -172,11 +145,6 @@ def _panels(
     for condition in names[~design.is_control(real.obs)].unique():
         tables.append(project(real[(names == condition).to_numpy()], "real", PANEL_CELLS, condition))
     return pd.concat(tables, ignore_index=True)
-
-
-def _software() -> dict[str, str]:
-    packages = {name: version(name) for name in ("invirtuo", "torch", "lightning", "anndata", "numpy")}
-    return packages | {"python": platform.python_version(), "machine": platform.machine()}
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from invirtuo import datasets, preprocess, splits
-from invirtuo.bench.compare import Entry, compare
+from invirtuo.bench.compare import compare
+from invirtuo.bench.entry import BASELINES, Entry
 from invirtuo.fit import FitConfig
 from invirtuo.model import Preset
 from invirtuo.models import LinearAdditive, PRiMeFlow
@@ -74,10 +75,7 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
         Entry("primeflow", "primeflow", None, fit, {"progress": progress}),
         Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 5}),
         Entry("linear_additive", "linear_additive", None, linear_fit),
-        Entry("perturbation_mean", "perturbation_mean", "profile"),
-        Entry("perturbation_mean:shift", "perturbation_mean", "shift-cells"),
-        Entry("context_mean", "context_mean"),
-        Entry("no_change", "no_change"),
+        *BASELINES,
     ]
     about = {
         "title": "IFN-beta response of cell types that were never seen responding",

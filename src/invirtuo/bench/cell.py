@@ -1,0 +1,235 @@
+"""One cell of a benchmark: one entry, fitted and scored on one task with one seed, in a process of its own.
+
+Run as a module it is that process: it reads a pickled :class:`Cell` of its parent from standard input and writes the
+record to the file named on the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from invirtuo.bench.entry import FLOOR, Entry
+from invirtuo.bench.task import Task
+from invirtuo.files import writing
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from invirtuo.design import Design
+
+__all__ = ["Cell", "Record", "compute", "failed", "launch", "scores_of"]
+
+Record = dict[str, Any]  # what is kept of a cell: its settings, status, scores and costs, as JSON
+LABELS = ("task", "model", "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a process needs to know to compute one cell."""
+
+    task: Task
+    entry: Entry
+    seed: int
+    part: str = "test"  # which held-out conditions are predicted and scored
+    metrics: tuple[str, ...] = ()  # empty: those of the task
+    data_dir: str | None = None
+    work: str | None = None  # folder for checkpoints
+    threads: int = 1
+    precision: str = "fp32"  # what precision="auto" of an entry means, so that a cell does not depend on its machine
+
+    @property
+    def name(self) -> str:
+        """Of the file with its record."""
+        return f"{self.task.name}/{_file_name(self.entry.label)}/{self.seed}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers."""
+        return {
+            "task": self.task.describe(),
+            "entry": self.entry.describe(),
+            "seed": self.seed,
+            "part": self.part,
+            "metrics": list(self.metrics or self.task.metrics),
+            "threads": self.threads,
+            "precision": self.precision,
+            "version": version("invirtuo"),
+        }
+
+
+@dataclass
+class _Clock:
+    """Seconds spent, by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("fit", "predict", "score"), 0.0))
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, what: str) -> None:
+        now = time.perf_counter()
+        self.seconds[what] += now - self.started
+        self.started = now
+
+
+def compute(cell: Cell) -> Record:
+    """Fit, predict and score; what goes wrong is part of the record."""
+    try:
+        scores, costs = _scores(cell)
+    except Exception as error:  # noqa: BLE001 - one cell must not end the benchmark
+        record, costs = failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc()), {}
+    else:
+        record = failed(cell, "") | {"status": "ok", "scores": _as_json(scores)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+    return record | {"costs": {**costs, "peak_memory_mib": round(peak)}}
+
+
+def launch(cell: Cell) -> Record:
+    """:func:`compute` in a new process with a fixed number of threads; a process that dies is a failed cell."""
+    import cloudpickle
+
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    environment = os.environ | {name: str(cell.threads) for name in names}
+    with tempfile.TemporaryDirectory(prefix="invirtuo-") as folder:
+        out, log = Path(folder) / "record.json", Path(folder) / "log.txt"
+        with log.open("wb") as messages:
+            command = [sys.executable, "-m", "invirtuo.bench.cell", str(out)]
+            ended = subprocess.run(
+                command, input=cloudpickle.dumps(cell), stdout=messages, stderr=messages, env=environment, check=False
+            )
+        if out.is_file():
+            return json.loads(out.read_text(encoding="utf-8"))
+        last = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+    killed = f"was killed by signal {-ended.returncode}, perhaps for want of memory"
+    how = killed if ended.returncode < 0 else f"ended with exit code {ended.returncode}"
+    return failed(cell, f"the process {how}", last)
+
+
+def failed(cell: Cell, error: str, trace: str = "") -> Record:
+    """The record of a cell without scores."""
+    return {
+        "settings": cell.settings(),
+        "status": "failed",
+        "error": error,
+        "traceback": trace,
+        "costs": {},
+        "scores": None,
+    }
+
+
+def scores_of(record: Record) -> pd.DataFrame:
+    """The scores of a record that has some."""
+    return pd.DataFrame(record["scores"]["rows"], columns=record["scores"]["columns"])
+
+
+def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
+    clock, tables, n_parameters = _Clock(), [], 0
+    for fold in range(len(cell.task.splits)):
+        adata, design, split = cell.task.load(fold, data_dir=cell.data_dir)
+        clock.started = time.perf_counter()
+        if cell.entry.model == FLOOR:
+            tables.append(_floor(cell, adata, design, split))
+            clock.add("score")
+        else:
+            table, n_parameters = _fold(cell, fold, adata, design, split, clock)
+            tables.append(table)
+    table = pd.concat(tables, ignore_index=True)
+    labels = {"task": cell.task.name, "seed": cell.seed}
+    costs = {f"{what}_seconds": round(seconds, 2) for what, seconds in clock.seconds.items()}
+    return table.assign(**labels), {**costs, "parameters": n_parameters}
+
+
+def _fold(
+    cell: Cell, fold: int, adata: AnnData, design: Design, split: pd.Series, clock: _Clock
+) -> tuple[pd.DataFrame, int]:
+    """Scores of an entry and its variants on one split, and the number of parameters."""
+    from invirtuo.metrics import Pair, score
+
+    work = None if cell.work is None else Path(cell.work) / f"{_hash(cell.settings())}-{fold}"
+    model, fit = cell.entry.make(design, adata.var_names)
+    own = cell.precision if fit.precision == "auto" else fit.precision
+    fit = replace(fit, seed=cell.seed, progress=False, precision=own)
+    model.fit(adata, split=split, config=fit, folder=work, resume=work is not None)
+    clock.add("fit")
+    real = adata[(split == cell.part).to_numpy()].copy()
+    pair, tables = None, []
+    for label, options in cell.entry.rows.items():
+        predicted = model.predict(
+            cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **{"precision": cell.precision, **options}
+        )
+        clock.add("predict")
+        pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
+        tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))
+        clock.add("score")
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
+    return pd.concat(tables), sum(p.numel() for p in model.parameters())
+
+
+def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> pd.DataFrame:
+    """Halves of the real cells of what is held out."""
+    from invirtuo.metrics import noise_floor
+
+    real = adata[(split == cell.part).to_numpy()].copy()
+    seen = set(design.names(adata.obs[(split == "train").to_numpy()]))
+    table = noise_floor(real, design, cell.metrics or cell.task.metrics, n_pcs=cell.task.n_pcs, seed=cell.seed)
+    return table[~table["condition"].isin(seen)].assign(model=FLOOR)
+
+
+def _as_json(scores: pd.DataFrame) -> dict[str, Any]:
+    front = [*LABELS, "condition"]
+    table = scores[front + [name for name in scores if name not in front]].astype(object)
+    return {"columns": list(table), "rows": table.where(table.notna(), None).to_numpy().tolist()}
+
+
+def _hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file_name(label: str) -> str:
+    """A label as part of a file name; labels that differ give names that differ."""
+    plain = "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in label)
+    return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, so that a restarted benchmark never meets an old worker."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main() -> None:
+    _end_with(os.getppid())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    cell = pickle.loads(sys.stdin.buffer.read())  # of the parent process
+    import torch
+
+    torch.set_num_threads(cell.threads)
+    record = compute(cell)
+    with writing(sys.argv[1]) as path:
+        path.write_text(json.dumps(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main()

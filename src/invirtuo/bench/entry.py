@@ -1,0 +1,117 @@
+"""Entry: one row of a comparison, a model with its settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invirtuo.fit import FitConfig
+from invirtuo.model import config_from
+from invirtuo.models import MODELS
+
+if TYPE_CHECKING:
+    from invirtuo.design import Design
+    from invirtuo.model import Model
+
+__all__ = ["BASELINES", "FLOOR", "Entry", "as_entry"]
+
+FLOOR = "noise_floor"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a comparison.
+
+    Parameters
+    ----------
+    label
+        Name of the row.
+    model
+        Name in ``MODELS``.
+    config
+        Config, preset name, mapping of fields to replace in the defaults, or None for the defaults.
+    fit
+        How to train: a FitConfig, a mapping of fields to replace in the preset's, or None for the preset's.
+    predict
+        Options of ``Model.predict``.
+    variants
+        Further rows from the same fit: label to options of ``Model.predict``.
+    """
+
+    label: str
+    model: str
+    config: Any = None
+    fit: FitConfig | Mapping[str, Any] | None = None
+    predict: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> dict[str, Mapping[str, Any]]:
+        """Label of every row to its options of ``Model.predict``."""
+        return {self.label: self.predict, **self.variants}
+
+    def settings(self) -> tuple[Any, FitConfig]:
+        """The Config and FitConfig that the fields stand for."""
+        kind, replaced = MODELS[self.model], isinstance(self.config, Mapping)
+        preset = kind.preset_of(None if replaced else self.config)
+        config = config_from(kind.Config, {**asdict(preset.config), **self.config}) if replaced else preset.config
+        if isinstance(self.fit, FitConfig):
+            return config, self.fit
+        return config, config_from(FitConfig, {**asdict(preset.fit), **(self.fit or {})})
+
+    def make(self, design: Design, genes: Sequence[str]) -> tuple[Model, FitConfig]:
+        """The unfitted model, and how to fit it."""
+        config, fit = self.settings()
+        return MODELS[self.model](design, genes, config), fit
+
+    def describe(self) -> dict[str, Any]:
+        """All fields as JSON."""
+        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, default=_plain))
+
+
+BASELINES = (
+    Entry("perturbation_mean", "perturbation_mean", "profile"),
+    Entry("perturbation_mean:shift-cells", "perturbation_mean", "shift-cells"),
+    Entry("context_mean", "context_mean"),
+    Entry("no_change", "no_change"),
+)
+
+
+def as_entry(spec: Entry | str | Path) -> Entry:
+    """An Entry from itself, from ``model``, ``model:preset``, or from a JSON file with the fields of an Entry.
+
+    Raises
+    ------
+    ValueError
+        If the model, its preset, or a field is unknown.
+    """
+    if isinstance(spec, Entry):
+        entry = spec
+    elif Path(spec).suffix == ".json":
+        entry = _read(Path(spec))
+    else:
+        model, _, preset = str(spec).partition(":")
+        entry = Entry(str(spec), model, preset or None)
+    if entry.model != FLOOR and entry.model not in MODELS:
+        raise ValueError(f"unknown model {entry.model!r}; known: {', '.join(MODELS)}")
+    if isinstance(entry.config, str) and entry.config not in MODELS[entry.model].PRESETS:
+        known = ", ".join(MODELS[entry.model].PRESETS) or "none"
+        raise ValueError(f"{entry.model} has no preset {entry.config!r}; known: {known}")
+    return entry
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
+
+
+def _read(path: Path) -> Entry:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a JSON file with label, model, config, fit, predict")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return replace(Entry(path.stem, facts["model"]), **facts)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the JSON of an entry (label, model, config, fit, predict): {error}") from error

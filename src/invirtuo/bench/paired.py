@@ -1,0 +1,82 @@
+"""Paired comparison of models over conditions, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["paired_differences"]
+
+
+def paired_differences(
+    scores: pd.DataFrame, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Mean difference between every two models on the same conditions, with a percentile bootstrap interval.
+
+    Conditions are drawn with replacement, the same for both models, and so are the seeds of each model: the interval
+    holds what another choice of conditions and another training would change. Conditions in which either model has no
+    value with some seed are left out. One condition has no interval.
+
+    Parameters
+    ----------
+    scores
+        Columns task, model, seed, condition, metric, value.
+    level
+        Share of the resamples between `low` and `high`.
+    n_resamples, seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    pd.DataFrame
+        task, metric, model, against, difference (model minus against), low, high, n_conditions, n_seeds.
+
+    References
+    ----------
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+
+    Examples
+    --------
+    >>> rows = [("t", m, 0, c, "rmse_mean", v) for m, v in (("a", 1.0), ("b", 3.0)) for c in "xyz"]
+    >>> scores = pd.DataFrame(rows, columns=["task", "model", "seed", "condition", "metric", "value"])
+    >>> table = paired_differences(scores)
+    >>> table[["model", "against", "difference", "low", "high"]].values.tolist()
+    [['a', 'b', -2.0, -2.0, -2.0], ['b', 'a', 2.0, 2.0, 2.0]]
+    """
+    rows = []
+    for (task, metric), part in scores.groupby(["task", "metric"], sort=False):
+        models = list(dict.fromkeys(part["model"]))
+        wide = part.pivot_table(index=["model", "seed"], columns="condition", values="value", dropna=False)
+        values = {model: wide.loc[model].to_numpy(float) for model in models}
+        for model, against in permutations(models, 2):
+            facts = _difference(values[model], values[against], level, n_resamples, seed)
+            rows.append({"task": task, "metric": metric, "model": model, "against": against, **facts})
+    columns = ["task", "metric", "model", "against", "difference", "low", "high", "n_conditions", "n_seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _difference(a: np.ndarray, b: np.ndarray, level: float, n_resamples: int, seed: int) -> dict[str, float]:
+    """Of two models, each (seeds, conditions)."""
+    complete = np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0)
+    a, b = a[:, complete], b[:, complete]
+    n = a.shape[1]
+    facts = {"difference": np.nan, "low": np.nan, "high": np.nan, "n_conditions": n, "n_seeds": min(len(a), len(b))}
+    if n:
+        facts["difference"] = float(a.mean() - b.mean())
+    if n > 1:
+        rng = np.random.default_rng(seed)
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
+        means = [drawn @ side.T for side in (a, b)]  # (resamples, seeds) of every resample of the conditions
+        resampled = [_mean_over_drawn(side, rng) for side in means]
+        tail = 100 * (1 - level) / 2
+        facts["low"], facts["high"] = map(float, np.percentile(resampled[0] - resampled[1], [tail, 100 - tail]))
+    return facts
+
+
+def _mean_over_drawn(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(resamples, seeds) -> (resamples,), over seeds drawn with replacement."""
+    n_resamples, n_seeds = means.shape
+    weights = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_resamples) / n_seeds
+    return (means * weights).sum(axis=1)

@@ -1,0 +1,306 @@
+"""`benchmark`: tasks x models x seeds, cell by cell, resumable; the tables of what came out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from invirtuo.bench.cell import LABELS, Cell, Record, failed, scores_of
+from invirtuo.bench.engine import ENGINES
+from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entry
+from invirtuo.bench.paired import paired_differences
+from invirtuo.bench.task import Task
+from invirtuo.bench.tasks import TASKS
+from invirtuo.checks import some
+from invirtuo.files import writing
+from invirtuo.fit import bf16_pays
+from invirtuo.metrics import METRICS
+from invirtuo.metrics import _choose as choose
+from invirtuo.models import MODELS
+from invirtuo.report import write_report
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["benchmark", "one_task", "shared_plan", "software"]
+
+logger = logging.getLogger(__name__)
+
+COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
+
+
+def benchmark(
+    tasks: Sequence[Task | str] | Task | str,
+    models: Sequence[Entry | str] | Entry | str | None = None,
+    seeds: int | Sequence[int] = 5,
+    out: str | os.PathLike = "results",
+    engine: Literal["local", "ray"] = "local",
+    *,
+    baselines: bool = True,
+    metrics: Sequence[str] | str | None = None,
+    n_jobs: int | None = None,
+    threads: int | None = None,
+    data_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Fit and score every model on every task with every seed, beside the simple baselines and the noise floor.
+
+    Each cell of the grid is computed in a process of its own and kept as one file under ``cells/``, written whole or
+    not at all. A benchmark that was killed goes on where it stopped, inside a fit too, and ends with the same tables.
+    A cell that fails is reported and does not stop the rest; the next run tries it again.
+
+    Parameters
+    ----------
+    tasks
+        Names in ``bench.TASKS``, or :class:`Task` records.
+    models
+        :class:`Entry` records, names in ``MODELS``, ``model:preset``, or JSON files of entries (what `tune` writes).
+        None: every model with its default setting.
+    seeds
+        Number of seeds (0, 1, ...), or the seeds.
+    out
+        Folder of the results: ``scores.csv`` (one row per task, model, seed, condition and metric), ``summary.csv``
+        (mean and standard deviation over seeds), ``comparisons.csv`` (every two models, paired over conditions),
+        ``costs.csv`` (seconds, memory, failures), ``run.json`` and ``report.html``.
+    engine
+        "local": processes on this machine, through joblib. "ray": a Ray cluster. Both give the same tables.
+    baselines
+        Add the simple baselines that are not among the models.
+    metrics
+        Metrics or profiles; None: those of each task.
+    n_jobs
+        Cells computed at a time; None: what the machine has room for.
+    threads
+        Threads of each cell, on which the last digits of its numbers depend; None: 1, or what the folder began with.
+    data_dir
+        Folder with data files, as in `invirtuo.datasets.load`.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    pd.DataFrame
+        The content of ``scores.csv``.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, or `out` holds cells that were made with other settings.
+    """
+    chosen, entries = _tasks(tasks), _entries(models, baselines=baselines)
+    wanted = _seeds(seeds)
+    names = () if metrics is None else tuple(choose(metrics))
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
+    out = Path(out)
+    plan = shared_plan(out, threads)
+    grid = [
+        Cell(
+            task, entry, seed, metrics=names, data_dir=None if data_dir is None else str(Path(data_dir).resolve()),
+            work=str(out.resolve() / "work"), **plan,
+        )
+        for task in chosen for entry in entries for seed in wanted
+    ]  # fmt: skip
+    records = {cell.name: _read(out, cell) for cell in grid}
+    waiting = [cell for cell in grid if records[cell.name]["status"] != "ok"]
+    for cell, record in _track(ENGINES[engine](waiting, n_jobs) if waiting else [], len(waiting), progress):
+        if record["status"] != "ok":
+            logger.warning("%s failed: %s", cell.name, record["error"])
+        with writing(_path(out, cell)) as path:
+            path.write_text(json.dumps(record), encoding="utf-8")
+        records[cell.name] = record
+    return _write(out, grid, [records[cell.name] for cell in grid])
+
+
+def software() -> dict[str, str]:
+    """Versions that a reader of numbers may want to know."""
+    packages = {name: version(name) for name in ("invirtuo", "torch", "lightning", "anndata", "numpy")}
+    return packages | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+# ---- what is wanted ------------------------------------------------------------------------------------------------
+
+
+def _tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
+    chosen = [one_task(task) for task in ([tasks] if isinstance(tasks, Task | str) else tasks)]
+    if not chosen:
+        raise ValueError(f"no task is named; known: {', '.join(TASKS)}")
+    _refuse_repeats("tasks", [task.name for task in chosen])
+    return chosen
+
+
+def one_task(task: Task | str) -> Task:
+    """A Task from itself or from its name."""
+    if isinstance(task, str) and task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    return TASKS[task] if isinstance(task, str) else task
+
+
+def _entries(models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool) -> list[Entry]:
+    given = [models] if isinstance(models, Entry | str | Path) else MODELS if models is None else models
+    chosen = [as_entry(spec) for spec in given]
+    if baselines:
+        labels = {entry.label for entry in chosen}
+        chosen += [entry for entry in BASELINES if entry.label not in labels]
+    chosen.append(Entry(FLOOR, FLOOR))
+    _refuse_repeats("models", [label for entry in chosen for label in entry.rows])
+    return chosen
+
+
+def _refuse_repeats(what: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{what} named more than once: {some(repeated)}; give each its own label")
+
+
+def _seeds(seeds: int | Sequence[int]) -> list[int]:
+    wanted = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if not wanted or min(wanted) < 0 or len(set(wanted)) < len(wanted):
+        raise ValueError(f"seeds is {seeds}; expected a number above 0, or different numbers of at least 0")
+    return wanted
+
+
+def shared_plan(out: Path, threads: int | None) -> dict[str, Any]:
+    """What all cells of a folder share, decided when the folder is begun."""
+    path = out / "plan.json"
+    if path.is_file():
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if threads not in (None, plan["threads"]):
+            raise ValueError(
+                f"{out} was begun with threads={plan['threads']}, now it is {threads}; results would not be the same "
+                "in the last digits. Use another folder, or leave threads out"
+            )
+        return plan  # the measured precision stays, whatever this machine would choose
+    plan = {"threads": threads or 1, "precision": "bf16" if bf16_pays() else "fp32"}
+    with writing(path) as partial:
+        partial.write_text(json.dumps(plan), encoding="utf-8")
+    return plan
+
+
+# ---- what is there -------------------------------------------------------------------------------------------------
+
+
+def _path(out: Path, cell: Cell) -> Path:
+    return out / "cells" / f"{cell.name}.json"
+
+
+def _read(out: Path, cell: Cell) -> Record:
+    """The record of a cell, failed if there is none; one that was made with other settings is an error."""
+    path = _path(out, cell)
+    if not path.is_file():
+        return failed(cell, "not computed")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["settings"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it, and the cell is computed again") from error
+    wanted = json.loads(json.dumps(cell.settings()))
+    differing = [name for name in wanted if wanted[name] != found.get(name)]
+    if differing and record["status"] == "ok":
+        name = differing[0]
+        raise ValueError(
+            f"{path} was made with other settings: {name} was {_short(found.get(name))}, now it is "
+            f"{_short(wanted[name])}. Use another folder, or delete the file"
+        )
+    return record
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 300 else f"{text[:300]}..."
+
+
+def _track(items, total: int, progress: bool) -> Iterator[tuple[Cell, Record]]:
+    if not progress or not total:
+        yield from items
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns) as bar:
+        task = bar.add_task("computing", total=total)
+        for cell, record in items:
+            bar.update(task, advance=1, description=f"{cell.name}: {record['status']}")
+            yield cell, record
+
+
+# ---- what came out -------------------------------------------------------------------------------------------------
+
+
+def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
+    costs = _costs(grid, records)
+    _to_csv(out / "costs.csv", costs)
+    tables = [scores_of(record) for record in records if record["scores"] is not None]
+    if not tables:
+        raise ValueError(f"no cell was computed; the first said: {records[0]['error']}. See {out / 'costs.csv'}")
+    scores = _joined(tables)
+    _to_csv(out / "scores.csv", scores)
+    _to_csv(out / "summary.csv", _summary(scores))
+    _to_csv(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
+    with writing(out / "run.json") as path:
+        path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")
+    write_report(out, out / "report.html")
+    return scores
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Scores of all cells; covariates of any task between condition and metric."""
+    scores = pd.concat(tables, ignore_index=True)
+    front, back = [*LABELS, "condition", "perturbation"], ["metric", "value", "n_pred", "n_real"]
+    covariates = [name for name in scores if name not in (*front, *back)]
+    return scores[[*front, *covariates, *back]]
+
+
+def _summary(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean over conditions, then mean and standard deviation (n - 1) over seeds."""
+    keys = ["task", "model", "metric"]
+    counts = scores.groupby(keys, sort=False)["value"].agg(n_scored="count", n="size")
+    of_seeds = scores.groupby([*keys, "seed"], sort=False)["value"].mean()
+    summary = of_seeds.groupby(keys, sort=False).agg(mean="mean", sd="std", n_seeds="size")
+    summary["n_scored"], summary["n_nan"] = counts["n_scored"], counts["n"] - counts["n_scored"]
+    return summary.reset_index()
+
+
+def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
+    rows = [
+        {
+            "task": cell.task.name,
+            "model": cell.entry.label,
+            "seed": cell.seed,
+            "status": record["status"],
+            "error": record["error"],
+            **{name: record["costs"].get(name, np.nan) for name in COSTS},
+        }
+        for cell, record in zip(grid, records, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
+    tasks = {cell.task.name: cell.task.title for cell in grid}
+    entries = {cell.entry.label: cell.entry.describe() for cell in grid}
+    return {
+        "title": f"Benchmark: {', '.join(tasks)}",
+        "tasks": tasks,
+        "baselines": [entry.label for entry in BASELINES if entry.label in entries],
+        "floor": FLOOR,
+        "seeds": sorted({cell.seed for cell in grid}),
+        "threads": grid[0].threads,
+        "precision": grid[0].precision,
+        "directions": {name: METRICS[name].direction for cell in grid for name in cell.metrics or cell.task.metrics},
+        "models": entries,
+        "software": software(),
+    }
+
+
+def _to_csv(path: Path, table: pd.DataFrame) -> None:
+    with writing(path) as partial:
+        table.to_csv(partial, index=False)

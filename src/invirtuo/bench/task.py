@@ -1,0 +1,173 @@
+"""Task: what is held out of which data, and how predictions of it are judged."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from invirtuo import datasets, preprocess
+from invirtuo.checks import some
+from invirtuo.design import Design
+from invirtuo.files import read_h5ad
+
+if TYPE_CHECKING:
+    import os
+
+    from anndata import AnnData
+
+__all__ = ["PUBLISHED", "Task"]
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED = ("mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean")  # columns of PRiMeFlow's tables
+
+Split = Callable[[pd.DataFrame, Design], pd.Series]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A frozen question to models: predict these conditions, knowing those.
+
+    Functions are module-level ones or partials of them, so that a task can be sent to another process.
+
+    Parameters
+    ----------
+    name
+        Short name, used in tables and file names.
+    title
+        One line for readers.
+    dataset
+        Name in `invirtuo.datasets`, or path of an h5ad file with log1p expression in X (then `design` is needed).
+    splits
+        Functions (obs, design) -> "train" / "val" / "test" per cell. Several: a model is fitted on each, and the
+        held-out conditions of all are scored together.
+    design
+        None: that of the named data set.
+    covariates
+        Columns that replace the covariates of the named data set; empty keeps them.
+    keep
+        Function obs -> which cells take part, (n,) bool; None keeps all.
+    n_genes
+        Variable genes kept, chosen on training cells; None keeps all.
+    unseen
+        Also score held-out conditions with perturbations that no training cell has, which most models cannot predict.
+        Otherwise their cells take no part.
+    published
+        Take expression as the file has it instead of normalising its counts, for files with published processing.
+    metrics
+        What is scored.
+    n_cells
+        Predicted cells per condition.
+    n_pcs
+        Principal components of metrics in that space.
+
+    Examples
+    --------
+    >>> from invirtuo.bench import TASKS
+    >>> adata, design, split = TASKS["kang-demo"].load()
+    >>> sorted(adata.obs["cell_type"][(split == "test") & ~design.is_control(adata.obs)].unique())
+    ['B cell', 'CD14 monocyte']
+    """
+
+    name: str
+    title: str
+    dataset: str
+    splits: tuple[Split, ...]
+    design: Design | None = None
+    covariates: tuple[str, ...] = ()
+    keep: Callable[[pd.DataFrame], pd.Series] | None = None
+    n_genes: int | None = None
+    unseen: bool = False
+    published: bool = False
+    metrics: tuple[str, ...] = PUBLISHED
+    n_cells: int = 1000
+    n_pcs: int = 30
+
+    def __post_init__(self) -> None:
+        """Refuse names that cannot be file names, and tasks without a split."""
+        if not self.name or set(self.name) & set("/\\ \t\n"):
+            raise ValueError(f"task name {self.name!r}; expected a short name without spaces and slashes")
+        if not self.splits:
+            raise ValueError(f"task {self.name!r} has no split; expected one function or more")
+
+    def load(self, fold: int = 0, *, data_dir: str | os.PathLike | None = None) -> tuple[AnnData, Design, pd.Series]:
+        """Cells in log1p space, their Design, and the part of each cell.
+
+        Parameters
+        ----------
+        fold
+            Which of the splits.
+        data_dir
+            Folder with data files, as in `invirtuo.datasets.load`.
+
+        Raises
+        ------
+        ValueError
+            If the file is missing or is not what it should be.
+        """
+        adata = self._cells(data_dir)
+        if self.keep is not None:
+            adata = adata[self.keep(adata.obs).to_numpy()].copy()
+        design = self.design or datasets.design(self.dataset, adata, covariates=self.covariates or None)
+        split = self.splits[fold](adata.obs, design)
+        if not self.unseen:
+            split = _without_unseen(adata.obs, design, split)
+        if self.is_normalised:
+            return adata, design, split
+        return preprocess.normalize(adata, n_genes=self.n_genes, split=split), design, split
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether X of the source is log1p expression that is used as it is."""
+        return self.published or self.dataset not in datasets.DATASETS
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the numbers, as text and numbers; what differs here is another task."""
+        facts: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "splits":
+                value = [_text(split) for split in value]
+            elif isinstance(value, Design):
+                value = value.to_json()
+            elif callable(value):
+                value = _text(value)
+            facts[field.name] = list(value) if isinstance(value, tuple) else value
+        if self.dataset not in datasets.DATASETS and Path(self.dataset).is_file():
+            facts["file"] = hashlib.sha256(Path(self.dataset).read_bytes()).hexdigest()[:16]
+        return facts
+
+    def _cells(self, data_dir: str | os.PathLike | None) -> AnnData:
+        if self.dataset in datasets.DATASETS:
+            return datasets.load(self.dataset, data_dir=data_dir, counts=not self.published)
+        if self.design is None:
+            raise ValueError(
+                f"task {self.name!r}: {self.dataset!r} is not a named data set ({some(datasets.DATASETS)}); for a file "
+                "give design= as well"
+            )
+        return read_h5ad(self.dataset)
+
+
+def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.Series:
+    """Held-out cells with a perturbation that no training cell has belong to no part."""
+    labels = obs[design.perturbation].astype(str)
+    trained = {part for label in labels[split == "train"].unique() for part in design.parts(label)}
+    unseen = {label for label in labels.unique() if not set(design.parts(label)) <= trained}
+    if unseen:
+        logger.info("not trained on, so not scored: %s", some(sorted(unseen)))
+    return split.mask(labels.isin(unseen), "")
+
+
+def _text(function: Callable) -> str:
+    """A function and its fixed arguments, the same in every process."""
+    if isinstance(function, partial):
+        arguments = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in function.keywords.items())]
+        return f"{_text(function.func)}({', '.join(arguments)})"
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,116 @@
+"""The named tasks. A task is added by writing one record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pandas as pd
+
+from invirtuo import splits
+from invirtuo.bench.task import PUBLISHED, Task
+from invirtuo.design import Design
+
+__all__ = ["TASKS"]
+
+RANKED = (*PUBLISHED, *(f"{name}_rank" for name in PUBLISHED))
+SMALLEST = 20  # cells a condition needs to be judged as a population
+CYTOKINES, LINES = ("IFNG", "INS", "TGFB"), ("k562", "mcf7", "ht29", "hap1")
+
+
+def hold_out_two(obs: pd.DataFrame, design: Design, *, test: Sequence, val: Sequence) -> pd.Series:
+    """`splits.hold_out` with conditions for the choice of hyperparameters beside those for the test."""
+    held_out = splits.hold_out(obs, design, [*test, *val], val_fraction=0.0)
+    only_val = splits.hold_out(obs, design, list(val), val_fraction=0.0)
+    return held_out.mask((only_val == "test") & ~design.is_control(obs), "val")
+
+
+def populated(obs: pd.DataFrame, *, columns: tuple[str, ...]) -> pd.Series:
+    """Single cells, of groups that have at least 20 of them with and without the perturbation."""
+    single = obs["demuxlet_call"] == "SNG"
+    groups = obs[list(columns)].astype(str).agg("|".join, axis=1)
+    sizes = pd.crosstab(groups[single], obs["perturbation"][single].astype(str)).min(axis=1)
+    return single & groups.isin(sizes.index[sizes >= SMALLEST])
+
+
+def clear_guides(obs: pd.DataFrame) -> pd.Series:
+    """Cells of which one guide has at least 80 % of the guide reads."""
+    return obs["grna_frac"] >= 0.8
+
+
+def _of(column: str, *values: str) -> tuple[dict[str, str], ...]:
+    return tuple({column: value} for value in values)
+
+
+DONORS = ("PW030", "PW032", "PW034", "PW036", "PW040")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "kang-demo", "IFN-beta response of B cells and CD14 monocytes, bundled cells", "kang",
+            (partial(hold_out_two, test=_of("cell_type", "B cell", "CD14 monocyte"), val=_of("cell_type", "NK cell")),),
+        ),
+        Task(
+            "kang-celltype", "IFN-beta response of three cell types that were never seen responding", "kang_full",
+            (
+                partial(
+                    hold_out_two,
+                    test=_of("cell_type_coarse", "B cells", "FCGR3A+ Monocytes", "NK cells"),
+                    val=_of("cell_type_coarse", "CD8 T cells", "Dendritic cells"),
+                ),
+            ),
+            keep=partial(populated, columns=("cell_type_coarse",)), n_genes=2000,
+        ),
+        Task(
+            "kang-donor", "IFN-beta response, by cell type, of three donors that were never seen responding",
+            "kang_full",
+            (partial(hold_out_two, test=_of("donor", "101", "1015", "1256"), val=_of("donor", "1016")),),
+            covariates=("donor", "cell_type_coarse"),
+            keep=partial(populated, columns=("donor", "cell_type_coarse")), n_genes=2000,
+        ),
+        Task(
+            "glioblastoma-donor", "response of a tumour to panobinostat, each of five patients left out in turn",
+            "glioblastoma",
+            tuple(
+                partial(hold_out_two, test=_of("donor", donor), val=_of("donor", DONORS[(i + 1) % len(DONORS)]))
+                for i, donor in enumerate(DONORS)
+            ),
+        ),
+        Task(
+            "papalexi-replicate", "knock-outs in a replicate in which they were not seen", "papalexi",
+            (partial(splits.manual, groups=("rep_3",), seed=0, fraction=1.0),),
+            keep=clear_guides, metrics=RANKED,
+        ),
+        Task(
+            "norman-mini-combo", "pairs of activated genes, all single ones known; for the workings, not for claims",
+            "norman_mini",
+            (
+                partial(  # the five pairs of which both single activations are in the file
+                    hold_out_two,
+                    test=_of("perturbation", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAPK1+TGFBR2"),
+                    val=_of("perturbation", "KLF1+MAP2K6", "MAP2K3+SLC38A2"),
+                ),
+            ),
+            metrics=RANKED,
+        ),
+        Task(
+            "srivatsan20", "drugs on cell lines on which they were not seen (PerturBench)", "srivatsan20",
+            (partial(splits.transfer, seed=42, fraction=0.3),), published=True, metrics=RANKED,
+        ),
+        Task(
+            "norman19", "unseen pairs of activated genes, all single ones known (PerturBench)", "norman19",
+            (partial(splits.combine, seed=42, fraction=0.7),), published=True, metrics=RANKED,
+        ),
+        Task(
+            "jiang24", "knock-outs in lines and cytokines in which they were not seen (PerturBench)", "jiang24",
+            (
+                partial(
+                    splits.manual, seed=0, fraction=0.7,
+                    groups=tuple(f"{line}|{cytokine}" for cytokine in CYTOKINES for line in LINES),
+                ),
+            ),
+            published=True, metrics=RANKED,
+        ),
+    )
+}  # fmt: skip

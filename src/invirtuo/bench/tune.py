@@ -1,0 +1,214 @@
+"""`tune`: choose hyperparameters of a model on the validation conditions of a task."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from invirtuo.bench.cell import Cell, Record, launch, scores_of
+from invirtuo.bench.entry import Entry, as_entry
+from invirtuo.bench.run import one_task, shared_plan
+from invirtuo.bench.task import Task
+from invirtuo.files import writing
+from invirtuo.fit import FitConfig
+from invirtuo.metrics import METRICS
+from invirtuo.models import MODELS
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["PERTURBENCH", "tune"]
+
+logger = logging.getLogger(__name__)
+
+PERTURBENCH = {"rmse_mean": 1.0, "rmse_mean_rank": 0.1}  # objective of PerturBench
+STARTUP = 5  # random trials before the sampler learns
+
+
+def tune(
+    model: Entry | str,
+    task: Task | str,
+    trials: int = 20,
+    out: str | os.PathLike = "tuned",
+    *,
+    objective: Mapping[str, float] = PERTURBENCH,
+    search: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    data_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> Entry:
+    """Search hyperparameters with Optuna's TPE sampler; a search that was killed goes on where it stopped.
+
+    Parameters
+    ----------
+    model
+        Entry, name in ``MODELS``, or ``model:preset``; what is not searched keeps its setting.
+    task
+        Name in ``bench.TASKS`` or a :class:`Task`; its validation conditions are predicted and scored.
+    trials
+        Number of trials that end, with or without a value; those of earlier runs in `out` count.
+    out
+        Folder for ``study.log`` (all trials, for Optuna), ``trials.csv`` and ``best.json``, an entry that `benchmark`
+        takes.
+    objective
+        Metric to weight; the weighted sum of the means over conditions is minimised. Metrics of which more is better
+        need a negative weight.
+    search
+        Field of the model's Config, or ``fit.`` and a field of FitConfig, to (low, high) or a list of choices; None
+        takes the ``SEARCH`` of the model. Two floats are searched on a log scale if both are above 0.
+    seed
+        Of the search and of the fits.
+    threads, data_dir, progress
+        As in `benchmark`.
+
+    Returns
+    -------
+    Entry
+        With the best setting, also in ``best.json``.
+
+    Raises
+    ------
+    ValueError
+        If the model has nothing to search, a name is unknown, the task holds out no validation conditions, no trial
+        ended with a value, or `out` holds a search for something else.
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    entry, chosen = as_entry(model), one_task(task)
+    unknown = [name for name in objective if name not in METRICS]
+    if unknown or not objective:
+        raise ValueError(f"objective names unknown metrics: {unknown or 'none named'}; see `invirtuo list metrics`")
+    if trials < 1:
+        raise ValueError(f"trials is {trials}; expected at least 1")
+    space = _space(entry, search)
+    out = Path(out)
+    plan = shared_plan(out, threads)
+    _check_same(out / "search.json", entry, chosen, objective, space, seed)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(out / "study.log")))
+    study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
+    for left_over in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a run that was killed
+        study.tell(left_over.number, state=optuna.trial.TrialState.FAIL)
+    for number in _numbers(len(_ended(study)), trials, progress):
+        study.sampler = _sampler(seed + number)
+        trial = study.ask()
+        candidate = _candidate(entry, {name: _suggest(trial, name, choice) for name, choice in space.items()})
+        cell = Cell(
+            chosen, candidate, seed, part="val", metrics=tuple(objective), work=str(out.resolve() / "work"),
+            data_dir=None if data_dir is None else str(Path(data_dir).resolve()), **plan,
+        )  # fmt: skip
+        _tell(study, trial, launch(cell), objective)
+        _write(out, entry, study)
+    return _best(entry, study)
+
+
+def _sampler(seed: int):
+    """A sampler that depends on the number of trials that ended alone, so that a resumed search draws the same."""
+    import optuna
+
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+
+
+def _ended(study) -> list:
+    """Trials that ended by themselves, with a value or with a reason."""
+    return [trial for trial in study.get_trials() if trial.state.is_finished() and "seconds" in trial.user_attrs]
+
+
+def _numbers(done: int, trials: int, progress: bool):
+    if not progress:
+        return range(done, trials)
+    from rich.progress import track
+
+    return track(range(done, trials), description="tuning", total=trials - done)
+
+
+def _tell(study, trial, record: Record, objective: Mapping[str, float]) -> None:
+    import optuna
+
+    costs = record["costs"]
+    trial.set_user_attr("seconds", sum(costs.get(f"{part}_seconds", 0.0) for part in ("fit", "predict", "score")))
+    value, error = math.nan, record["error"]
+    if record["scores"] is not None:
+        means = scores_of(record).groupby("metric")["value"].mean()
+        for name in objective:
+            trial.set_user_attr(name, float(means[name]))
+        value = sum(weight * float(means[name]) for name, weight in objective.items())
+        error = "" if math.isfinite(value) else "the objective is not finite"
+    if math.isfinite(value):
+        study.tell(trial, value)
+        return
+    trial.set_user_attr("error", error)
+    logger.warning("trial %d failed: %s", trial.number, error)
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def _space(entry: Entry, search: Mapping[str, Any] | None) -> dict[str, Any]:
+    kind = MODELS[entry.model]
+    space = dict(kind.SEARCH if search is None else search)
+    if not space:
+        raise ValueError(f"{entry.model} has nothing to search; name fields with search= or choose another model")
+    known = {f.name for f in fields(kind.Config)} | {f"fit.{f.name}" for f in fields(FitConfig)}
+    unknown = sorted(set(space) - known)
+    if unknown:
+        raise ValueError(f"cannot search {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return space
+
+
+def _suggest(trial, name: str, choice: Any) -> Any:
+    if isinstance(choice, list):
+        return trial.suggest_categorical(name, choice)
+    low, high = choice
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(name, low, high)
+    return trial.suggest_float(name, low, high, log=low > 0)
+
+
+def _candidate(entry: Entry, values: Mapping[str, Any]) -> Entry:
+    """The entry with some fields of its Config and FitConfig replaced."""
+    config, fit = map(asdict, entry.settings())
+    config |= {name: value for name, value in values.items() if not name.startswith("fit.")}
+    fit |= {name.removeprefix("fit."): value for name, value in values.items() if name.startswith("fit.")}
+    return replace(entry, config=config, fit=fit)
+
+
+def _best(entry: Entry, study) -> Entry:
+    try:
+        return _candidate(entry, study.best_params)
+    except ValueError:
+        reasons = [trial.user_attrs.get("error") for trial in _ended(study)]
+        raise ValueError(f"no trial ended with a value; the last said: {reasons[-1]}") from None
+
+
+def _write(out: Path, entry: Entry, study) -> None:
+    rows = [
+        {"trial": i, "state": trial.state.name.lower(), "value": trial.value, **trial.params, **trial.user_attrs}
+        for i, trial in enumerate(_ended(study))
+    ]
+    with writing(out / "trials.csv") as path:
+        pd.DataFrame(rows).to_csv(path, index=False)
+    if any(row["state"] == "complete" for row in rows):
+        with writing(out / "best.json") as path:
+            path.write_text(json.dumps(_best(entry, study).describe(), indent=2), encoding="utf-8")
+
+
+def _check_same(path: Path, entry: Entry, task: Task, objective: Mapping[str, float], space, seed: int) -> None:
+    wanted = {"entry": entry.describe(), "task": task.describe(), "objective": objective, "space": space, "seed": seed}
+    wanted = json.loads(json.dumps(wanted))
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in wanted if wanted[name] != found.get(name)]
+        if differing:
+            raise ValueError(f"{path.parent} holds a search with another {differing[0]}; use another folder")
+        return
+    with writing(path) as partial:
+        partial.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
