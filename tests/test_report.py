@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import invirtuo as iv
-from invirtuo.report import write_report
+from invirtuo.report import benchmark, charts, write_report
 from invirtuo.report.tables import condition_tables, headline, number, score_table
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -91,6 +91,14 @@ class Page(html.parser.HTMLParser):
             self.text += data
 
 
+def asks_nothing_of_the_network(text, page):
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "base", "form", "use")]
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#task-")), (tag, attributes)
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
 def render(results, **options):
     out = results.parent / "report.html"
     assert iv.report(results, out, **options) == out
@@ -122,11 +130,7 @@ def test_page_holds_everything(results):
 
 def test_page_asks_nothing_of_the_network(results):
     text, page = render(results)
-    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "base", "form")]
-    for tag, attributes in page.tags:
-        for name in ("src", "href", "srcset", "action"):
-            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
-    assert not re.search(r"url\(|@import|https?://", text)
+    asks_nothing_of_the_network(text, page)
 
 
 def test_page_for_the_phone_the_night_and_paper(results):
@@ -180,7 +184,7 @@ def test_tasks_have_sections_and_seeds_a_spread(results, scores):
     assert text.count('class="headline"') == 2
     assert "3 seeds" in page.text
     # rmse of ours: mean over conditions 0.21, times 1, 1.1, 1.2: standard deviation 0.021
-    assert "± 0.0210" in page.text
+    assert "±\u00a00.021" in page.text
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ def test_best_and_second_leave_the_floor_out(scores):
     assert marks["ours"] == ["best", "second"]
     assert marks["other"] == ["second", "best"]
     assert marks["noise_floor"] == marks["no_change"] == ["", ""]
-    assert [row.name for row in table.rows] == ["other", "ours", "no_change", "ridge", "noise_floor"]
+    assert [row.name for row in table.rows] == ["other", "ours", "ridge", "no_change", "noise_floor"]
     assert table.rows[-1].cells[0].text == "0.105"
     assert [column.n for column in table.columns] == [2, 2]
     assert len(table.equal) == 1
@@ -261,6 +265,321 @@ def test_condition_tables_keep_the_order_of_models(scores):
 )
 def test_numbers(value, text):
     assert number(value) == text
+
+
+# A benchmark ----------------------------------------------------------------------------------------------------------
+
+QUALITY = {  # how far from the real cells: 0 is right
+    "good": 0.3, "fair": 0.5, "poor": 0.9, "lost": 0.65, "shaky": 0.6, "cheap": 0.8,
+    "no_change": 1.0, "ridge": 0.7, "noise_floor": 0.1,
+}  # fmt: skip
+BENCHMARK_METRICS = ("rmse_mean", "rmse_mean_rank", "cosine_logfc", "mmd_gex", "de_recall")
+TASKS = {"transfer": 12, "combine": 12, "single": 1}  # task: conditions
+
+
+@pytest.fixture(scope="module")
+def benchmark_tables():
+    """Scores, costs and comparisons: `lost` fails in transfer, `shaky` with one seed; combine has no noise floor."""
+    rng = np.random.default_rng(0)
+    rows, costs, compared = [], [], []
+    for task, n_conditions in TASKS.items():
+        for model, quality in QUALITY.items():
+            if (task, model) == ("combine", "noise_floor"):
+                continue
+            for seed in range(3):
+                fails = (task, model) == ("transfer", "lost") or (model, seed) == ("shaky", 1)
+                status = ("failed", f"out of memory: {model}") if fails else ("ok", np.nan)
+                if model != "noise_floor":
+                    numbers = [np.nan] * 5 if fails else [10 * quality, 1 + seed, 2.0, 500.0, 1e6]
+                    costs.append([task, model, seed, *status, *numbers])
+                for metric in BENCHMARK_METRICS if not fails else ():
+                    values = quality * (1 + 0.1 * rng.random(n_conditions))
+                    if metric.endswith("_rank"):
+                        values = values / 2 if n_conditions > 1 else np.zeros(1)
+                    elif metric in ("cosine_logfc", "de_recall"):
+                        values = 1 - values / 2
+                    if metric == "de_recall":
+                        values[0] = np.nan
+                    cell_type = [f"type{i % 2}" for i in range(n_conditions)]
+                    rows += [
+                        [
+                            task,
+                            model,
+                            seed,
+                            f"{cell_type[i]}|drug{i}",
+                            f"drug{i}",
+                            cell_type[i],
+                            metric,
+                            values[i],
+                            9,
+                            9,
+                        ]
+                        for i in range(n_conditions)
+                    ]
+        for metric in BENCHMARK_METRICS:
+            sign = -1 if metric in ("cosine_logfc", "de_recall") else 1
+            for model, quality in QUALITY.items():
+                gap = sign * (quality - QUALITY["ridge"])
+                ends = (gap - 0.15, gap + 0.15) if n_conditions > 1 else (np.nan, np.nan)
+                compared.append([task, metric, model, "ridge", gap, *ends, n_conditions, 3])
+    scores = ["task", "model", "seed", "condition", "perturbation", "cell_type", "metric", "value", "n_pred", "n_real"]
+    costs_of = ["fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters"]
+    differences = ["task", "metric", "model", "against", "difference", "low", "high", "n_conditions", "n_seeds"]
+    return (
+        pd.DataFrame(rows, columns=scores),
+        pd.DataFrame(costs, columns=["task", "model", "seed", "status", "error", *costs_of]),
+        pd.DataFrame(compared, columns=differences),
+    )
+
+
+@pytest.fixture
+def benchmark_results(benchmark_tables, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, table in zip(("scores", "costs", "comparisons"), benchmark_tables, strict=True):
+        table.to_csv(folder / f"{name}.csv", index=False)
+    run = {
+        "title": "Three tasks",
+        "tasks": {task: f"what {task} asks" for task in TASKS},
+        "baselines": ["no_change", "ridge"],
+        "floor": "noise_floor",
+        "notes": ["a small machine"],
+        "software": {"torch": "2.13"},
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def tables_of(scores):
+    return {
+        task: score_table(part, ["no_change", "ridge"], "noise_floor")
+        for task, part in scores.groupby("task", sort=False)
+    }
+
+
+def numbers_in(svg, *names):
+    return [float(value) for name in names for value in re.findall(rf' {name}="(-?[0-9.e+]+)"', svg)]
+
+
+def test_benchmark_page_holds_everything(benchmark_results):
+    text, page = render(benchmark_results)
+    asks_nothing_of_the_network(text, page)
+    for expected in (
+        "Overview", "All metrics at a glance", "Against the best simple baseline", "Ranks", "Quality and cost",
+        "What failed", "What was run", "software.torch", "a small machine", "good, condition by condition",
+        "failed: out of memory: lost", "1 of 3 seeds failed", "out of memory: shaky", "3 of 36 missing",
+        *(f"what {task} asks" for task in TASKS),
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert "1 is the best row (there is no noise floor)" in page.text
+    assert not re.search(r"\bnan\b|\binf\b", text)
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert [link.removeprefix("#") for link in links] == [f"task-{i}" for i in (1, 2, 3)]
+    assert {attributes["id"] for _, attributes in page.tags if "id" in attributes} == {f"task-{i}" for i in (1, 2, 3)}
+    assert text.count("<table") == text.count('<div class="scroll"')  # every table scrolls in its own box
+
+
+def test_benchmark_charts_are_drawn_where_they_say_something(benchmark_results):
+    text, _ = render(benchmark_results)
+    sections = dict(zip(TASKS, re.split(r'<section id="task-\d">', text)[1:], strict=True))
+    sections["single"] = sections["single"].split("Condition by condition")[0]
+    charts = {task: section.count('<svg viewBox="0 0 320') for task, section in sections.items()}
+    # 5 differences, 4 scatters (no rank), 1 rank; one condition, no de_recall: no rank, no scatter
+    assert charts == {"transfer": 10, "combine": 10, "single": 3}
+    assert sections["transfer"].count("ahead in 12 of 12 (below the line)") == 2
+    assert sections["transfer"].count("ahead in 11 of 11 (above the line)") == 1  # one condition has no de_recall
+    assert text.count("seconds to fit and predict</text>") == 3
+
+
+def test_benchmark_page_without_the_other_tables(benchmark_results):
+    for name in ("costs.csv", "comparisons.csv", "run.json"):
+        (benchmark_results / name).unlink()
+    _, page = render(benchmark_results)
+    assert "Overview" in page.text
+    for absent in ("Quality and cost", "What failed", "Against the best simple baseline", "failed"):
+        assert absent not in page.text
+
+
+def test_one_task_with_costs_is_a_benchmark_and_a_comparison_is_not(benchmark_results, benchmark_tables):
+    scores, *_ = benchmark_tables
+    scores[scores["task"] == "transfer"].to_csv(benchmark_results / "scores.csv", index=False)
+    text, page = render(benchmark_results)
+    assert "Overview" in page.text and "<nav" not in text
+    assert "Nothing could be scored of: combine, single." in page.text
+    for name in ("costs.csv", "comparisons.csv"):
+        (benchmark_results / name).unlink()
+    text, page = render(benchmark_results)
+    assert "Overview" not in page.text and "<svg" not in text
+
+
+def test_benchmark_labels_cannot_become_markup(benchmark_results, benchmark_tables):
+    evil = '"><script>alert(1)</script>&<img src=x>'
+    scores, costs, comparisons = (
+        table.replace({"good": evil, "transfer": f"t {evil}", "ridge": f"r {evil}"}) for table in benchmark_tables
+    )
+    scores["condition"] = scores["condition"] + evil
+    scores["metric"] = scores["metric"].replace("mmd_gex", f"m {evil}")
+    costs["error"] = costs["error"].where(costs["error"].isna(), evil)
+    for name, table in (("scores", scores), ("costs", costs), ("comparisons", comparisons)):
+        table.to_csv(benchmark_results / f"{name}.csv", index=False)
+    run = {"tasks": {f"t {evil}": evil}, "baselines": [f"r {evil}", "no_change"], "directions": {f"m {evil}": "lower"}}
+    (benchmark_results / "run.json").write_text(json.dumps(run))
+    text, page = render(benchmark_results)
+    asks_nothing_of_the_network(text, page)
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert page.text.count("<script>alert(1)</script>") > 20
+    assert f"m {evil}" in page.text and "2 missing" not in page.text
+
+
+def test_direction_of_unknown_metrics_comes_from_the_run(benchmark_results, benchmark_tables):
+    scores, *_ = benchmark_tables
+    scores.replace("mmd_gex", "wonder").to_csv(benchmark_results / "scores.csv", index=False)
+    assert "wonder\u00a0↑" not in render(benchmark_results)[1].text
+    run = json.loads((benchmark_results / "run.json").read_text()) | {"directions": {"wonder": "higher"}}
+    (benchmark_results / "run.json").write_text(json.dumps(run))
+    assert "wonder\u00a0↑" in render(benchmark_results)[1].text
+
+
+def test_many_conditions_are_charts_only(benchmark_results, benchmark_tables, monkeypatch):
+    assert "type0|drug0" in render(benchmark_results)[1].text
+    monkeypatch.setattr("invirtuo.report.page.MAX_CELLS", 100)
+    text, page = render(benchmark_results)
+    table_heads = re.findall(r"<tr><th>(type\d\|drug\d+)</th>", text)
+    assert set(table_heads) == {"type0|drug0"}  # the task of one condition
+    assert "type1|drug1: " in page.text  # a dot tells its name
+
+
+def test_damaged_costs(benchmark_results):
+    (benchmark_results / "costs.csv").write_text("model,seed\na,0\n")
+    with pytest.raises(ValueError, match="costs.csv lacks the columns task; found model, seed"):
+        render(benchmark_results)
+
+
+def test_costs_may_lack_numbers(benchmark_results):
+    (benchmark_results / "costs.csv").write_text("task,model\ntransfer,good\n")
+    text, page = render(benchmark_results)
+    assert "Quality and cost" in page.text and "n/a" in page.text
+    assert "seconds to fit and predict</text>" not in text and "What failed" not in page.text
+
+
+def small_table(values, kinds=("baseline", "baseline", "model", "floor"), metric="rmse_mean"):
+    names = {"baseline": "ridge no_change", "model": "ours theirs", "floor": "noise_floor"}
+    given = {kind: iter(text.split()) for kind, text in names.items()}
+    models = [next(given[kind]) for kind in kinds]
+    frame = pd.DataFrame({"condition": "c", "metric": metric, "value": values, "model": models})
+    return score_table(frame, ["ridge", "no_change"], "noise_floor")
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("rmse_mean", [0.5, 0.9, 0.3, 0.1], {"ridge": 0.5, "no_change": 0, "ours": 0.75, "noise_floor": 1}),
+        ("cosine_logfc", [0.5, 0.1, 0.7, 0.9], {"ridge": 0.5, "no_change": 0, "ours": 0.75, "noise_floor": 1}),
+        ("rmse_mean", [0.5, 0.9, 2.0, 0.1], {"ours": 0}),
+        ("rmse_mean", [0.5, 0.9, 0.05, 0.1], {"ours": 1}),
+        ("rmse_mean", [0.5, 0.9, np.nan, 0.1], {"ridge": 0.5, "ours": np.nan}),
+        ("rmse_mean", [0.5, 0.9, 0.3, 0.95], {"ridge": np.nan, "ours": np.nan, "noise_floor": np.nan}),
+        ("wonder", [0.5, 0.9, 0.3, 0.1], {"ridge": np.nan, "ours": np.nan}),
+    ],
+)
+def test_positions(metric, values, expected):
+    found = benchmark.positions(small_table(values, metric=metric))[metric]
+    np.testing.assert_allclose([found[name] for name in expected], list(expected.values()), atol=1e-12)
+
+
+def test_positions_without_floor_or_baselines():
+    found = benchmark.positions(small_table([0.5, 0.9, 0.1], ("baseline", "baseline", "model")))["rmse_mean"]
+    np.testing.assert_allclose(found[["ridge", "no_change", "ours"]], [0.5, 0, 1], atol=1e-12)
+    found = benchmark.positions(small_table([0.5, 0.9, 0.1], ("model", "model", "floor")))["rmse_mean"]
+    np.testing.assert_allclose(found[["ours", "theirs", "noise_floor"]], [0.5, 0, 1], atol=1e-12)
+
+
+def test_places(scores):
+    frame = scores[scores["metric"] != "rmse_mean_rank"]
+    placed = benchmark.places({"t": score_table(frame, failed={"broken": "failed: no"})})
+    wide = placed.pivot(index="model", columns="metric", values="place")
+    assert "noise_floor" not in wide.index
+    assert wide["rmse_mean"].to_dict() == {"ours": 1, "other": 2, "ridge": 3, "no_change": 4, "broken": 5}
+    assert wide["cosine_logfc"].to_dict() == {"other": 1, "ours": 2, "ridge": 3, "no_change": 4.5, "broken": 4.5}
+
+
+def test_overview_orders_by_mean_place(benchmark_tables):
+    tables = tables_of(benchmark_tables[0])
+    found = benchmark.overview(tables)
+    assert [row["name"] for row in found["rows"]][:2] == ["good", "fair"]
+    assert found["rows"][-1]["name"] == "no_change"
+    assert found["n_places"] == 5 + 5 + 3  # of one condition, ranks say nothing and de_recall is missing
+    lost = next(row for row in found["rows"] if row["name"] == "lost")
+    assert [cell["text"] == "n/a" for cell in lost["cells"]] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "verdict"),
+    [
+        ("rmse_mean", -0.3, -0.1, "better"),
+        ("rmse_mean", 0.1, 0.3, "worse"),
+        ("rmse_mean", -0.1, 0.3, "open"),
+        ("rmse_mean", 0.0, 0.3, "open"),
+        ("rmse_mean", np.nan, np.nan, "open"),
+        ("cosine_logfc", -0.3, -0.1, "worse"),
+        ("cosine_logfc", 0.1, 0.3, "better"),
+    ],
+)
+def test_verdicts(metric, low, high, verdict):
+    values = [0.5, 0.9, 0.3, 0.1] if metric == "rmse_mean" else [0.5, 0.1, 0.7, 0.9]
+    frame = pd.DataFrame(
+        {"condition": "c", "metric": metric, "value": values, "model": ["ridge", "no_change", "ours", "noise_floor"]}
+    )
+    line = {"metric": metric, "model": "ours", "difference": 0.2, "low": low, "high": high, "n_conditions": 9.0}
+    other = line | {"against": "no_change", "low": -9.0, "high": 9.0}
+    compared = pd.DataFrame([other, line | {"against": "ridge"}])
+    section = benchmark.task_section(frame, score_table(frame), compared)
+    assert [line["verdict"] for line in section["differences"]] == [verdict]  # of the best baseline alone
+    assert section["verdicts"] == [{"model": "ours", "better": 0, "worse": 0, "open": 0} | {verdict: 1}]
+    assert f'class="difference {verdict}"' in section["forests"][0]["chart"]
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_marks_lie_inside_their_charts(factor, spread):
+    rng = np.random.default_rng(0)
+    x, y = factor * (1 + spread * rng.random((2, 50)))
+    spreads = [charts.Spread(f"m{i}", "model", part) for i, part in enumerate(np.split(x, 5))]
+    intervals = [charts.Interval("m", v, v - abs(v) / 2, v + abs(v) / 2, "open") for v in x[:5]]
+    dots = [charts.Dot(i, "m", "model", abs(a), b) for i, (a, b) in enumerate(zip(x, y, strict=True))]
+    drawn = [
+        charts.spreads(spreads, min(x) - factor, max(x), reference=None, axis="a"),
+        charts.forest(intervals, axis="a", lower_is_better=True),
+        charts.scatter(x, y, ["c"] * 50, x_axis="a", y_axis="b"),
+        charts.quality_by_cost(dots, floor=float(y[0]), x_axis="a", y_axis="b"),
+    ]
+    for chart in drawn:
+        height = float(re.search(r'viewBox="0 0 320 ([0-9.]+)"', chart)[1])
+        across, up = numbers_in(chart, "cx", "x", "x1", "x2"), numbers_in(chart, "cy", "y", "y1", "y2")
+        assert across and min(across) >= 0 and max(across) <= 320
+        assert up and min(up) >= 0 and max(up) <= height
+        assert "nan" not in chart and 'class="tick' in chart
+
+
+def test_scatter_puts_values_on_equal_axes():
+    chart = charts.scatter(np.array([0.0, 1.0]), np.array([1.0, 0.0]), ["a", "b"], x_axis="x", y_axis="y")
+    (x0, x1), (y0, y1) = numbers_in(chart, "cx"), numbers_in(chart, "cy")
+    assert x0 < x1 and y0 < y1  # y grows downwards
+    diagonal = re.search(r'<line x1="(\S+)" y1="(\S+)" x2="(\S+)" y2="(\S+)" class="reference"', chart)
+    start_x, start_y, end_x, end_y = map(float, diagonal.groups())
+    assert start_x < x0 and start_y > y1 and end_x > x1 and end_y < y0
+    many = charts.scatter(*np.random.default_rng(0).random((2, 301)), ["c"] * 301, x_axis="x", y_axis="y")
+    assert "<circle" not in many and many.count("h0") == 301
+
+
+def test_spread_shows_mean_and_percentiles():
+    values = np.arange(101) / 100
+    chart = charts.spreads([charts.Spread("m", "model", values)], 0.0, 1.0, reference=0.5, axis="a")
+    left, right = numbers_in(chart.split("reference")[0].rsplit("<line", 1)[1], "x1", "x2")
+    assert left == right == numbers_in(chart, "cx")[0]  # the mean of 0.5 is on the line at 0.5
+    width = 2 * numbers_in(chart, "width")[0]  # of 0 to 1: the bar holds the middle half
+    whisker = re.search(r'x1="(\S+)" y1="\S+" x2="(\S+)" y2="\S+" class="whisker"', chart)
+    assert float(whisker[2]) - float(whisker[1]) == pytest.approx(0.8 * width, abs=0.3)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,7 +45,8 @@ class Row:
 
     name: str
     kind: str  # "model", "baseline" or "floor"
-    cells: list[Cell]
+    cells: list[Cell]  # none: the model has no scores
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,18 @@ class ScoreTable:
     equal: list[str] = field(default_factory=list)  # labels of metrics left out: the same for all, floor included
     means: pd.DataFrame = field(default_factory=pd.DataFrame)
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Name of each row to its kind."""
+        return {row.name: row.kind for row in self.rows}
 
-def score_table(scores: pd.DataFrame, baselines: Iterable[str] = BASELINES, floor: str = FLOOR) -> ScoreTable:
+
+def score_table(
+    scores: pd.DataFrame,
+    baselines: Iterable[str] = BASELINES,
+    floor: str = FLOOR,
+    failed: Mapping[str, str] | None = None,
+) -> ScoreTable:
     """Average tidy scores over conditions (and seeds) and mark the best two of each metric, the floor left out.
 
     Parameters
@@ -70,8 +81,11 @@ def score_table(scores: pd.DataFrame, baselines: Iterable[str] = BASELINES, floo
         Columns ``condition``, ``metric``, ``value``, ``model``; optionally ``seed`` and ``direction``.
     baselines, floor
         Names in ``model`` that are set apart.
+    failed
+        Model to what failed of it; one without scores gets a row that says so.
     """
-    means = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", dropna=False)
+    failed = dict(failed or {})
+    means = _means(scores)
     columns = _columns(scores)
     tells = {column.name: len(means) < 2 or means[column.name].nunique(dropna=False) > 1 for column in columns}
     equal = [column.label for column in columns if not tells[column.name]] if any(tells.values()) else []
@@ -89,21 +103,43 @@ def score_table(scores: pd.DataFrame, baselines: Iterable[str] = BASELINES, floo
             wins[winners[0]].append(column.label)
         elif winners:
             ties.append(column.label)
-    kinds = {
-        name: "floor" if name == floor else "baseline" if name in set(baselines) else "model" for name in means.index
-    }
-    order = sorted(means.index, key=lambda name: (list(_KINDS).index(kinds[name]), -len(wins.get(name, ())), name))
+    every = [*means.index, *(name for name in failed if name not in means.index)]
+    kinds = {name: "floor" if name == floor else "baseline" if name in set(baselines) else "model" for name in every}
+    place = _mean_places(means.drop(floor, errors="ignore"), columns)
+    order = sorted(
+        every, key=lambda name: (_KINDS.index(kinds[name]), -len(wins.get(name, ())), place.get(name, np.inf), name)
+    )
     rows = []
     for name in order:
-        cells = []
+        cells: list[Cell] = []
+        if name not in means.index:
+            rows.append(Row(name, kinds[name], cells, failed[name]))
+            continue
         for metric in names:
             n_missing, n = missing.loc[(name, metric)] if (name, metric) in missing.index else (0, 0)
             note = f"{n_missing} of {n} missing" if n_missing else ""
             plus = spread.get((name, metric))
-            note = " · ".join(filter(None, [f"± {number(plus)}" if plus is not None else "", note]))
+            note = "\n".join(filter(None, [f"±\u00a0{number(plus, 2)}" if plus is not None else "", note]))
             cells.append(Cell(number(means.loc[name, metric]), marks[metric].get(name, ""), note))
-        rows.append(Row(name, kinds[name], cells))
+        rows.append(Row(name, kinds[name], cells, failed.get(name, "")))
     return ScoreTable(columns, rows, scores["condition"].nunique(), wins, ties, equal, means)
+
+
+def _means(scores: pd.DataFrame) -> pd.DataFrame:
+    """Models x metrics: mean over conditions, then over seeds."""
+    if "seed" in scores and scores["seed"].nunique() > 1:
+        scores = scores.groupby(["model", "metric", "seed"], as_index=False, dropna=False)["value"].mean()
+    return scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", dropna=False)
+
+
+def _mean_places(means: pd.DataFrame, columns: list[Column]) -> dict[str, float]:
+    """Mean over the metrics of the place of each model, no value last."""
+    places = [
+        means[column.name].rank(ascending=column.direction == "lower", na_option="bottom")
+        for column in columns
+        if column.direction
+    ]
+    return pd.concat(places, axis=1).mean(axis=1).to_dict() if places else {}
 
 
 _KINDS = ("model", "baseline", "floor")
@@ -111,7 +147,7 @@ _KINDS = ("model", "baseline", "floor")
 
 def headline(table: ScoreTable) -> str:
     """Say in a sentence or two which model is best in what, and what the simple baselines and real cells reach."""
-    kinds = {row.name: row.kind for row in table.rows}
+    kinds = table.kinds
     if len(table.wins) < 2:
         return f"{next(iter(table.wins), 'Nothing')} was scored on {_plural(table.n_conditions, 'condition')}."
     n = sum(map(len, table.wins.values()))
@@ -130,7 +166,7 @@ def headline(table: ScoreTable) -> str:
 
 def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict]:
     """Per metric, a table conditions x models in the order of the score table."""
-    models = [row.name for row in table.rows]
+    models = [row.name for row in table.rows if row.cells]
     found = []
     for column in table.columns:
         wide = scores[scores["metric"] == column.name].pivot_table(
@@ -139,21 +175,21 @@ def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict]:
         wide = wide.reindex(columns=models)
         rows = []
         for condition, values in wide.iloc[:MAX_CONDITIONS].iterrows():
-            floor = [row.name for row in table.rows if row.kind == "floor"]
+            floor = [row.name for row in table.rows if row.kind == "floor" and row.cells]
             marks, _ = _marks(values.drop(floor), column.direction)
             rows.append(Row(str(condition), "", [Cell(number(values[m]), marks.get(m, "")) for m in models]))
         found.append({"column": column, "models": models, "rows": rows, "left_out": max(len(wide) - MAX_CONDITIONS, 0)})
     return found
 
 
-def number(value: float) -> str:
-    """Three significant digits without an exponent where that stays short."""
+def number(value: float, significant: int = 3) -> str:
+    """Three significant digits, or another number of them, without an exponent where that stays short."""
     if not np.isfinite(value):
         return "n/a" if np.isnan(value) else str(value)
     if value == 0 or 1e-4 <= abs(value) < 1e6:
-        digits = 2 if value == 0 else max(2 - int(np.floor(np.log10(abs(value)))), 0)
+        digits = 2 if value == 0 else max(significant - 1 - int(np.floor(np.log10(abs(value)))), 0)
         return f"{value:.{digits}f}"
-    return f"{value:.2e}"
+    return f"{value:.{significant - 1}e}"
 
 
 def _columns(scores: pd.DataFrame) -> list[Column]:

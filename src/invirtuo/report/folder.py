@@ -1,0 +1,122 @@
+"""Reads the tables of a folder of results, or says what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["read_comparisons", "read_costs", "read_history", "read_panels", "read_run", "read_scores"]
+
+NEEDED = ("condition", "metric", "value")
+PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
+COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """Scores with numbers as values and text as labels; model and task are filled in."""
+    table = _read_csv(path, NEEDED)
+    if table.empty:
+        raise ValueError(f"{path} has no rows; expected one per condition, metric and model. Run the evaluation again")
+    values = pd.to_numeric(table["value"], errors="coerce")
+    wrong = values.isna() & table["value"].notna()
+    if wrong.any():
+        raise ValueError(
+            f"{path}: {int(wrong.sum())} values are not numbers, for example {table['value'][wrong].iloc[0]!r}"
+        )
+    table["value"] = values.astype(float)
+    for column, default in (("model", "model"), ("task", "")):
+        table[column] = table[column].fillna(default).astype(str) if column in table else default
+    for column in ("condition", "metric"):
+        table[column] = table[column].astype(str)
+    return table
+
+
+def read_panels(folder: Path) -> pd.DataFrame | None:
+    """Cells on two components, from the packed or the plain table."""
+    packed, plain = folder / "panels.npz", folder / "panels.csv"
+    if packed.is_file():
+        try:
+            with np.load(packed, allow_pickle=False) as arrays:
+                table = pd.DataFrame({name: arrays[name] for name in arrays.files})
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{packed} is not a readable npz of equally long arrays: {error}") from error
+    elif plain.is_file():
+        table = _read_csv(plain, ("pc1", "pc2", "kind"))
+    else:
+        return None
+    lacking = [name for name in PANEL_COLUMNS[:3] if name not in table]
+    if lacking:
+        raise ValueError(f"{packed} lacks {', '.join(lacking)}; found {', '.join(map(str, table.columns))}")
+    for column in PANEL_COLUMNS[3:]:
+        table[column] = table[column].fillna("").astype(str) if column in table else ""
+    return table if (table["kind"] == "predicted").any() else None
+
+
+def read_history(path: Path) -> pd.DataFrame | None:
+    """Losses by step, if there are any to draw."""
+    if not path.is_file():
+        return None
+    table = _read_csv(path, ("step",))
+    if "model" not in table:
+        table["model"] = "model"
+    numeric = table.drop(columns=["step", "model"]).select_dtypes("number")
+    return table if len(table) > 1 and numeric.shape[1] else None
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What was run; nothing if the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} holds a {type(run).__name__}; expected an object with what was run")
+    return run
+
+
+def read_costs(path: Path) -> pd.DataFrame | None:
+    """Seconds, memory and failures of each cell of a benchmark."""
+    return _optional(path, ("task", "model"), ("seed", "status", "error"), COSTS)
+
+
+def read_comparisons(path: Path) -> pd.DataFrame | None:
+    """Paired differences with intervals."""
+    needed = ("task", "metric", "model", "against")
+    return _optional(path, needed, (), ("difference", "low", "high", "n_conditions"))
+
+
+def _optional(
+    path: Path, labels: tuple[str, ...], extra: tuple[str, ...], numbers: tuple[str, ...]
+) -> pd.DataFrame | None:
+    """Read a table that need not be there; columns that it lacks, beyond the labels, are filled with nothing."""
+    if not path.is_file():
+        return None
+    table = _read_csv(path, labels)
+    for column in labels:
+        table[column] = table[column].fillna("").astype(str)
+    for column in (*extra, *numbers):
+        if column not in table:
+            table[column] = np.nan
+    for column in numbers:
+        table[column] = pd.to_numeric(table[column], errors="coerce").astype(float)
+    return table
+
+
+def _read_csv(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a table with the columns {', '.join(needed)}")
+    try:
+        table = pd.read_csv(path, keep_default_na=True, low_memory=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable CSV file: {error}") from error
+    lacking = [name for name in needed if name not in table.columns]
+    if lacking:
+        raise ValueError(f"{path} lacks the columns {', '.join(lacking)}; found {', '.join(map(str, table.columns))}")
+    return table
