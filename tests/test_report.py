@@ -449,6 +449,18 @@ def test_many_conditions_are_charts_only(benchmark_results, benchmark_tables, mo
     assert "type1|drug1: " in page.text  # a dot tells its name
 
 
+def test_wide_tables_are_printed_across(benchmark_results, benchmark_tables):
+    assert 'class="scroll many"' not in render(benchmark_results)[0]
+    scores = benchmark_tables[0].query("task == 'transfer' and metric == 'mmd_gex'")
+    wide = pd.concat([scores.assign(metric=f"m{i}") for i in range(13)])
+    wide.to_csv(benchmark_results / "scores.csv", index=False)
+    run = {"directions": {f"m{i}": "lower" for i in range(13)}, "baselines": ["no_change", "ridge"]}
+    (benchmark_results / "run.json").write_text(json.dumps(run))
+    text, _ = render(benchmark_results)
+    assert text.count('class="scroll many"') == 2  # the scores and their positions
+    assert "size: A4 landscape" in text
+
+
 def test_damaged_costs(benchmark_results):
     (benchmark_results / "costs.csv").write_text("model,seed\na,0\n")
     with pytest.raises(ValueError, match="costs.csv lacks the columns task; found model, seed"):
