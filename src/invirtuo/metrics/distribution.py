@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from scipy import linalg, sparse
 from scipy.sparse.linalg import aslinearoperator, svds
 
@@ -32,6 +33,11 @@ FLOOR = 1e-8  # smallest squared distance, as published
 PAIRS = 1 << 22  # cell pairs held at a time: 32 MB in float64
 CACHED_CELLS = 1 << 27  # values of real cells held dense at a time: 512 MB in float32
 BLOCK = 4096  # cells dense at a time
+NARROW = 256  # up to here products are in float64
+CLOSE = 0.01  # squared distance over squared norms, below which rounding of float32 products shows
+SCREENED = 1e11  # multiplications for a matrix of distances from which a rough first look is worth it
+SKETCH = 128  # dimensions of the rough look
+SAFETY = 10.0  # a rough value settles a rank if it lies so many times the largest error seen from its rival
 FEW_GENES = 2048  # up to here principal axes come from the covariance matrix
 
 
@@ -75,18 +81,102 @@ def _projected(pair: Pair, side: Side, condition: str, axes: tuple[np.ndarray, n
     return (cells - axes[0]) @ axes[1]
 
 
+class Cloud(NamedTuple):
+    """Cells made ready for products: (n, d) around a common centre, and their squared norms (n,)."""
+
+    cells: torch.Tensor
+    norms: torch.Tensor
+
+
+def cloud(cells: np.ndarray, centre: np.ndarray, *, double: bool = False) -> Cloud:
+    """Shift cells by a centre, float32 unless `double`."""
+    dtype = torch.float64 if double else torch.float32
+    shifted = torch.tensor(cells, dtype=dtype).sub_(torch.tensor(centre, dtype=dtype))
+    return Cloud(shifted, shifted.square().sum(dim=1, dtype=torch.float64).to(shifted.dtype))
+
+
 def _half_energy_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
-    """`half_energy` of all pairs: each self term once, as many real conditions dense at a time as memory allows."""
-    centre = np.mean([cells.mean(axis=0, dtype=np.float64) for cells in reals], axis=0)
-    within_pred = np.array([mean_distance(x, x) for x in (_shifted(cells, centre) for cells in preds)])
+    """`half_energy` of all pairs, (P, P): self terms once, as many real conditions dense at a time as memory allows.
+
+    Large matrices get a rough first look in fewer dimensions. What decides a rank is exact all the same: the pair of
+    each condition with itself, and every pair that the rough value does not clearly tell from it.
+    """
+    shapes, means = zip(*((cells.shape, cells.mean(axis=0, dtype=np.float64)) for cells in reals), strict=True)
+    centre = np.mean(means, axis=0)
+    screened = shapes[0][1] > 4 * SKETCH and sum(n for n, _ in shapes) ** 2 * shapes[0][1] > SCREENED
+    axes = _sketch_axes(preds, reals, centre) if screened else None
+    within, matrix, sketches, before = np.empty((2, len(preds))), np.full((len(preds),) * 2, np.nan), [], None
+    for i in range(len(preds)):
+        x, y = cloud(preds[i], centre), cloud(reals[i], centre)
+        within[:, i] = between(x, x), between(y, y)
+        matrix[i, i] = between(x, y)
+        if axes is not None:
+            matrix[i - 1, i] = between(before, y) if before else np.nan
+            sketches.append((_Sketch.of(x, axes), _Sketch.of(y, axes)))
+            before = x
+    if axes is not None:
+        matrix = _settled(matrix, _rough_matrix(*zip(*sketches, strict=True)), within[0])
+    for block in _blocks_in_memory([n * g for n, g in shapes]):
+        held = {j: cloud(reals[j], centre) for j in block if np.isnan(matrix[:, j]).any()}
+        for row in np.flatnonzero(np.isnan(matrix[:, block]).any(axis=1)).tolist():
+            x = cloud(preds[row], centre)
+            for j, y in held.items():
+                if np.isnan(matrix[row, j]):
+                    matrix[row, j] = between(x, y)
+    return matrix - within[0, :, None] / 2 - within[1] / 2
+
+
+class _Sketch(NamedTuple):
+    """Cells in a few dimensions (n, d), their squared norms in all (n,), and the mean of what was left out (g,)."""
+
+    cells: torch.Tensor
+    norms: torch.Tensor
+    rest: torch.Tensor
+
+    @classmethod
+    def of(cls, x: Cloud, axes: torch.Tensor) -> _Sketch:
+        cells, mean = x.cells @ axes, x.cells.mean(dim=0)
+        return cls(cells, x.norms, mean - axes @ (axes.T @ mean))
+
+
+def _sketch_axes(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray], centre: np.ndarray) -> torch.Tensor:
+    """(g, d) leading principal axes of some cells of every condition of both sides."""
+    several = max(2, 2048 // (2 * len(preds)))
+    some = [view[:: max(1, len(view) // several)] for side in (preds, reals) for view in side]
+    sample = cloud(np.concatenate(some), centre).cells
+    _, vectors = torch.linalg.eigh(sample @ sample.T)
+    axes, _ = torch.linalg.qr(sample.T @ vectors[:, -SKETCH:])
+    return axes
+
+
+def _rough_matrix(preds: Sequence[_Sketch], reals: Sequence[_Sketch]) -> np.ndarray:
+    """(P, P) mean distances; of the products in the dimensions left out only the mean over cells is seen."""
+    cells, norms = (torch.cat([getattr(one, name) for one in reals]) for name in ("cells", "norms"))
+    sizes = torch.tensor([len(one.cells) for one in reals])
+    starts = np.cumsum([0, *sizes.tolist()[:-1]])
+    rest = torch.stack([one.rest for one in preds]) @ torch.stack([one.rest for one in reals]).T
     matrix = np.empty((len(preds), len(reals)))
-    for block in _blocks_in_memory(reals):
-        held = [_shifted(reals[j], centre) for j in block]
-        within = [mean_distance(y, y) for y in held]
-        for i in range(len(preds)):
-            x = _shifted(preds[i], centre)
-            matrix[i, block] = [mean_distance(x, y) - own / 2 for y, own in zip(held, within, strict=True)]
-    return matrix - within_pred[:, None] / 2
+    for i, x in enumerate(preds):
+        shifted, sums = norms - 2 * rest[i].repeat_interleave(sizes), []
+        rows = max(1, PAIRS // 2 // len(x.cells))
+        for start in range(0, len(cells), rows):
+            block = slice(start, start + rows)
+            squares = torch.addmm(x.norms[:, None] + shifted[block], x.cells, cells[block].T, alpha=-2)
+            sums.append(squares.clamp_min_(FLOOR).sqrt_().sum(dim=0))
+        matrix[i] = np.add.reduceat(torch.cat(sums).double().numpy(), starts) / (len(x.cells) * sizes.numpy())
+    return matrix
+
+
+def _settled(exact: np.ndarray, rough: np.ndarray, within: np.ndarray) -> np.ndarray:
+    """Exact mean distances where known, rough ones where they settle the rank, NaN where they do not.
+
+    The error of the rough values is taken from the pairs known exactly: two of every prediction and real condition.
+    """
+    errors = (rough - exact)[~np.isnan(exact)]
+    margin = SAFETY * np.abs(errors - np.median(errors)).max()
+    guess = rough - np.median(errors)
+    gap = guess - within[:, None] / 2 - (np.diagonal(exact) - within / 2)
+    return np.where(np.isnan(exact) & (np.abs(gap) > margin), guess, exact)
 
 
 _MMD = (
@@ -135,8 +225,8 @@ def half_energy(pred: np.ndarray, real: np.ndarray) -> float:
     Szekely and Rizzo 2013, doi:10.1016/j.jspi.2013.03.018; Wu et al. 2024, arXiv:2408.10609.
     """
     centre = real.mean(axis=0, dtype=np.float64)
-    x, y = _shifted(pred, centre), _shifted(real, centre)
-    return mean_distance(x, y) - mean_distance(x, x) / 2 - mean_distance(y, y) / 2
+    x, y = cloud(pred, centre), cloud(real, centre)
+    return between(x, y) - between(x, x) / 2 - between(y, y) / 2
 
 
 @metric(
@@ -178,8 +268,8 @@ def energy_distance(pred: np.ndarray, real: np.ndarray) -> float:
         (n, d) and (m, d) cells.
     """
     centre = real.mean(axis=0, dtype=np.float64)
-    x, y = _shifted(pred, centre), _shifted(real, centre)
-    return 2 * mean_distance(x, y) - _without_self(x) - _without_self(y)
+    x, y = cloud(pred, centre), cloud(real, centre)
+    return 2 * between(x, y) - _without_self(x) - _without_self(y)
 
 
 @metric(
@@ -209,11 +299,12 @@ def _to_control(pair: Pair, side: Side, group: str) -> np.ndarray:
     waiting = [name for name in pair.names(group) if name not in known]
     if waiting:
         centre = pair.control_moments(side, group)[0]
-        control = _shifted(pair.control_cells(side, group), centre)
+        double = len(centre) <= NARROW
+        control = cloud(pair.control_cells(side, group), centre, double=double)
         for name in waiting:
-            cells = _shifted(pair.cells(side, name), centre)
-            within = mean_distance(cells, cells) - np.sqrt(FLOOR) / len(cells)  # no distance to itself
-            known[name] = 2 * mean_distance(cells, control) - within
+            cells = cloud(pair.cells(side, name), centre, double=double)
+            within = between(cells, cells) - np.sqrt(FLOOR) / len(cells.cells)  # no distance to itself
+            known[name] = 2 * between(cells, control) - within
     return np.array([known[name] for name in pair.names(group)])
 
 
@@ -224,29 +315,39 @@ def distance_correlation(pred: np.ndarray, real: np.ndarray, *, rounding: float 
 
 
 def mean_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean Euclidean distance over all pairs of rows, (n, d) against (m, d), in blocks of bounded memory.
+    """Mean Euclidean distance over all pairs of rows, (n, d) against (m, d), in float64."""
+    origin = np.zeros(x.shape[1])
+    return between(cloud(x, origin, double=True), cloud(y, origin, double=True))
 
-    ``|x|^2 - 2 x.y + |y|^2`` with a floor of 1e-8. Float32 cells are multiplied in float32, but for blocks in which two
-    cells lie so close that rounding would show.
+
+def between(x: Cloud, y: Cloud) -> float:
+    """Mean Euclidean distance over all pairs of cells of two clouds, in blocks of bounded memory.
+
+    ``|x|^2 - 2 x.y + |y|^2`` with a floor of 1e-8, summed in float64; cells so close that rounding of the products
+    would show are subtracted instead.
     """
-    rows = max(1, PAIRS // len(y))
-    norms_x, norms_y = (np.einsum("ij,ij->i", cells, cells, dtype=np.float64) for cells in (x, y))
+    rows = max(1, PAIRS // len(y.cells))
     total = 0.0
-    for start in range(0, len(x), rows):
-        block = slice(start, start + rows)
-        sizes = norms_x[block, None] + norms_y
-        squares = _squares(x[block], y, sizes, rough=x.dtype == np.float32 and x is not y)
-        total += np.sqrt(np.maximum(squares, FLOOR, out=squares), out=squares).sum()
-    return float(total / (len(x) * len(y)))
+    for start in range(0, len(x.cells), rows):
+        part = Cloud(x.cells[start : start + rows], x.norms[start : start + rows])
+        squares = torch.addmm(part.norms[:, None] + y.norms, part.cells, y.cells.T, alpha=-2)
+        if squares.min() <= CLOSE * (part.norms.max() + y.norms.max()):
+            squares = _repaired(squares, part, y)
+        total += float(squares.clamp_min_(FLOOR).sqrt_().sum(dtype=torch.float64))
+    return total / (len(x.cells) * len(y.cells))
 
 
-def _squares(x: np.ndarray, y: np.ndarray, sizes: np.ndarray, *, rough: bool) -> np.ndarray:
-    """Squared distances of all pairs, given the sums of squared norms."""
-    if rough:
-        squares = sizes - 2.0 * (x @ y.T)
-        if (squares > 0.01 * sizes).all():
-            return squares
-    return sizes - 2.0 * (x.astype(np.float64, copy=False) @ y.astype(np.float64, copy=False).T)
+def _repaired(squares: torch.Tensor, x: Cloud, y: Cloud) -> torch.Tensor:
+    """Squared distances of close cells by subtraction, of many close cells by products in float64."""
+    close = (squares <= CLOSE * (x.norms[:, None] + y.norms)).nonzero()
+    if len(close) > 4 * max(squares.shape):
+        wide = [Cloud(*(part.double() for part in side)) for side in (x, y)]
+        norms = [side.cells.square().sum(dim=1) for side in wide]
+        return torch.addmm(norms[0][:, None] + norms[1], wide[0].cells, wide[1].cells.T, alpha=-2)
+    for pairs in close.split(BLOCK // 8):
+        i, j = pairs.T
+        squares[i, j] = (x.cells[i] - y.cells[j]).square().sum(dim=1)
+    return squares
 
 
 def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -306,28 +407,21 @@ def _axes_of_many_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, 
     return np.square(values[order]), axes[order].T
 
 
-def _without_self(x: np.ndarray) -> float:
-    """Mean distance over pairs of different rows."""
-    n = len(x)
-    if n < 2:
-        return np.nan
-    return (mean_distance(x, x) * n - np.sqrt(FLOOR)) / (n - 1)
+def _without_self(x: Cloud) -> float:
+    """Mean distance over pairs of different cells."""
+    n = len(x.cells)
+    return (between(x, x) * n - np.sqrt(FLOOR)) / (n - 1) if n > 1 else np.nan
 
 
-def _shifted(cells: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Cells minus a common centre; in float32 where there are many columns."""
-    return (cells - centre).astype(np.float32 if cells.shape[1] > 256 else np.float64, copy=False)
-
-
-def _blocks_in_memory(views: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    """Positions of views that are held at the same time."""
+def _blocks_in_memory(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of views that are held at the same time, given the number of values of each."""
     block: list[int] = []
-    size = 0
-    for j in range(len(views)):
+    held = 0
+    for j, size in enumerate(sizes):
         block.append(j)
-        size += views[j].size
-        if size > CACHED_CELLS:
+        held += size
+        if held > CACHED_CELLS:
             yield block
-            block, size = [], 0
+            block, held = [], 0
     if block:
         yield block

@@ -72,8 +72,8 @@ class DETable(NamedTuple):
 
         Differs: the published order of ties is undefined.
         """
-        order = np.lexsort((self.p_value, -np.abs(self.lfc)))
-        return order[self.significant[order]][:k]
+        found = np.flatnonzero(self.significant)
+        return found[np.lexsort((self.p_value[found], -np.abs(self.lfc[found])))][:k]
 
 
 @view("wilcoxon")
