@@ -214,3 +214,24 @@ def test_encoding_is_row_by_row(rows, seed):
         parts = set(p[i].split("+")) - {"ctrl"}
         on = {name for j, name in enumerate(KNOWN.perturbations) if together.perturbation[i, j] != 0}
         assert on == (parts if um[i] > 0 else set())  # dose 0 is no perturbation
+
+
+def test_features_take_the_place_of_one_hots(toy):
+    vectors = pd.DataFrame({"x": [1.0, 0.0, 2.0, 5.0], "y": [0.5, -1.0, 0.0, 0.0]}, index=["A", "B", "C", "D"])
+    design = iv.Design.from_adata(toy, perturbation="perturbation", control="control", features=vectors)
+    assert design.perturbations == ("A", "B", "C", "D")
+    assert design.code_width == 2
+    condition = design.encode(pd.DataFrame({"perturbation": ["control", "A", "A+B", "D"]}))
+    assert condition.code.tolist() == [[0, 0], [1, 0.5], [1, -0.5], [5, 0]]
+    assert condition.is_control.tolist() == [True, False, False, False]
+    assert condition[1:2].to("cpu").features.tolist() == [[1, 0.5]]
+    again = iv.Design.from_json(design.to_json())
+    assert again == design
+    for table, message in (
+        (vectors.drop(index="B"), "lack 1 of the 3 perturbations: B"),
+        (vectors.rename(index={"D": "A"}), "named more than once: A"),
+        (vectors.assign(y=["a", "b", "c", "d"]), "finite numbers"),
+        (vectors[[]], "finite numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iv.Design.from_adata(toy, perturbation="perturbation", control="control", features=table)

@@ -556,3 +556,24 @@ def test_saving_over_a_file(fitted, tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         fitted("no_change").save(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if MODELS[case.split()[0]].takes_features])
+def test_features_predict_a_perturbation_that_was_never_trained_on(case, cells):
+    vectors = pd.DataFrame({"x": [1.0, 0.0, 1.0, 0.9], "y": [0.0, 1.0, 1.0, 0.1]}, index=["A", "B", "C", "D"])
+    design = iv.Design.from_adata(
+        cells, perturbation="perturbation", control="control", covariates=["cell_type"], features=vectors
+    )
+    wanted = pd.DataFrame({"perturbation": ["D", "B"], "cell_type": "b_cell"})
+    model = new(case, design, cells.var_names).fit(cells, config=replace(FIT, steps=60))
+    d, b = (predict(model, wanted.iloc[[i]]).X.mean(0) for i in (0, 1))
+    assert np.isfinite(d).all()
+    assert not np.allclose(d, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_features_an_unseen_perturbation_is_an_error(case, cells, design):
+    few = cells[cells.obs["perturbation"].isin(["control", "A"]).to_numpy()].copy()
+    model = new(case, design, cells.var_names).fit(few, config=replace(FIT, steps=2))
+    with pytest.raises(ValueError, match=r"do not occur in the training cells.*features= of Design.from_adata"):
+        predict(model, pd.DataFrame({"perturbation": ["B"], "cell_type": ["b_cell"]}))

@@ -56,14 +56,22 @@ class Condition(_Record):
         Column name to (n,) level number (int64).
     continuous
         Column name to (n,) value (float32), for example time.
+    features
+        (n, f), sum of the feature vectors of the perturbations, times the dose; None if the Design has no features.
     """
 
     perturbation: Tensor
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
     continuous: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.perturbation)
+
+    @property
+    def code(self) -> Tensor:
+        """(n, f) or (n, p), what a network is told of the perturbations: their features, or else the multi-hot."""
+        return self.perturbation if self.features is None else self.features
 
     @property
     def groups(self) -> Tensor:

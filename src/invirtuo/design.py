@@ -48,6 +48,9 @@ class Design:
         Numeric column with time, or None.
     separator
         Joins the parts of a combination, for example ``"A+B"``.
+    features
+        A vector for every single perturbation, (p, f), or empty. Networks then see vectors in place of one-hots, and
+        can be asked for perturbations that were never trained on.
 
     Examples
     --------
@@ -66,6 +69,7 @@ class Design:
     dose_max: float = 1.0
     time: str | None = None
     separator: str = "+"
+    features: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def from_adata(
@@ -78,14 +82,23 @@ class Design:
         dose: str | None = None,
         time: str | None = None,
         separator: str = "+",
+        features: pd.DataFrame | None = None,
     ) -> Self:
         """Read roles and levels from the obs of an AnnData (or from a DataFrame like it).
+
+        Parameters
+        ----------
+        adata, perturbation, control, covariates, dose, time, separator
+            See :class:`Design`.
+        features
+            A row of numbers for each perturbation, named by the index. Rows for perturbations that do not occur make
+            these known as well. Networks see the numbers as they are: bring the columns to a scale of about 1.
 
         Raises
         ------
         ValueError
-            If a column is missing, holds missing values or has two roles, the control label does not occur, or a dose
-            is negative.
+            If a column is missing, holds missing values or has two roles, the control label does not occur, a dose is
+            negative, or the features lack a perturbation.
         """
         obs = adata if isinstance(adata, pd.DataFrame) else adata.obs
         covariates = [covariates] if isinstance(covariates, str) else list(covariates)
@@ -102,19 +115,26 @@ class Design:
                 f"found {some(labels.cat.categories)}. Pass the label of the unperturbed cells as control="
             )
         parts = {part for label in labels.cat.categories for part in _split(label, separator, control)}
+        vectors = {} if features is None else _vectors(features, parts)
         dose_max = float(_numeric(obs, dose).max()) if dose else 1.0
         if time:
             _numeric(obs, time)
         return cls(
             perturbation=perturbation,
             control=control,
-            perturbations=tuple(sorted(parts)),
+            perturbations=tuple(sorted(vectors or parts)),
             covariates={name: tuple(sorted(_labels(obs, name).cat.categories)) for name in covariates},
             dose=dose,
             dose_max=dose_max if dose_max > 0 else 1.0,
             time=time,
             separator=separator,
+            features=tuple(vectors[part] for part in sorted(vectors)),
         )
+
+    @property
+    def code_width(self) -> int:
+        """Length of what a network is told of the perturbations: f with features, else p."""
+        return len(self.features[0]) if self.features else len(self.perturbations)
 
     @property
     def columns(self) -> list[str]:
@@ -181,7 +201,8 @@ class Design:
             multi_hot = multi_hot * dose[:, None]
         covariates = {name: _codes(obs, name, levels) for name, levels in self.covariates.items()}
         continuous = {self.time: torch.from_numpy(_numeric(obs, self.time).to_numpy(np.float32))} if self.time else {}
-        return Condition(torch.from_numpy(multi_hot), covariates, continuous)
+        features = torch.from_numpy(multi_hot @ np.array(self.features, np.float32)) if self.features else None
+        return Condition(torch.from_numpy(multi_hot), covariates, continuous, features)
 
     def to_json(self) -> str:
         """Write as JSON; :meth:`from_json` reads it back."""
@@ -192,8 +213,25 @@ class Design:
         """Read what :meth:`to_json` wrote."""
         fields = json.loads(text)
         fields["perturbations"] = tuple(fields["perturbations"])
+        fields["features"] = tuple(map(tuple, fields.get("features", ())))
         fields["covariates"] = {name: tuple(levels) for name, levels in fields["covariates"].items()}
         return cls(**fields)
+
+
+def _vectors(features: pd.DataFrame, parts: set[str]) -> dict[str, tuple[float, ...]]:
+    """Name of every perturbation of the table to its vector."""
+    names = features.index.astype(str)
+    if not names.is_unique:
+        raise ValueError(f"features: perturbations named more than once: {some(names[names.duplicated()].unique())}")
+    if lacking := sorted(parts - set(names)):
+        raise ValueError(
+            f"features lack {len(lacking)} of the {len(parts)} perturbations: {some(lacking)}; found {some(names)}. "
+            "Add a row for each, or remove the cells"
+        )
+    values = features.apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError("features must hold finite numbers, one column or more; found none, text or missing values")
+    return dict(zip(names, map(tuple, values.tolist()), strict=True))
 
 
 def _split(label: str, separator: str, control: str) -> tuple[str, ...]:

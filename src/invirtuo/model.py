@@ -100,6 +100,7 @@ class Model(nn.Module):
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     sampler: ClassVar[str] = "cells"  # which sampler of invirtuo.samplers forms training batches
     needs_source: ClassVar[bool] = False  # whether sampling starts from control cells
+    takes_features: ClassVar[bool] = False  # whether features of the Design let it predict unseen perturbations
 
     history: pd.DataFrame
 
@@ -429,10 +430,11 @@ class Model(nn.Module):
         encoded = self.design.encode(conditions)  # names unknown labels and missing columns
         unseen = [p for i, p in enumerate(self.design.perturbations) if p not in self.card["perturbations"]
                   and bool((encoded.perturbation[:, i] != 0).any())]  # fmt: skip
-        if unseen:
+        if unseen and not (self.takes_features and self.design.features):
             raise ValueError(
                 f"perturbation(s) {some(unseen)} do not occur in the training cells of this model; "
-                f"trained: {some(self.card['perturbations'])}"
+                f"trained: {some(self.card['perturbations'])}. Only models that take perturbation features "
+                "(features= of Design.from_adata) predict others"
             )
         for name, levels in self.card["covariates"].items():
             strange = sorted(set(conditions[name].astype(str)) - set(levels))

@@ -49,7 +49,7 @@ def paired_differences(
     for (task, metric), part in scores.groupby(["task", "metric"], sort=False):
         models = list(dict.fromkeys(part["model"]))
         wide = part.pivot_table(index=["model", "seed"], columns="condition", values="value", dropna=False)
-        values = {model: wide.loc[model].to_numpy(float) for model in models}
+        values = {model: wide.loc[model].dropna(how="all").to_numpy(float) for model in models}
         for model, against in permutations(models, 2):
             facts = _difference(values[model], values[against], level, n_resamples, seed)
             rows.append({"task": task, "metric": metric, "model": model, "against": against, **facts})

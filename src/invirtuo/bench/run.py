@@ -30,7 +30,7 @@ from invirtuo.report import write_report
 if TYPE_CHECKING:
     import os
 
-__all__ = ["benchmark", "one_task", "shared_plan", "software"]
+__all__ = ["benchmark", "chosen_entries", "one_task", "shared_plan", "software"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def benchmark(
     ValueError
         If a name is unknown, or `out` holds cells that were made with other settings.
     """
-    chosen, entries = _tasks(tasks), _entries(models, baselines=baselines)
+    chosen, entries = _tasks(tasks), chosen_entries(models, baselines=baselines)
     wanted = _seeds(seeds)
     names = () if metrics is None else tuple(choose(metrics))
     if engine not in ENGINES:
@@ -144,7 +144,8 @@ def one_task(task: Task | str) -> Task:
     return TASKS[task] if isinstance(task, str) else task
 
 
-def _entries(models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool) -> list[Entry]:
+def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool) -> list[Entry]:
+    """Entries as asked for, the simple baselines that are missing, and the noise floor."""
     given = [models] if isinstance(models, Entry | str | Path) else MODELS if models is None else models
     chosen = [as_entry(spec) for spec in given]
     if baselines:

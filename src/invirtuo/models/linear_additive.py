@@ -49,11 +49,12 @@ class LinearAdditive(Model):
     }  # fmt: skip
     sampler = "pairs"
     needs_source = True
+    takes_features = True
 
     def build(self) -> None:
         """One Linear from condition to genes."""
         levels = sum(map(len, self.design.covariates.values())) if self.config.use_covariates else 0
-        self.shift = nn.Linear(len(self.design.perturbations) + levels, len(self.genes))
+        self.shift = nn.Linear(self.design.code_width + levels, len(self.genes))
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error over cells and genes."""
@@ -64,7 +65,7 @@ class LinearAdditive(Model):
         return self._forward(batch.source, batch.condition)
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
-        parts = [condition.perturbation]
+        parts = [condition.code]
         if self.config.use_covariates:
             for levels, codes in zip(self.design.covariates.values(), condition.covariates.values(), strict=True):
                 parts.append(F.one_hot(codes, len(levels)).float())

@@ -47,6 +47,7 @@ class NoChange(Model):
 
     name = "no_change"
     Config = NoChangeConfig
+    SEARCH = {}
     needs_source = True
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
@@ -57,6 +58,7 @@ class NoChange(Model):
 class _Pseudobulk(Model):
     """Keeps the mean of every training condition."""
 
+    SEARCH = {}
     needs_source = True
 
     def build(self) -> None:

@@ -260,11 +260,13 @@ class PRiMeFlow(Model):
             replace(_PAPER_FIT, lr=8.56e-6, weight_decay=9.58e-7, batch_size=1024, accumulate=1), "table 13"),
     }  # fmt: skip
 
+    takes_features = True
+
     def build(self) -> None:
         """Make the velocity network and the statistics that anchor it."""
         config, design = self.config, self.design
         levels = tuple(len(level) for level in design.covariates.values())
-        sizes = Sizes(len(self.genes), len(design.perturbations), levels, int(design.time is not None))
+        sizes = Sizes(len(self.genes), design.code_width, levels, int(design.time is not None))
         self.velocity = VELOCITIES[config.velocity](config, sizes)
         self.register_buffer("gene_mean", torch.zeros(sizes.n_genes))
         self.register_buffer("gene_sd", torch.ones(sizes.n_genes))

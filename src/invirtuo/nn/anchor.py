@@ -22,8 +22,8 @@ LEFT_OUT = 200  # most conditions that are left out, one at a time, to choose th
 class PseudobulkAnchor(nn.Module):
     """Per gene: control mean, control standard deviation, expected mean, and expected effect of a condition.
 
-    The expected effect of perturbations m (multi-hot) in a group k is a ridge regression on the effects Y (c, g) of the
-    training conditions with multi-hots Z (c, p), weighted by how alike the groups are::
+    The expected effect of perturbations m (multi-hot, or features) in a group k is a ridge regression on the effects Y
+    (c, g) of the training conditions with multi-hots or features Z (c, p), weighted by how alike the groups are::
 
         effect = m^T (Z^T S Z + ridge I)^-1 Z^T S Y,  S = diag(exp(-|control_k - control_i|^2 / bandwidth) + floor)
 
@@ -82,7 +82,7 @@ class PseudobulkAnchor(nn.Module):
         self.control_sd = torch.stack([v for _, v in pooled]).sqrt().float()
         self.own_codes = codes[~control]
         self.effects = (mean[~control] - self.control_mean[self._rows(self.own_codes)]).float()
-        self.designs = condition.perturbation[~control].clone()
+        self.designs = condition.code[~control].clone()
         self._expected.clear()
         self.bandwidth = self._choose_bandwidth()
 
@@ -98,7 +98,7 @@ class PseudobulkAnchor(nn.Module):
 
     def effect(self, condition: Condition) -> Tensor:
         """(n, g), expected difference to the control mean; every distinct condition is computed once and kept."""
-        codes, multi_hot = condition.groups.cpu(), condition.perturbation.detach().cpu()
+        codes, multi_hot = condition.groups.cpu(), condition.code.detach().cpu()
         keys = [(c.tobytes(), m.tobytes()) for c, m in zip(codes.numpy(), multi_hot.numpy(), strict=True)]
         known = {key: i for i, key in reversed(list(enumerate(keys)))}  # one row for each distinct condition
         for key, i in known.items():

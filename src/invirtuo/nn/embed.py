@@ -43,9 +43,9 @@ def sinusoids(x: Tensor, width: int, scale: float = 1.0, period: float = 10_000.
 class ConditionEncoder(nn.Module):
     """Condition -> vector, with a learned null condition for classifier-free guidance.
 
-    The perturbation multi-hot, one one-hot block per covariate and the continuous values are concatenated and go
-    through an MLP. The null condition is one learned vector, zero at the start, that replaces the output of the MLP:
-    it is neither a control cell nor a cell without covariates (PRiMeFlow, section 3.1; the null: our decision).
+    The perturbation multi-hot (or features), one one-hot block per covariate and the continuous values are concatenated
+    and go through an MLP. The null condition is one learned vector, zero at the start, that replaces the output of the
+    MLP: it is neither a control cell nor a cell without covariates (PRiMeFlow, section 3.1; the null: our decision).
 
     Parameters
     ----------
@@ -85,9 +85,9 @@ class ConditionEncoder(nn.Module):
 
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
         """Encode n conditions; rows where `is_null` (n,) is True become the null condition. Gives (n, width)."""
-        parts = [condition.perturbation]
+        parts = [condition.code]
         for n_levels, codes in zip(self.levels, condition.covariates.values(), strict=True):
-            parts.append(F.one_hot(codes, n_levels).to(condition.perturbation.dtype) * self.covariate_scale)
+            parts.append(F.one_hot(codes, n_levels).to(condition.code.dtype) * self.covariate_scale)
         parts += [value[:, None] for value in condition.continuous.values()]
         encoded = self.mlp(torch.cat(parts, dim=1))
         if is_null is None:

@@ -1,0 +1,277 @@
+"""Contract of the benchmark: every cell a file, killed and resumed the same table, engines the same table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import invirtuo as iv
+from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
+from invirtuo.bench.cell import Cell, launch
+from invirtuo.bench.entry import as_entry
+from invirtuo.bench.run import chosen_entries
+from invirtuo.bench.tasks import hold_out_two
+
+KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
+METRICS = ("rmse_mean", "rmse_mean_rank", "mmd_pca")
+
+
+@pytest.fixture
+def task(toy, design, tmp_path) -> Task:
+    path = tmp_path / "toy.h5ad"
+    iv.preprocess.normalize(toy).write_h5ad(path)
+    split = partial(hold_out_two, test=("monocyte|A", "b_cell|A+B"), val=("t_cell|B", "monocyte|C"))
+    return Task(
+        "toy", "two conditions of the toy data", str(path), (split,), design, metrics=METRICS, n_cells=20, n_pcs=5
+    )
+
+
+@pytest.fixture
+def entries() -> list[Entry]:
+    fit = {"steps": 6, "batch_size": 32, "val_every": 3, "checkpoint_every": 2}
+    tiny = {"hidden_dim": 16, "cell_width": 16, "gene_width": 8, "n_blocks": 1, "steps": 2}
+    flow = Entry("flow", "primeflow", tiny, fit, variants={"flow, guided": {"guidance": 2.0}})
+    return [flow, Entry("none", "no_change")]
+
+
+def tables(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in KEEPS_TABLES]
+
+
+def test_every_cell_is_a_file_and_every_table_is_there(task, entries, tmp_path, caplog):
+    broken = Entry("broken", "linear_additive", None, {"steps": 3, "lr": 1e30, "batch_size": 32})
+    scores = iv.benchmark([task], [*entries, broken], 2, tmp_path / "out", n_jobs=2, baselines=False)
+    cells = {str(file.relative_to(tmp_path / "out" / "cells")) for file in (tmp_path / "out" / "cells").rglob("*.json")}
+    costs = pd.read_csv(tmp_path / "out" / "costs.csv").set_index(["model", "seed"])
+    assert len(cells) == len(costs) == 2 * 4  # two of ours, a broken one, the floor
+    assert (costs["status"] == "failed").groupby("model").all().to_dict()["broken"]
+    assert (costs["status"] == "failed").sum() == 2
+    assert "broken/0 failed: FloatingPointError" in caplog.text
+    assert costs.loc[("flow", 0), "peak_memory_mib"] > 100
+    assert costs.loc[("flow", 0), "fit_seconds"] > 0
+    assert set(scores["model"]) == {"flow", "flow, guided", "none", "noise_floor"}
+    assert set(scores["condition"]) == {"monocyte|A", "b_cell|A+B"}
+    assert set(scores["metric"]) == set(METRICS)
+    pd.testing.assert_frame_equal(scores, pd.read_csv(tmp_path / "out" / "scores.csv"), check_dtype=False)
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv").set_index(["model", "metric"])
+    flow = scores[(scores["model"] == "flow") & (scores["metric"] == "mmd_pca")]
+    of_seeds = flow.groupby("seed")["value"].mean()
+    assert summary.loc[("flow", "mmd_pca"), "mean"] == pytest.approx(of_seeds.mean())
+    assert summary.loc[("flow", "mmd_pca"), "sd"] == pytest.approx(of_seeds.std())
+    assert of_seeds.std() > 0
+    assert not list((tmp_path / "out" / "cells").rglob(".*.part*"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "broken" in page
+
+
+def test_a_second_run_computes_nothing(task, entries, tmp_path):
+    iv.benchmark(task, entries[1], 1, tmp_path / "out", baselines=False)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").rglob("*.json")}
+    before = tables(tmp_path / "out")
+    iv.benchmark(task, entries[1], 1, tmp_path / "out", baselines=False)
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").rglob("*.json")}
+    assert tables(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="made with other settings: task was"):
+        iv.benchmark(replace(task, n_cells=21), entries[1], 1, tmp_path / "out", baselines=False)
+    with pytest.raises(ValueError, match="begun with threads=1"):
+        iv.benchmark(task, entries[1], 1, tmp_path / "out", threads=2)
+    next(iter(files)).write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        iv.benchmark(task, entries[1], 1, tmp_path / "out", baselines=False)
+
+
+SCRIPT = """
+import pickle, sys
+import invirtuo as iv
+task, entries = pickle.loads(open(sys.argv[1], "rb").read())
+iv.benchmark(task, entries, 2, sys.argv[2], n_jobs=1, baselines=False)
+"""
+
+
+def test_killed_and_restarted_equals_uninterrupted(task, entries, tmp_path):
+    import cloudpickle
+
+    (tmp_path / "what").write_bytes(cloudpickle.dumps((task, entries)))
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "what"), str(tmp_path / "killed")]
+    for n_cells in (1, 3):  # killed once these many cells are there, in the midst of the next
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "killed").rglob("cells/**/*.json"))) < n_cells and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    time.sleep(0.5)
+    left = list((tmp_path / "killed").rglob("cells/**/*.json"))
+    assert 3 <= len(left) < 6
+    iv.benchmark(task, entries, 2, tmp_path / "killed", n_jobs=1, baselines=False)
+    iv.benchmark(task, entries, 2, tmp_path / "whole", n_jobs=2, baselines=False)
+    assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
+
+
+def test_ray_gives_the_same_tables(task, entries, tmp_path):
+    pytest.importorskip("ray", reason="needs ray")
+    iv.benchmark(task, entries, 1, tmp_path / "local", baselines=False)
+    iv.benchmark(task, entries, 1, tmp_path / "ray", engine="ray", n_jobs=2, baselines=False)
+    assert tables(tmp_path / "local") == tables(tmp_path / "ray")
+
+
+def suicide(obs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_is_a_failed_cell(task, entries):
+    record = launch(Cell(replace(task, keep=suicide), entries[1], 0))
+    assert record["status"] == "failed"
+    assert "killed by signal 9" in record["error"]
+
+
+def test_several_splits_are_scored_together(task, entries):
+    other = partial(hold_out_two, test=("t_cell|C",), val=("t_cell|B",))
+    record = launch(Cell(replace(task, splits=(*task.splits, other)), entries[1], 0))
+    names = {row[record["scores"]["columns"].index("condition")] for row in record["scores"]["rows"]}
+    assert names == {"monocyte|A", "b_cell|A+B", "t_cell|C"}
+
+
+def test_perturbations_never_trained_on_are_not_scored(task):
+    split = partial(
+        hold_out_two, test=({"perturbation": "A"}, {"perturbation": "A+B"}, "t_cell|C"), val=({"perturbation": "A+C"},)
+    )
+    _, design, parts = replace(task, splits=(split,)).load()
+    adata, _, whole = replace(task, splits=(split,), unseen=True).load()
+    of = lambda parts: set(design.conditions(adata.obs[(parts == "test").to_numpy()])["perturbation"])  # noqa: E731
+    assert of(parts) == {"C"}
+    assert of(whole) == {"A", "A+B", "C"}
+
+
+def test_bad_requests(task, entries, tmp_path):
+    for arguments, message in (
+        ({"tasks": "nothing"}, "unknown task 'nothing'; known: kang-demo"),
+        ({"tasks": []}, "no task is named"),
+        ({"models": "nothing"}, "unknown model 'nothing'"),
+        ({"models": "primeflow:nothing"}, "no preset 'nothing'"),
+        ({"models": [entries[1], entries[1]]}, "named more than once: none"),
+        ({"models": "nothing.json"}, "does not exist"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"seeds": [1, 1]}, "seeds is"),
+        ({"engine": "abacus"}, "engine is 'abacus'; expected one of local, ray"),
+        ({"metrics": ["nothing"]}, "unknown metrics"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iv.benchmark(**{"tasks": task, "models": entries, "out": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="expected a short name"):
+        replace(task, name="a b")
+    with pytest.raises(ValueError, match="give design= as well"):
+        replace(task, design=None).load()
+
+
+def test_simple_baselines_are_added_once():
+    labels = [entry.label for entry in chosen_entries(["no_change", "primeflow:small"], baselines=True)]
+    assert labels[:2] == ["no_change", "primeflow:small"]
+    assert labels[-1] == "noise_floor"
+    assert sorted(labels).count("no_change") == 1
+    assert {"perturbation_mean", "perturbation_mean:shift-cells", "context_mean"} <= set(labels)
+    assert {entry.label for entry in chosen_entries(None, baselines=False)} == {*iv.models.MODELS, "noise_floor"}
+
+
+def test_entry_from_a_file_is_the_entry(entries, tmp_path):
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps(entries[0].describe()))
+    again = as_entry(str(path))
+    assert again.describe() == entries[0].describe()
+    assert again.settings() == entries[0].settings()
+    path.write_text('{"model": "primeflow", "colour": 1}')
+    with pytest.raises(ValueError, match="not the JSON of an entry"):
+        as_entry(path)
+
+
+def test_named_tasks_hold_out_what_they_say(shared):
+    missing = {name for name, task in TASKS.items() if task.published}
+    assert missing == {"srivatsan20", "norman19", "jiang24"}
+    for name in set(TASKS) - missing:
+        for fold in range(len(TASKS[name].splits)):
+            adata, design, split = TASKS[name].load(fold, data_dir=shared("data"))
+            parts = {part: adata.obs[(split == part).to_numpy()] for part in ("train", "val", "test")}
+            tested = parts["test"][~design.is_control(parts["test"])]
+            known = set(design.names(parts["train"]))
+            assert len(tested) >= 20
+            assert not set(design.names(tested)) & known, name
+            assert set(design.groups(tested)) <= set(design.groups(parts["test"][design.is_control(parts["test"])])), (
+                name
+            )
+            assert set(design.groups(tested)) <= set(design.groups(parts["train"])), name
+
+
+def test_a_search_resumes_and_ends_with_the_same_best(task, tmp_path):
+    pytest.importorskip("optuna", reason="needs optuna")
+    entry = Entry("linear", "linear_additive", None, {"steps": 5, "batch_size": 32, "val_every": 5})
+    search = {"fit.lr": (1e-4, 1e-1), "softplus": [True, False]}
+    best = tune(entry, task, 3, tmp_path / "whole", search=search)
+    tune(entry, task, 1, tmp_path / "parts", search=search)
+    again = tune(entry, task, 3, tmp_path / "parts", search=search)
+    assert again.describe() == best.describe()
+    columns = ["trial", "state", "value", "fit.lr", "softplus", "rmse_mean"]
+    whole, parts = (pd.read_csv(tmp_path / name / "trials.csv")[columns] for name in ("whole", "parts"))
+    pd.testing.assert_frame_equal(whole, parts)
+    assert whole["value"].nunique() == 3
+    chosen = whole.loc[whole["value"].idxmin()]
+    assert best.fit["lr"] == pytest.approx(chosen["fit.lr"])
+    assert as_entry(tmp_path / "whole" / "best.json").settings() == best.settings()
+    with pytest.raises(ValueError, match="search with another space"):
+        tune(entry, task, 3, tmp_path / "parts", search={"fit.lr": (1e-4, 1e-2)})
+
+
+def test_bad_searches(task, tmp_path):
+    pytest.importorskip("optuna", reason="needs optuna")
+    with pytest.raises(ValueError, match="cannot search colour"):
+        tune("linear_additive", task, 1, tmp_path, search={"colour": [1]})
+    with pytest.raises(ValueError, match="unknown metrics"):
+        tune("linear_additive", task, 1, tmp_path, objective={"nothing": 1.0})
+    with pytest.raises(ValueError, match="nothing to search"):
+        tune("no_change", task, 1, tmp_path)
+    worst = Entry("linear", "linear_additive", None, {"steps": 3, "lr": 1e30, "batch_size": 32})
+    with pytest.raises(ValueError, match="no trial ended with a value; the last said: FloatingPointError"):
+        tune(worst, task, 1, tmp_path, search={"softplus": [True]})
+
+
+def test_paired_intervals_cover_what_they_promise():
+    """Of 200 experiments with a known difference, about 95 % have it in their interval."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        hard = rng.normal(0, 3, 30)  # shared by both models: pairing takes it out
+        values = {"a": hard + rng.normal(0.5, 1, 30), "b": hard + rng.normal(0, 1, 30)}
+        rows = [("t", m, 0, str(i), "m", v) for m, x in values.items() for i, v in enumerate(x)]
+        table = paired_differences(
+            pd.DataFrame(rows, columns=["task", "model", "seed", "condition", "metric", "value"]), n_resamples=400
+        )
+        row = table.iloc[0]
+        covered += row["low"] <= 0.5 <= row["high"]
+        assert row["high"] - row["low"] < 2
+    assert 0.87 < covered / 200 <= 0.99
+
+
+def test_paired_differences_leave_out_what_one_model_lacks():
+    rows = [
+        ("t", "a", 0, "x", "m", 1.0),
+        ("t", "a", 0, "y", "m", np.nan),
+        ("t", "b", 0, "x", "m", 3.0),
+        ("t", "b", 0, "y", "m", 9.0),
+    ]
+    table = paired_differences(pd.DataFrame(rows, columns=["task", "model", "seed", "condition", "metric", "value"]))
+    assert table["difference"].tolist() == [-2.0, 2.0]
+    assert table["n_conditions"].tolist() == [1, 1]
+    assert table[["low", "high"]].isna().all(axis=None)
