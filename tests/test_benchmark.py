@@ -54,12 +54,13 @@ def test_every_cell_is_a_file_and_every_table_is_there(task, entries, tmp_path, 
     scores = iv.benchmark([task], [*entries, broken], 2, tmp_path / "out", n_jobs=2, baselines=False)
     cells = {str(file.relative_to(tmp_path / "out" / "cells")) for file in (tmp_path / "out" / "cells").rglob("*.json")}
     costs = pd.read_csv(tmp_path / "out" / "costs.csv").set_index(["model", "seed"])
-    assert len(cells) == len(costs) == 2 * 4  # two of ours, a broken one, the floor
+    assert len(cells) == 2 * 4  # two of ours, a broken one, the floor
+    assert len(costs) == 2 * 5  # and the variant
     assert (costs["status"] == "failed").groupby("model").all().to_dict()["broken"]
     assert (costs["status"] == "failed").sum() == 2
     assert "broken/0 failed: FloatingPointError" in caplog.text
     assert costs.loc[("flow", 0), "peak_memory_mib"] > 100
-    assert costs.loc[("flow", 0), "fit_seconds"] > 0
+    assert costs.loc[("flow", 0), "fit_seconds"] == costs.loc[("flow, guided", 0), "fit_seconds"] > 0
     assert set(scores["model"]) == {"flow", "flow, guided", "none", "noise_floor"}
     assert set(scores["condition"]) == {"monocyte|A", "b_cell|A+B"}
     assert set(scores["metric"]) == set(METRICS)

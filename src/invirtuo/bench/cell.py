@@ -19,8 +19,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,17 +75,22 @@ class Cell:
         }
 
 
-@dataclass
 class _Clock:
-    """Seconds spent, by what they were spent on."""
+    """Seconds spent on the rows of an entry, by what they were spent on."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("fit", "predict", "score"), 0.0))
-    started: float = field(default_factory=time.perf_counter)
+    def __init__(self, labels: Iterable[str]):
+        self.seconds = {label: dict.fromkeys(("fit", "predict", "score"), 0.0) for label in labels}
+        self.restart()
 
-    def add(self, what: str) -> None:
-        now = time.perf_counter()
-        self.seconds[what] += now - self.started
-        self.started = now
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+
+    def add(self, what: str, label: str | None = None) -> None:
+        """The time since the last call went to one row, or to all of them together."""
+        spent = time.perf_counter() - self.started
+        for name, seconds in self.seconds.items():
+            seconds[what] += spent if label in (None, name) else 0.0
+        self.restart()
 
 
 def compute(cell: Cell) -> Record:
@@ -139,20 +144,22 @@ def scores_of(record: Record) -> pd.DataFrame:
 
 
 def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
-    clock, tables, n_parameters = _Clock(), [], 0
+    clock, tables, n_parameters = _Clock(cell.entry.rows), [], 0
     for fold in range(len(cell.task.splits)):
         adata, design, split = cell.task.load(fold, data_dir=cell.data_dir)
-        clock.started = time.perf_counter()
+        clock.restart()
         if cell.entry.model == FLOOR:
             tables.append(_floor(cell, adata, design, split))
             clock.add("score")
         else:
             table, n_parameters = _fold(cell, fold, adata, design, split, clock)
             tables.append(table)
-    table = pd.concat(tables, ignore_index=True)
-    labels = {"task": cell.task.name, "seed": cell.seed}
-    costs = {f"{what}_seconds": round(seconds, 2) for what, seconds in clock.seconds.items()}
-    return table.assign(**labels), {**costs, "parameters": n_parameters}
+    table = pd.concat(tables, ignore_index=True).assign(task=cell.task.name, seed=cell.seed)
+    seconds = {
+        label: {f"{what}_seconds": round(value, 2) for what, value in spent.items()}
+        for label, spent in clock.seconds.items()
+    }
+    return table, {"rows": seconds, "parameters": n_parameters}
 
 
 def _fold(
@@ -163,8 +170,8 @@ def _fold(
 
     work = None if cell.work is None else Path(cell.work) / f"{_hash(cell.settings())}-{fold}"
     model, fit = cell.entry.make(design, adata.var_names)
-    own = cell.precision if fit.precision == "auto" else fit.precision
-    fit = replace(fit, seed=cell.seed, progress=False, precision=own)
+    precision = cell.precision if fit.precision == "auto" else fit.precision
+    fit = replace(fit, seed=cell.seed, progress=False, precision=precision)
     model.fit(adata, split=split, config=fit, folder=work, resume=work is not None)
     clock.add("fit")
     real = adata[(split == cell.part).to_numpy()].copy()
@@ -173,10 +180,10 @@ def _fold(
         predicted = model.predict(
             cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **{"precision": cell.precision, **options}
         )
-        clock.add("predict")
+        clock.add("predict", label)
         pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))
-        clock.add("score")
+        clock.add("score", label)
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     return pd.concat(tables), sum(p.numel() for p in model.parameters())

@@ -274,13 +274,16 @@ def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
     rows = [
         {
             "task": cell.task.name,
-            "model": cell.entry.label,
+            "model": label,
             "seed": cell.seed,
             "status": record["status"],
             "error": record["error"],
-            **{name: record["costs"].get(name, np.nan) for name in COSTS},
+            **dict.fromkeys(COSTS, np.nan),
+            **record["costs"].get("rows", {}).get(label, {}),
+            **{name: record["costs"][name] for name in COSTS if name in record["costs"]},
         }
         for cell, record in zip(grid, records, strict=True)
+        for label in cell.entry.rows
     ]
     return pd.DataFrame(rows)
 

@@ -135,8 +135,8 @@ def _numbers(done: int, trials: int, progress: bool):
 def _tell(study, trial, record: Record, objective: Mapping[str, float]) -> None:
     import optuna
 
-    costs = record["costs"]
-    trial.set_user_attr("seconds", sum(costs.get(f"{part}_seconds", 0.0) for part in ("fit", "predict", "score")))
+    spent = record["costs"].get("rows", {})
+    trial.set_user_attr("seconds", sum(sum(seconds.values()) for seconds in spent.values()))
     value, error = math.nan, record["error"]
     if record["scores"] is not None:
         means = scores_of(record).groupby("metric")["value"].mean()
