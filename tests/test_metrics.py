@@ -15,10 +15,12 @@ from invirtuo import Design
 from invirtuo.metrics import (
     METRICS,
     Pair,
+    ceiling,
     core,
     de,
     distribution,
     evaluate,
+    generation,
     mean,
     metric,
     noise_floor,
@@ -645,3 +647,389 @@ def test_score_of_a_pair_computes_shared_parts_once(monkeypatch):
     assert len(calls) == 2 * 8 + 2  # each condition on both sides, and the controls of each group
     score(pair)
     assert len(calls) == 18
+
+
+# generated populations
+
+
+def test_transport_of_unequal_numbers_is_that_of_copies():
+    rng = np.random.default_rng(0)
+    for n, m in ((6, 4), (9, 15), (1, 5), (30, 18)):
+        x, y = rng.normal(size=(n, 3)), rng.normal(0.5, 1, size=(m, 3))
+        shared = np.lcm(n, m)
+        copies = [np.repeat(side, shared // len(side), axis=0) for side in (x, y)]
+        assert generation.wasserstein2(x, y) == pytest.approx(generation.wasserstein2(*copies), rel=1e-9)
+        assert generation.wasserstein1(y, x) == pytest.approx(generation.wasserstein1(*copies), rel=1e-9)
+    assert generation.transport_cost(np.zeros((2, 3))) == 0
+
+
+def test_transport_needs_routes_beyond_the_cheapest():
+    """All are nearest to the same few: most of the mass must go far."""
+    x, y = np.random.default_rng(0).normal(size=(40, 2)), np.concatenate([np.zeros((30, 2)), np.full((70, 2), 9.0)])
+    copies = np.repeat(x, 5, axis=0), np.repeat(y, 2, axis=0)
+    assert generation.wasserstein2(x, y) == pytest.approx(generation.wasserstein2(*copies), rel=1e-9)
+
+
+def test_neighbourhoods_by_hand():
+    real, pred = np.array([[0.0], [1.0], [3.0]]), np.array([[0.5], [1.0], [10.0]])
+    # k = 1: real balls (-1, 1), (0, 2), (1, 5); predicted (0, 1), (0.5, 1.5), (1, 19)
+    assert generation.knn_precision(pred, real, k=1) == pytest.approx(2 / 3)
+    assert generation.knn_recall(pred, real, k=1) == pytest.approx(2 / 3)  # 1 and 3; 0 lies on the border
+    assert generation.knn_density(pred, real, k=1) == pytest.approx((2 + 1 + 0) / 3)
+    assert generation.knn_coverage(pred, real, k=1) == pytest.approx(2 / 3)
+    assert generation.knn_precision(pred, real, k=50) == generation.knn_precision(pred, real, k=2)
+    assert np.isnan(generation.knn_precision(pred, real[:1])) and np.isnan(generation.knn_recall(pred[:1], real))
+
+
+def test_kernels_by_hand():
+    x, y = np.array([[0.0], [2.0], [5.0]]), np.array([[1.0], [2.0], [9.0], [4.0]])
+
+    def mean(a, b, sigma):
+        return np.exp(-cdist(a, b, "sqeuclidean") / (2 * sigma**2)).mean()
+
+    biased = sum(mean(x, x, s) + mean(y[:3], y[:3], s) - 2 * mean(x, y[:3], s) for s in (1, 3))
+    assert generation.mmd_rbf(x, y, sigmas=(1, 3)) == pytest.approx(biased)
+    inner = [(9 * mean(a, a, 2) - 3) / 6 for a in (x, y[:3])]
+    assert generation.mmd_rbf_unbiased(x, y, sigmas=(2,)) == pytest.approx(sum(inner) - 2 * mean(x, y[:3], 2))
+    sigma = np.median([1, 8, 3, 7, 2, 5])
+    inner = (9 * mean(x, x, sigma) - 3) / 6 + (16 * mean(y, y, sigma) - 4) / 12
+    assert generation.mmd_rbf_median(x, y) == pytest.approx(inner - 2 * mean(x, y, sigma))
+    difference = x[:, 0] - y[:3, 0]
+    assert generation.mmd_linear(x, y) == pytest.approx(
+        (difference[0] * difference[1] + difference[1] * difference[2]) / 2
+    )
+
+
+def test_edges_of_generated_populations():
+    one, same, real = np.ones((1, 2)), np.ones((12, 2)), np.random.default_rng(0).normal(size=(20, 2))
+    for function in (generation.mmd_rbf_unbiased, generation.mmd_rbf_median, generation.mmd_linear):
+        assert np.isnan(function(one, real))
+    assert np.isnan(generation.mmd_rbf_median(real, same))  # no distance to measure by
+    assert generation.mmd_rbf(real, real) == 0 and generation.wasserstein2(real, real[::-1]) == 0
+    assert generation.knn_recall(same, real) == 0  # a collapsed prediction covers nothing
+    assert generation.knn_precision(one, real) in (0, 1) and generation.wasserstein2(one, real) > 0
+
+
+def test_median_distance_of_many(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(300, 4))
+    every = generation._median_distance(x)
+    monkeypatch.setattr(generation, "MANY", 150)
+    some = generation._median_distance(x)
+    assert some != every and some == pytest.approx(every, rel=0.05)
+
+
+def test_unbiased_kernel_distance_has_mean_zero():
+    rng = np.random.default_rng(0)
+    found = np.array([generation.mmd_rbf_median(rng.normal(size=(9, 3)), rng.normal(size=(14, 3))) for _ in range(300)])
+    assert abs(found.mean()) < 3 * found.std() / np.sqrt(300)
+
+
+def test_scaled_components_have_unit_variance():
+    pair = Pair(PRED, REAL, DESIGN, n_pcs=5)
+    centre, axes = distribution.axes_of_all(pair)
+    projected = (REAL[:, pair.genes].X.toarray().astype(float) - centre) @ axes
+    for side in ("pred", "real"):
+        ratio = pair.see("pca", side, "t1|A") / pair.see("pca_scaled", side, "t1|A")
+        np.testing.assert_allclose(ratio, np.tile(projected.std(axis=0), (len(ratio), 1)), rtol=1e-6)
+
+
+# corrected variants
+
+
+def test_linear_logfc_undoes_the_logarithm_first():
+    pair = Pair(PRED, REAL, DESIGN)
+    genes = REAL.var_names.get_indexer(pair.genes)
+    x, c = (np.expm1(select(a, label)).mean(0)[genes] for a, label in ((PRED, "B"), (REAL, "control")))
+    found = pair.see("logfc_linear", "pred", "t1|B")
+    np.testing.assert_allclose(found, np.log2(x + 0.1) - np.log2(c + 0.1), atol=1e-5)
+    below = edited(PRED, set_value(-3.0))
+    assert np.isfinite(values(evaluate(below, REAL, DESIGN, "cosine_logfc_linear"))).all(axis=None)
+
+
+def test_variance_floor_keeps_deterministic_predictions():
+    still = dense(PRED)
+    for label in LABELS[1:]:
+        for kind in ("t1", "t2"):
+            rows = ((still.obs["gene"] == label) & (still.obs["kind"] == kind)).to_numpy()
+            still.X[rows] = still.X[rows].mean(axis=0)
+    table = values(evaluate(still, REAL, DESIGN, ["deg_recall_floor", "deg_recall"]))
+    moving = values(evaluate(PRED, REAL, DESIGN, ["deg_recall_floor"]))
+    np.testing.assert_allclose(table["deg_recall_floor"], moving["deg_recall_floor"], atol=0.1)
+    pair = Pair(still, REAL, DESIGN)
+    x, v, n = pair.moments("pred", "t1|A")
+    c, w, _ = pair.control_moments("pred", "t1")
+    expressed = w > 0
+    expected = (x - c)[expressed] / np.sqrt(np.maximum(v, w) / n + w / n)[expressed]
+    np.testing.assert_allclose(pair.see("scores_floor", "pred", "t1|A")[expressed], expected, rtol=1e-5)
+    one = still[~still.obs.duplicated(["gene", "kind"])]
+    assert (values(evaluate(one, REAL, DESIGN, ["deg_recall_floor"])) > 0.7).all(axis=None)
+
+
+def test_coefficient_of_variation():
+    x = np.array([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0]])
+    found = mean.coefficient_of_variation(x.mean(0), x.var(0, ddof=1), 2)
+    np.testing.assert_allclose(found, [0.5, 0, 0])
+    np.testing.assert_array_equal(mean.coefficient_of_variation(x[0], np.full(3, np.nan), 1), 0)
+
+
+def test_r2_with_the_real_data_as_truth():
+    x, y = np.random.default_rng(0).normal(size=(2, 30))
+    assert mean.r2_ref(x, y) == pytest.approx(sklearn_r2(y, x)) != pytest.approx(mean.r2_score(x, y))
+
+
+def test_scaled_by_the_real_cells(reference):
+    pair = Pair(PRED, REAL, DESIGN)
+    np.testing.assert_allclose(pair.see("scaled_ref", "real", "t1|A"), pair.see("scaled", "real", "t1|A"))
+    group = np.concatenate([select(REAL, label) for label in LABELS])
+    z = (select(PRED, "A") - group.mean(0)) / group.std(0, ddof=1)
+    genes = PRED.var_names.get_indexer(pair.genes)
+    np.testing.assert_allclose(pair.see("scaled_ref", "pred", "t1|A"), np.clip(z, -10, 10).mean(0)[genes], atol=1e-6)
+
+
+def test_components_of_cells_that_are_not_scored():
+    pair = Pair(PRED, REAL, DESIGN, n_pcs=5)
+    n_scored = sum(len(pair.scored_half(name)) for name in pair.conditions.index)
+    assert pair.unscored_matrix().shape[0] == REAL.n_obs - n_scored
+    for name in pair.conditions.index:
+        half = pair.scored_half(name)
+        assert len(half) == (pair.n_cells("real", name) + 1) // 2 == len(pair.see("pca_disjoint", "real", name))
+        assert len(pair.see("pca_disjoint", "pred", name)) == pair.n_cells("pred", name)
+    # cells that are scored do not bend the axes: new values in them leave the projection of the others as it is
+    changed = dense(REAL)
+    first = np.flatnonzero((REAL.obs["gene"] == "A") & (REAL.obs["kind"] == "t1"))
+    axes = distribution.principal_axes(pair.unscored_matrix(), 5)
+    changed.X[first[pair.scored_half("t1|A")]] += 1.0
+    other = Pair(PRED, changed, DESIGN, n_pcs=5)
+    other.scored_half = pair.scored_half  # the halves depend on the values
+    np.testing.assert_allclose(distribution.principal_axes(other.unscored_matrix(), 5)[0], axes[0], atol=1e-6)
+
+
+def test_seeded_order_is_that_of_the_cells():
+    pair = Pair(PRED, REAL, DESIGN)
+    turned = Pair(PRED[::-1], REAL, DESIGN)
+    orders = [one.cells("pred", "t1|A")[one.seeded_order("pred", "t1|A")] for one in (pair, turned)]
+    np.testing.assert_array_equal(*orders)
+    assert (np.diff(pair.seeded_order("pred", "t1|A")) != 1).any()
+
+
+# large matrices of distances
+
+
+def test_a_rough_look_changes_no_rank(monkeypatch):
+    rng = np.random.default_rng(0)
+    shifts = [rng.normal(size=600) * (rng.random(600) < 0.1) for _ in range(7)]
+    sides = [[rng.gamma(1, 1, (20 + i, 600)) + shift for i, shift in enumerate(shifts)] for _ in range(2)]
+    sides[0].append(sides[0][-1] + 1e-4 * rng.normal(size=sides[0][-1].shape))  # hardly told apart
+    sides[1].append(rng.gamma(1, 1, (20, 600)))
+    exact = distribution._half_energy_matrix(*sides)
+    seen = []
+    settled = distribution._settled
+    monkeypatch.setattr(distribution, "_settled", lambda *args: seen.append(settled(*args)) or seen[-1].copy())
+    monkeypatch.setattr(distribution, "SCREENED", 0)
+    rough = distribution._half_energy_matrix(*sides)
+    np.testing.assert_array_equal(rank.ranks(rough, "lower"), rank.ranks(exact, "lower"))
+    np.testing.assert_allclose(np.diagonal(rough), np.diagonal(exact), atol=1e-6)
+    assert 0 < np.isnan(seen[0]).sum() < 40 and np.abs(rough - exact).max() < 0.1
+    monkeypatch.setattr(distribution, "CACHED_CELLS", 1)
+    monkeypatch.setattr(distribution, "PAIRS", 300)
+    np.testing.assert_allclose(distribution._half_energy_matrix(*sides), rough, atol=1e-4)
+
+
+def test_equal_predictions_after_a_rough_look(monkeypatch):
+    monkeypatch.setattr(distribution, "SCREENED", 0)
+    rng = np.random.default_rng(0)
+    pred, reals = rng.random((15, 600)), [rng.random((12, 600)) + i / 9 for i in range(4)]
+    np.testing.assert_allclose(rank.ranks(distribution._half_energy_matrix([pred] * 4, reals), "lower"), 0.5)
+
+
+# files from anyone
+
+
+def as_counts(adata):
+    return anndata.AnnData(adata.X.expm1().rint(), obs=adata.obs, var=adata.var)
+
+
+def normalised(counts):
+    depth = np.asarray(counts.X.sum(axis=1)).ravel()
+    return anndata.AnnData(np.log1p(counts.X.toarray() / (depth / np.median(depth))[:, None]), counts.obs, counts.var)
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, lambda x: x.toarray()])
+def test_counts_on_both_sides(form):
+    sides = [as_counts(a) for a in (PRED, REAL)]
+    expected = values(evaluate(*map(normalised, sides), DESIGN, ["rmse_mean", "deg_recall", "mae"]))
+    counts = [anndata.AnnData(form(a.X).astype(np.int64), obs=a.obs, var=a.var) for a in sides]
+    for scale in ("counts", "auto"):
+        found = values(evaluate(*counts, DESIGN, ["rmse_mean", "deg_recall", "mae"], scale=scale))
+        pd.testing.assert_frame_equal(found, expected, atol=1e-6)
+    floor = [
+        noise_floor(a, DESIGN, "mae", scale=s) for a, s in ((counts[1], "counts"), (normalised(sides[1]), "log1p"))
+    ]
+    np.testing.assert_allclose(*(table["value"] for table in floor), atol=1e-6)
+
+
+def test_an_empty_cell_stays_empty():
+    counts = as_counts(PRED)
+    counts.X = sparse.diags_array((np.arange(counts.n_obs) != 3).astype(np.float32)) @ counts.X
+    found = values(evaluate(counts, as_counts(REAL), DESIGN, "mae", scale="counts"))
+    assert np.isfinite(found).all(axis=None)
+
+
+def test_messages_about_scale():
+    counts = as_counts(PRED)
+    with pytest.raises(ValueError, match="real seems to hold log1p and pred seems to hold counts"):
+        evaluate(counts, REAL, DESIGN, "mae", scale="auto")
+    with pytest.raises(ValueError, match="real: X does not hold counts.*some with a fraction"):
+        evaluate(counts, REAL, DESIGN, "mae", scale="counts")
+    with pytest.raises(ValueError, match="pred: X looks like raw counts.*scale='counts'"):
+        evaluate(counts, REAL, DESIGN, "mae")
+    with pytest.raises(ValueError, match="'logp'"):
+        evaluate(PRED, REAL, DESIGN, "mae", scale="logp")
+    auto = values(evaluate(PRED, REAL, DESIGN, "mae", scale="auto"))
+    pd.testing.assert_frame_equal(auto, values(evaluate(PRED, REAL, DESIGN, "mae")))
+
+
+def elsewhere(adata, place):
+    """The expression in a layer or in obsm, something else in X."""
+    other = anndata.AnnData(sparse.csr_matrix(adata.shape, dtype=np.float32), obs=adata.obs, var=adata.var.copy())
+    if place == "layer":
+        other.layers["expr"] = adata.X
+    elif place == "frame":
+        other.obsm["expr"] = pd.DataFrame(adata.X.toarray(), index=adata.obs_names, columns=adata.var_names)
+    elif place == "array":
+        other.obsm["expr"] = adata.X.toarray()
+    else:
+        more = anndata.AnnData(np.zeros((adata.n_obs, 3), np.float32), obs=adata.obs)
+        more.var_names = ["x", "y", "z"]
+        other = anndata.concat([other, more], axis=1, merge="first")[:, ::-1].copy()
+        other.var["highly_variable"] = ~other.var_names.isin(["x", "y", "z"])
+        other.obsm["expr"] = adata[:, other.var_names[other.var["highly_variable"]]].X.toarray()
+    return other
+
+
+@pytest.mark.parametrize("place", ["layer", "frame", "array", "highly variable"])
+def test_expression_elsewhere(place, tmp_path, reference):
+    names = ["rmse_mean", "mmd_pca", "deg_recall"]
+    pred, real = elsewhere(PRED, place), elsewhere(REAL, place)
+    both = values(evaluate(pred, real, DESIGN, names, layer="expr", n_pcs=10))
+    pd.testing.assert_frame_equal(both, reference[sorted(names)], rtol=1e-5, atol=1e-5)
+    written(real, tmp_path)
+    one = evaluate(PRED, tmp_path / "real.h5ad", DESIGN, names, layer={"real": "expr"}, n_pcs=10)
+    pd.testing.assert_frame_equal(values(one), both, atol=1e-6)
+    floor = noise_floor(real, DESIGN, "rmse_mean", layer="expr", seed=1)
+    np.testing.assert_allclose(floor["value"], noise_floor(REAL, DESIGN, "rmse_mean", seed=1)["value"], atol=1e-6)
+
+
+def test_messages_about_layers():
+    with pytest.raises(ValueError, match="pred: there is no layer and no obsm 'expr'; found layers none, obsm none"):
+        evaluate(PRED, REAL, DESIGN, "mae", layer={"pred": "expr"})
+    with pytest.raises(ValueError, match="keys 'pred' and 'real'; found truth"):
+        evaluate(PRED, REAL, DESIGN, "mae", layer={"truth": "expr"})
+    short = elsewhere(PRED, "array")
+    short.obsm["expr"] = short.obsm["expr"][:, :9]
+    with pytest.raises(ValueError, match=f"9 columns without gene names, var_names has {N_GENES}"):
+        evaluate(short, REAL, DESIGN, "mae", layer={"pred": "expr"})
+    bare = anndata.AnnData(obs=PRED.obs, obsm={"X_hvg": PRED.X.toarray()})
+    with pytest.raises(ValueError, match="pred: expected cells and genes.*stands in X_hvg, name it with layer="):
+        evaluate(bare, REAL, DESIGN, "mae")
+
+
+def test_a_file_without_gene_names(caplog, reference):
+    nameless = [anndata.AnnData(a.X, obs=a.obs) for a in (PRED, REAL)]
+    with pytest.raises(ValueError, match="pred: no gene names.*adata.var_names"):
+        evaluate(nameless[0], REAL, DESIGN, "mae")
+    with pytest.raises(ValueError, match="real: no gene names"):
+        evaluate(PRED, nameless[1], DESIGN, "mae")
+    with caplog.at_level(logging.WARNING):
+        found = values(evaluate(*nameless, DESIGN, "mae"))
+    assert "neither file has gene names" in caplog.text
+    pd.testing.assert_frame_equal(found, reference[["mae"]], atol=1e-6)
+
+
+def test_real_files_may_have_fewer_genes_than_the_prediction(reference):
+    fewer = REAL[:, 5:].copy()
+    found = evaluate(PRED, fewer, DESIGN, "mae")
+    pd.testing.assert_frame_equal(values(found), values(evaluate(PRED[:, 5:], fewer, DESIGN, "mae")))
+
+
+def test_genes_that_no_cell_expresses():
+    """They change no mean over genes but its denominator, and no metric becomes undefined."""
+    silent = anndata.AnnData(np.zeros((REAL.n_obs, 4), np.float32), obs=REAL.obs)
+    silent.var_names = [f"S{i}" for i in range(4)]
+    sides = [anndata.concat([a, silent], axis=1, merge="first") for a in (PRED, REAL)]
+    table, plain = (values(evaluate(*pair, DESIGN, ALL, n_pcs=10)) for pair in (sides, (PRED, REAL)))
+    assert table.isna().sum().sum() == plain.isna().sum().sum()
+    np.testing.assert_allclose(table["mse"] * (N_GENES + 4), plain["mse"] * N_GENES, rtol=1e-6)
+    same = ["cosine_logfc", "cosine_logfc_linear", "mmd_gex", "mmd_pca", "deg_recall", "pds_l1", "wasserstein2"]
+    pd.testing.assert_frame_equal(table[same], plain[same], atol=1e-6)
+
+
+def test_predictions_without_variance_or_with_one_cell():
+    still = dense(PRED)
+    for label in LABELS[1:]:
+        rows = (still.obs["gene"] == label).to_numpy()
+        still.X[rows] = still.X[rows].mean(axis=0)
+    table = values(evaluate(still, REAL, DESIGN, ALL, n_pcs=10))
+    undefined = set(table.columns[table.isna().any()])
+    assert undefined == set()
+    assert (table["knn_recall"] == 0).all() and (table["mmd_rbf"] > 0.1).all()
+    one = still[~still.obs.duplicated(["gene", "kind"])]
+    single = values(evaluate(one, REAL, DESIGN, ALL, n_pcs=10))
+    needs_two = {
+        "energy_distance",
+        "mmd_pca_disjoint",
+        "mmd_rbf_unbiased",
+        "mmd_rbf_median",
+        "mmd_linear",
+        "knn_recall",
+    }
+    assert needs_two <= set(single.columns[single.isna().any()]) <= needs_two | {"de_spearman_lfc", "de_spearman_size"}
+    lonely = REAL[~REAL.obs.duplicated(["gene", "kind"]) | (REAL.obs["gene"] == "control")]
+    alone = evaluate(PRED, lonely, DESIGN, ALL, n_pcs=10)
+    assert (alone["n_real"] == 1).all() and values(alone)[["rmse_mean", "mmd_gex", "wasserstein2"]].notna().all(
+        axis=None
+    )
+
+
+# halves and summaries
+
+
+def test_ceiling():
+    names = ["pearson_delta", "de_recall", "mae"]
+    table = ceiling(REAL, DESIGN, names, seed=3)
+    halves = Pair.equal_halves(REAL, DESIGN, seed=3)
+    r = values(score(halves, names)).mean()
+    np.testing.assert_allclose(table.loc[names[:2], "ceiling"], (2 * r / (1 + r))[names[:2]])
+    assert np.isnan(table.loc["mae", "ceiling"]) and table.loc["mae", "mean"] == pytest.approx(r["mae"])
+    assert not table.equals(ceiling(REAL, DESIGN, names, seed=4))
+    sizes = {name: halves.n_cells("pred", name) for name in halves.conditions.index}
+    assert sizes == {name: halves.n_cells("real", name) for name in sizes}
+    assert sizes["t1|A"] == 12 and sizes["t1|C"] == 14
+    assert [halves.control_moments(side, "t1")[2] for side in ("pred", "real")] == [12, 12]
+    assert (halves.control_moments("pred", "t1")[0] != halves.control_moments("real", "t1")[0]).any()
+
+
+def test_ceiling_messages(caplog):
+    one = REAL.obs.duplicated(["gene", "kind"])
+    with pytest.raises(ValueError, match=r"controls of t1.*fewer than two"):
+        ceiling(REAL[(REAL.obs["gene"] != "control") | ~one], DESIGN, "mae")
+    with pytest.raises(ValueError, match="no condition has two or more cells"):
+        ceiling(REAL[~one | (REAL.obs["gene"] == "control")], DESIGN, "mae")
+    lonely = (REAL.obs["gene"] == "A") & (REAL.obs["kind"] == "t1") & one
+    with caplog.at_level(logging.WARNING):
+        assert ceiling(REAL[~lonely], DESIGN, "mae").loc["mae", "n_scored"] == 7
+    assert "t1|A" in caplog.text
+
+
+def test_summary_in_which_nan_spoils_the_mean():
+    rows = [("A", "mae", 1.0), ("B", "mae", np.nan), ("A", "de_recall", np.nan), ("B", "de_recall", 0.5)]
+    rows += [("A", "de_spearman_lfc", np.nan), ("B", "de_spearman_lfc", 0.25)]
+    scores = pd.DataFrame(rows, columns=["condition", "metric", "value"])
+    assert summarize(scores)["mean"].to_dict() == {"mae": 1.0, "de_recall": 0.5, "de_spearman_lfc": 0.25}
+    strict = summarize(scores, compat=True)
+    assert np.isnan(strict.loc["mae", "mean"]) and strict.loc["mae", "n_nan"] == 1
+    assert strict.loc["de_recall", "mean"] == 0.5  # A has no real DE gene: no value, not NaN
+    assert strict.loc["de_spearman_lfc", "mean"] == 0.25
+    swapped = scores.replace({"condition": {"A": "B", "B": "A"}}).iloc[[2, 3]]
+    mixed = pd.concat([swapped, scores.iloc[[4, 5]]])
+    assert np.isnan(summarize(mixed, compat=True).loc["de_spearman_lfc", "mean"])  # A has DE genes, and no correlation

@@ -146,8 +146,9 @@ class Cells:
                     f"{self.name}: {self.where} holds {bad} NaN or infinite values (cells from row {start}); "
                     "remove or repair"
                 )
-            self.largest = max(self.largest, float(values.max(initial=-np.inf)))
-            self.smallest = min(self.smallest, float(values.min(initial=0)))
+            if values.size:
+                self.largest = max(self.largest, float(values.max()))
+                self.smallest = min(self.smallest, float(values.min()))
             self.whole = self.whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
             self.depths[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
 

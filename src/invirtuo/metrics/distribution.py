@@ -344,7 +344,7 @@ def _repaired(squares: torch.Tensor, x: Cloud, y: Cloud) -> torch.Tensor:
         wide = [Cloud(*(part.double() for part in side)) for side in (x, y)]
         norms = [side.cells.square().sum(dim=1) for side in wide]
         return torch.addmm(norms[0][:, None] + norms[1], wide[0].cells, wide[1].cells.T, alpha=-2)
-    for pairs in close.split(BLOCK // 8):
+    for pairs in close.split(1 + BLOCK // 8):
         i, j = pairs.T
         squares[i, j] = (x.cells[i] - y.cells[j]).square().sum(dim=1)
     return squares
