@@ -125,7 +125,8 @@ def metric(
         (pair, group) and returns one value for each condition of the group.
     pairwise
         Takes two sequences of P views, returns (P, P): predictions in rows, real data in columns. A faster way to what
-        the function gives for each pair.
+        the function gives for each pair; a value off the diagonal may be rough where it cannot change the rank of the
+        real condition.
     ranked
         Also register ``<name>_rank``: the place of a prediction among those of its group, see `invirtuo.metrics.rank`.
     """

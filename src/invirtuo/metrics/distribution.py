@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from scipy import linalg, sparse
-from scipy.sparse.linalg import aslinearoperator, svds
+from scipy.sparse.linalg import LinearOperator, svds
 
 from invirtuo.metrics.core import metric, view
 from invirtuo.metrics.mean import CELL_EVAL, PERTURBENCH, pearson
@@ -395,16 +397,31 @@ def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, n
 
 def _axes_of_many_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
     """By a truncated singular value decomposition; sparse cells are centred on the fly."""
-    cells = cells.astype(np.float64)
-    if sparse.issparse(cells):
-        ones = np.ones((cells.shape[0], 1))
-        cells = aslinearoperator(cells) - aslinearoperator(ones) * aslinearoperator(centre[None])
-    else:
-        cells -= centre
     start = np.random.default_rng(0).standard_normal(min(cells.shape))
-    _, values, axes = svds(cells, k=d, v0=start, return_singular_vectors="vh")
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        centred = _centred(cells.astype(np.float64), centre, pool)
+        _, values, axes = svds(centred, k=d, v0=start, return_singular_vectors="vh")
     order = np.argsort(values)[::-1]
     return np.square(values[order]), axes[order].T
+
+
+def _centred(cells, centre: np.ndarray, pool: ThreadPoolExecutor):
+    """Cells minus their mean: dense, or for sparse ones an operator that shares its products among threads."""
+    if not sparse.issparse(cells):
+        return cells - centre
+    bounds = np.linspace(0, cells.shape[0], torch.get_num_threads() + 1).astype(int)
+    rows = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    parts = [(cells[row], cells[row].T) for row in rows]
+
+    def product(v: np.ndarray) -> np.ndarray:
+        v = v.ravel()
+        return np.concatenate(list(pool.map(lambda part: part[0] @ v, parts))) - centre @ v
+
+    def transposed(u: np.ndarray) -> np.ndarray:
+        u = u.ravel()
+        return sum(pool.map(lambda part, row: part[1] @ u[row], parts, rows)) - centre * u.sum()
+
+    return LinearOperator(cells.shape, matvec=product, rmatvec=transposed, dtype=np.float64)
 
 
 def _without_self(x: Cloud) -> float:
