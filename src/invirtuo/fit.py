@@ -242,7 +242,7 @@ class _Training:
         self.optimizer = _optimizer(model, config)
         self.bf16 = use_bf16(config)
         self.data_hash = _data_hash(dataset)
-        self.loss_of = torch.compile(model.loss) if config.compile else model.loss
+        self.losses_of = torch.compile(model.update) if config.compile else model.update
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.best, self.waited, self.stopped = math.inf, 0, False
@@ -261,7 +261,7 @@ class _Training:
             group["lr"] = learning_rate(self.config, self.step)
         number = self.step * self.config.accumulate + batch_index % self.config.accumulate
         torch.manual_seed(_seed(self.config.seed, number, rank))
-        self._losses = self.loss_of(batch)
+        self._losses = self.losses_of(batch, self.step)
         total = float(self._losses["total"].detach())
         if not math.isfinite(total):
             raise FloatingPointError(

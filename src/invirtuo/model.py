@@ -98,9 +98,9 @@ class Model(nn.Module):
     PRESETS: ClassVar[Mapping[str, Preset]] = {}
     SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
-    sampler: ClassVar[str] = "cells"  # which sampler of invirtuo.samplers forms training batches
-    needs_source: ClassVar[bool] = False  # whether sampling starts from control cells
     takes_features: ClassVar[bool] = False  # whether features of the Design let it predict unseen perturbations
+    sampler: str = "cells"  # which sampler of invirtuo.samplers forms training batches; `build` may choose
+    needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
 
     history: pd.DataFrame
 
@@ -132,6 +132,14 @@ class Model(nn.Module):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of a batch, among them "total", which is minimised."""
         raise NotImplementedError
+
+    def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Losses of an optimiser step (counted from 0), among them "total".
+
+        Models with two objectives override it. Parameters that get no gradient in a step keep their values and the
+        state of their optimiser.
+        """
+        return self.loss(batch)
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Draw one cell (n, g) for each condition of the batch; `batch.source` holds control cells if needed."""
@@ -430,7 +438,7 @@ class Model(nn.Module):
         encoded = self.design.encode(conditions)  # names unknown labels and missing columns
         unseen = [p for i, p in enumerate(self.design.perturbations) if p not in self.card["perturbations"]
                   and bool((encoded.perturbation[:, i] != 0).any())]  # fmt: skip
-        if unseen and not (self.takes_features and self.design.features):
+        if unseen and not self._takes_unseen():
             raise ValueError(
                 f"perturbation(s) {some(unseen)} do not occur in the training cells of this model; "
                 f"trained: {some(self.card['perturbations'])}. Only models that take perturbation features "
@@ -443,6 +451,10 @@ class Model(nn.Module):
                     f"covariate {name!r}: {some(strange)} do not occur in the training cells; trained: {some(levels)}"
                 )
         return self.design.tidy(conditions).drop_duplicates().reset_index(drop=True)
+
+    def _takes_unseen(self) -> bool:
+        """Whether perturbations that are not among the training cells can be predicted."""
+        return self.takes_features and bool(self.design.features)
 
     def _pool(self, controls: AnnData | None) -> dict[str, sparse.csr_matrix]:
         if controls is None:

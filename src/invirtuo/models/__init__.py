@@ -6,17 +6,31 @@ import json
 from pathlib import Path
 
 from invirtuo.model import Model
+from invirtuo.models.decoder_only import DecoderOnly
+from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean
 from invirtuo.models.primeflow import PRiMeFlow
 
-__all__ = ["MODELS", "ContextMean", "LinearAdditive", "NoChange", "PRiMeFlow", "PerturbationMean", "load"]
+__all__ = [
+    "MODELS",
+    "ContextMean",
+    "DecoderOnly",
+    "LatentAdditive",
+    "LinearAdditive",
+    "NoChange",
+    "PRiMeFlow",
+    "PerturbationMean",
+    "load",
+]
 
 MODELS: dict[str, type[Model]] = {
     model.name: model
     for model in (
         PRiMeFlow,
+        LatentAdditive,
         LinearAdditive,
+        DecoderOnly,
         PerturbationMean,
         ContextMean,
         NoChange,

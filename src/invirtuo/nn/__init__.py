@@ -1,9 +1,9 @@
 """Layers used by two models, or too long for one."""
 
 from invirtuo.nn.anchor import PseudobulkAnchor
-from invirtuo.nn.embed import ConditionEncoder, sinusoids
+from invirtuo.nn.embed import ConditionEncoder, one_hots, sinusoids
 from invirtuo.nn.genewise import GenewiseVelocity
-from invirtuo.nn.mlp import MLP, ModulatedBlock
+from invirtuo.nn.mlp import MLP, ModulatedBlock, NormMLP
 from invirtuo.nn.unet1d import UNet1d
 
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "ConditionEncoder",
     "GenewiseVelocity",
     "ModulatedBlock",
+    "NormMLP",
     "PseudobulkAnchor",
     "UNet1d",
+    "one_hots",
     "sinusoids",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from invirtuo.batch import Condition
 from invirtuo.nn.mlp import MLP
 
-__all__ = ["ConditionEncoder", "sinusoids"]
+__all__ = ["ConditionEncoder", "one_hots", "sinusoids"]
 
 
 def sinusoids(x: Tensor, width: int, scale: float = 1.0, period: float = 10_000.0) -> Tensor:
@@ -38,6 +39,12 @@ def sinusoids(x: Tensor, width: int, scale: float = 1.0, period: float = 10_000.
     frequency = torch.exp(torch.arange(half, device=x.device, dtype=torch.float32) * (-math.log(period) / half))
     angle = x.float()[..., None] * (frequency * scale)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def one_hots(condition: Condition, levels: Iterable[int]) -> list[Tensor]:
+    """One (n, k) block for each covariate of n conditions; `levels` are the k, in order."""
+    pairs = zip(levels, condition.covariates.values(), strict=True)
+    return [F.one_hot(codes, k).to(condition.code.dtype) for k, codes in pairs]
 
 
 class ConditionEncoder(nn.Module):
@@ -86,8 +93,7 @@ class ConditionEncoder(nn.Module):
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
         """Encode n conditions; rows where `is_null` (n,) is True become the null condition. Gives (n, width)."""
         parts = [condition.code]
-        for n_levels, codes in zip(self.levels, condition.covariates.values(), strict=True):
-            parts.append(F.one_hot(codes, n_levels).to(condition.code.dtype) * self.covariate_scale)
+        parts += [block * self.covariate_scale for block in one_hots(condition, self.levels)]
         parts += [value[:, None] for value in condition.continuous.values()]
         encoded = self.mlp(torch.cat(parts, dim=1))
         if is_null is None:

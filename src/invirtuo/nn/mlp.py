@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MLP", "ModulatedBlock"]
+__all__ = ["MLP", "ModulatedBlock", "NormMLP"]
 
 
 class MLP(nn.Sequential):
@@ -30,6 +30,34 @@ class MLP(nn.Sequential):
         if n_out is not None:
             layers.append(nn.Linear(width if n_layers else n_in, n_out))
         super().__init__(*layers)
+
+
+class NormMLP(nn.Sequential):
+    """Linear, `n_layers` times [Linear, LayerNorm without affine, ReLU, dropout], Linear: the MLP of PerturBench.
+
+    There is no activation after the first Linear, so that it and the next one are together one linear map.
+
+    Parameters
+    ----------
+    n_in, width, n_out
+        Widths of input, hidden layers and output.
+    n_layers
+        Number of hidden blocks.
+    dropout
+        Dropout after every activation.
+
+    References
+    ----------
+    Wu et al. 2024, arXiv:2408.10609.
+    """
+
+    def __init__(self, n_in: int, width: int, n_out: int, n_layers: int, dropout: float = 0.0):
+        layers: list[nn.Module] = [nn.Linear(n_in, width)]
+        for _ in range(n_layers):
+            layers += [nn.Linear(width, width), nn.LayerNorm(width, elementwise_affine=False), nn.ReLU()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        super().__init__(*layers, nn.Linear(width, n_out))
 
 
 class ModulatedBlock(nn.Module):

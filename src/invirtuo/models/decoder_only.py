@@ -1,0 +1,86 @@
+"""Decoder-only model of PerturBench: a condition is all that it sees, so that all cells of a condition are equal.
+
+Paper: PerturBench (Wu et al. 2024, arXiv:2408.10609). prediction = softplus(MLP([perturbation, covariates])), fitted by
+squared error on perturbed cells: it learns the mean of every condition. Control cells are not an input.
+
+Differs: control cells are training cells too, as the condition without perturbation (`learn_controls`; off in the
+presets of the paper). Otherwise covariates of which no perturbed cell was seen have untrained weights.
+Differs: constant or cosine learning rate in place of one lowered on plateaus; epochs are steps here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.fit import FitConfig
+from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.nn import NormMLP, one_hots
+
+__all__ = ["Config", "DecoderOnly"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Width and depth, and what enters."""
+
+    width: int = 256  # hidden width
+    n_layers: int = 1  # hidden blocks; 0 makes the effect of a perturbation the same everywhere, before the softplus
+    use_covariates: bool = True  # covariate one-hots beside the perturbation
+    softplus: bool = True  # keep predictions positive
+    learn_controls: bool = True  # control cells are training cells too; off in the paper
+
+
+_FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
+_BEST = "PerturBench, best of 60 trials"
+
+
+class DecoderOnly(Model):
+    """softplus(MLP([perturbation, covariates])).
+
+    References
+    ----------
+    PerturBench, arXiv:2408.10609, section 3.2.
+    """
+
+    name = "decoder_only"
+    Config = Config
+    PRESETS = {
+        "default": Preset(Config(), FitConfig(steps=600, batch_size=512, ema=0.99), "ours"),
+        "norman19": Preset(
+            Config(3328, 3, use_covariates=False, softplus=False, learn_controls=False),
+            replace(_FIT, steps=8000, val_every=16, lr=1.375e-4, weight_decay=4.417e-5), _BEST),
+        "srivatsan20": Preset(
+            Config(4352, 5, learn_controls=False),
+            replace(_FIT, steps=15_500, val_every=31, lr=6.798e-5, weight_decay=7.602e-6), _BEST),
+        "jiang24": Preset(
+            Config(5376, 3, learn_controls=False),
+            replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=9.426e-5, weight_decay=8.514e-8), _BEST),
+    }  # fmt: skip
+    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_layers": (0, 3), "fit.weight_decay": (1e-9, 1e-3)}
+    takes_features = True
+
+    def build(self) -> None:
+        """One MLP from condition to genes."""
+        config = self.config
+        self.sampler = "cells" if config.learn_controls else "pairs"
+        self.levels = [len(levels) for levels in self.design.covariates.values()]
+        n_in = self.design.code_width + sum(self.levels) * config.use_covariates
+        self.decode = NormMLP(n_in, config.width, len(self.genes), config.n_layers)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean squared error over cells and genes."""
+        return {"total": F.mse_loss(self._forward(batch.condition), batch.target)}
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """The mean of the condition, for every cell, (n, g)."""
+        return self._forward(batch.condition)
+
+    def _forward(self, condition: Condition) -> Tensor:
+        blocks = one_hots(condition, self.levels) if self.config.use_covariates else []
+        x = self.decode(torch.cat([condition.code, *blocks], dim=1))
+        return F.softplus(x) if self.config.softplus else x
