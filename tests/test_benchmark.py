@@ -196,8 +196,15 @@ def test_entry_from_a_file_is_the_entry(entries, tmp_path):
     again = as_entry(str(path))
     assert again.describe() == entries[0].describe()
     assert again.settings() == entries[0].settings()
+    path.write_text(json.dumps([entry.describe() for entry in entries]))
+    assert [entry.label for entry in chosen_entries(path, baselines=False)] == ["flow", "none", "noise_floor"]
+    with pytest.raises(ValueError, match="holds 2 entries; expected one"):
+        as_entry(path)
+    path.write_text('{"model": "primeflow", "config": {"colour": 1}}')
+    with pytest.raises(ValueError, match="entry 'best': unknown field"):
+        as_entry(path)
     path.write_text('{"model": "primeflow", "colour": 1}')
-    with pytest.raises(ValueError, match="not the JSON of an entry"):
+    with pytest.raises(ValueError, match="not the JSON of entries"):
         as_entry(path)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.model import Model
 
-__all__ = ["BASELINES", "FLOOR", "Entry", "as_entry"]
+__all__ = ["BASELINES", "FLOOR", "Entry", "as_entries", "as_entry"]
 
 FLOOR = "noise_floor"
 
@@ -80,8 +80,8 @@ BASELINES = (
 )
 
 
-def as_entry(spec: Entry | str | Path) -> Entry:
-    """An Entry from itself, from ``model``, ``model:preset``, or from a JSON file with the fields of an Entry.
+def as_entries(spec: Entry | str | Path) -> list[Entry]:
+    """Entries from an Entry, from ``model``, ``model:preset``, or from a JSON file with one entry or a list of them.
 
     Raises
     ------
@@ -89,29 +89,40 @@ def as_entry(spec: Entry | str | Path) -> Entry:
         If the model, its preset, or a field is unknown.
     """
     if isinstance(spec, Entry):
-        entry = spec
+        entries = [spec]
     elif Path(spec).suffix == ".json":
-        entry = _read(Path(spec))
+        entries = _read(Path(spec))
     else:
         model, _, preset = str(spec).partition(":")
-        entry = Entry(str(spec), model, preset or None)
-    if entry.model != FLOOR and entry.model not in MODELS:
-        raise ValueError(f"unknown model {entry.model!r}; known: {', '.join(MODELS)}")
-    if isinstance(entry.config, str) and entry.config not in MODELS[entry.model].PRESETS:
-        known = ", ".join(MODELS[entry.model].PRESETS) or "none"
-        raise ValueError(f"{entry.model} has no preset {entry.config!r}; known: {known}")
-    return entry
+        entries = [Entry(str(spec), model, preset or None)]
+    for entry in entries:
+        if entry.model not in MODELS:
+            raise ValueError(f"unknown model {entry.model!r}; known: {', '.join(MODELS)}")
+        try:
+            entry.settings()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"entry {entry.label!r}: {error}") from error
+    return entries
+
+
+def as_entry(spec: Entry | str | Path) -> Entry:
+    """The one entry that :func:`as_entries` gives."""
+    entries = as_entries(spec)
+    if len(entries) != 1:
+        raise ValueError(f"{spec} holds {len(entries)} entries; expected one")
+    return entries[0]
 
 
 def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
 
 
-def _read(path: Path) -> Entry:
+def _read(path: Path) -> list[Entry]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a JSON file with label, model, config, fit, predict")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return replace(Entry(path.stem, facts["model"]), **facts)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = found if isinstance(found, list) else [found]
+        return [replace(Entry(path.stem, facts["model"]), **facts) for facts in rows]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the JSON of an entry (label, model, config, fit, predict): {error}") from error
+        raise ValueError(f"{path} is not the JSON of entries (label, model, config, fit, predict): {error}") from error

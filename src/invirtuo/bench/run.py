@@ -15,7 +15,7 @@ import pandas as pd
 
 from invirtuo.bench.cell import LABELS, Cell, Record, failed, scores_of
 from invirtuo.bench.engine import ENGINES
-from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entry
+from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
@@ -62,8 +62,8 @@ def benchmark(
     tasks
         Names in ``bench.TASKS``, or :class:`Task` records.
     models
-        :class:`Entry` records, names in ``MODELS``, ``model:preset``, or JSON files of entries (what `tune` writes).
-        None: every model with its default setting.
+        :class:`Entry` records, names in ``MODELS``, ``model:preset``, or JSON files of one entry (what `tune` writes) or
+        of a list of them. None: every model with its default setting.
     seeds
         Number of seeds (0, 1, ...), or the seeds.
     out
@@ -147,7 +147,7 @@ def one_task(task: Task | str) -> Task:
 def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool) -> list[Entry]:
     """Entries as asked for, the simple baselines that are missing, and the noise floor."""
     given = [models] if isinstance(models, Entry | str | Path) else MODELS if models is None else models
-    chosen = [as_entry(spec) for spec in given]
+    chosen = [entry for spec in given for entry in as_entries(spec)]
     if baselines:
         labels = {entry.label for entry in chosen}
         chosen += [entry for entry in BASELINES if entry.label not in labels]
