@@ -30,6 +30,7 @@ DROPOUT = iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, c
                                      dropout=0.3, loss_genes=7, prob_unconditional=0.3)  # fmt: skip
 UNET = iv.models.PRiMeFlow.Config(velocity="unet", precondition=False, anchor=False, hidden_dim=32, channel_mult=(1, 1),
                                   num_res_blocks=1, num_heads=2, attention_resolutions=(), dropout=0.3)  # fmt: skip
+CPA = iv.models.CPA.Config(width=16, n_latent=4, adversary_steps=3, warmup_steps=5, adversary_width=8)
 
 
 @dataclass(frozen=True)
@@ -401,11 +402,12 @@ HARD = replace(CONFIG, steps=17, accumulate=2, warmup=6, ema=0.9, val_every=4, k
 
 
 def make(kind: str, plan, genes) -> Model:
-    config = {"genewise": DROPOUT, "unet": UNET}.get(kind)
-    return (iv.models.PRiMeFlow if config else iv.models.LinearAdditive)(plan, genes, config)
+    if kind in iv.models.MODELS:
+        return iv.models.MODELS[kind](plan, genes, CPA if kind == "cpa" else None)
+    return iv.models.PRiMeFlow(plan, genes, {"genewise": DROPOUT, "unet": UNET}[kind])
 
 
-@pytest.mark.parametrize("kind", ["genewise", "unet", "linear_additive"])
+@pytest.mark.parametrize("kind", ["genewise", "unet", "linear_additive", "cpa"])
 @pytest.mark.parametrize("fail_at", [3, 8, 16])
 def test_resume_equals_uninterrupted(cells, plan, split, tmp_path, kind, fail_at):
     whole = make(kind, plan, cells.var_names).fit(cells, split, config=HARD)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 import invirtuo as iv
 from invirtuo.fit import FitConfig
+from invirtuo.fit import _seed as seed_of_step
 from invirtuo.model import SampleConfig
 from invirtuo.nn import NormMLP
 
@@ -29,12 +32,12 @@ BASE = {
     "x": np.array([2.0, 2, 2, 2, 2, 2, 3, 1]),
     "y": np.array([1.5, 2.2, 2, 1.8, 2.5, 2, 1, 3]),
 }
-FIT = FitConfig(steps=400, batch_size=64, lr=0.01, warmup=0, ema=0.0, clip=0.0, precision="fp32", accelerator="cpu",
+FIT = FitConfig(steps=300, batch_size=64, lr=0.01, warmup=0, ema=0.0, clip=0.0, precision="fp32", accelerator="cpu",
                 progress=False, val_every=0)  # fmt: skip
 NO_SAMPLING = SampleConfig()
 
 
-def make(labels=("control", "A", "B", "C"), n: int = 40, noise: float = 0.1) -> AnnData:
+def make(labels=("control", "A", "B", "C"), n: int = 32, noise: float = 0.1) -> AnnData:
     """Cells whose expression is the base of the context, plus the effects of the perturbations, plus noise."""
     rng = np.random.default_rng(0)
     keys = [(context, label) for context in BASE for label in labels for _ in range(n)]
@@ -117,9 +120,9 @@ def test_latent_additive_by_hand(cells, encode, decode):
     assert n_parameters(model) == n
     batch = batch_of(cells, model)
     context = F.one_hot(batch.condition.covariates["context"], 2).float()
-    z = by_hand(model.encode, torch.cat([batch.source, context], 1) if encode else batch.source)
+    z = by_hand(model.encoder, torch.cat([batch.source, context], 1) if encode else batch.source)
     z = z + by_hand(model.perturbation, batch.condition.perturbation)
-    expected = F.softplus(by_hand(model.decode, torch.cat([z, context], 1) if decode else z))
+    expected = F.softplus(by_hand(model.decoder, torch.cat([z, context], 1) if decode else z))
     torch.testing.assert_close(model.sample(batch, torch.Generator(), NO_SAMPLING), expected)
     torch.testing.assert_close(model.loss(batch)["total"], ((expected - batch.target) ** 2).mean())
 
@@ -146,7 +149,7 @@ def test_decoder_only_by_hand(cells, use_covariates, softplus):
     assert n_parameters(model) == published(3 + 2 * use_covariates, 6, 8, 2)
     batch = batch_of(cells, model)
     blocks = [F.one_hot(batch.condition.covariates["context"], 2).float()] if use_covariates else []
-    expected = by_hand(model.decode, torch.cat([batch.condition.perturbation, *blocks], 1))
+    expected = by_hand(model.decoder, torch.cat([batch.condition.perturbation, *blocks], 1))
     expected = F.softplus(expected) if softplus else expected
     torch.testing.assert_close(model.sample(batch, torch.Generator(), NO_SAMPLING), expected)
     torch.testing.assert_close(model.loss(batch)["total"], ((expected - batch.target) ** 2).mean())
@@ -170,7 +173,129 @@ def test_decoder_only_without_controls_trains_on_pairs(cells):
     model = iv.models.DecoderOnly(plan_of(cells), GENES, iv.models.DecoderOnly.Config(6, 1, learn_controls=False))
     seen = [b.condition.is_control for b in iv.CellDataset(cells, model.design).batches(
         iv.samplers.SAMPLERS[model.sampler], 16)]  # fmt: skip
-    assert not torch.cat(seen).any() and len(torch.cat(seen)) == 240
+    assert not torch.cat(seen).any() and len(torch.cat(seen)) == 192
+
+
+# ---- CPA -------------------------------------------------------------------------------------------------------------
+
+TINY_CPA = iv.models.CPA.Config(
+    4, 6, 2, 2, 1, 0.0, kl_weight=0.7, adversary_weight=3.0, penalty_weight=0.4, adversary_steps=3, warmup_steps=2,
+    adversary_width=5, adversary_layers=1,
+)  # fmt: skip
+
+
+def soft_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return -(labels * (logits - logits.logsumexp(1, keepdim=True))).sum(1).mean()
+
+
+@pytest.mark.parametrize("control_class", [True, False])
+def test_cpa_by_hand(cells, control_class):
+    """Parameters, reconstruction, KL, and the losses of the three kinds of steps."""
+    adata = make(PAIRS)
+    model = iv.models.CPA(plan_of(adata), GENES, replace(TINY_CPA, control_class=control_class)).train()
+    encoder = (
+        (8 + 1) * 6 + 2 * (6 + 1) * 6 + 3 * 2 * 6 + 2 * (6 + 1) * 4
+    )  # three blocks with affine LayerNorm, two heads
+    assert n_parameters(model.encoder) == encoder
+    embeddings = published(4, 6, 4, 2) + published(2, 6, 4, 1)
+    adversary = published(4, 5, 4 + control_class, 1) + published(4, 5, 2, 1)
+    assert n_parameters(model) == encoder + embeddings + published(4, 6, 8, 2) + adversary
+    batch = batch_of(adata, model, 200)
+    context = F.one_hot(batch.condition.covariates["context"], 2).float()
+    mean, log_variance = model.encoder(batch.target)
+    torch.manual_seed(5)
+    z = mean + (0.5 * log_variance).exp() * torch.randn(200, 4)
+    added = by_hand(model.perturbation, batch.condition.perturbation) + by_hand(model.covariates["0"], context)
+    squared = ((by_hand(model.decoder, z + added) - batch.target) ** 2).sum(1).mean()
+    normal = torch.distributions.Normal
+    posterior = normal(mean, (0.5 * log_variance).exp())
+    kl = torch.distributions.kl_divergence(posterior, normal(torch.zeros(4), torch.ones(4))).sum(1).mean()
+    for step in (0, 1):  # warm-up
+        torch.manual_seed(5)
+        losses = model.update(batch, step)
+        torch.testing.assert_close(losses["total"], squared + 0.7 * kl)
+    labels = batch.condition.perturbation
+    if control_class:
+        labels = torch.cat([labels, (labels.sum(1, keepdim=True) == 0).float()], 1)
+    assert labels.sum(1).unique().tolist() == ([1, 2] if control_class else [0, 1, 2])
+
+    def crossed(z):
+        first, second = (by_hand(classifier, z) for classifier in model.adversary)
+        return soft_cross_entropy(first, labels) + soft_cross_entropy(second, context), first, second
+
+    torch.manual_seed(5)
+    losses = model.update(batch, 3)
+    torch.testing.assert_close(losses["total"], squared + 0.7 * kl - 3.0 * crossed(z)[0])
+    torch.manual_seed(5)
+    losses = model.update(batch, 4)
+    z = z.detach().requires_grad_()
+    value, first, second = crossed(z)
+    slopes = [torch.autograd.grad(y.sum(), z, retain_graph=True)[0] for y in (first, second)]
+    torch.testing.assert_close(losses["total"], 3.0 * value + 0.4 * sum((slope**2).mean() for slope in slopes))
+
+
+@pytest.mark.parametrize(
+    ("step", "trained"), [(0, "rest"), (1, "rest"), (2, "adversary"), (3, "rest"), (4, "adversary")]
+)
+def test_cpa_steps_train_one_side(cells, step, trained):
+    """Warm-up and every third step: all but the adversary; other steps: the adversary alone."""
+    model = iv.models.CPA(plan_of(cells), GENES, TINY_CPA).train()
+    model.update(batch_of(cells, model, 64), step)["total"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name.startswith("adversary") == (trained == "adversary")), name
+        assert parameter.requires_grad
+
+
+def test_cpa_one_adam_equals_two(cells):
+    """Parameters without gradient keep weights and moments, so one optimiser does what two would do."""
+    config = replace(FIT, steps=12, weight_decay=0.01, schedule="constant")
+    model = iv.models.CPA(plan_of(cells), GENES, TINY_CPA).fit(cells, config=config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        by_two = iv.models.CPA(plan_of(cells), GENES, TINY_CPA).train()
+    sides = [[], []]
+    for name, parameter in by_two.named_parameters():
+        sides[name.startswith("adversary")].append(parameter)
+    optimizers = [torch.optim.Adam(side, lr=config.lr, weight_decay=0.01, fused=True) for side in sides]
+    dataset, step = iv.CellDataset(cells, by_two.design), 0
+    for epoch in range(3):
+        for batch in dataset.batches(iv.samplers.cells, 64, seed=[config.seed, epoch]):
+            if step < config.steps:
+                torch.manual_seed(seed_of_step(config.seed, step, 0))
+                by_two.zero_grad()
+                by_two.update(batch, step)["total"].backward()
+                optimizers[step >= 2 and step % 3 > 0].step()
+                step += 1
+    assert step == 12
+    for (name, parameter), other in zip(model.named_parameters(), by_two.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, msg=name, atol=1e-6, rtol=1e-5)
+
+
+def test_cpa_recovers_additive_effects():
+    """An unseen combination is closer to the sum of its parts than to no change, with and without adversary."""
+    adata = make(PAIRS)
+    for adversary in (False, True):
+        config = iv.models.CPA.Config(8, 32, 0, 0, 0, 0.0, kl_weight=0.1, adversary=adversary, adversary_weight=0.5,
+                                      warmup_steps=100, adversary_layers=1)  # fmt: skip
+        model = iv.models.CPA(plan_of(adata), GENES, config).fit(adata, config=FIT)
+        for context, base in BASE.items():
+            truth = base + EFFECT["A"] + EFFECT["C"]
+            assert rms(model, context, "A+C", truth) < 0.3 * np.sqrt(((base - truth) ** 2).mean())
+
+
+def test_cpa_noise_can_be_turned_off(cells):
+    config = replace(TINY_CPA, noise=False)
+    model = iv.models.CPA(plan_of(cells), GENES, config).fit(cells, config=replace(FIT, steps=3))
+    pool = of(cells, "x", "control")
+    one = AnnData(pool[:1], obs=pd.DataFrame({"context": ["x"], "p": ["control"]}, index=["c"]), var=cells.var)
+    assert np.ptp(model.predict(ask(("x", "A")), 5, controls=one, precision="fp32").X, axis=0).max() < 1e-6
+    model.config = replace(config, noise=True)
+    assert np.ptp(model.predict(ask(("x", "A")), 5, controls=one, precision="fp32").X, axis=0).max() > 1e-3
+
+
+def test_cpa_needs_more_than_one_kind_of_step():
+    with pytest.raises(ValueError, match="adversary_steps is 1"):
+        iv.models.CPA.Config(adversary_steps=1)
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
@@ -186,11 +311,20 @@ BEST = {  # rows of the table of best hyperparameters: fields of Config, then le
         "srivatsan20": ((4352, 5, True, True, False), 6.798e-5, 7.602e-6, 4000),
         "jiang24": ((5376, 3, True, True, False), 9.426e-5, 8.514e-8, 2000),
     },
+    "cpa": {
+        "norman19": ((128, 3328, 1, 2, 1, 0.2, 19.76, 3.805, 1.898, 2, 776, 2, False), 6.844e-5, 1.660e-7, 4000),
+        "srivatsan20": ((512, 1280, 3, 2, 1, 0.1, 0.2643, 0.2101, 10.21, 3, 383, 2, False), 2.689e-4, 2.992e-6, 4000),
+        "jiang24": ((512, 3328, 7, 2, 1, 0.3, 6.905, 1.487, 2.815, 7, 537, 1, False), 2.630e-5, 3.693e-7, 2000),
+    },
 }
+WARMUP_EPOCHS = {"norman19": 15, "srivatsan20": 5, "jiang24": 5}
 FIELDS = {
     "latent_additive": ("width", "n_latent", "n_layers", "dropout", "encode_covariates", "decode_covariates"),
     "decoder_only": ("width", "n_layers", "use_covariates", "softplus", "learn_controls"),
-}
+    "cpa": ("n_latent", "width", "n_layers", "n_layers_perturbation", "n_layers_covariates", "dropout", "kl_weight",
+            "adversary_weight", "penalty_weight", "adversary_steps", "adversary_width", "adversary_layers",
+            "control_class"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "preset"), [(name, preset) for name, rows in BEST.items() for preset in rows])
@@ -201,6 +335,12 @@ def test_published_presets(name, preset):
     assert (found.fit.lr, found.fit.weight_decay, found.fit.batch_size) == (lr, weight_decay, batch_size)
     assert found.fit.keep == "best" and found.fit.schedule == "constant" and found.fit.ema == 0
     assert found.fit.patience == 50 and found.fit.steps / found.fit.val_every == pytest.approx(500, rel=0.21)
+
+
+@pytest.mark.parametrize("preset", WARMUP_EPOCHS)
+def test_cpa_warms_up_for_the_published_epochs(preset):
+    found = iv.models.CPA.PRESETS[preset]
+    assert found.config.warmup_steps == WARMUP_EPOCHS[preset] * found.fit.val_every  # validated once an epoch
 
 
 @pytest.mark.parametrize("name", BEST)

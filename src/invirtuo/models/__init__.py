@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from invirtuo.model import Model
+from invirtuo.models.cpa import CPA
 from invirtuo.models.decoder_only import DecoderOnly
 from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
@@ -13,6 +14,7 @@ from invirtuo.models.means import ContextMean, NoChange, PerturbationMean
 from invirtuo.models.primeflow import PRiMeFlow
 
 __all__ = [
+    "CPA",
     "MODELS",
     "ContextMean",
     "DecoderOnly",
@@ -28,6 +30,7 @@ MODELS: dict[str, type[Model]] = {
     model.name: model
     for model in (
         PRiMeFlow,
+        CPA,
         LatentAdditive,
         LinearAdditive,
         DecoderOnly,

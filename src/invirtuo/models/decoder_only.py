@@ -70,7 +70,7 @@ class DecoderOnly(Model):
         self.sampler = "cells" if config.learn_controls else "pairs"
         self.levels = [len(levels) for levels in self.design.covariates.values()]
         n_in = self.design.code_width + sum(self.levels) * config.use_covariates
-        self.decode = NormMLP(n_in, config.width, len(self.genes), config.n_layers)
+        self.decoder = NormMLP(n_in, config.width, len(self.genes), config.n_layers)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Mean squared error over cells and genes."""
@@ -82,5 +82,5 @@ class DecoderOnly(Model):
 
     def _forward(self, condition: Condition) -> Tensor:
         blocks = one_hots(condition, self.levels) if self.config.use_covariates else []
-        x = self.decode(torch.cat([condition.code, *blocks], dim=1))
+        x = self.decoder(torch.cat([condition.code, *blocks], dim=1))
         return F.softplus(x) if self.config.softplus else x

@@ -77,9 +77,9 @@ class LatentAdditive(Model):
             sum(self.levels) * used for used in (config.encode_covariates, config.decode_covariates)
         )  # fmt: skip
         shape = {"width": config.width, "n_layers": config.n_layers, "dropout": config.dropout}
-        self.encode = NormMLP(n_genes + n_encode, n_out=config.n_latent, **shape)
+        self.encoder = NormMLP(n_genes + n_encode, n_out=config.n_latent, **shape)
         self.perturbation = NormMLP(self.design.code_width, n_out=config.n_latent, **shape)
-        self.decode = NormMLP(config.n_latent + n_decode, n_out=n_genes, **shape)
+        self.decoder = NormMLP(config.n_latent + n_decode, n_out=n_genes, **shape)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Mean squared error over cells and genes."""
@@ -91,7 +91,7 @@ class LatentAdditive(Model):
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
         config, blocks = self.config, one_hots(condition, self.levels)
-        z = self.encode(torch.cat([source, *(blocks if config.encode_covariates else [])], dim=1))
+        z = self.encoder(torch.cat([source, *(blocks if config.encode_covariates else [])], dim=1))
         z = z + self.perturbation(condition.code)
-        x = self.decode(torch.cat([z, *(blocks if config.decode_covariates else [])], dim=1))
+        x = self.decoder(torch.cat([z, *(blocks if config.decode_covariates else [])], dim=1))
         return F.softplus(x) if config.softplus else x

@@ -1,0 +1,209 @@
+"""CPA, the compositional perturbation autoencoder, in the form of PerturBench.
+
+Papers: Lotfollahi et al. 2023, doi:10.15252/msb.202211517; PerturBench (Wu et al. 2024, arXiv:2408.10609).
+A cell is encoded into a basal latent vector, to which the embeddings of its perturbations and covariates are added::
+
+    q(z | x) = N(encoder(x)),  prediction = decoder(z + MLP(perturbation) + sum over covariates of MLP(one-hot))
+
+An adversary reads perturbation and covariates from z; the encoder learns to hide them, so that they have to come from
+the embeddings. To predict, control cells are encoded and get the embeddings of the wanted condition.
+
+Training: loss = squared error (summed over genes) + kl_weight KL(q | N(0, I)) alone for `warmup_steps`, then in turns:
+where step % adversary_steps is 0, that loss minus adversary_weight A, for all but the adversary; else
+adversary_weight A + penalty_weight |d logits / d z|^2, for the adversary alone. A is the sum of its cross-entropies.
+
+Differs: warm-up is counted in steps, not epochs. The presets of the paper hold the steps of its epochs at the size of
+its training data (Norman19, about 16 steps of 4,000 cells each; Srivatsan20, 31; Jiang24, 585 of 2,000).
+Differs: `control_class` gives the adversary a class for control cells. Without it, as published, their label is a row
+of zeros, and with a single perturbation there is nothing to classify.
+Differs: the validation loss is squared error and KL, without the adversary, which is judged by no one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.fit import FitConfig
+from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
+
+__all__ = ["CPA", "Config"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Architecture, weights of the losses, and how cells are drawn."""
+
+    n_latent: int = 64  # width of the latent space
+    width: int = 256  # hidden width of encoder, decoder and embeddings
+    n_layers: int = 1  # hidden blocks of the decoder; the encoder has one more
+    n_layers_perturbation: int = 2  # hidden blocks of the perturbation embedding
+    n_layers_covariates: int = 1  # hidden blocks of the covariate embeddings
+    dropout: float = 0.1
+    kl_weight: float = 0.3  # weight of the KL term, beside the squared error summed over genes
+    adversary: bool = True  # hide perturbation and covariates from the basal latent vector
+    adversary_weight: float = 3.0  # weight of the adversary's cross-entropies
+    penalty_weight: float = 1.0  # weight of the adversary's gradient penalty
+    adversary_steps: int = 2  # one step of so many is the autoencoder's, the others are the adversary's
+    warmup_steps: int = 200  # steps before the adversary takes part
+    adversary_width: int = 128
+    adversary_layers: int = 2  # hidden blocks of each classifier
+    control_class: bool = True  # control cells are a class of their own for the adversary; off in the paper
+    noise: bool = True  # draw the latent vector of control cells; off takes its mean
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be meant."""
+        if self.adversary_steps < 2:
+            raise ValueError(f"adversary_steps is {self.adversary_steps}; expected at least 2, or adversary=False")
+
+
+_FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
+_BEST = "PerturBench, best of 60 trials"
+_PAPER = Config(control_class=False)
+_DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
+
+
+class Encoder(nn.Module):
+    """Blocks of Linear, LayerNorm, ReLU and dropout; mean and log-variance of the latent vector."""
+
+    def __init__(self, n_genes: int, config: Config):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(config.n_layers + 1):
+            layers += [nn.Linear(config.width if i else n_genes, config.width), nn.LayerNorm(config.width), nn.ReLU()]
+            layers.append(nn.Dropout(config.dropout))
+        self.hidden = nn.Sequential(*layers)
+        self.mean = nn.Linear(config.width, config.n_latent)
+        self.log_variance = nn.Linear(config.width, config.n_latent)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, g) -> (n, d), (n, d)."""
+        h = self.hidden(x)
+        return self.mean(h), self.log_variance(h)
+
+
+class CPA(Model):
+    """Autoencoder with additive embeddings and an adversary.
+
+    References
+    ----------
+    Lotfollahi et al. 2023, doi:10.15252/msb.202211517; PerturBench, arXiv:2408.10609, section 3.2.
+    """
+
+    name = "cpa"
+    Config = Config
+    PRESETS = {
+        "default": Preset(Config(), _DEFAULT_FIT, "ours"),
+        "no-adversary": Preset(Config(adversary=False), _DEFAULT_FIT, "ours; CPA (noAdv) of PerturBench"),
+        "norman19": Preset(
+            replace(_PAPER, n_latent=128, width=3328, n_layers=1, dropout=0.2, kl_weight=19.76, adversary_weight=3.805,
+                    penalty_weight=1.898, adversary_steps=2, warmup_steps=240, adversary_width=776),
+            replace(_FIT, steps=8000, val_every=16, lr=6.844e-5, weight_decay=1.660e-7), _BEST),
+        "srivatsan20": Preset(
+            replace(_PAPER, n_latent=512, width=1280, n_layers=3, dropout=0.1, kl_weight=0.2643,
+                    adversary_weight=0.2101, penalty_weight=10.21, adversary_steps=3, warmup_steps=155,
+                    adversary_width=383),
+            replace(_FIT, steps=15_500, val_every=31, lr=2.689e-4, weight_decay=2.992e-6), _BEST),
+        "jiang24": Preset(
+            replace(_PAPER, n_latent=512, width=3328, n_layers=7, dropout=0.3, kl_weight=6.905, adversary_weight=1.487,
+                    penalty_weight=2.815, adversary_steps=7, warmup_steps=2925, adversary_width=537,
+                    adversary_layers=1),
+            replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=2.630e-5, weight_decay=3.693e-7), _BEST),
+    }  # fmt: skip
+    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "kl_weight": (0.1, 20.0),
+              "adversary_weight": (0.1, 100.0)}  # fmt: skip
+    needs_source = True
+    takes_features = True
+
+    def build(self) -> None:
+        """Encoder, embeddings, decoder, and the classifiers of the adversary."""
+        config, n_genes, p = self.config, len(self.genes), len(self.design.perturbations)
+        self.levels = [len(levels) for levels in self.design.covariates.values()]
+        z, width, dropout = config.n_latent, config.width, config.dropout
+        self.encoder = Encoder(n_genes, config)
+        self.perturbation = NormMLP(self.design.code_width, width, z, config.n_layers_perturbation, dropout)
+        self.covariates = nn.ModuleDict(
+            {str(i): NormMLP(k, width, z, config.n_layers_covariates, dropout) for i, k in self._varying}
+        )
+        self.decoder = NormMLP(z, width, n_genes, config.n_layers, dropout)
+        self.adversary = nn.ModuleList()
+        if config.adversary:
+            for k in [p + config.control_class, *(k for _, k in self._varying)]:
+                self.adversary.append(NormMLP(z, config.adversary_width, k, config.adversary_layers))
+
+    @property
+    def _varying(self) -> list[tuple[int, int]]:
+        """Number and levels of the covariates with more than one level."""
+        return [(i, k) for i, k in enumerate(self.levels) if k > 1]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Squared error summed over genes, plus weighted KL, mean over cells."""
+        return self._autoencode(batch)[0]
+
+    def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Warm-up, then autoencoder and adversary in turns."""
+        config = self.config
+        if not config.adversary or step < config.warmup_steps:
+            return self.loss(batch)
+        if step % config.adversary_steps:
+            return self._adversary_loss(batch)
+        losses, z = self._autoencode(batch)
+        fixed = {name: parameter.detach() for name, parameter in self.adversary.named_parameters()}
+        crossed = self._cross_entropy(batch.condition, self._logits(z, fixed))
+        total = losses["total"] - config.adversary_weight * crossed
+        return losses | {"total": total, "adversary": crossed}
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """Encode control cells, add the embeddings of the condition, decode, (n, g)."""
+        mean, log_variance = self.encoder(batch.source)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        z = gaussian_sample(mean, log_variance, noise) if self.config.noise else mean
+        return self._decode(z, batch.condition)
+
+    def _decode(self, z: Tensor, condition: Condition) -> Tensor:
+        z = z + self.perturbation(condition.code)
+        blocks = one_hots(condition, self.levels)
+        for i, _ in self._varying:
+            z = z + self.covariates[str(i)](blocks[i])
+        return self.decoder(z)
+
+    def _autoencode(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        mean, log_variance = self.encoder(batch.target)
+        z = gaussian_sample(mean, log_variance)
+        squared = (self._decode(z, batch.condition) - batch.target).square().sum(1).mean()
+        kl = gaussian_kl(mean, log_variance).mean()
+        return {"total": squared + self.config.kl_weight * kl, "squared_error": squared, "kl": kl}, z
+
+    def _adversary_loss(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            z = gaussian_sample(*self.encoder(batch.target))
+        z.requires_grad_()
+        logits = self._logits(z)
+        crossed = self._cross_entropy(batch.condition, logits)
+        slopes = [torch.autograd.grad(y.sum(), z, create_graph=True)[0] for y in logits]
+        penalty = torch.stack([slope.square().mean() for slope in slopes]).sum()
+        total = self.config.adversary_weight * crossed + self.config.penalty_weight * penalty
+        return {"total": total, "adversary": crossed, "penalty": penalty}
+
+    def _logits(self, z: Tensor, parameters: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """What every classifier says of z; other parameters may stand in for its own."""
+        if parameters is None:
+            return [classifier(z) for classifier in self.adversary]
+        parts = [{k[len(f"{i}.") :]: v for k, v in parameters.items() if k.startswith(f"{i}.")}
+                 for i in range(len(self.adversary))]  # fmt: skip
+        return [functional_call(classifier, own, z) for classifier, own in zip(self.adversary, parts, strict=True)]
+
+    def _cross_entropy(self, condition: Condition, logits: list[Tensor]) -> Tensor:
+        """Sum over perturbation (soft labels: a combination has two) and covariates, mean over cells."""
+        labels = condition.perturbation
+        if self.config.control_class:
+            labels = torch.cat([labels, condition.is_control[:, None].to(labels)], dim=1)
+        crossed = F.cross_entropy(logits[0], labels)
+        codes = list(condition.covariates.values())
+        return crossed + sum(F.cross_entropy(y, codes[i]) for y, (i, _) in zip(logits[1:], self._varying, strict=True))
