@@ -400,13 +400,25 @@ def test_mmd_pca_against_sklearn(reference):
 
 
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
-def test_principal_axes_two_ways(form):
-    x = np.random.default_rng(0).normal(size=(40, 25)) * np.linspace(1, 3, 25)
+def test_principal_axes_three_ways(form):
+    x = np.random.default_rng(0).normal(size=(240, 200)) * np.linspace(1, 3, 200)
     centre = x.mean(0)
-    few, many = (f(form(x), centre, 4) for f in (distribution._axes_of_few_genes, distribution._axes_of_many_genes))
-    np.testing.assert_allclose(few[0], many[0])
-    np.testing.assert_allclose(np.abs(few[1].T @ many[1]), np.eye(4), atol=1e-7)
-    np.testing.assert_allclose(few[0], np.linalg.svd(x - centre)[1][:4] ** 2)
+    _, values, vectors = np.linalg.svd(x - centre)
+    ways = (distribution._axes_of_few_genes, distribution._axes_of_few_cells, distribution._axes_of_many_genes)
+    for way in ways:
+        variances, axes = way(form(x), centre, 4)
+        np.testing.assert_allclose(variances, values[:4] ** 2)
+        np.testing.assert_allclose(np.abs(vectors[:4] @ axes), np.eye(4), atol=1e-7)
+
+
+def test_principal_axes_of_few_distinct_cells(monkeypatch):
+    """Fewer dimensions than asked for, by each way."""
+    x = np.random.default_rng(0).normal(size=(3, 60))[np.arange(90) % 3]
+    for way in ("_axes_of_few_genes", "_axes_of_few_cells", "_axes_of_many_genes"):
+        monkeypatch.setattr(distribution, "_axes_of_few_genes", getattr(distribution, way))
+        centre, axes = distribution.principal_axes(x, 5)
+        assert axes.shape == (60, 2)
+        np.testing.assert_allclose((x - centre) @ axes @ axes.T, x - centre, atol=1e-6)
 
 
 def test_principal_axes_are_fewer_with_a_warning(caplog):

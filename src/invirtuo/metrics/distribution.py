@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from scipy import linalg, sparse
-from scipy.sparse.linalg import LinearOperator, svds
 
 from invirtuo.metrics.core import metric, view
 from invirtuo.metrics.mean import CELL_EVAL, PERTURBENCH, pearson
@@ -40,7 +39,7 @@ CLOSE = 0.01  # squared distance over squared norms, below which rounding of flo
 SCREENED = 1e11  # multiplications for a matrix of distances from which a rough first look is worth it
 SKETCH = 128  # dimensions of the rough look
 SAFETY = 10.0  # a rough value settles a rank if it lies so many times the largest error seen from its rival
-FEW_GENES = 2048  # up to here principal axes come from the covariance matrix
+FEW = 2048  # up to so many genes or cells principal axes come from a dense matrix
 
 
 @view("cells", cached=False)
@@ -374,7 +373,8 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
     if d < 1:
         raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
     centre = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
-    variances, axes = (_axes_of_few_genes if g <= FEW_GENES else _axes_of_many_genes)(cells, centre, d)
+    way = _axes_of_few_genes if g <= FEW else _axes_of_few_cells if n <= FEW else _axes_of_many_genes
+    variances, axes = way(cells, centre, d)
     axes = axes[:, variances > 1e-12 * variances.max()]  # directions without variance are arbitrary
     if axes.shape[1] == 0:
         raise ValueError("real: all cells are equal, so they have no principal components; check X")
@@ -395,33 +395,56 @@ def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, n
     return variances[::-1], axes[:, ::-1]
 
 
-def _axes_of_many_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """By a truncated singular value decomposition; sparse cells are centred on the fly."""
-    start = np.random.default_rng(0).standard_normal(min(cells.shape))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        centred = _centred(cells.astype(np.float64), centre, pool)
-        _, values, axes = svds(centred, k=d, v0=start, return_singular_vectors="vh")
-    order = np.argsort(values)[::-1]
-    return np.square(values[order]), axes[order].T
+def _axes_of_few_cells(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """By the eigenvectors of the products of cells (n, n)."""
+    shifted = (cells.toarray() if sparse.issparse(cells) else cells) - centre
+    n = len(shifted)
+    variances, weights = linalg.eigh(shifted @ shifted.T, subset_by_index=[n - d, n - 1])
+    axes, _ = linalg.qr(shifted.T @ weights[:, ::-1], mode="economic")
+    return np.maximum(variances[::-1], 0.0), axes
 
 
-def _centred(cells, centre: np.ndarray, pool: ThreadPoolExecutor):
-    """Cells minus their mean: dense, or for sparse ones an operator that shares its products among threads."""
-    if not sparse.issparse(cells):
-        return cells - centre
+def _axes_of_many_genes(
+    cells, centre: np.ndarray, d: int, *, width: int = 8, tolerance: float = 1e-8
+) -> tuple[np.ndarray, np.ndarray]:
+    """By block Lanczos iteration without restarts, every new block made orthogonal to all before.
+
+    Ends when the residual of each axis is below `tolerance` of the largest variance, which makes the variances exact to
+    its square. Blocks read sparse cells once for several vectors, a restarted iteration once for each.
+    """
+    cells = cells.astype(np.float64, copy=False)
     bounds = np.linspace(0, cells.shape[0], torch.get_num_threads() + 1).astype(int)
-    rows = [slice(*pair) for pair in itertools.pairwise(bounds)]
-    parts = [(cells[row], cells[row].T) for row in rows]
+    parts = [cells[slice(*rows)] for rows in itertools.pairwise(bounds)]
+    block = linalg.qr(np.random.default_rng(0).standard_normal((cells.shape[1], width)), mode="economic")[0]
+    basis, images = block, np.empty((cells.shape[1], 0))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for step in itertools.count(1):
+            image = np.sum([*pool.map(_scatter_of, parts, itertools.repeat(centre), itertools.repeat(block))], axis=0)
+            images = np.hstack([images, image])
+            block, residual = _orthogonal_to(basis, image)
+            last = basis.shape[1] + width > min(cells.shape)
+            if last or (step % 8 == 0 and basis.shape[1] > d):
+                small = basis.T @ images
+                variances, weights = (x[..., ::-1][..., :d] for x in linalg.eigh((small + small.T) / 2))
+                if last or np.linalg.norm(residual @ weights[-width:], axis=0).max() <= tolerance * variances[0]:
+                    break
+            basis = np.hstack([basis, block])
+    return np.maximum(variances, 0.0), basis @ weights
 
-    def product(v: np.ndarray) -> np.ndarray:
-        v = v.ravel()
-        return np.concatenate(list(pool.map(lambda part: part[0] @ v, parts))) - centre @ v
 
-    def transposed(u: np.ndarray) -> np.ndarray:
-        u = u.ravel()
-        return sum(pool.map(lambda part, row: part[1] @ u[row], parts, rows)) - centre * u.sum()
+def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """(g, k) product of the scatter matrix of some cells around a centre with a block of vectors."""
+    along = cells @ block - centre @ block
+    return cells.T @ along - np.outer(centre, along.sum(axis=0))
 
-    return LinearOperator(cells.shape, matvec=product, rmatvec=transposed, dtype=np.float64)
+
+def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What of a block lies outside of a basis: orthonormal columns, and the (k, k) factors that give it back."""
+    factors = np.eye(block.shape[1])
+    for _ in range(2):  # the second round removes what rounding left
+        block, factor = linalg.qr(block - basis @ (basis.T @ block), mode="economic")
+        factors = factor @ factors
+    return block, factors
 
 
 def _without_self(x: Cloud) -> float:
