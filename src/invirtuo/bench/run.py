@@ -62,7 +62,7 @@ def benchmark(
     tasks
         Names in ``bench.TASKS``, or :class:`Task` records.
     models
-        :class:`Entry` records, names in ``MODELS``, ``model:preset``, or JSON files of one entry (what `tune` writes) or
+        :class:`Entry` records, names in ``MODELS``, ``model:preset``, or JSON files of an entry (what `tune` writes) or
         of a list of them. None: every model with its default setting.
     seeds
         Number of seeds (0, 1, ...), or the seeds.
