@@ -24,6 +24,8 @@ SMALL = {  # settings that are small enough to train in seconds; other models ar
         hidden_dim=32, gene_width=16, n_context=4, cell_width=32, n_blocks=1, n_sinusoids=8, loss_genes=10, steps=6
     ),
     "cpa": iv.models.CPA.Config(width=32, n_latent=8, warmup_steps=2, adversary_width=16, dropout=0.0),
+    "sams_vae": iv.models.SAMSVAE.Config(width=32, n_latent=8, dropout=0.0),
+    "biolord": iv.models.Biolord.Config(width=32, n_latent=8, dropout=0.0),
     "primeflow unet": iv.models.PRiMeFlow.Config(
         velocity="unet", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=32, channel_mult=(1, 1, 2),
         num_res_blocks=1, num_heads=2, attention_resolutions=(4,), dropout=0.0, loss_genes=0, steps=4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,8 @@ EFFECT = {
     "B": np.array([0, 0.8, 0, -0.6, 0, 0, 0, 0]),
     "C": np.array([0, 0, 0, 0, -0.8, 0.7, 0, 0]),
     "D": np.array([0, 0, 0, 0.7, 0, 0, 0.6, 0]),
+    "E": np.zeros(8),
+    "F": np.zeros(8),
 }
 PAIRS = ("control", *"ABCD", "A+B", "A+D", "B+C", "B+D", "C+D")  # without A+C
 BASE = {
@@ -37,11 +40,13 @@ FIT = FitConfig(steps=300, batch_size=64, lr=0.01, warmup=0, ema=0.0, clip=0.0, 
 NO_SAMPLING = SampleConfig()
 
 
-def make(labels=("control", "A", "B", "C"), n: int = 32, noise: float = 0.1) -> AnnData:
+def make(labels=("control", "A", "B", "C"), n: int = 32, noise: float = 0.1, strength: float = 1.0) -> AnnData:
     """Cells whose expression is the base of the context, plus the effects of the perturbations, plus noise."""
     rng = np.random.default_rng(0)
     keys = [(context, label) for context in BASE for label in labels for _ in range(n)]
-    mean = np.array([BASE[context] + sum(EFFECT[part] for part in label.split("+")) for context, label in keys])
+    mean = np.array(
+        [BASE[context] + strength * sum(EFFECT[part] for part in label.split("+")) for context, label in keys]
+    )
     obs = pd.DataFrame(keys, columns=["context", "p"], index=[f"c{i}" for i in range(len(keys))])
     x = np.clip(mean + noise * rng.normal(size=mean.shape), 0.01, None).astype(np.float32)
     return AnnData(x, obs=obs, var=pd.DataFrame(index=GENES))
@@ -86,6 +91,13 @@ def by_hand(mlp: NormMLP, x: torch.Tensor) -> torch.Tensor:
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
         x = x.clamp_min(0)
     return x @ last.weight.T + last.bias
+
+
+def copy_with(model, **changes):
+    """The same model with other fields of its Config."""
+    twin = copy.copy(model)
+    twin.config = replace(model.config, **changes)
+    return twin
 
 
 def rms(model, context: str, label: str, truth) -> float:
@@ -298,6 +310,165 @@ def test_cpa_needs_more_than_one_kind_of_step():
         iv.models.CPA.Config(adversary_steps=1)
 
 
+# ---- SAMS-VAE --------------------------------------------------------------------------------------------------------
+
+TINY_SAMS = iv.models.SAMSVAE.Config(3, 6, 2, 1, 1, 0.0, mask_prior=0.2)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("covariates", [True, False])
+def test_sams_vae_by_hand(masked, covariates):
+    """Parameters, and every term of the loss with the same draws."""
+    adata = make(PAIRS)
+    config = replace(TINY_SAMS, masked=masked, encode_covariates=covariates, decode_covariates=covariates)
+    model = iv.models.SAMSVAE(plan_of(adata), GENES, config)
+    model.prepare(iv.CellDataset(adata, model.design))
+    assert model.n_trained.tolist() == [192, 256, 192, 256]  # cells of A, alone and in pairs
+    extra = 2 * covariates
+    n = published(3 + 4, 6, 6 if masked else 3, 1) + published(8 + extra + 3, 6, 6, 2) + published(3 + extra, 6, 8, 1)
+    assert n_parameters(model) == n + 12 * masked
+    if masked:
+        assert torch.equal(model.mask_logits, torch.full((4, 3), -1.0))
+        with torch.no_grad():
+            model.mask_logits.add_(torch.randn(4, 3))
+    batch = batch_of(adata, model, 100)
+    torch.manual_seed(5)
+    losses = model.loss(batch)
+    torch.manual_seed(5)
+    if masked:
+        uniform = torch.rand(4, 3)
+        relaxed = torch.sigmoid((model.mask_logits + torch.logit(uniform)) / 0.5)
+        mask = (relaxed > 0.5).float()
+        mean, log_variance = by_hand(model.effect, torch.cat([mask, torch.eye(4)], 1)).chunk(2, 1)
+        shifts = mask * (mean + (log_variance / 2).exp() * torch.randn(4, 3))
+    else:
+        shifts = by_hand(model.effect, torch.cat([torch.ones(4, 3), torch.eye(4)], 1))
+    context = [F.one_hot(batch.condition.covariates["context"], 2).float()] if covariates else []
+    labels = batch.condition.perturbation
+    z_p = torch.stack([sum((shifts[p] for p in torch.nonzero(row).flatten()), torch.zeros(3)) for row in labels])
+    m, v = by_hand(model.encoder, torch.cat([batch.target, *context, z_p], 1)).chunk(2, 1)
+    z = m + (v / 2).exp() * torch.randn(100, 3)
+    expected = F.softplus(by_hand(model.decoder, torch.cat([z + z_p, *context], 1)))
+    normal = torch.distributions.Normal
+    terms = {
+        "squared_error": ((expected - batch.target) ** 2).sum(1).mean(),
+        "basal_kl": (normal(m, (v / 2).exp()).log_prob(z) - normal(0.0, 1.0).log_prob(z)).sum(1).mean(),
+    }
+    if masked:
+        weight = labels.sum(0) / torch.tensor([192, 256, 192, 256]) / 100
+        kl = torch.distributions.kl_divergence
+        effect = kl(normal(mean, (log_variance / 2).exp()), normal(torch.zeros(4, 3), torch.ones(4, 3)))
+        bernoulli = torch.distributions.Bernoulli
+        terms["effect_kl"] = (weight * effect.sum(1)).sum()
+        terms["mask_kl"] = (
+            weight * kl(bernoulli(logits=model.mask_logits), bernoulli(torch.full((4, 3), 0.2))).sum(1)
+        ).sum()
+    assert losses.keys() == {"total", *terms}
+    torch.testing.assert_close(losses["total"], sum(terms.values()), atol=1e-4, rtol=1e-5)
+    for name, value in terms.items():
+        torch.testing.assert_close(losses[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_sams_vae_masks_are_hard_and_their_gradient_is_relaxed(cells):
+    from invirtuo.models.sams_vae import _hard_mask
+
+    logits = torch.linspace(-2, 2, 9).requires_grad_()
+    uniform = torch.rand(5000, 9, generator=torch.Generator().manual_seed(0))
+    masks = _hard_mask(logits, uniform, 0.5)
+    assert set(masks.detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(masks.mean(0), torch.sigmoid(logits), atol=0.03, rtol=0)
+    (slope,) = torch.autograd.grad(masks.sum(), logits)
+    soft = torch.sigmoid((logits + torch.logit(uniform)) / 0.5)
+    torch.testing.assert_close(slope, (soft * (1 - soft) / 0.5).sum(0), rtol=1e-3, atol=1e-3)
+
+
+def test_sams_vae_masks_find_planted_sparsity():
+    """A and B act, E and F do nothing: their masks close, below where they began; those that act keep a dimension."""
+    adata = make(("control", "A", "B", "E", "F"), strength=2.5)
+    config = iv.models.SAMSVAE.Config(4, 32, 1, 1, 1, 0.0, mask_prior=0.02)
+    model = iv.models.SAMSVAE(plan_of(adata), GENES, config).fit(adata, config=replace(FIT, lr=0.03))
+    probability = model.mask_probability().detach().numpy()
+    first = 1 / (1 + np.exp(1.0))
+    assert (probability[:2].max(1) > 0.5).all(), probability
+    assert probability[2:].mean() < first - 0.02 and probability[2:].max() < first + 0.05, probability
+    assert rms(model, "x", "A", BASE["x"] + 2.5 * EFFECT["A"]) < 0.5 * np.sqrt(((2.5 * EFFECT["A"]) ** 2).mean())
+
+
+def test_sams_vae_predictions():
+    """The three ways to the basal vector; noise off takes the likelier mask and means."""
+    adata = make(("control", "A", "B"), n=40)
+    plan = plan_of(adata)
+    fit = replace(FIT, steps=20)
+    for basal in ("factual", "target", "prior"):
+        config = replace(TINY_SAMS, basal=basal, noise=False)
+        model = iv.models.SAMSVAE(plan, GENES, config).fit(adata, config=fit)
+        batch = iv.Batch(plan.encode(ask(("x", "A"), ("y", "A+B"))), source=torch.rand(2, 8, generator=None) + 1)
+        mask = (model.mask_logits > 0).float()
+        mean = model.effect(torch.cat([mask, torch.eye(2)], 1)).chunk(2, 1)[0]
+        z_p = torch.stack([(mask * mean)[0], (mask * mean).sum(0)])
+        own = z_p if basal == "target" else torch.zeros(2, 3)
+        z = model.encoder(torch.cat([batch.source, own], 1)).chunk(2, 1)[0] if basal != "prior" else torch.zeros(2, 3)
+        expected = F.softplus(model.decoder(z + z_p))
+        torch.testing.assert_close(model.sample(batch, torch.Generator(), NO_SAMPLING), expected)
+        assert model.needs_source == (basal != "prior")
+    with pytest.raises(ValueError, match="basal is 'none'"):
+        iv.models.SAMSVAE.Config(basal="none")
+    with pytest.raises(ValueError, match="mask_prior is 1"):
+        iv.models.SAMSVAE.Config(mask_prior=1)
+
+
+# ---- Biolord ---------------------------------------------------------------------------------------------------------
+
+
+def test_biolord_by_hand(cells):
+    config = iv.models.Biolord.Config(6, 4, 2, 0.0, code_noise=0.1, code_penalty=0.7, penalty=0.3)
+    model = iv.models.Biolord(plan_of(cells), GENES, config)
+    networks = published(8, 6, 4, 2) + published(3, 6, 4, 2) + published(12, 6, 8, 2)
+    assert n_parameters(model) == networks + 2 * 4
+    batch = batch_of(cells, model, 50)
+    torch.manual_seed(5)
+    losses = model.loss(batch)
+    torch.manual_seed(5)
+    code = by_hand(model.encoder, batch.target)
+    embedding = model.covariates[0].weight[batch.condition.covariates["context"]]
+    parts = [code + 0.1 * torch.randn(50, 4), by_hand(model.perturbation, batch.condition.perturbation), embedding]
+    squared = ((F.softplus(by_hand(model.decoder, torch.cat(parts, 1))) - batch.target) ** 2).sum(1).mean()
+    expected = squared + 0.7 * (code**2).sum(1).mean() + 0.3 * (embedding**2).sum()
+    torch.testing.assert_close(losses["total"], expected)
+    weights = torch.cat([iv.models.Biolord(plan_of(cells), GENES).covariates[0].weight for _ in range(50)])
+    assert float(weights.detach().std()) == pytest.approx(1, abs=0.1)  # N(0, 1) at first
+
+
+@pytest.fixture(scope="module")
+def biolord(cells):
+    config = iv.models.Biolord.Config(32, 4, 1, 0.0, code_penalty=0.3)
+    return iv.models.Biolord(plan_of(cells), GENES, config).fit(cells, config=FIT)
+
+
+def test_biolord_disentangles_a_planted_covariate(biolord, cells):
+    """Cells of one context that get the embedding of the other move to the mean of the other."""
+    for own, other in (("x", "y"), ("y", "x")):
+        source = torch.from_numpy(of(cells, own, "A"))
+        moved = {}
+        for context in (own, other):
+            condition = biolord.design.encode(ask(*[(context, "A")] * len(source)))
+            moved[context] = biolord.sample(iv.Batch(condition, source=source), torch.Generator(), NO_SAMPLING)
+            truth = torch.from_numpy(of(cells, context, "A").mean(0))
+            assert (moved[context].mean(0) - truth).square().mean().sqrt() < 0.25
+        assert (moved[own].mean(0) - moved[other].mean(0)).abs().max() > 1.5
+
+
+def test_biolord_predicts_what_it_was_shown_and_adds(biolord):
+    for context, base in BASE.items():
+        assert rms(biolord, context, "B", base + EFFECT["B"]) < 0.25
+    model = copy_with(biolord, noise=False)
+    batch = iv.Batch(model.design.encode(ask(("x", "A"))), source=torch.ones(1, 8))
+    first, second = (model.sample(batch, torch.Generator().manual_seed(s), NO_SAMPLING) for s in (0, 1))
+    assert torch.equal(first, second)
+    noisy = biolord.sample(batch, torch.Generator().manual_seed(0), NO_SAMPLING)
+    assert not torch.equal(first, noisy)
+
+
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
 BEST = {  # rows of the table of best hyperparameters: fields of Config, then learning rate, weight decay, batch size
@@ -316,14 +487,29 @@ BEST = {  # rows of the table of best hyperparameters: fields of Config, then le
         "srivatsan20": ((512, 1280, 3, 2, 1, 0.1, 0.2643, 0.2101, 10.21, 3, 383, 2, False), 2.689e-4, 2.992e-6, 4000),
         "jiang24": ((512, 3328, 7, 2, 1, 0.3, 6.905, 1.487, 2.815, 7, 537, 1, False), 2.630e-5, 3.693e-7, 2000),
     },
+    "biolord": {
+        "norman19": ((2304, 512, 1, 0.4, 0.1, 0.0, 2621.0), 1.670e-4, 4.608e-4, 1000),
+        "srivatsan20": ((2304, 512, 1, 0.4, 0.1, 0.0, 2621.0), 1.670e-4, 4.608e-4, 1000),
+    },
+    "sams_vae": {
+        "norman19": ((128, 3584, 1, 3, 2, 0.4, 0.1138, True, False, False, "target"), 3.026e-5, 4.245e-9, 256),
+        "srivatsan20": ((64, 1536, 4, 2, 1, 0.3, 0.01149, True, False, False, "target"), 4.002e-4, 1.749e-6, 256),
+        "jiang24": ((64, 3328, 3, 5, 3, 0.5, 0.2068, True, True, True, "prior"), 7.595e-6, 1.592e-8, 256),
+        "simple-norman19": ((32, 2048, 1, 1, 3, 0.3, 0.1, False, False, False, "prior"), 1.598e-5, 6.556e-5, 256),
+        "simple-srivatsan20": ((32, 2560, 4, 2, 3, 0.4, 0.1, False, True, True, "prior"), 3.418e-4, 6.944e-8, 256),
+        "simple-jiang24": ((32, 1536, 5, 2, 3, 0.6, 0.1, False, True, True, "prior"), 3.892e-4, 9.994e-7, 256),
+    },
 }
 WARMUP_EPOCHS = {"norman19": 15, "srivatsan20": 5, "jiang24": 5}
 FIELDS = {
+    "biolord": ("width", "n_latent", "n_layers", "dropout", "code_noise", "code_penalty", "penalty"),
     "latent_additive": ("width", "n_latent", "n_layers", "dropout", "encode_covariates", "decode_covariates"),
     "decoder_only": ("width", "n_layers", "use_covariates", "softplus", "learn_controls"),
     "cpa": ("n_latent", "width", "n_layers", "n_layers_perturbation", "n_layers_covariates", "dropout", "kl_weight",
             "adversary_weight", "penalty_weight", "adversary_steps", "adversary_width", "adversary_layers",
             "control_class"),
+    "sams_vae": ("n_latent", "width", "layers_basal", "layers_effect", "layers_decoder", "dropout", "mask_prior",
+                 "masked", "encode_covariates", "decode_covariates", "basal"),
 }  # fmt: skip
 
 

@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 from invirtuo.model import Model
+from invirtuo.models.biolord import Biolord
 from invirtuo.models.cpa import CPA
 from invirtuo.models.decoder_only import DecoderOnly
 from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean
 from invirtuo.models.primeflow import PRiMeFlow
+from invirtuo.models.sams_vae import SAMSVAE
 
 __all__ = [
     "CPA",
     "MODELS",
+    "SAMSVAE",
+    "Biolord",
     "ContextMean",
     "DecoderOnly",
     "LatentAdditive",
@@ -31,6 +35,8 @@ MODELS: dict[str, type[Model]] = {
     for model in (
         PRiMeFlow,
         CPA,
+        SAMSVAE,
+        Biolord,
         LatentAdditive,
         LinearAdditive,
         DecoderOnly,

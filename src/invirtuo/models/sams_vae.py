@@ -1,0 +1,210 @@
+"""SAMS-VAE, the sparse additive mechanism shift variational autoencoder, in the form of PerturBench.
+
+Papers: Bereket and Karaletsos 2023, arXiv:2311.02794; PerturBench (Wu et al. 2024, arXiv:2408.10609). A perturbation p
+shifts few latent dimensions, those of its mask m_p, by its effect e_p, and shifts of several perturbations add up::
+
+    m_p ~ Bernoulli(sigmoid(logits_p)),  e_p ~ N(MLP([m_p, one-hot of p])),  z_p = sum over the cell's p of m_p e_p
+    z_basal ~ N(MLP([x, covariates, z_p])),  prediction = softplus(MLP([z_basal + z_p, covariates]))
+
+Masks are drawn once per perturbation and batch, hard in the forward and relaxed in the backward direction. Loss, mean
+over the cells of a batch: squared error (summed over genes) + log q(z_basal) - log N(z_basal; 0, I), plus, for each
+perturbation, (its cells in the batch / its training cells) (KL(e_p | N(0, I)) + KL(m_p | Bernoulli(prior))) / n.
+
+The simple form, SAMS-VAE (S) of PerturBench, has no masks (all ones), takes the mean of e_p, and draws z_basal from
+N(0, I) to predict; the terms of masks and effects are not in its loss.
+
+Differs: to predict, the default encodes control cells with their own shift, which is none, and then adds that of the
+wanted perturbation. The reference encodes them with the wanted shift (`basal="target"`, in its presets): the encoder
+then explains the shift away, and the prediction is close to no change. `basal` is free in both forms.
+Differs: constant or cosine learning rate in place of one lowered on plateaus; epochs are steps here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.dataset import CellDataset
+from invirtuo.fit import FitConfig
+from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
+
+__all__ = ["SAMSVAE", "Config"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Architecture, priors, and how cells are drawn."""
+
+    n_latent: int = 32  # width of the latent space
+    width: int = 256  # hidden width of all networks
+    layers_basal: int = 1  # hidden blocks of the encoder of cells
+    layers_effect: int = 1  # hidden blocks of the encoder of effects
+    layers_decoder: int = 1  # hidden blocks of the decoder
+    dropout: float = 0.1  # in the decoder alone
+    masked: bool = True  # off: no masks, effects are their means (SAMS-VAE (S))
+    mask_prior: float = 0.1  # prior probability that a perturbation acts on a latent dimension
+    temperature: float = 0.5  # of the relaxed masks
+    encode_covariates: bool = False  # covariate one-hots beside the cell
+    decode_covariates: bool = False  # covariate one-hots beside the latent vector
+    basal: str = "factual"  # to predict, encode control cells with their own shift, none ("factual"), or with that of
+    # the wanted perturbation ("target", as published), or draw from the "prior"
+    noise: bool = True  # draw masks, effects and basal vectors; off takes the likelier mask, and means
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be meant."""
+        if self.basal not in ("factual", "target", "prior"):
+            raise ValueError(f"basal is {self.basal!r}; expected factual, target or prior")
+        if not 0 < self.mask_prior < 1:
+            raise ValueError(f"mask_prior is {self.mask_prior}; expected a probability between 0 and 1")
+
+
+FIRST_LOGIT = -1.0
+_FIT = FitConfig(batch_size=256, precision="fp32", schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best",
+                 patience=50)  # fmt: skip
+_BEST = "PerturBench, best of 60 trials"
+_S = Config(masked=False, basal="prior")
+_DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
+
+
+class SAMSVAE(Model):
+    """Autoencoder whose perturbations shift few latent dimensions.
+
+    References
+    ----------
+    Bereket and Karaletsos 2023, arXiv:2311.02794; PerturBench, arXiv:2408.10609, section 3.2.
+    """
+
+    name = "sams_vae"
+    Config = Config
+    PRESETS = {
+        "default": Preset(Config(), _DEFAULT_FIT, "ours"),
+        "simple": Preset(replace(_S, decode_covariates=True, encode_covariates=True), _DEFAULT_FIT,
+                         "ours; SAMS-VAE (S) of PerturBench"),
+        "norman19": Preset(
+            Config(128, 3584, 1, 3, 2, 0.4, mask_prior=0.1138, basal="target"),
+            replace(_FIT, steps=125_000, val_every=250, lr=3.026e-5, weight_decay=4.245e-9), _BEST),
+        "srivatsan20": Preset(
+            Config(64, 1536, 4, 2, 1, 0.3, mask_prior=0.01149, basal="target"),
+            replace(_FIT, steps=235_000, val_every=470, lr=4.002e-4, weight_decay=1.749e-6), _BEST),
+        "jiang24": Preset(
+            Config(64, 3328, 3, 5, 3, 0.5, mask_prior=0.2068, encode_covariates=True, decode_covariates=True,
+                   basal="prior"),
+            replace(_FIT, steps=1_828_000, val_every=4570, lr=7.595e-6, weight_decay=1.592e-8), _BEST),
+        "simple-norman19": Preset(
+            replace(_S, width=2048, layers_basal=1, layers_effect=1, layers_decoder=3, dropout=0.3),
+            replace(_FIT, steps=125_000, val_every=250, lr=1.598e-5, weight_decay=6.556e-5), _BEST),
+        "simple-srivatsan20": Preset(
+            replace(_S, width=2560, layers_basal=4, layers_effect=2, layers_decoder=3, dropout=0.4,
+                    encode_covariates=True, decode_covariates=True),
+            replace(_FIT, steps=235_000, val_every=470, lr=3.418e-4, weight_decay=6.944e-8), _BEST),
+        "simple-jiang24": Preset(
+            replace(_S, width=1536, layers_basal=5, layers_effect=2, layers_decoder=3, dropout=0.6,
+                    encode_covariates=True, decode_covariates=True),
+            replace(_FIT, steps=1_828_000, val_every=4570, lr=3.892e-4, weight_decay=9.994e-7), _BEST),
+    }  # fmt: skip
+    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_latent": [16, 32, 64], "mask_prior": (0.01, 0.3)}
+    needs_source = True
+
+    def build(self) -> None:
+        """Mask logits, encoders of effects and cells, decoder."""
+        config, n_genes, p = self.config, len(self.genes), len(self.design.perturbations)
+        self.levels = [len(levels) for levels in self.design.covariates.values()]
+        self.needs_source = config.basal != "prior"
+        z, width = config.n_latent, config.width
+        n_encode = sum(self.levels) * config.encode_covariates
+        n_decode = sum(self.levels) * config.decode_covariates
+        self.mask_logits = nn.Parameter(torch.full((p, z), FIRST_LOGIT)) if config.masked else None
+        self.effect = NormMLP(z + p, width, 2 * z if config.masked else z, config.layers_effect)
+        self.encoder = NormMLP(n_genes + n_encode + z, width, 2 * z, config.layers_basal)
+        self.decoder = NormMLP(z + n_decode, width, n_genes, config.layers_decoder, config.dropout)
+        self.register_buffer("n_trained", torch.ones(p))
+
+    def prepare(self, dataset: CellDataset) -> None:
+        """Count the training cells of every perturbation."""
+        present = dataset.condition.perturbation[torch.from_numpy(dataset.rows("train"))] != 0
+        self.n_trained = present.sum(0).float().clamp_min(1)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The negative evidence bound: squared error and the KL terms of basal vectors, effects and masks."""
+        shifts, global_kl = self._shifts()
+        z_p = batch.condition.perturbation @ shifts
+        mean, log_variance = self._encode(batch.target, batch.condition, z_p)
+        z = gaussian_sample(mean, log_variance)
+        squared = (self._decode(z + z_p, batch.condition) - batch.target).square().sum(1).mean()
+        sd = (log_variance / 2).exp().clamp_min(1e-8)
+        basal_kl = (0.5 * z.square() - 0.5 * ((z - mean) / sd).square() - sd.log()).sum(1).mean()
+        losses = {"total": squared + basal_kl, "squared_error": squared, "basal_kl": basal_kl}
+        if self.config.masked:
+            weight = (batch.condition.perturbation != 0).sum(0) / self.n_trained / len(batch)
+            for name, kl in global_kl.items():
+                losses[name] = (weight * kl).sum()
+                losses["total"] = losses["total"] + losses[name]
+        return losses
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """Shift basal vectors of control cells, or of the prior, by the perturbation, and decode, (n, g)."""
+        n, device = len(batch), self.n_trained.device
+        p, d = len(self.n_trained), self.config.n_latent
+        uniform = torch.rand(p, d, generator=generator).to(device)
+        normal = [torch.randn(k, d, generator=generator).to(device) * self.config.noise for k in (p, n)]
+        z_p = batch.condition.perturbation @ self._shifts(uniform if self.config.noise else None, normal[0])[0]
+        z = normal[1]
+        if self.config.basal != "prior":
+            own = z_p if self.config.basal == "target" else torch.zeros_like(z_p)
+            z = gaussian_sample(*self._encode(batch.source, batch.condition, own), normal[1])
+        return self._decode(z + z_p, batch.condition)
+
+    def mask_probability(self) -> Tensor:
+        """(p, d), probability that a perturbation acts on a latent dimension."""
+        return torch.sigmoid(self.mask_logits) if self.config.masked else self._ones()
+
+    def _ones(self) -> Tensor:
+        return torch.ones(len(self.n_trained), self.config.n_latent, device=self.n_trained.device)
+
+    def _shifts(self, uniform: Tensor | None = None, normal: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shifts m_p e_p (p, d), and the KL terms (p,) of effects and masks."""
+        identity = torch.eye(len(self.n_trained), device=self.n_trained.device)
+        if not self.config.masked:
+            return self.effect(torch.cat([self._ones(), identity], dim=1)), {}
+        logits = self.mask_logits
+        if uniform is None and normal is None:  # training and validation
+            uniform = torch.rand_like(logits)
+        mask = _hard_mask(logits, uniform, self.config.temperature)
+        mean, log_variance = self.effect(torch.cat([mask, identity], dim=1)).chunk(2, dim=1)
+        effect = gaussian_sample(mean, log_variance, normal)
+        kl = {
+            "effect_kl": gaussian_kl(mean, log_variance),
+            "mask_kl": bernoulli_kl(logits, self.config.mask_prior).sum(1),
+        }
+        return mask * effect, kl
+
+    def _encode(self, x: Tensor, condition: Condition, z_p: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = one_hots(condition, self.levels) if self.config.encode_covariates else []
+        mean, log_variance = self.encoder(torch.cat([x, *blocks, z_p], dim=1)).chunk(2, dim=1)
+        return mean, log_variance
+
+    def _decode(self, z: Tensor, condition: Condition) -> Tensor:
+        blocks = one_hots(condition, self.levels) if self.config.decode_covariates else []
+        return F.softplus(self.decoder(torch.cat([z, *blocks], dim=1)))
+
+
+def _hard_mask(logits: Tensor, uniform: Tensor | None, temperature: float) -> Tensor:
+    """0 or 1, with the gradient of a relaxed Bernoulli variable; without uniform noise the likelier of the two."""
+    if uniform is None:
+        return (logits > 0).to(logits.dtype)
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)
+    soft = torch.sigmoid((logits + uniform.log() - (-uniform).log1p()) / temperature)
+    return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+
+
+def bernoulli_kl(logits: Tensor, prior: float) -> Tensor:
+    """KL(Bernoulli(sigmoid(logits)) | Bernoulli(prior)), element by element."""
+    on = F.logsigmoid(logits) - torch.tensor(prior, device=logits.device).log()
+    off = F.logsigmoid(-logits) - torch.tensor(1 - prior, device=logits.device).log()
+    probability = torch.sigmoid(logits)
+    return probability * on + (1 - probability) * off
