@@ -95,11 +95,17 @@ def test_resume_ends_with_the_same_weights(run, files, tmp_path):
     assert all((first[key] == second[key]).all() for key in first)
 
 
-@pytest.mark.parametrize("what", ["models", "metrics", "datasets", "splits"])
+@pytest.mark.parametrize("what", ["models", "metrics", "datasets", "splits", "tasks"])
 def test_list(run, what):
     code, out, _ = run("list", what)
     assert code == 0
-    names = {"models": "primeflow", "metrics": "mmd_gex", "datasets": "kang", "splits": "transfer"}
+    names = {
+        "models": "primeflow",
+        "metrics": "mmd_gex",
+        "datasets": "kang",
+        "splits": "transfer",
+        "tasks": "kang-demo",
+    }
     assert names[what] in out
 
 
@@ -182,6 +188,15 @@ def test_fit_refuses(run, tmp_path, kind, message):
         (["evaluate", "COUNTS", "REAL", *COLUMNS, "--out", "OUT"], "log1p"),
         (["evaluate", "FEWER", "REAL", *COLUMNS, "--out", "OUT"], "genes"),
         (["evaluate", "LOG", "REAL", *COLUMNS, "--controls", "x", "--out", "OUT"], "controls"),
+        (["evaluate", "LOG", "REAL", *COLUMNS, "--scale", "x", "--out", "OUT"], "scale"),
+        (["evaluate", "LOG", "REAL", *COLUMNS, "--layer", "x", "--out", "OUT"], "'x'"),
+        (["evaluate", "LOG", "REAL", *COLUMNS, "--layer", "a=x", "--out", "OUT"], "--layer a=x; expected one name"),
+        (["benchmark", "nothing", "--out", "OUT"], "unknown task 'nothing'; known: kang-demo"),
+        (["benchmark", "kang-demo", "--model", "nope", "--out", "OUT"], "unknown model 'nope'"),
+        (["benchmark", "kang-demo", "--seeds", "0", "--out", "OUT"], "seeds is 0"),
+        (["benchmark", "kang-demo", "--engine", "abacus", "--out", "OUT"], "engine is 'abacus'"),
+        (["tune", "no_change", "kang-demo", "--out", "OUT"], "no_change has nothing to search"),
+        (["tune", "primeflow", "kang-demo", "--objective", "x", "--out", "OUT"], "expected metric=weight"),
         (["report", "FOLDER", "--out", "OUT"], "scores.csv"),
         (["demo", "--minutes", "0", "--out", "OUT"], "minutes is 0"),
         (["list", "nonsense"], "cannot list 'nonsense'"),
@@ -235,3 +250,37 @@ def test_no_traceback_from_the_shell(tmp_path):
     assert done.stderr.strip().splitlines() == [
         f"invirtuo: {tmp_path / 'none.h5ad'} does not exist; expected an h5ad file"
     ]
+
+
+def test_counts_and_layers_are_scored_like_log_values(run, files, tmp_path):
+    log = ad.read_h5ad(files / "real.h5ad")
+    moved = log.copy()
+    moved.layers["log"], moved.X = moved.X, moved.layers["counts"]
+    moved.write_h5ad(tmp_path / "moved.h5ad")
+    prediction, real = files / "log.h5ad", tmp_path / "moved.h5ad"
+    assert run("evaluate", prediction, files / "real.h5ad", *COLUMNS, "--quiet", "--out", tmp_path / "a.csv")[0] == 0
+    layer = ["--layer", "real=log", "--quiet", "--out", tmp_path / "b.csv"]
+    assert run("evaluate", prediction, real, *COLUMNS, *layer)[0] == 0
+    assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+    assert run("evaluate", real, real, *COLUMNS, "--scale", "counts", "--quiet", "--out", tmp_path / "c.csv")[0] == 0
+    assert (pd.read_csv(tmp_path / "c.csv").query("metric == 'rmse_mean'")["value"] == 0).all()
+
+
+def test_benchmark_of_the_bundled_cells(run, tmp_path):
+    chosen = ["--model", "no_change", "--no-baselines", "--seeds", 1, "--metrics", "rmse_mean", "--n-jobs", 1]
+    code, out, err = run("benchmark", "kang-demo", *chosen, "--out", tmp_path / "results")
+    assert code == 0, err
+    assert "kang-demo" in out and "no_change" in out and "report.html" in out
+    scores = pd.read_csv(tmp_path / "results" / "scores.csv")
+    assert set(scores["condition"]) == {"B cell|IFN-beta", "CD14 monocyte|IFN-beta"}
+    wide = scores.pivot(index="condition", columns="model", values="value")
+    assert (wide["noise_floor"] < 0.5 * wide["no_change"]).all()
+
+
+def test_a_failed_cell_is_exit_code_1(run, tmp_path):
+    entry = {"label": "worst", "model": "linear_additive", "fit": {"steps": 3, "lr": 1e30}}
+    (tmp_path / "worst.json").write_text(json.dumps(entry))
+    chosen = ["--model", tmp_path / "worst.json", "--no-baselines", "--seeds", 1, "--metrics", "rmse_mean"]
+    code, _, err = run("benchmark", "kang-demo", *chosen, "--quiet", "--out", tmp_path / "results")
+    assert code == 1
+    assert "1 cell(s) failed" in err and "FloatingPointError" in err

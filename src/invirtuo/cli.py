@@ -63,8 +63,7 @@ def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets, t
             for name, model in models.MODELS.items()
         ],
         "metrics": lambda: [
-            (name, record.definition, f"{record.direction} is better, {_range(record.range)}", record.reference)
-            for name, record in metrics.METRICS.items()
+            (name, record.definition, _better(record), record.reference) for name, record in metrics.METRICS.items()
         ],
         "datasets": lambda: [
             (str(name), row["title"], "here" if row["here"] else f"needs {row['file']}")
@@ -221,6 +220,10 @@ def evaluate(
     metrics: Annotated[str | None, typer.Option(help="Names joined by commas; see `invirtuo list metrics`.")] = None,
     n_pcs: Annotated[int, typer.Option(help="Principal components of mmd_pca.")] = 30,
     controls: Annotated[str, typer.Option(help="real: real controls on both sides; pred: each file's own.")] = "real",
+    scale: Annotated[str, typer.Option(help="log1p; counts: normalised to the median depth first; auto.")] = "log1p",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Layer or obsm with the values, or pred=LAYER and real=LAYER.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score predicted cells against real cells; writes a tidy CSV."""
@@ -232,7 +235,8 @@ def evaluate(
         reality, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
     )
     names = metrics.split(",") if metrics else None
-    scores = invirtuo.evaluate(read_h5ad(pred), reality, design, names, n_pcs=n_pcs, controls=controls)
+    options = {"n_pcs": n_pcs, "controls": controls, "scale": scale, "layer": _layers(layer)}
+    scores = invirtuo.evaluate(read_h5ad(pred), reality, design, names, **options)
     with writing(out) as path:
         scores.to_csv(path, index=False)
     if not quiet:
@@ -330,7 +334,7 @@ def main() -> NoReturn:
     logging.captureWarnings(True)  # deprecations inside other packages are not for a user of the shell
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
@@ -342,7 +346,6 @@ def main() -> NoReturn:
         if isinstance(error, (ValueError, FloatingPointError, OSError, MemoryError)):
             _fail(str(error) or type(error).__name__)
         raise
-    sys.exit(0)
 
 
 def _is_usage(error: Exception) -> bool:
@@ -426,8 +429,20 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _range(ends: tuple[float, float]) -> str:
-    return " to ".join(f"{end:g}".replace("inf", "∞") for end in ends)
+def _better(metric: Any) -> str:
+    """Direction and range of a metric."""
+    ends = " to ".join(f"{end:g}".replace("inf", "∞") for end in metric.range)
+    return f"{metric.direction} is better, {ends}" if metric.direction else ends
+
+
+def _layers(given: list[str] | None) -> str | dict[str, str] | None:
+    """``X_hvg`` for both files, or ``pred=X_hvg`` for one of them."""
+    if not given or (len(given) == 1 and "=" not in given[0]):
+        return given[0] if given else None
+    named = dict(text.partition("=")[::2] for text in given)
+    if len(named) < len(given) or not set(named) <= {"pred", "real"}:
+        raise ValueError(f"--layer {' '.join(given)}; expected one name, or pred=NAME and real=NAME")
+    return named
 
 
 def _read_csv(path: Path):

@@ -22,8 +22,7 @@ from invirtuo.bench.tasks import TASKS
 from invirtuo.checks import some
 from invirtuo.files import writing
 from invirtuo.fit import bf16_pays
-from invirtuo.metrics import METRICS
-from invirtuo.metrics import _choose as choose
+from invirtuo.metrics import METRICS, choose
 from invirtuo.models import MODELS
 from invirtuo.report import write_report
 

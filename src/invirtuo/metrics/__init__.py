@@ -32,6 +32,7 @@ __all__ = [
     "Metric",
     "Pair",
     "ceiling",
+    "choose",
     "de",
     "discrimination",
     "distribution",
@@ -118,7 +119,7 @@ def evaluate(
     ValueError
         If the files cannot be compared; the message says why and what to do.
     """
-    chosen = _choose(metrics)
+    chosen = choose(metrics)
     pair = Pair(pred, real, design, n_pcs=n_pcs, controls=controls, scale=scale, layer=layer)
     return score(pair, chosen)
 
@@ -150,7 +151,7 @@ def noise_floor(
     pd.DataFrame
         As from :func:`evaluate`.
     """
-    chosen = _choose(metrics)
+    chosen = choose(metrics)
     return score(Pair.halves(real, design, n_pcs=n_pcs, seed=seed, scale=scale, layer=layer), chosen)
 
 
@@ -188,7 +189,7 @@ def ceiling(
     ----------
     cell-eval 0.8; Spearman 1910 and Brown 1910, on the reliability of halves.
     """
-    chosen = _choose(metrics)
+    chosen = choose(metrics)
     pair = Pair.equal_halves(real, design, n_pcs=n_pcs, seed=seed, scale=scale, layer=layer)
     table = summarize(score(pair, chosen), compat=compat)
     defined = table.index.isin(EXTRAPOLATED) & (table["mean"] > 0)
@@ -197,7 +198,7 @@ def ceiling(
 
 def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFrame:
     """The table of :func:`evaluate` for a Pair that is already made."""
-    chosen = _choose(metrics)
+    chosen = choose(metrics)
     values = {}
     # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
     for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
@@ -263,7 +264,14 @@ def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _choose(metrics: Sequence[str] | str | None) -> list[str]:
+def choose(metrics: Sequence[str] | str | None) -> list[str]:
+    """Names of metrics, profiles resolved; None stands for those that are computed by default.
+
+    Raises
+    ------
+    ValueError
+        If a name is neither a metric nor a profile.
+    """
     if metrics is None:
         return [name for name, record in METRICS.items() if record.default]
     asked = [metrics] if isinstance(metrics, str) else metrics
