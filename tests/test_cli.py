@@ -283,4 +283,5 @@ def test_a_failed_cell_is_exit_code_1(run, tmp_path):
     chosen = ["--model", tmp_path / "worst.json", "--no-baselines", "--seeds", 1, "--metrics", "rmse_mean"]
     code, _, err = run("benchmark", "kang-demo", *chosen, "--quiet", "--out", tmp_path / "results")
     assert code == 1
-    assert "1 cell(s) failed" in err and "FloatingPointError" in err
+    assert "1 cell(s) failed" in err
+    assert "FloatingPointError" in (tmp_path / "results" / "costs.csv").read_text()
