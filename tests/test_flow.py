@@ -320,3 +320,64 @@ def test_exact_coupling_finds_a_permutation():
 def test_exact_coupling_needs_equal_numbers():
     with pytest.raises(ValueError, match="found 3 and 2"):
         flow.exact_coupling(torch.zeros(3, 1), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 1.0])
+def test_sinkhorn_marginals(epsilon):
+    """Balanced: rows and columns hold equal mass, for every problem of a stack."""
+    cost = torch.rand(3, 12, 8, generator=gen(), **F64)
+    plan = flow.sinkhorn(cost, epsilon, iterations=5000, tolerance=1e-10)
+    torch.testing.assert_close(plan.sum(2), torch.full((3, 12), 1 / 12, **F64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(plan.sum(1), torch.full((3, 8), 1 / 8, **F64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(flow.sinkhorn(cost[1], epsilon, iterations=5000, tolerance=1e-10), plan[1])
+
+
+def test_sinkhorn_of_two_points_in_closed_form():
+    """Cost 0 on and c off the diagonal: the plan is 1 / (2 (1 + exp(-c / epsilon))) on it."""
+    c, epsilon = 0.7, 0.4
+    cost = torch.tensor([[0.0, c], [c, 0.0]], **F64)
+    on = 0.5 / (1 + math.exp(-c / epsilon))
+    expected = torch.tensor([[on, 0.5 - on], [0.5 - on, on]], **F64)
+    torch.testing.assert_close(flow.sinkhorn(cost, epsilon), expected)
+
+
+def test_sinkhorn_comes_to_the_exact_assignment():
+    x0, x1 = ends(30, 3)
+    cost = torch.cdist(x0, x1).square()
+    rows, columns = linear_sum_assignment(cost.numpy())
+    best = float(cost[rows, columns].mean())
+    costs = [float((flow.sinkhorn(cost, e, iterations=20_000) * cost).sum()) for e in (1.0, 0.1, 0.01)]
+    assert costs[0] > costs[1] > costs[2] >= best - 1e-6
+    assert costs[2] == pytest.approx(best, rel=0.02)
+
+
+def test_sinkhorn_unbalanced_meets_its_optimality_conditions():
+    """plan 1 = a exp(-f / rho) with rho = epsilon tau / (1 - tau), and the same for columns; less mass goes far."""
+    cost = torch.rand(10, 6, generator=gen(), **F64)
+    cost[0] += 5  # a source that is far from all targets
+    epsilon, tau_a, tau_b = 0.2, 0.7, 0.9
+    plan = flow.sinkhorn(cost, epsilon, tau_a, tau_b, iterations=5000, tolerance=1e-12)
+    rho_a, rho_b = (epsilon * tau / (1 - tau) for tau in (tau_a, tau_b))
+    f = -rho_a * (plan.sum(1) * 10).log()
+    g = -rho_b * (plan.sum(0) * 6).log()
+    torch.testing.assert_close(plan, ((f[:, None] + g - cost) / epsilon).exp(), atol=1e-8, rtol=1e-6)
+    assert plan.sum(1)[0] < 0.02 / 10  # the marginal is relaxed
+    balanced = flow.sinkhorn(cost, epsilon, iterations=5000)
+    assert float(balanced.sum(1)[0]) == pytest.approx(0.1, rel=1e-2)
+    near = flow.sinkhorn(cost, epsilon, 0.9999, 0.9999, iterations=20_000, tolerance=1e-12)
+    torch.testing.assert_close(near, balanced, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("epsilon", "tau"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
+def test_sinkhorn_refuses(epsilon, tau):
+    with pytest.raises(ValueError, match=r"epsilon > 0 and tau in \(0, 1\], found"):
+        flow.sinkhorn(torch.zeros(2, 2), epsilon, tau)
+
+
+def test_pairs_are_drawn_by_their_mass():
+    plan = torch.tensor([[[0.0, 0.5, 0.1], [0.3, 0.0, 0.1]], [[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]]])
+    rows, columns = flow.plan_pairs(plan, 20_000, gen())
+    assert rows.shape == columns.shape == (2, 20_000)
+    share = torch.zeros(2, 3).index_put_((rows[0], columns[0]), torch.tensor(1 / 20_000), accumulate=True)
+    torch.testing.assert_close(share, plan[0], atol=0.02, rtol=0)
+    assert (rows[1] == 1).all() and (columns[1] == 2).all()

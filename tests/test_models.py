@@ -26,6 +26,8 @@ SMALL = {  # settings that are small enough to train in seconds; other models ar
     "cpa": iv.models.CPA.Config(width=32, n_latent=8, warmup_steps=2, adversary_width=16, dropout=0.0),
     "sams_vae": iv.models.SAMSVAE.Config(width=32, n_latent=8, dropout=0.0),
     "biolord": iv.models.Biolord.Config(width=32, n_latent=8, dropout=0.0),
+    "fm_pca": iv.models.FMPCA.Config(n_pcs=8, hidden_dim=64, steps=4),
+    "fm_pca ot": iv.models.FMPCA.Config(n_pcs=8, hidden_dim=64, steps=4, source="control"),
     "primeflow unet": iv.models.PRiMeFlow.Config(
         velocity="unet", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=32, channel_mult=(1, 1, 2),
         num_res_blocks=1, num_heads=2, attention_resolutions=(4,), dropout=0.0, loss_genes=0, steps=4
@@ -34,7 +36,7 @@ SMALL = {  # settings that are small enough to train in seconds; other models ar
         velocity="mlp", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=64, loss_genes=0, steps=6
     ),
 }  # fmt: skip
-CASES = [*MODELS, "primeflow unet", "primeflow mlp"]
+CASES = [*MODELS, "primeflow unet", "primeflow mlp", "fm_pca ot"]
 DETERMINISTIC = {"perturbation_mean", "decoder_only"}  # every seed gives the same cells
 N_GENES = 14  # needs padding in a U-Net of three levels
 FIT = FitConfig(steps=6, batch_size=64, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=3)
@@ -80,12 +82,13 @@ def fitted(cells, design, split):
     return find
 
 
-def trainable(case: str) -> bool:
+def made() -> dict:
     cells, design, _ = experiment()
-    return any(p.requires_grad for p in new(case, design, cells.var_names).parameters())
+    return {case: new(case, design, cells.var_names) for case in CASES}
 
 
-TRAINABLE = [case for case in CASES if trainable(case)]
+TRAINABLE = [case for case, model in made().items() if any(p.requires_grad for p in model.parameters())]
+SOURCED = [case for case, model in made().items() if model.needs_source]
 ASKED = pd.DataFrame(
     {"cell_type": ["t_cell", "b_cell", "monocyte", "t_cell"], "perturbation": ["A", "B+C", "A+B", "control"]}
 )
@@ -338,7 +341,7 @@ def test_bf16_is_close_to_fp32(case, fitted):
     assert {v.dtype for v in fitted(case).state_dict().values() if v.is_floating_point()} <= {torch.float32}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if MODELS[case.split(maxsplit=1)[0]].needs_source])
+@pytest.mark.parametrize("case", SOURCED)
 def test_given_controls_are_used(case, cells, fitted):
     """The expression of the given control cells reaches the prediction."""
     model = fitted(case)

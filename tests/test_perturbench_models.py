@@ -495,9 +495,9 @@ BEST = {  # rows of the table of best hyperparameters: fields of Config, then le
         "norman19": ((128, 3584, 1, 3, 2, 0.4, 0.1138, True, False, False, "target"), 3.026e-5, 4.245e-9, 256),
         "srivatsan20": ((64, 1536, 4, 2, 1, 0.3, 0.01149, True, False, False, "target"), 4.002e-4, 1.749e-6, 256),
         "jiang24": ((64, 3328, 3, 5, 3, 0.5, 0.2068, True, True, True, "prior"), 7.595e-6, 1.592e-8, 256),
-        "simple-norman19": ((32, 2048, 1, 1, 3, 0.3, 0.1, False, False, False, "prior"), 1.598e-5, 6.556e-5, 256),
-        "simple-srivatsan20": ((32, 2560, 4, 2, 3, 0.4, 0.1, False, True, True, "prior"), 3.418e-4, 6.944e-8, 256),
-        "simple-jiang24": ((32, 1536, 5, 2, 3, 0.6, 0.1, False, True, True, "prior"), 3.892e-4, 9.994e-7, 256),
+        "simple-norman19": ((32, 2048, 1, 1, 3, 0.3, 0.3, False, False, False, "prior"), 1.598e-5, 6.556e-5, 256),
+        "simple-srivatsan20": ((32, 2560, 4, 2, 3, 0.4, 0.3, False, True, True, "prior"), 3.418e-4, 6.944e-8, 256),
+        "simple-jiang24": ((32, 1536, 5, 2, 3, 0.6, 0.3, False, True, True, "prior"), 3.892e-4, 9.994e-7, 256),
     },
 }
 WARMUP_EPOCHS = {"norman19": 15, "srivatsan20": 5, "jiang24": 5}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import invirtuo as iv
-from invirtuo.samplers import SAMPLERS, Layout, cells, pairs, sets, time_pairs
+from invirtuo.samplers import SAMPLERS, Layout, cells, named, pairs, sets, time_pairs
 
 
 @pytest.fixture
@@ -152,3 +152,8 @@ def test_time_pairs(timed):
 def test_time_pairs_need_time(layout):
     with pytest.raises(ValueError, match="need a Design with time="):
         run(time_pairs, layout, 8)
+
+
+def test_named(layout):
+    assert named("pairs", 16) is pairs
+    assert {batch.set_size for batch in run(named("sets", 16), layout, 32)} == {16}

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from invirtuo import samplers
 from invirtuo.files import writing
-from invirtuo.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from invirtuo.batch import Batch
@@ -211,7 +211,7 @@ class _Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         rank, n_devices = _rank()
-        sampler, number, epoch = SAMPLERS[self.model.sampler], 0, 0
+        sampler, number, epoch = samplers.named(self.model.sampler, self.model.set_size), 0, 0
         layout = self.dataset.layout("train")
         while True:
             n = 0
@@ -464,7 +464,8 @@ def validation_losses(
     bf16 = use_bf16(config) if bf16 is None else bf16
     with torch.random.fork_rng(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         torch.manual_seed(_seed(config.seed, 2**31, 0))
-        batches = dataset.batches(SAMPLERS[model.sampler], config.batch_size, part="val", seed=config.seed)
+        sampler = samplers.named(model.sampler, model.set_size)
+        batches = dataset.batches(sampler, config.batch_size, part="val", seed=config.seed)
         for _, batch in zip(range(config.val_batches), batches, strict=False):
             for name, value in model.loss(batch.to(device)).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(batch)

@@ -100,6 +100,7 @@ class Model(nn.Module):
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     takes_features: ClassVar[bool] = False  # whether features of the Design let it predict unseen perturbations
     sampler: str = "cells"  # which sampler of invirtuo.samplers forms training batches; `build` may choose
+    set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
 
     history: pd.DataFrame

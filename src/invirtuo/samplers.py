@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import pandas as pd
 
 from invirtuo.design import Design
 
-__all__ = ["SAMPLERS", "Layout", "Rows", "Sampler", "cells", "pairs", "sets", "time_pairs"]
+__all__ = ["SAMPLERS", "Layout", "Rows", "Sampler", "cells", "named", "pairs", "sets", "time_pairs"]
 
 
 class Rows(NamedTuple):
@@ -153,3 +154,8 @@ def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Ite
 
 
 SAMPLERS = {"cells": cells, "pairs": pairs, "sets": sets, "time_pairs": time_pairs}
+
+
+def named(name: str, set_size: int) -> Sampler:
+    """The sampler of a name in ``SAMPLERS``; `set_size` is for "sets"."""
+    return partial(sets, set_size=set_size) if name == "sets" else SAMPLERS[name]

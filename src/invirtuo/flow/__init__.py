@@ -1,6 +1,6 @@
 """Flow matching as functions on tensors: path, solver and guidance know neither networks nor cells."""
 
-from invirtuo.flow.coupling import exact_coupling
+from invirtuo.flow.coupling import exact_coupling, plan_pairs, sinkhorn
 from invirtuo.flow.guidance import guided
 from invirtuo.flow.path import PATHS, PathSample, gaussian_velocity, linear_path, trigonometric_path
 from invirtuo.flow.solve import EVALUATIONS, SOLVERS, solve, time_grid
@@ -14,6 +14,8 @@ __all__ = [
     "gaussian_velocity",
     "guided",
     "linear_path",
+    "plan_pairs",
+    "sinkhorn",
     "solve",
     "time_grid",
     "trigonometric_path",

@@ -9,6 +9,7 @@ from invirtuo.model import Model
 from invirtuo.models.biolord import Biolord
 from invirtuo.models.cpa import CPA
 from invirtuo.models.decoder_only import DecoderOnly
+from invirtuo.models.fm_pca import FMPCA
 from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean
@@ -17,6 +18,7 @@ from invirtuo.models.sams_vae import SAMSVAE
 
 __all__ = [
     "CPA",
+    "FMPCA",
     "MODELS",
     "SAMSVAE",
     "Biolord",
@@ -34,6 +36,7 @@ MODELS: dict[str, type[Model]] = {
     model.name: model
     for model in (
         PRiMeFlow,
+        FMPCA,
         CPA,
         SAMSVAE,
         Biolord,

@@ -39,7 +39,7 @@ class Config:
     n_layers: int = 1  # hidden blocks of all networks
     dropout: float = 0.1
     code_noise: float = 0.1  # standard deviation of the noise on the code
-    code_penalty: float = 1.0  # weight of the squared code; 0 in PerturBench
+    code_penalty: float = 10.0  # weight of the squared code; 0 in PerturBench
     penalty: float = 0.0  # weight of the squared covariate embeddings, summed over the batch; 2621 in PerturBench
     noise: bool = True  # noise on the code of control cells, to predict
 
@@ -65,7 +65,7 @@ class Biolord(Model):
         "norman19": Preset(_PAPER, replace(_FIT, steps=32_000, val_every=64), _BEST),
         "srivatsan20": Preset(_PAPER, replace(_FIT, steps=60_000, val_every=120), _BEST),
     }  # fmt: skip
-    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "code_penalty": (0.01, 30.0),
+    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "code_penalty": (0.1, 100.0),
               "penalty": (1e-6, 1.0)}  # fmt: skip
     needs_source = True
     takes_features = True

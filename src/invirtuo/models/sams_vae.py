@@ -47,7 +47,7 @@ class Config:
     layers_decoder: int = 1  # hidden blocks of the decoder
     dropout: float = 0.1  # in the decoder alone
     masked: bool = True  # off: no masks, effects are their means (SAMS-VAE (S))
-    mask_prior: float = 0.1  # prior probability that a perturbation acts on a latent dimension
+    mask_prior: float = 0.3  # prior probability that a perturbation acts on a latent dimension
     temperature: float = 0.5  # of the relaxed masks
     encode_covariates: bool = False  # covariate one-hots beside the cell
     decode_covariates: bool = False  # covariate one-hots beside the latent vector
@@ -69,6 +69,7 @@ _FIT = FitConfig(batch_size=256, precision="fp32", schedule="constant", warmup=0
 _BEST = "PerturBench, best of 60 trials"
 _S = Config(masked=False, basal="prior")
 _DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
+_MASKED_FIT = replace(_DEFAULT_FIT, lr=1e-2)  # mask logits begin at -1 and must cross 0 in few steps
 
 
 class SAMSVAE(Model):
@@ -82,7 +83,7 @@ class SAMSVAE(Model):
     name = "sams_vae"
     Config = Config
     PRESETS = {
-        "default": Preset(Config(), _DEFAULT_FIT, "ours"),
+        "default": Preset(Config(), _MASKED_FIT, "ours"),
         "simple": Preset(replace(_S, decode_covariates=True, encode_covariates=True), _DEFAULT_FIT,
                          "ours; SAMS-VAE (S) of PerturBench"),
         "norman19": Preset(
