@@ -190,6 +190,15 @@ def test_simple_baselines_are_added_once():
     assert {entry.label for entry in chosen_entries(None, baselines=False)} == {*iv.models.MODELS, "noise_floor"}
 
 
+def test_an_entry_may_be_for_one_task():
+    entries = [Entry("a", "no_change", task="one"), Entry("a", "context_mean", task="two")]
+    assert len(chosen_entries(entries, baselines=False)) == 3
+    with pytest.raises(ValueError, match="named more than once: a"):
+        chosen_entries([*entries, Entry("a", "no_change", task="two")], baselines=False)
+    with pytest.raises(ValueError, match="named more than once: a"):
+        chosen_entries([*entries, Entry("a", "no_change")], baselines=False)
+
+
 def test_entry_from_a_file_is_the_entry(entries, tmp_path):
     path = tmp_path / "best.json"
     path.write_text(json.dumps(entries[0].describe()))

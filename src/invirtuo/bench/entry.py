@@ -39,6 +39,8 @@ class Entry:
         Options of ``Model.predict``.
     variants
         Further rows from the same fit: label to options of ``Model.predict``.
+    task
+        Name of the only task that the entry is for, where settings were chosen task by task; None: every task.
     """
 
     label: str
@@ -47,6 +49,7 @@ class Entry:
     fit: FitConfig | Mapping[str, Any] | None = None
     predict: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    task: str | None = None
 
     @property
     def rows(self) -> dict[str, Mapping[str, Any]]:

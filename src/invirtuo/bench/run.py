@@ -106,7 +106,7 @@ def benchmark(
             task, entry, seed, metrics=names, data_dir=None if data_dir is None else str(Path(data_dir).resolve()),
             work=str(out.resolve() / "work"), **plan,
         )
-        for task in chosen for entry in entries for seed in wanted
+        for task in chosen for entry in entries if entry.task in (None, task.name) for seed in wanted
     ]  # fmt: skip
     records = {cell.name: _read(out, cell) for cell in grid}
     waiting = [cell for cell in grid if records[cell.name]["status"] != "ok"]
@@ -151,7 +151,9 @@ def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baseli
         labels = {entry.label for entry in chosen}
         chosen += [entry for entry in BASELINES if entry.label not in labels]
     chosen.append(Entry(FLOOR, FLOOR))
-    _refuse_repeats("models", [label for entry in chosen for label in entry.rows])
+    for task in {entry.task for entry in chosen}:
+        labels = [label for entry in chosen if entry.task in (None, task) for label in entry.rows]
+        _refuse_repeats("models", labels)
     return chosen
 
 
@@ -289,7 +291,7 @@ def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
 
 def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
     tasks = {cell.task.name: cell.task.title for cell in grid}
-    entries = {cell.entry.label: cell.entry.describe() for cell in grid}
+    entries = {"/".join(filter(None, (e.task, e.label))): e.describe() for e in (cell.entry for cell in grid)}
     return {
         "title": f"Benchmark: {', '.join(tasks)}",
         "tasks": tasks,
