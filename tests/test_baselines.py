@@ -180,6 +180,150 @@ def test_context_mean_without_perturbed_cells_is_the_control_mean(cells, caplog)
     assert "the context mean is their control mean" in caplog.text
 
 
+# ---- ridge -----------------------------------------------------------------------------------------------------------
+
+Ridge = iv.models.Ridge
+
+
+def effects_by_hand(adata, plan):
+    """Y: mean over all cells of a perturbation of cell minus control mean of its context; columns A, A+B, B."""
+    columns = []
+    for label in ("A", "A+B", "B"):
+        rows = [(of(adata, c, label), of(adata, c, "control").mean(0)) for c in ("x", "y") if len(of(adata, c, label))]
+        columns.append(np.concatenate([cells - control for cells, control in rows]).mean(0))
+    return np.stack(columns, 1).astype(float), np.array([[1.0, 0], [1, 1], [0, 1]])
+
+
+def directions_by_hand(adata, n):
+    means = adata.to_df().groupby([adata.obs["context"], adata.obs["p"]]).mean().to_numpy(float)
+    return np.linalg.svd(means - means.mean(0), full_matrices=False)[2][:n].T
+
+
+@pytest.mark.parametrize("own_vectors", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("solver", ["two-sided", "exact"])
+def test_ridge_by_hand(cells, solver, center, own_vectors):
+    """Equation 43, with and without centring; the exact solver satisfies the normal equation of equation 42."""
+    vectors = np.random.default_rng(0).normal(size=(6, 4))
+    config = Ridge.Config(penalty=0.3, n_components=3, center=center, solver=solver,
+                          gene_vectors=tuple(map(tuple, vectors)) if own_vectors else ())  # fmt: skip
+    model = Ridge(plan_of(cells), GENES, config).fit(cells)
+    y, e = effects_by_hand(cells, plan_of(cells))
+    genes = vectors if own_vectors else directions_by_hand(cells, 3)
+    b = y.mean(1) * center
+    rest = y - b[:, None]
+    left, right = genes.T @ genes, e.T @ e
+    slopes = model.slopes.numpy().astype(float)
+    if solver == "two-sided":
+        k = np.linalg.inv(left + 0.3 * np.eye(len(left))) @ genes.T @ rest @ e @ np.linalg.inv(right + 0.3 * np.eye(2))
+        np.testing.assert_allclose(slopes, genes @ k, atol=1e-5)
+    else:
+        k = np.linalg.lstsq(genes, slopes, rcond=None)[0]
+        np.testing.assert_allclose(genes @ k, slopes, atol=1e-5)
+        np.testing.assert_allclose(left @ k @ right + 0.3 * k, genes.T @ rest @ e, atol=1e-4)
+    predicted = model.predict(ask(("y", "B"), ("y", "A+B"), ("x", "control")), 2)
+    for label, code in (("B", [0, 1]), ("A+B", [1, 1])):
+        expected = of(cells, "y", "control").mean(0) + genes @ k @ np.array(code) + b
+        np.testing.assert_allclose(of(predicted, "y", label), np.tile(expected, (2, 1)), atol=1e-4)
+    np.testing.assert_allclose(of(predicted, "x", "control")[0], of(cells, "x", "control").mean(0), atol=1e-5)
+
+
+def test_exact_ridge_is_the_minimum(cells):
+    """Of the squared error of equation 42 plus lambda times the squared K; the two-sided one is not."""
+    vectors = np.random.default_rng(0).normal(size=(6, 4))
+    y, e = effects_by_hand(cells, plan_of(cells))
+    y = y - y.mean(1, keepdims=True)
+    objective = {}
+    for solver in ("exact", "two-sided"):
+        config = Ridge.Config(penalty=0.3, solver=solver, gene_vectors=tuple(map(tuple, vectors)))
+        k = np.linalg.lstsq(vectors, Ridge(plan_of(cells), GENES, config).fit(cells).slopes.numpy(), rcond=None)[0]
+        objective[solver] = ((y - vectors @ k @ e.T) ** 2).sum() + 0.3 * (k**2).sum()
+        for _ in range(20):
+            moved = k + 1e-2 * np.random.default_rng(_).normal(size=k.shape)
+            assert (
+                solver != "exact"
+                or ((y - vectors @ moved @ e.T) ** 2).sum() + 0.3 * (moved**2).sum() > objective[solver]
+            )
+    assert objective["exact"] < objective["two-sided"] - 1e-3
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "additive"])
+def test_kernel_ridge_by_hand(cells, kernel):
+    config = Ridge.Config(penalty=0.2, kernel=kernel, center=kernel == "rbf")
+    model = Ridge(plan_of(cells), GENES, config).fit(cells)
+    seen = [("x", "A", [1, 0]), ("x", "A+B", [1, 1]), ("x", "B", [0, 1]), ("y", "A", [1, 0])]
+    y = np.stack([delta(cells, context, label) for context, label, _ in seen])
+    control = {context: of(cells, context, "control").mean(0) for context in "xy"}
+    s = ((control["x"] - control["y"]) ** 2).sum()
+
+    def k(one, other):
+        e, f = np.array(one[2], float), np.array(other[2], float)
+        own = e @ f if kernel == "additive" else np.exp(-((e - f) ** 2).sum() / 2)
+        return own * np.exp(-((control[one[0]] - control[other[0]]) ** 2).sum() / (2 * s))
+
+    gram = np.array([[k(a, b) for b in seen] for a in seen])
+    b = y.mean(0) * (kernel == "rbf")
+    dual = np.linalg.solve(gram + 0.2 * np.eye(4), y - b)
+    expected = control["y"] + b + np.array([k(("y", "B", [0, 1]), other) for other in seen]) @ dual
+    np.testing.assert_allclose(model.predict(ask(("y", "B")), 1).X[0], expected, atol=1e-4)
+
+
+def test_ridge_recovers_additive_effects():
+    """With all directions and next to no penalty, an unseen combination is the sum of its parts (center=False)."""
+    adata = make({key: 30 for key in SIZES if key[1] != "A+B"} | {("y", "B"): 30}, strength={"x": 1.0, "y": 1.0})
+    for options in ({"n_components": 6}, {"kernel": "additive"}):
+        model = Ridge(plan_of(adata), GENES, Ridge.Config(penalty=1e-6, center=False, **options)).fit(adata)
+        predicted = model.predict(ask(("y", "A+B")), 1).X[0] - of(adata, "y", "control").mean(0)
+        np.testing.assert_allclose(predicted, EFFECT["A"] + EFFECT["B"], atol=0.12)
+
+
+def test_ridge_shifts_cells(cells):
+    profile = fitted(Ridge, cells).predict(ask(("x", "B")), 1).X[0] - of(cells, "x", "control").mean(0)
+    predicted = Ridge(plan_of(cells), GENES, "shift-cells").fit(cells).predict(ask(("x", "B")), 20).X
+    expected = np.maximum(of(cells, "x", "control") + profile, 0)
+    np.testing.assert_allclose(np.sort(predicted, axis=0), np.sort(expected, axis=0), atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "additive"])
+def test_ridge_of_what_was_never_trained_on(cells, kernel):
+    plan = plan_of(cells)
+    only = cells[cells.obs["p"].isin(["control", "A"]).to_numpy()].copy()
+    control = of(cells, "x", "control").mean(0)
+    with pytest.raises(ValueError, match=r"perturbation\(s\) B do not occur"):
+        Ridge(plan, GENES, Ridge.Config(kernel=kernel)).fit(only).predict(ask(("x", "B")), 1)
+    for unseen in ("zero", "mean"):
+        model = Ridge(plan, GENES, Ridge.Config(kernel=kernel, unseen=unseen, center=False)).fit(only)
+        predicted = model.predict(ask(("x", "B"), ("x", "A"), ("x", "A+B")), 1)
+        rows = of(cells, "x", "A"), of(cells, "y", "A")
+        shift = [rows[0] - control, rows[1] - of(cells, "y", "control").mean(0)]
+        average = np.concatenate(shift).mean(0) if kernel == "linear" else (shift[0].mean(0) + shift[1].mean(0)) / 2
+        np.testing.assert_allclose(of(predicted, "x", "B")[0], control + average * (unseen == "mean"), atol=1e-5)
+        assert np.abs(of(predicted, "x", "A+B") - control).max() > 0.2  # the part that is known
+    vectors = pd.DataFrame({"u": [1.0, 0.8], "v": [0.0, 0.2]}, index=["A", "B"])
+    told = iv.Design.from_adata(cells, perturbation="p", control="control", covariates=["context"], features=vectors)
+    near = Ridge(told, GENES, Ridge.Config(kernel=kernel, center=False)).fit(only).predict(ask(("x", "B")), 1).X[0]
+    assert np.corrcoef(near - control, EFFECT["A"])[0, 1] > 0.95
+
+
+def test_ridge_messages(cells):
+    for field in ("solver", "kernel", "mode", "unseen"):
+        with pytest.raises(ValueError, match=f"{field} is 'x'"):
+            Ridge.Config(**{field: "x"})
+    with pytest.raises(ValueError, match="penalty is 0"):
+        Ridge.Config(penalty=0)
+    with pytest.raises(ValueError, match="gene_vectors has 2 rows; expected one for each of the 6 genes"):
+        Ridge(plan_of(cells), GENES, Ridge.Config(gene_vectors=((1.0,), (2.0,))))
+    alone = cells[((cells.obs["p"] == "control") == (cells.obs["context"] == "x")).to_numpy()].copy()
+    with pytest.raises(ValueError, match="no perturbed training cells beside control cells"):
+        fitted(Ridge, alone)
+
+
+def test_ridge_with_gene_vectors_can_be_saved(cells, tmp_path):
+    config = Ridge.Config(gene_vectors=tuple((float(i), 1.0) for i in range(6)), kernel="linear")
+    Ridge(plan_of(cells), GENES, config).fit(cells).save(tmp_path)
+    assert iv.load(tmp_path).config == config
+
+
 # ---- linear additive -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from invirtuo.models.decoder_only import DecoderOnly
 from invirtuo.models.fm_pca import FMPCA
 from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
-from invirtuo.models.means import ContextMean, NoChange, PerturbationMean
+from invirtuo.models.means import ContextMean, NoChange, PerturbationMean, Ridge
 from invirtuo.models.primeflow import PRiMeFlow
 from invirtuo.models.sams_vae import SAMSVAE
 
@@ -29,6 +29,7 @@ __all__ = [
     "NoChange",
     "PRiMeFlow",
     "PerturbationMean",
+    "Ridge",
     "load",
 ]
 
@@ -45,6 +46,7 @@ MODELS: dict[str, type[Model]] = {
         DecoderOnly,
         PerturbationMean,
         ContextMean,
+        Ridge,
         NoChange,
     )
 }

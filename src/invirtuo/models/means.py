@@ -1,6 +1,6 @@
-"""What everybody must beat: no change, the perturbation mean and the context mean.
+"""What everybody must beat: no change, the perturbation mean, the context mean, and ridge regression on pseudobulks.
 
-Formulas: STATE paper, section 5.7.5 (perturbation mean, context mean).
+Formulas: STATE paper, section 5.7.5 (perturbation mean, context mean, equations 40-44 of the ridge).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from invirtuo.batch import Batch
 from invirtuo.dataset import CellDataset
 from invirtuo.model import Model, Preset, SampleConfig
 
-__all__ = ["ContextMean", "NoChange", "PerturbationMean"]
+__all__ = ["ContextMean", "NoChange", "PerturbationMean", "Ridge"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,37 @@ class PerturbationMeanConfig:
 @dataclass(frozen=True)
 class ContextMeanConfig:
     """No choices."""
+
+
+@dataclass(frozen=True)
+class RidgeConfig:
+    """What is regressed on what, and how the effect is put on cells."""
+
+    penalty: float = 0.1  # lambda
+    n_components: int = 10  # principal directions of the training pseudobulks that serve as gene vectors
+    gene_vectors: tuple[tuple[float, ...], ...] = ()  # a row of own numbers for each gene instead, in order
+    center: bool = True  # regress what differs from the mean effect; False is equation 43 to the letter
+    solver: str = "two-sided"  # "two-sided": equation 43; "exact": the minimiser of equation 42
+    kernel: str = "linear"  # "linear" (the paper); "rbf" or "additive": kernel ridge that knows the context
+    mode: str = "profile"  # as in the perturbation mean
+    unseen: str = "raise"  # perturbations never trained on: "raise", "mean" (the mean effect) or "zero" (none)
+
+    def __post_init__(self) -> None:
+        """Refuse unknown choices; rows from JSON become tuples."""
+        choices = {
+            "solver": ("two-sided", "exact"),
+            "kernel": ("linear", "rbf", "additive"),
+            "mode": ("profile", "shift_cells"),
+            "unseen": ("raise", "mean", "zero"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if not self.penalty > 0 or self.n_components < 1:
+            raise ValueError(
+                f"penalty is {self.penalty}, n_components {self.n_components}; expected above 0, 1 or more"
+            )
+        object.__setattr__(self, "gene_vectors", tuple(map(tuple, self.gene_vectors)))
 
 
 class NoChange(Model):
@@ -156,6 +187,140 @@ class ContextMean(_Pseudobulk):
             control = self._control_mean(covariates[0])
             mean = batch.source.mean(0) if control is None else control
         return torch.where(batch.condition.is_control[:, None], batch.source, mean)
+
+
+class Ridge(_Pseudobulk):
+    """Ridge regression of effects on what is known of perturbations, and, with a kernel, of contexts.
+
+    A perturbation that was never trained on is an error without features; `unseen` gives it the mean effect or none,
+    and a combination with it the effect of the known parts.
+
+    Linear, as published: Y (g, P) holds the mean effect of each perturbation over its cells (each minus the control
+    mean of its covariates), b the mean of its columns, G (g, d) vectors of genes, E (P, f) the features (or multi-hot)
+    of the perturbations::
+
+        K = (G^T G + lambda I)^-1 G^T (Y - b 1^T) E (E^T E + lambda I)^-1,  prediction = control mean + G K e + b
+
+    Differs: equation 43 of the paper has Y in place of Y - b 1^T, unlike its equation 42 (`center=False`). It is not
+    the minimiser of equation 42 either; `solver="exact"` is.
+
+    Kernel ridge (ours): the effects of all pairs of context and perturbation, regressed with the kernel
+    k = k_e exp(-|control mean - control mean'|^2 / (2 s)), s the median squared distance of contexts;
+    k_e = exp(-|e - e'|^2 / 2) for "rbf", e . e' for "additive", where effects of a combination add up.
+
+    References
+    ----------
+    STATE, section 5.7.5, equations 40-44.
+    """
+
+    name = "ridge"
+    Config = RidgeConfig
+    PRESETS = {
+        "default": Preset(RidgeConfig(), source="STATE, equations 42-44"),
+        "literal": Preset(RidgeConfig(center=False), source="STATE, equation 43 to the letter"),
+        "exact": Preset(RidgeConfig(solver="exact"), source="minimiser of STATE, equation 42"),
+        "shift-cells": Preset(RidgeConfig(mode="shift_cells"), source="keeps the spread of the control cells"),
+        "kernel": Preset(RidgeConfig(kernel="rbf"), source="ours"),
+        "kernel-additive": Preset(RidgeConfig(kernel="additive", center=False), source="ours"),
+    }
+    SEARCH = {"penalty": (1e-3, 100.0), "n_components": (5, 50), "center": [True, False]}
+    takes_features = True
+
+    def build(self) -> None:
+        super().build()
+        g, f, rows = len(self.genes), self.design.code_width, len(self.config.gene_vectors)
+        if rows not in (0, g):
+            raise ValueError(f"gene_vectors has {rows} rows; expected one for each of the {g} genes, in order")
+        self.register_buffer("average", torch.zeros(g))  # mean effect
+        self.register_buffer("offset", torch.zeros(g))  # b: the mean effect, or 0
+        self.register_buffer("slopes", torch.zeros(g, f))  # G K
+        self.register_buffer("codes", torch.zeros(0, f))  # with a kernel: e of every effect,
+        self.register_buffer("context", torch.zeros(0, dtype=torch.int64))  # row of its control mean in
+        self.register_buffer("contexts", torch.zeros(0, g))
+        self.register_buffer("dual", torch.zeros(0, g))  # its dual coefficients
+        self.register_buffer("bandwidth", torch.ones(()))  # s
+
+    def prepare(self, dataset: CellDataset) -> None:
+        super().prepare(dataset)
+        config, table = self.config, dataset.pseudobulk("train")[0]
+        codes, effects, controls, n_cells = self._effects(self.design.encode(table).code)
+        if config.kernel == "linear":
+            codes, which = codes.unique(dim=0, return_inverse=True)  # a perturbation in several contexts is one column
+            effects = torch.stack([_weighted(effects[which == i], n_cells[which == i]) for i in range(len(codes))])
+        self.average = effects.mean(0).float()
+        self.offset = self.average * config.center
+        centred = effects - self.offset.double()
+        if config.kernel == "linear":
+            genes = self._gene_vectors()
+            self.slopes = (genes @ _two_sided(genes, centred.T, codes, config)).float()
+            return
+        contexts, self.context = controls.unique(dim=0, return_inverse=True)
+        self.codes, self.contexts = codes.float(), contexts.float()
+        distance = torch.pdist(contexts).square()
+        self.bandwidth = distance.median().float() if len(distance) else torch.ones(())
+        gram = self._kernel(codes, controls).double()
+        gram.diagonal().add_(config.penalty)
+        self.dual = torch.linalg.solve(gram, centred).float()
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """Shifted control cells, or the control mean plus the effect, (n, g)."""
+        condition, control = batch.condition, self._control_mean(batch.condition.groups[0])
+        mean = batch.source.mean(0) if control is None else control
+        with torch.autocast(mean.device.type, enabled=False):  # closed form: bf16 would only lose digits
+            if self.config.kernel == "linear":
+                effect = condition.code @ self.slopes.T + self.offset
+            else:
+                effect = self._kernel(condition.code, mean.expand(len(batch), -1)) @ self.dual + self.offset
+        if not self.design.features:
+            known = (self.perturbations != 0).any(0)
+            foreign = ~(condition.perturbation[:, known] != 0).any(1, keepdim=True)
+            effect = torch.where(foreign, self.average * (self.config.unseen == "mean"), effect)
+        effect = torch.where(condition.is_control[:, None], 0.0, effect)
+        return (batch.source + effect).clamp_min(0) if self.config.mode == "shift_cells" else mean + effect
+
+    def _takes_unseen(self) -> bool:
+        return self.config.unseen != "raise" or super()._takes_unseen()
+
+    def _effects(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Code, effect, control mean and size of every perturbed condition with control cells, in float64."""
+        rows, contexts = [], []
+        for i in torch.nonzero((self.perturbations != 0).any(1)).flatten().tolist():
+            if (control := self._control_mean(self.covariates[i])) is not None:
+                rows.append(i)
+                contexts.append(control.double())
+        if not rows:
+            raise ValueError("no perturbed training cells beside control cells of their covariates; ridge needs some")
+        controls = torch.stack(contexts)
+        return codes[rows].double(), self.means[rows].double() - controls, controls, self.n_cells[rows]
+
+    def _gene_vectors(self) -> Tensor:
+        """G (g, d): those of the Config, or principal directions of the training pseudobulks."""
+        if self.config.gene_vectors:
+            return torch.tensor(self.config.gene_vectors, dtype=torch.float64)
+        centred = self.means.double() - self.means.double().mean(0)
+        _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
+        n = min(self.config.n_components, int((sizes > 1e-9 * sizes[0]).sum()))
+        return directions[:n].T
+
+    def _kernel(self, codes: Tensor, contexts: Tensor) -> Tensor:
+        """Kernel (n, c) between n conditions and the training effects."""
+        own_codes = self.codes.to(codes)
+        near = torch.exp(-torch.cdist(contexts, self.contexts.to(contexts)).square() / (2 * self.bandwidth))
+        near = near[:, self.context]
+        if self.config.kernel == "additive":
+            return (codes @ own_codes.T).to(near) * near
+        return torch.exp(-torch.cdist(codes, own_codes).square() / 2).to(near) * near
+
+
+def _two_sided(genes: Tensor, y: Tensor, codes: Tensor, config: RidgeConfig) -> Tensor:
+    """K (d, f) of genes (g, d), effects y (g, P) and codes (P, f): equation 43, or the minimiser of equation 42."""
+    left, right, cross = genes.T @ genes, codes.T @ codes, genes.T @ y @ codes
+    if config.solver == "exact":  # G^T G K E^T E + lambda K = G^T Y E, diagonal in both eigenbases
+        a, u = torch.linalg.eigh(left)
+        c, v = torch.linalg.eigh(right)
+        return u @ ((u.T @ cross @ v) / (a[:, None] * c + config.penalty)) @ v.T
+    identity = [config.penalty * torch.eye(len(gram), dtype=gram.dtype) for gram in (left, right)]
+    return torch.linalg.solve(left + identity[0], torch.linalg.solve(right + identity[1], cross.T).T)
 
 
 def _weighted(means: Tensor, n_cells: Tensor) -> Tensor:
