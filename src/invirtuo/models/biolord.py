@@ -8,9 +8,9 @@ encoded into a code that holds what its labels do not say; perturbation and cova
 
 To predict, control cells are encoded, with noise, and decoded with the wanted perturbation and covariates.
 
-Differs: `code_penalty` adds the mean square of the cell's code to the loss (times d, as a sum over it). That is where
-Biolord's paper puts its penalty; PerturBench has it on the covariate embeddings instead, whose published weight leaves
-nothing of them. Without either, the code tells all there is to know, and labels need not be learned.
+Differs: `code_penalty` adds the squared norm of the cell's code, mean over cells, to the loss. That is where Biolord's
+paper puts its penalty; PerturBench has it on the covariate embeddings instead, whose published weight leaves nothing of
+them. Without it the code tells all there is to know, and labels need not be learned.
 Differs: constant or cosine learning rate in place of one lowered on plateaus; epochs are steps here.
 """
 

@@ -15,7 +15,7 @@ N(0, I) to predict; the terms of masks and effects are not in its loss.
 
 Differs: to predict, the default encodes control cells with their own shift, which is none, and then adds that of the
 wanted perturbation. The reference encodes them with the wanted shift (`basal="target"`, in its presets): the encoder
-then explains the shift away, and the prediction is close to no change. `basal` is free in both forms.
+then explains part of the shift away. `basal` is free in both forms.
 Differs: constant or cosine learning rate in place of one lowered on plateaus; epochs are steps here.
 """
 
