@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import invirtuo as iv
 from invirtuo.bench import Entry, compare
+from invirtuo.bench.entry import BASELINES
 
 
 def main() -> None:
@@ -28,10 +29,7 @@ def main() -> None:
     fit = replace(iv.models.PRiMeFlow.PRESETS["default"].fit, steps=args.steps, val_every=0, seed=args.seed)
     entries = [
         Entry("primeflow", "primeflow", None, fit),
-        Entry("perturbation_mean", "perturbation_mean", "profile"),
-        Entry("perturbation_mean:shift", "perturbation_mean", "shift-cells"),
-        Entry("context_mean", "context_mean"),
-        Entry("no_change", "no_change"),
+        *BASELINES,
     ]
     scores = compare(adata, design, split, entries, args.out, seed=args.seed)
     for index in ("model", ["condition", "model"]):
