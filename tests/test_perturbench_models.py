@@ -283,16 +283,16 @@ def test_cpa_one_adam_equals_two(cells):
         torch.testing.assert_close(parameter, other, msg=name, atol=1e-6, rtol=1e-5)
 
 
-def test_cpa_recovers_additive_effects():
-    """An unseen combination is closer to the sum of its parts than to no change, with and without adversary."""
-    adata = make(PAIRS)
-    for adversary in (False, True):
-        config = iv.models.CPA.Config(8, 32, 0, 0, 0, 0.0, kl_weight=0.1, adversary=adversary, adversary_weight=0.5,
-                                      warmup_steps=100, adversary_layers=1)  # fmt: skip
-        model = iv.models.CPA(plan_of(adata), GENES, config).fit(adata, config=FIT)
-        for context, base in BASE.items():
-            truth = base + EFFECT["A"] + EFFECT["C"]
-            assert rms(model, context, "A+C", truth) < 0.3 * np.sqrt(((base - truth) ** 2).mean())
+@pytest.mark.parametrize("adversary", [True, False])
+def test_cpa_recovers_additive_effects(adversary):
+    """An unseen combination is far closer to the sum of its parts than no change is."""
+    adata = make(PAIRS, n=20)
+    config = iv.models.CPA.Config(8, 32, 0, 0, 0, 0.0, kl_weight=0.1, adversary=adversary, adversary_weight=0.5,
+                                  warmup_steps=100, adversary_layers=1)  # fmt: skip
+    model = iv.models.CPA(plan_of(adata), GENES, config).fit(adata, config=FIT)
+    for context, base in BASE.items():
+        truth = base + EFFECT["A"] + EFFECT["C"]
+        assert rms(model, context, "A+C", truth) < 0.3 * np.sqrt(((base - truth) ** 2).mean())
 
 
 def test_cpa_noise_can_be_turned_off(cells):
