@@ -151,8 +151,8 @@ def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baseli
         labels = {entry.label for entry in chosen}
         chosen += [entry for entry in BASELINES if entry.label not in labels]
     chosen.append(Entry(FLOOR, FLOOR))
-    for task in {entry.task for entry in chosen}:
-        labels = [label for entry in chosen if entry.task in (None, task) for label in entry.rows]
+    for name in {entry.task for entry in chosen}:
+        labels = [label for entry in chosen if entry.task in (None, name) for label in entry.rows]
         _refuse_repeats("models", labels)
     return chosen
 
