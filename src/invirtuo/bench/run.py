@@ -152,8 +152,8 @@ def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baseli
         chosen += [entry for entry in BASELINES if entry.label not in labels]
     chosen.append(Entry(FLOOR, FLOOR))
     for name in {entry.task for entry in chosen}:
-        labels = [label for entry in chosen if entry.task in (None, name) for label in entry.rows]
-        _refuse_repeats("models", labels)
+        rows = [label for entry in chosen if entry.task in (None, name) for label in entry.rows]
+        _refuse_repeats("models", rows)
     return chosen
 
 
