@@ -246,7 +246,7 @@ def evaluate(
 @app.command()
 def benchmark(
     tasks: Annotated[list[str], typer.Argument(help="Names of tasks; see `invirtuo list tasks`.")],
-    out: Out,
+    out: Out = Path("results"),
     model: Annotated[
         list[str] | None, typer.Option(help="MODEL, MODEL:PRESET or FILE.json; may be given several times.")
     ] = None,
@@ -289,7 +289,7 @@ def benchmark(
 def tune(
     model: Annotated[str, typer.Argument(help="MODEL, MODEL:PRESET or FILE.json.")],
     task: Annotated[str, typer.Argument(help="Name of a task; its validation conditions are scored.")],
-    out: Out,
+    out: Out = Path("tuned"),
     trials: Annotated[int, typer.Option(help="Number of trials, those of earlier runs included.")] = 20,
     objective: Annotated[
         str, typer.Option(help="metric=weight joined by commas; the sum is minimised.")
