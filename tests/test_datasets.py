@@ -138,11 +138,21 @@ def test_counts_in_a_layer_come_to_x(monkeypatch, toy, toy_source, tmp_path):
     monkeypatch.setitem(datasets.DATASETS, "toy", replace(toy_source, counts_layer="counts"))
     iv.preprocess.normalize(toy).write_h5ad(tmp_path / "toy.h5ad")
     back = iv.datasets.load("toy", data_dir=tmp_path)
-    assert (back.X != toy.X).nnz == 0
+    assert back.var_names.tolist() == sorted(toy.var_names)
+    assert (back.X != toy[:, back.var_names].X).nnz == 0
     assert not back.layers
+    published = iv.datasets.load("toy", data_dir=tmp_path, counts=False)
+    np.testing.assert_allclose(published.X.toarray(), iv.preprocess.normalize(toy)[:, back.var_names].X.toarray())
     toy.write_h5ad(tmp_path / "toy.h5ad")
     with pytest.raises(ValueError, match="no layer 'counts'"):
         iv.datasets.load("toy", data_dir=tmp_path)
+
+
+def test_published_expression_needs_a_file_with_it(monkeypatch, toy, toy_source, tmp_path):
+    monkeypatch.setitem(datasets.DATASETS, "toy", toy_source)
+    toy.write_h5ad(tmp_path / "toy.h5ad")
+    with pytest.raises(ValueError, match="holds raw counts only"):
+        iv.datasets.load("toy", data_dir=tmp_path, counts=False)
 
 
 # Downloads ------------------------------------------------------------------------------------------------------------

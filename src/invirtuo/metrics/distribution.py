@@ -441,9 +441,11 @@ def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
 def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What of a block lies outside of a basis: orthonormal columns, and the (k, k) factors that give it back."""
     factors = np.eye(block.shape[1])
-    for _ in range(2):  # the second round removes what rounding left
+    for _ in range(8):  # a block that lies in the basis leaves rounding, which must be made orthogonal in turn
         block, factor = linalg.qr(block - basis @ (basis.T @ block), mode="economic")
         factors = factor @ factors
+        if np.abs(np.diagonal(factor)).min() > 0.9:
+            break
     return block, factors
 
 
