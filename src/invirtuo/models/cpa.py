@@ -8,9 +8,9 @@ A cell is encoded into a basal latent vector, to which the embeddings of its per
 An adversary reads perturbation and covariates from z; the encoder learns to hide them, so that they have to come from
 the embeddings. To predict, control cells are encoded and get the embeddings of the wanted condition.
 
-Training: loss = squared error (summed over genes) + kl_weight KL(q | N(0, I)) alone for `warmup_steps`, then in turns:
-where step % adversary_steps is 0, that loss minus adversary_weight A, for all but the adversary; else
-adversary_weight A + penalty_weight |d logits / d z|^2, for the adversary alone. A is the sum of its cross-entropies.
+Training: loss = squared error (summed over genes) + kl_weight ``KL(q | N(0, I))`` alone for `warmup_steps`, then in
+turns: where step % adversary_steps is 0, that loss minus adversary_weight A, for all but the adversary; else
+adversary_weight A + penalty_weight ``|d logits / d z|^2``, for the adversary alone. A sums its cross-entropies.
 
 Differs: warm-up is counted in steps, not epochs. The presets of the paper hold the steps of its epochs at the size of
 its training data (Norman19, about 16 steps of 4,000 cells each; Srivatsan20, 31; Jiang24, 585 of 2,000).

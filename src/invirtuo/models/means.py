@@ -205,8 +205,8 @@ class Ridge(_Pseudobulk):
     the minimiser of equation 42 either; `solver="exact"` is.
 
     Kernel ridge (ours): the effects of all pairs of context and perturbation, regressed with the kernel
-    k = k_e exp(-|control mean - control mean'|^2 / (2 s)), s the median squared distance of contexts;
-    k_e = exp(-|e - e'|^2 / 2) for "rbf", e . e' for "additive", where effects of a combination add up.
+    ``k = k_e exp(-|control mean - control mean'|^2 / (2 s))``, s the median squared distance of contexts;
+    ``k_e = exp(-|e - e'|^2 / 2)`` for "rbf", e . e' for "additive", where effects of a combination add up.
 
     References
     ----------
