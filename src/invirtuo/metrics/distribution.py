@@ -405,7 +405,7 @@ def _axes_of_few_cells(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, n
 
 
 def _axes_of_many_genes(
-    cells, centre: np.ndarray, d: int, *, width: int = 8, tolerance: float = 1e-8
+    cells, centre: np.ndarray, d: int, *, width: int = 8, tolerance: float = 1e-6
 ) -> tuple[np.ndarray, np.ndarray]:
     """By block Lanczos iteration without restarts, every new block made orthogonal to all before.
 
@@ -441,10 +441,10 @@ def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
 def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What of a block lies outside of a basis: orthonormal columns, and the (k, k) factors that give it back."""
     factors = np.eye(block.shape[1])
-    for _ in range(8):  # a block that lies in the basis leaves rounding, which must be made orthogonal in turn
+    for turn in range(8):  # two, or more for a block that lies in the basis and leaves only rounding
         block, factor = linalg.qr(block - basis @ (basis.T @ block), mode="economic")
         factors = factor @ factors
-        if np.abs(np.diagonal(factor)).min() > 0.9:
+        if turn and np.abs(np.diagonal(factor)).min() > 0.5:
             break
     return block, factors
 
