@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.bench.entry import FLOOR, Entry
-from invirtuo.bench.run import software
+from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
 from invirtuo.files import writing
 from invirtuo.metrics import Pair, noise_floor, score
@@ -95,9 +95,9 @@ def compare(
     tables.append(noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model=FLOOR))
     scores = pd.concat(tables, ignore_index=True)
     scores = scores[scores["condition"].isin(set(tables[0]["condition"]))].reset_index(drop=True)
-    _write(out / "scores.csv", scores)
-    _write(out / "history.csv", pd.concat(histories, ignore_index=True))
-    _write(out / "panels.csv", _panels(adata, real, predictions, design, seed))
+    write_table(out / "scores.csv", scores)
+    write_table(out / "history.csv", pd.concat(histories, ignore_index=True))
+    write_table(out / "panels.csv", _panels(adata, real, predictions, design, seed))
     with writing(out / "predicted.h5ad") as path:
         predictions[entries[0].label].write_h5ad(path, compression="gzip")
     facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "models": runs, "software": software()}
@@ -145,8 +145,3 @@ def _panels(
     for condition in names[~design.is_control(real.obs)].unique():
         tables.append(project(real[(names == condition).to_numpy()], "real", PANEL_CELLS, condition))
     return pd.concat(tables, ignore_index=True)
-
-
-def _write(path: Path, table: pd.DataFrame) -> None:
-    with writing(path) as partial:
-        table.to_csv(partial, index=False)

@@ -29,7 +29,7 @@ from invirtuo.report import write_report
 if TYPE_CHECKING:
     import os
 
-__all__ = ["benchmark", "chosen_entries", "one_task", "shared_plan", "software"]
+__all__ = ["benchmark", "chosen_entries", "one_task", "shared_plan", "software", "write_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -239,14 +239,14 @@ def _track(items, total: int, progress: bool) -> Iterator[tuple[Cell, Record]]:
 
 def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
     costs = _costs(grid, records)
-    _to_csv(out / "costs.csv", costs)
+    write_table(out / "costs.csv", costs)
     tables = [scores_of(record) for record in records if record["scores"] is not None]
     if not tables:
         raise ValueError(f"no cell was computed; the first said: {records[0]['error']}. See {out / 'costs.csv'}")
     scores = _joined(tables)
-    _to_csv(out / "scores.csv", scores)
-    _to_csv(out / "summary.csv", _summary(scores))
-    _to_csv(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
+    write_table(out / "scores.csv", scores)
+    write_table(out / "summary.csv", _summary(scores))
+    write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")
     write_report(out, out / "report.html")
@@ -306,6 +306,7 @@ def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _to_csv(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """A table as CSV, whole or not at all."""
     with writing(path) as partial:
         table.to_csv(partial, index=False)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,8 @@ class Task:
                 value = _text(value)
             facts[field.name] = list(value) if isinstance(value, tuple) else value
         if self.dataset not in datasets.DATASETS and Path(self.dataset).is_file():
-            facts["file"] = hashlib.sha256(Path(self.dataset).read_bytes()).hexdigest()[:16]
+            file = Path(self.dataset).stat()
+            facts["file"] = _digest(self.dataset, file.st_size, file.st_mtime_ns)
         return facts
 
     def _cells(self, data_dir: str | os.PathLike | None) -> AnnData:
@@ -163,6 +164,13 @@ def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.S
     if unseen:
         logger.info("not trained on, so not scored: %s", some(sorted(unseen)))
     return split.mask(labels.isin(unseen), "")
+
+
+@cache
+def _digest(path: str, size: int, changed: int) -> str:
+    """Of the content of a file, read once for all cells of a benchmark unless it changes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _text(function: Callable) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from invirtuo.bench.cell import Cell, Record, launch, scores_of
 from invirtuo.bench.entry import Entry, as_entry
-from invirtuo.bench.run import one_task, shared_plan
+from invirtuo.bench.run import one_task, shared_plan, write_table
 from invirtuo.bench.task import Task
 from invirtuo.files import writing
 from invirtuo.fit import FitConfig
@@ -194,8 +194,7 @@ def _write(out: Path, entry: Entry, study) -> None:
         {"trial": i, "state": trial.state.name.lower(), "value": trial.value, **trial.params, **trial.user_attrs}
         for i, trial in enumerate(_ended(study))
     ]
-    with writing(out / "trials.csv") as path:
-        pd.DataFrame(rows).to_csv(path, index=False)
+    write_table(out / "trials.csv", pd.DataFrame(rows))
     if any(row["state"] == "complete" for row in rows):
         with writing(out / "best.json") as path:
             path.write_text(json.dumps(_best(entry, study).describe(), indent=2), encoding="utf-8")

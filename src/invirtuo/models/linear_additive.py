@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.nn import one_hots
 
 __all__ = ["Config", "LinearAdditive"]
 
@@ -65,9 +66,6 @@ class LinearAdditive(Model):
         return self._forward(batch.source, batch.condition)
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
-        parts = [condition.code]
-        if self.config.use_covariates:
-            for levels, codes in zip(self.design.covariates.values(), condition.covariates.values(), strict=True):
-                parts.append(F.one_hot(codes, len(levels)).float())
-        shifted = source + self.shift(torch.cat(parts, dim=1))
+        blocks = one_hots(condition, map(len, self.design.covariates.values())) if self.config.use_covariates else []
+        shifted = source + self.shift(torch.cat([condition.code, *blocks], dim=1))
         return F.softplus(shifted) if self.config.softplus else shifted
