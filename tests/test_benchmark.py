@@ -246,6 +246,7 @@ def test_a_search_resumes_and_ends_with_the_same_best(task, tmp_path):
     whole, parts = (pd.read_csv(tmp_path / name / "trials.csv")[columns] for name in ("whole", "parts"))
     pd.testing.assert_frame_equal(whole, parts)
     assert whole["value"].nunique() == 3
+    assert whole["fit.lr"][0] == entry.settings()[1].lr  # the entry's own setting is the first candidate
     chosen = whole.loc[whole["value"].idxmin()]
     assert best.fit["lr"] == pytest.approx(chosen["fit.lr"])
     assert as_entry(tmp_path / "whole" / "best.json").settings() == best.settings()

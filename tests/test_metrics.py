@@ -595,6 +595,10 @@ def to_counts(adata):
     adata.X = np.clip(np.round(np.expm1(adata.X)), 0, 9)  # shallow counts, no larger than log1p values may be
 
 
+def to_linear(adata):
+    adata.X = np.expm1(2 * adata.X)
+
+
 MESSAGES = {
     "missing column": (lambda: (edited(PRED, drop_column), REAL), "pred: .*'kind'"),
     "missing label": (lambda: (PRED, edited(REAL, remove_labels)), "real: .*missing values"),
@@ -605,6 +609,7 @@ MESSAGES = {
     "no control": (lambda: (PRED, REAL[REAL.obs["gene"] != "control"]), "group 't1' has no control cells"),
     "no common condition": (lambda: (edited(PRED, relabel), REAL), r"no condition is in both.*t1\|other"),
     "large counts": (lambda: (edited(PRED, set_value(300.0)), REAL), "pred: X looks like raw counts.*log1p"),
+    "no logarithm": (lambda: (PRED, edited(REAL, to_linear)), "real: X looks like raw counts"),
     "small counts": (lambda: (PRED, edited(REAL, to_counts)), "real: .*raw counts"),
     "empty": (lambda: (PRED[:0], REAL), "pred: expected cells"),
     "no file": (lambda: ("nowhere.h5ad", REAL), "nowhere.h5ad"),
@@ -885,6 +890,11 @@ def test_an_empty_cell_stays_empty():
     counts.X = sparse.diags_array((np.arange(counts.n_obs) != 3).astype(np.float32)) @ counts.X
     found = values(evaluate(counts, as_counts(REAL), DESIGN, "mae", scale="counts"))
     assert np.isfinite(found).all(axis=None)
+
+
+def test_a_model_may_overshoot():
+    pair = edited(PRED, set_value(24.0))
+    assert np.isfinite(values(evaluate(pair, REAL, DESIGN, "mae"))).all(axis=None)
 
 
 def test_messages_about_scale():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -54,7 +55,8 @@ def tune(
     task
         Name in ``bench.TASKS`` or a :class:`Task`; its validation conditions are predicted and scored.
     trials
-        Number of trials that end, with or without a value; those of earlier runs in `out` count.
+        Number of trials that end, with or without a value; those of earlier runs in `out` count. The first is the
+        entry's own setting.
     out
         Folder for ``study.log`` (all trials, for Optuna), ``trials.csv`` and ``best.json``, an entry that `benchmark`
         takes.
@@ -100,7 +102,7 @@ def tune(
     for left_over in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a run that was killed
         study.tell(left_over.number, state=optuna.trial.TrialState.FAIL)
     for number in _numbers(len(_ended(study)), trials, progress):
-        study.sampler = _sampler(seed + number)
+        study.sampler = _sampler(seed + number, {} if number else _own(entry, space))
         trial = study.ask()
         candidate = _candidate(entry, {name: _suggest(trial, name, choice) for name, choice in space.items()})
         cell = Cell(
@@ -112,11 +114,27 @@ def tune(
     return _best(entry, study)
 
 
-def _sampler(seed: int):
+def _sampler(seed: int, fixed: Mapping[str, Any]):
     """A sampler that depends on the number of trials that ended alone, so that a resumed search draws the same."""
     import optuna
 
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+    if not fixed:
+        return sampler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.PartialFixedSampler(fixed, sampler)
+
+
+def _own(entry: Entry, space: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry's own values of what is searched, where the search could draw them."""
+    config, fit = map(asdict, entry.settings())
+    own = config | {f"fit.{name}": value for name, value in fit.items()}
+    return {
+        name: own[name]
+        for name, choice in space.items()
+        if (own[name] in choice if isinstance(choice, list) else choice[0] <= own[name] <= choice[1])
+    }
 
 
 def _ended(study) -> list:

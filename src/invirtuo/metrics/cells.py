@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 Side = Literal["pred", "real"]
 Scale = Literal["log1p", "counts", "auto"]
 Layer = str | Mapping[str, str | None] | None
-MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, most raw count tables are
+MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, most raw count tables are;
+FEW, ABSURD = 1e-3, 100.0  # but a model may overshoot in this share of the values above 0, and up to here
 FRACTION = 1e-3  # how far a count may lie from a whole number
 BLOCK = 4096  # cells read at a time in whole-file passes
 
@@ -97,7 +98,7 @@ class Cells:
 
     def on_scale(self, scale: Literal["log1p", "counts"]) -> Cells:
         """The same file, its values log1p already or counts to be normalised; an error if they cannot be that."""
-        if scale == "log1p" and (self.largest > MAX_LOG1P or (self.whole and self.largest >= 2)):
+        if scale == "log1p" and (self.too_large > FEW or self.largest > ABSURD or (self.whole and self.largest >= 2)):
             raise ValueError(
                 f"{self.name}: {self.where} looks like raw counts (largest value {self.largest:.4g}); expected "
                 "log1p-normalised expression. Normalise both files alike, for example with "
@@ -133,8 +134,9 @@ class Cells:
         return self.adata[rows].X if self.matrix is None else self.matrix[rows]
 
     def _look_at_values(self) -> None:
-        """Check that all are finite; range, whether all are whole numbers, and depth of each cell."""
+        """Check that all are finite; range, share above any log1p value, whether all are whole, depth of each cell."""
         self.largest, self.smallest, self.whole = -np.inf, 0.0, True
+        above, positive = 0, 0
         self.depths = np.empty(self.n_cells)
         for start in range(0, self.n_cells, BLOCK):
             rows = np.arange(start, min(start + BLOCK, self.n_cells))
@@ -149,8 +151,10 @@ class Cells:
             if values.size:
                 self.largest = max(self.largest, float(values.max()))
                 self.smallest = min(self.smallest, float(values.min()))
+            above, positive = above + int((values > MAX_LOG1P).sum()), positive + np.count_nonzero(values)
             self.whole = self.whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
             self.depths[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+        self.too_large = above / max(positive, 1)
 
 
 def common_scale(scale: Scale, *sides: Cells) -> Literal["log1p", "counts"]:
