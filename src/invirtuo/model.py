@@ -30,6 +30,7 @@ from invirtuo.design import Design
 from invirtuo.files import writing
 from invirtuo.fit import FitConfig
 from invirtuo.flow import SOLVERS
+from invirtuo.samplers import Sampler
 from invirtuo.transforms import TRANSFORMS, Transform
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Model(nn.Module):
     SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     takes_features: ClassVar[bool] = False  # whether features of the Design let it predict unseen perturbations
-    sampler: str = "cells"  # which sampler of invirtuo.samplers forms training batches; `build` may choose
+    sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
 
@@ -145,6 +146,11 @@ class Model(nn.Module):
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Draw one cell (n, g) for each condition of the batch; `batch.source` holds control cells if needed."""
         raise NotImplementedError
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the cells that the model reads: its genes, and what `_with_genes` puts beside them."""
+        return len(self.genes)
 
     # ---- fitting -----------------------------------------------------------------------------------------------
 
@@ -375,7 +381,7 @@ class Model(nn.Module):
             states.setdefault((head, middle), {})[tail] = array
         for (head, middle), state in states.items():
             if head == "controls":
-                shape = (len(state["indptr"]) - 1, len(self.genes))
+                shape = (len(state["indptr"]) - 1, self.n_columns)
                 cells = sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape)
                 cells.check_format(full_check=True)  # indices out of bounds would read foreign memory
                 self._controls[middle] = cells

@@ -156,6 +156,8 @@ def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Ite
 SAMPLERS = {"cells": cells, "pairs": pairs, "sets": sets, "time_pairs": time_pairs}
 
 
-def named(name: str, set_size: int) -> Sampler:
-    """The sampler of a name in ``SAMPLERS``; `set_size` is for "sets"."""
+def named(name: str | Sampler, set_size: int) -> Sampler:
+    """The sampler of a name in ``SAMPLERS``, `set_size` being for "sets"; a sampler is given back as it is."""
+    if not isinstance(name, str):
+        return name
     return partial(sets, set_size=set_size) if name == "sets" else SAMPLERS[name]
