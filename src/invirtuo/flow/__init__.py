@@ -1,20 +1,22 @@
 """Flow matching as functions on tensors: path, solver and guidance know neither networks nor cells."""
 
 from invirtuo.flow.coupling import exact_coupling, plan_pairs, sinkhorn
-from invirtuo.flow.guidance import guided
+from invirtuo.flow.guidance import composed, guided
 from invirtuo.flow.path import PATHS, PathSample, gaussian_velocity, linear_path, trigonometric_path
-from invirtuo.flow.solve import EVALUATIONS, SOLVERS, solve, time_grid
+from invirtuo.flow.solve import EVALUATIONS, SOLVERS, reversed_time, solve, time_grid
 
 __all__ = [
     "EVALUATIONS",
     "PATHS",
     "SOLVERS",
     "PathSample",
+    "composed",
     "exact_coupling",
     "gaussian_velocity",
     "guided",
     "linear_path",
     "plan_pairs",
+    "reversed_time",
     "sinkhorn",
     "solve",
     "time_grid",

@@ -1,13 +1,14 @@
-"""Fixed-step solvers for dx/dt = velocity(x, t) on any time grid."""
+"""Solvers for dx/dt = velocity(x, t) on any time grid: fixed steps, and Dormand-Prince with steps of its own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["EVALUATIONS", "SOLVERS", "solve", "time_grid"]
+__all__ = ["EVALUATIONS", "SOLVERS", "reversed_time", "solve", "time_grid"]
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,6 +33,7 @@ def solve(velocity: Velocity, x0: Tensor, grid: Tensor | int, solver: str = "eul
         (k + 1,), rising times; a number means that many uniform steps from 0 to 1.
     solver
         One of ``SOLVERS``. Order and evaluations per step: euler 1/1, midpoint 2/2, heun 2/2, ab2 2/1, rk4 4/4.
+        "dopri5" chooses its steps by itself; the grid then only names times that it does not step over.
 
     Returns
     -------
@@ -43,16 +45,23 @@ def solve(velocity: Velocity, x0: Tensor, grid: Tensor | int, solver: str = "eul
     >>> float(solve(lambda x, t: x, torch.ones(1), 20, "rk4"))  # e
     2.71828...
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+    if solver not in (*SOLVERS, "dopri5"):
+        raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}, dopri5")
     times = time_grid(grid) if isinstance(grid, int) else torch.as_tensor(grid, dtype=torch.float64).cpu()
     if times.ndim != 1 or len(times) < 2 or (times.diff() <= 0).any():
         raise ValueError(f"a time grid must hold at least two rising times, found {times.tolist()}")
-    step = SOLVERS[solver]()
+    if solver == "dopri5":
+        times = times[[0, -1]] if isinstance(grid, int) else times
+    step = _dopri5() if solver == "dopri5" else SOLVERS[solver]()
     x = x0
     for k in range(len(times) - 1):
         x = step(velocity, x, times[k], times[k + 1] - times[k])
     return x
+
+
+def reversed_time(velocity: Velocity) -> Velocity:
+    """The field that leads from the state at t = 1 back to t = 0: -velocity(x, 1 - t)."""
+    return lambda x, t: -velocity(x, 1 - t)
 
 
 def _euler():
@@ -103,6 +112,55 @@ def _rk4():
         return x + float(h / 6) * (k1 + 2 * k2 + 2 * k3 + k4)
 
     return step
+
+
+# Dormand and Prince 1980, doi:10.1016/0771-050X(80)90013-3: nodes, stages, and fifth minus fourth order
+_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def _dopri5(tolerance: float = 1e-5):
+    """Steps of order 5 whose estimated error stays below `tolerance`, absolute and relative (root mean square)."""
+    size = 0.05  # of the next step
+
+    def step(velocity, x, t, h):
+        nonlocal size
+        now, end = float(t), float(t + h)
+        first = velocity(x, t)
+        while now < end:
+            small = min(size, end - now)
+            new, slopes = _dopri5_stages(velocity, x, now, small, first)
+            error = small * sum(c * k for c, k in zip(_ERROR, slopes, strict=True) if c)
+            scale = tolerance * (1 + torch.maximum(x.abs(), new.abs()))
+            ratio = float((error / scale).square().mean().sqrt())
+            if not math.isfinite(ratio) or small < 1e-7:
+                raise FloatingPointError(f"dopri5 cannot follow the velocity at t = {now:.4g}; try a fixed-step solver")
+            if ratio <= 1:
+                x, first = new, slopes[-1]
+                now = end if small == end - now else now + small
+            if ratio > 1 or small == size:  # a step cut short by the end of the grid says little about the next one
+                size = small * min(5.0, max(0.2, 0.9 * (ratio + 1e-10) ** -0.2))
+        return x
+
+    return step
+
+
+def _dopri5_stages(velocity, x: Tensor, t: float, h: float, first: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """State after a step, and the seven slopes; the last one is the first of the next step."""
+    slopes, point = [first], x
+    for node, row in zip(_NODES[1:], _STAGES[1:], strict=True):
+        point = x + h * sum(c * k for c, k in zip(row, slopes, strict=True) if c)
+        slopes.append(velocity(point, torch.tensor(t + node * h, dtype=torch.float64)))
+    return point, slopes
 
 
 SOLVERS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "ab2": _ab2, "rk4": _rk4}

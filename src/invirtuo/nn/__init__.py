@@ -1,22 +1,33 @@
 """Layers used by two models, or too long for one."""
 
 from invirtuo.nn.anchor import PseudobulkAnchor
+from invirtuo.nn.attention import SetTransformer
+from invirtuo.nn.counts import CountLikelihood, SizeFactor, nb_log_prob, nb_sample
 from invirtuo.nn.embed import ConditionEncoder, one_hots, sinusoids
 from invirtuo.nn.gaussian import gaussian_kl, gaussian_sample
 from invirtuo.nn.genewise import GenewiseVelocity
-from invirtuo.nn.mlp import MLP, ModulatedBlock, NormMLP
+from invirtuo.nn.mlp import MLP, BatchNormMLP, ModulatedBlock, NormMLP
+from invirtuo.nn.residual import LabelEmbedding, ResidualVelocity
 from invirtuo.nn.unet1d import UNet1d
 
 __all__ = [
     "MLP",
+    "BatchNormMLP",
     "ConditionEncoder",
+    "CountLikelihood",
     "GenewiseVelocity",
+    "LabelEmbedding",
     "ModulatedBlock",
     "NormMLP",
     "PseudobulkAnchor",
+    "ResidualVelocity",
+    "SizeFactor",
+    "SetTransformer",
     "UNet1d",
     "gaussian_kl",
     "gaussian_sample",
+    "nb_log_prob",
+    "nb_sample",
     "one_hots",
     "sinusoids",
 ]

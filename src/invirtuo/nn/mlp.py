@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MLP", "ModulatedBlock", "NormMLP"]
+__all__ = ["MLP", "BatchNormMLP", "ModulatedBlock", "NormMLP"]
 
 
 class MLP(nn.Sequential):
@@ -58,6 +60,37 @@ class NormMLP(nn.Sequential):
             if dropout:
                 layers.append(nn.Dropout(dropout))
         super().__init__(*layers, nn.Linear(width, n_out))
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """Batch norm that takes the running statistics for a batch of one cell, which has no spread of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class BatchNormMLP(nn.Sequential):
+    """Linear, batch norm and ELU for each width, then, if `n_out` is given, one Linear more.
+
+    Parameters
+    ----------
+    n_in, widths, n_out
+        Input width, hidden widths, and width of a last Linear without norm and activation, or None.
+
+    References
+    ----------
+    CFGen, arXiv:2407.11734, appendix C.1.
+    """
+
+    def __init__(self, n_in: int, widths: Sequence[int], n_out: int | None = None):
+        layers: list[nn.Module] = []
+        for before, width in zip([n_in, *widths], widths, strict=False):
+            layers += [nn.Linear(before, width), _BatchNorm(width), nn.ELU()]
+        if n_out is not None:
+            layers.append(nn.Linear(widths[-1] if widths else n_in, n_out))
+        super().__init__(*layers)
 
 
 class ModulatedBlock(nn.Module):

@@ -1,0 +1,165 @@
+"""Likelihoods of counts (negative binomial) and of open chromatin (Bernoulli), and the distribution of depth.
+
+Means and dispersions are kept as logarithms: rates of 1e-10 and inverse dispersions of 1e6 lose no digits in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["CountLikelihood", "SizeFactor", "nb_log_prob", "nb_sample"]
+
+LARGE = 50.0  # inverse dispersions above this use Stirling's series
+LIMITS = (-10.0, 15.0)  # of the logarithm of an inverse dispersion
+
+
+def nb_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
+    """Log probability of counts under a negative binomial with variance mean + mean^2 / dispersion.
+
+    lgamma(x + r) - lgamma(r) - lgamma(x + 1) - r log1p(m / r) + x log(m / r) - x log1p(m / r), for mean m and inverse
+    dispersion r; for r > 50 the difference of the first two terms by Stirling's series.
+
+    Parameters
+    ----------
+    x, log_mean, log_dispersion
+        Shapes that broadcast; counts, log of the mean, log of the inverse dispersion.
+
+    References
+    ----------
+    CFGen, arXiv:2407.11734, appendix B.1.
+    """
+    return _of_counts(x, log_mean, log_dispersion) - (x + log_dispersion.exp()) * F.softplus(log_mean - log_dispersion)
+
+
+def _of_counts(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
+    """The part of the log probability that is 0 where x is 0."""
+    r = log_dispersion.exp()
+    few = r.clamp(max=LARGE)
+    exact = torch.lgamma(x + few) - torch.lgamma(few) - x * few.log()
+    many = r.clamp(min=LARGE)
+    series = (x + many - 0.5) * torch.log1p(x / many) - x + 1 / (12 * (many + x)) - 1 / (12 * many)
+    return torch.where(r > LARGE, series, exact) - torch.lgamma(x + 1) + x * log_mean
+
+
+def nb_sample(mean: Tensor, dispersion: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw counts: a gamma rate of the given mean and shape `dispersion`, and a Poisson number of it; float32."""
+    shape = dispersion.expand_as(mean).contiguous()
+    rate = torch._standard_gamma(shape, generator=generator) * (mean / shape)
+    return torch.poisson(rate, generator=generator)
+
+
+@dataclass(frozen=True)
+class CountLikelihood:
+    """What a decoder says about n cells: negative binomial genes and, behind them, Bernoulli peaks.
+
+    Parameters
+    ----------
+    log_mean
+        (n, g), log of the mean of each gene.
+    log_dispersion
+        (g,) or (n, g), log of the inverse dispersion.
+    logits
+        (n, p), log odds that a peak is open; None without peaks.
+    """
+
+    log_mean: Tensor
+    log_dispersion: Tensor
+    logits: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """(n, g + p), expected counts, and probabilities of peaks."""
+        mean = self.log_mean.exp()
+        return mean if self.logits is None else torch.cat([mean, self.logits.sigmoid()], dim=1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """(n, g + p), counts of genes, 0 or 1 for peaks."""
+        drawn = []
+        if self.log_mean.shape[1]:
+            drawn.append(nb_sample(self.log_mean.exp(), self._limited.exp(), generator))
+        if self.logits is not None:
+            noise = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
+            drawn.append((noise < self.logits.sigmoid()).float())
+        return torch.cat(drawn, dim=1)
+
+    @property
+    def _limited(self) -> Tensor:
+        return self.log_dispersion.clamp(*LIMITS)
+
+    def log_prob_genes(self, x: Tensor) -> Tensor:
+        """(n,) log probability of counts (n, g); the gamma functions are only evaluated where a count is not 0."""
+        r = self._limited.expand_as(self.log_mean)
+        everywhere = (x + r.exp()) * F.softplus(self.log_mean - r)
+        where = x.nonzero(as_tuple=True)
+        parts = _of_counts(x[where], self.log_mean[where], r[where])
+        return -everywhere.sum(dim=1) + torch.zeros_like(x[:, 0]).index_add(0, where[0], parts)
+
+    def log_prob_peaks(self, x: Tensor) -> Tensor:
+        """(n,) log probability of open peaks (n, p) of 0 and 1."""
+        return -F.binary_cross_entropy_with_logits(self.logits, x, reduction="none").sum(dim=1)
+
+
+class SizeFactor(nn.Module):
+    """Distribution of the depth of a cell, for all cells or for each of k groups: log-normal, or the observed depths.
+
+    Groups of fewer than two cells, or without spread, get the spread of all cells. Group -1 stands for all cells.
+
+    Parameters
+    ----------
+    n_groups
+        Number of groups; 0 has the distribution of all cells alone.
+    empirical
+        Draw from the observed depths instead of from a log-normal distribution.
+
+    References
+    ----------
+    CFGen, equations 5 and 6; by class: cellFlow.
+    """
+
+    log_mean: Tensor
+    log_sd: Tensor
+    log_range: Tensor
+    observed: Tensor
+    ends: Tensor
+
+    def __init__(self, n_groups: int = 0, *, empirical: bool = False):
+        super().__init__()
+        self.n_groups, self.empirical = n_groups, empirical
+        self.register_buffer("log_mean", torch.zeros(n_groups + 1))
+        self.register_buffer("log_sd", torch.ones(n_groups + 1))
+        self.register_buffer("log_range", torch.tensor([0.0, 1.0]))
+        self.register_buffer("observed", torch.zeros(0))  # sorted by group; all cells last
+        self.register_buffer("ends", torch.zeros(n_groups + 2, dtype=torch.int64))  # of the groups in `observed`
+
+    def fit(self, size: Tensor, group: Tensor | None = None) -> None:
+        """Learn from the depths (n,) of training cells, and the group of each, -1 where it is not known."""
+        log = size.double().log()
+        members = [log[group == k] for k in range(self.n_groups)] if self.n_groups else []
+        for k, values in enumerate([*members, log]):
+            sd = float(values.std(correction=0)) if len(values) > 1 else 0.0
+            self.log_mean[k] = float(values.mean() if len(values) else log.mean())
+            self.log_sd[k] = sd if sd > 0 else float(log.std(correction=0))
+        self.log_range = torch.stack([log.min(), log.max()]).float()
+        if self.empirical:
+            pools = [values if len(values) else log for values in [*members, log]]
+            self.observed = torch.cat(pools).exp().float()
+            self.ends = torch.tensor([0, *[len(pool) for pool in pools]]).cumsum(0)
+
+    def sample(self, group: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw a depth for each of n cells with groups (n,); on the CPU, not rounded."""
+        group = torch.where(group < 0, self.n_groups, group) if self.n_groups else torch.zeros_like(group)
+        if not self.empirical:
+            noise = torch.randn(len(group), generator=generator)
+            return (self.log_mean[group] + self.log_sd[group] * noise).exp()
+        start, end = self.ends[group], self.ends[group + 1]
+        place = torch.rand(len(group), generator=generator, dtype=torch.float64) * (end - start)
+        return self.observed[start + place.long().clamp(max=end - start - 1)]
+
+    def scaled(self, size: Tensor) -> Tensor:
+        """Log depth on the scale of the training cells, whose smallest is 0 and largest 1; 0 if they are all alike."""
+        low, high = self.log_range
+        return (size.log() - low) / (high - low) if high > low else torch.zeros_like(size)
