@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from invirtuo import Design
-from invirtuo.metrics import METRICS, cells, distribution, evaluate, generation, wilcoxon
+from invirtuo.metrics import METRICS, axes, cells, distances, distribution, evaluate, generation, wilcoxon
 
 few = settings(max_examples=10, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)
@@ -105,7 +105,8 @@ def test_storage_and_precision(pred_form, real_form, pred_dtype, real_dtype):
 def test_size_of_blocks(rows, pairs, values):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "BLOCK", rows)
-        patch.setattr(distribution, "BLOCK", rows)
+        patch.setattr(axes, "BLOCK", rows)
+        patch.setattr(distances, "PAIRS", pairs)
         patch.setattr(distribution, "PAIRS", pairs)
         patch.setattr(distribution, "CACHED_CELLS", values)
         patch.setattr(generation, "PAIRS", pairs)

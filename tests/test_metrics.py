@@ -18,6 +18,7 @@ from invirtuo.metrics import (
     ceiling,
     core,
     de,
+    distances,
     distribution,
     evaluate,
     generation,
@@ -28,6 +29,7 @@ from invirtuo.metrics import (
     score,
     summarize,
 )
+from invirtuo.metrics import axes as principal
 
 N_GENES = 70
 LABELS = ("control", "A", "B", "A+B", "C")
@@ -369,7 +371,7 @@ def test_energy_distance_against_brute_force(width, monkeypatch):
     matrix = distribution._half_energy_matrix([x, y, x], [y, x, x])
     pairs = [[distribution.half_energy(a, b) for b in (y, x, x)] for a in (x, y, x)]
     np.testing.assert_allclose(matrix, pairs, atol=1e-5)
-    monkeypatch.setattr(distribution, "PAIRS", 40)  # in blocks as at once
+    monkeypatch.setattr(distances, "PAIRS", 40)  # in blocks as at once
     monkeypatch.setattr(distribution, "CACHED_CELLS", 1)
     np.testing.assert_allclose(distribution._half_energy_matrix([x, y, x], [y, x, x]), matrix, atol=1e-6)
 
@@ -404,7 +406,7 @@ def test_principal_axes_three_ways(form):
     x = np.random.default_rng(0).normal(size=(240, 200)) * np.linspace(1, 3, 200)
     centre = x.mean(0)
     _, values, vectors = np.linalg.svd(x - centre)
-    ways = (distribution._axes_of_few_genes, distribution._axes_of_few_cells, distribution._axes_of_many_genes)
+    ways = (principal._axes_of_few_genes, principal._axes_of_few_cells, principal._axes_of_many_genes)
     for way in ways:
         variances, axes = way(form(x), centre, 4)
         np.testing.assert_allclose(variances, values[:4] ** 2)
@@ -415,8 +417,8 @@ def test_principal_axes_of_few_distinct_cells(monkeypatch):
     """Fewer dimensions than asked for, by each way."""
     x = np.random.default_rng(0).normal(size=(3, 60))[np.arange(90) % 3]
     for way in ("_axes_of_few_genes", "_axes_of_few_cells", "_axes_of_many_genes"):
-        monkeypatch.setattr(distribution, "_axes_of_few_genes", getattr(distribution, way))
-        centre, axes = distribution.principal_axes(x, 5)
+        monkeypatch.setattr(principal, "_axes_of_few_genes", getattr(principal, way))
+        centre, axes = principal.principal_axes(x, 5)
         assert axes.shape == (60, 2)
         np.testing.assert_allclose((x - centre) @ axes @ axes.T, x - centre, atol=1e-6)
 
@@ -424,7 +426,7 @@ def test_principal_axes_of_few_distinct_cells(monkeypatch):
 def test_principal_axes_are_fewer_with_a_warning(caplog):
     x = np.random.default_rng(0).normal(size=(20, 2)) @ np.random.default_rng(1).normal(size=(2, 9))
     with caplog.at_level(logging.WARNING):
-        _, axes = distribution.principal_axes(x, 5)
+        _, axes = principal.principal_axes(x, 5)
     assert axes.shape == (9, 2)
     assert "only 2 components" in caplog.text
 
@@ -814,11 +816,11 @@ def test_components_of_cells_that_are_not_scored():
     # cells that are scored do not bend the axes: new values in them leave the projection of the others as it is
     changed = dense(REAL)
     first = np.flatnonzero((REAL.obs["gene"] == "A") & (REAL.obs["kind"] == "t1"))
-    axes = distribution.principal_axes(pair.unscored_matrix(), 5)
+    axes = principal.principal_axes(pair.unscored_matrix(), 5)
     changed.X[first[pair.scored_half("t1|A")]] += 1.0
     other = Pair(PRED, changed, DESIGN, n_pcs=5)
     other.scored_half = pair.scored_half  # the halves depend on the values
-    np.testing.assert_allclose(distribution.principal_axes(other.unscored_matrix(), 5)[0], axes[0], atol=1e-6)
+    np.testing.assert_allclose(principal.principal_axes(other.unscored_matrix(), 5)[0], axes[0], atol=1e-6)
 
 
 def test_seeded_order_is_that_of_the_cells():

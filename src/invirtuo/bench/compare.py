@@ -18,7 +18,7 @@ from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
 from invirtuo.files import writing
 from invirtuo.metrics import Pair, noise_floor, score
-from invirtuo.metrics.distribution import principal_axes
+from invirtuo.metrics.axes import principal_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from scipy import linalg, sparse
 
+from invirtuo.metrics.axes import principal_axes
 from invirtuo.metrics.core import metric, view
+from invirtuo.metrics.distances import FLOOR, PAIRS, Cloud, between, cloud, products
 from invirtuo.metrics.mean import CELL_EVAL, PERTURBENCH, pearson
 
 if TYPE_CHECKING:
@@ -24,22 +22,13 @@ __all__ = [
     "energy_distance",
     "half_energy",
     "half_energy_unbiased",
-    "mean_distance",
-    "principal_axes",
 ]
 
-logger = logging.getLogger(__name__)
-
-FLOOR = 1e-8  # smallest squared distance, as published
-PAIRS = 1 << 22  # cell pairs held at a time: 32 MB in float64
 CACHED_CELLS = 1 << 27  # values of real cells held dense at a time: 512 MB in float32
-BLOCK = 4096  # cells dense at a time
 NARROW = 256  # up to here products are in float64
-CLOSE = 0.01  # squared distance over squared norms, below which rounding of float32 products shows
 SCREENED = 1e11  # multiplications for a matrix of distances from which a rough first look is worth it
 SKETCH = 128  # dimensions of the rough look
 SAFETY = 10.0  # a rough value settles a rank if it lies so many times the largest error seen from its rival
-FEW = 2048  # up to so many genes or cells principal axes come from a dense matrix
 
 
 @view("cells", cached=False)
@@ -80,20 +69,6 @@ def _projected(pair: Pair, side: Side, condition: str, axes: tuple[np.ndarray, n
     """(n, d) cells of a condition on given axes, in seeded order."""
     cells = pair.cells(side, condition)[pair.seeded_order(side, condition)]
     return (cells - axes[0]) @ axes[1]
-
-
-class Cloud(NamedTuple):
-    """Cells made ready for products: (n, d) around a common centre, and their squared norms (n,)."""
-
-    cells: torch.Tensor
-    norms: torch.Tensor
-
-
-def cloud(cells: np.ndarray, centre: np.ndarray, *, double: bool = False) -> Cloud:
-    """Shift cells by a centre, float32 unless `double`."""
-    dtype = torch.float64 if double else torch.float32
-    shifted = torch.tensor(cells, dtype=dtype).sub_(torch.tensor(centre, dtype=dtype))
-    return Cloud(shifted, shifted.square().sum(dim=1, dtype=torch.float64).to(shifted.dtype))
 
 
 def _half_energy_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
@@ -162,7 +137,7 @@ def _rough_matrix(preds: Sequence[_Sketch], reals: Sequence[_Sketch]) -> np.ndar
         rows = max(1, PAIRS // 2 // len(x.cells))
         for start in range(0, len(cells), rows):
             block = slice(start, start + rows)
-            squares = torch.addmm(x.norms[:, None] + shifted[block], x.cells, cells[block].T, alpha=-2)
+            squares = products(x.cells, cells[block]).mul_(-2).add_(x.norms[:, None]).add_(shifted[block])
             sums.append(squares.clamp_min_(FLOOR).sqrt_().sum(dim=0))
         matrix[i] = np.add.reduceat(torch.cat(sums).double().numpy(), starts) / (len(x.cells) * sizes.numpy())
     return matrix
@@ -313,140 +288,6 @@ def distance_correlation(pred: np.ndarray, real: np.ndarray, *, rounding: float 
     """Pearson correlation of distances, (P,) against (P,); NaN where a side is constant up to relative rounding."""
     constant = any(np.ptp(side) <= rounding * np.abs(side).max() for side in (pred, real))
     return np.nan if constant else float(pearson(pred, real))
-
-
-def mean_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean Euclidean distance over all pairs of rows, (n, d) against (m, d), in float64."""
-    origin = np.zeros(x.shape[1])
-    return between(cloud(x, origin, double=True), cloud(y, origin, double=True))
-
-
-def between(x: Cloud, y: Cloud) -> float:
-    """Mean Euclidean distance over all pairs of cells of two clouds, in blocks of bounded memory.
-
-    ``|x|^2 - 2 x.y + |y|^2`` with a floor of 1e-8, summed in float64; cells so close that rounding of the products
-    would show are subtracted instead.
-    """
-    rows = max(1, PAIRS // len(y.cells))
-    total = 0.0
-    for start in range(0, len(x.cells), rows):
-        part = Cloud(x.cells[start : start + rows], x.norms[start : start + rows])
-        squares = torch.addmm(part.norms[:, None] + y.norms, part.cells, y.cells.T, alpha=-2)
-        if squares.min() <= CLOSE * (part.norms.max() + y.norms.max()):
-            squares = _repaired(squares, part, y)
-        total += float(squares.clamp_min_(FLOOR).sqrt_().sum(dtype=torch.float64))
-    return total / (len(x.cells) * len(y.cells))
-
-
-def _repaired(squares: torch.Tensor, x: Cloud, y: Cloud) -> torch.Tensor:
-    """Squared distances of close cells by subtraction, of many close cells by products in float64."""
-    close = (squares <= CLOSE * (x.norms[:, None] + y.norms)).nonzero()
-    if len(close) > 4 * max(squares.shape):
-        wide = [Cloud(*(part.double() for part in side)) for side in (x, y)]
-        norms = [side.cells.square().sum(dim=1) for side in wide]
-        return torch.addmm(norms[0][:, None] + norms[1], wide[0].cells, wide[1].cells.T, alpha=-2)
-    for pairs in close.split(1 + BLOCK // 8):
-        i, j = pairs.T
-        squares[i, j] = (x.cells[i] - y.cells[j]).square().sum(dim=1)
-    return squares
-
-
-def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact leading principal axes of cells, centred and not scaled.
-
-    Parameters
-    ----------
-    cells
-        (n, g), sparse or dense.
-    n_pcs
-        Number of axes. Fewer are returned, with a warning, if the cells do not have as many.
-
-    Returns
-    -------
-    centre
-        (g,) mean of all cells.
-    axes
-        (g, d), orthonormal, largest variance first.
-    """
-    n, g = cells.shape
-    d = min(n_pcs, n - 1, g - 1)
-    if d < 1:
-        raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
-    centre = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
-    way = _axes_of_few_genes if g <= FEW else _axes_of_few_cells if n <= FEW else _axes_of_many_genes
-    variances, axes = way(cells, centre, d)
-    axes = axes[:, variances > 1e-12 * variances.max()]  # directions without variance are arbitrary
-    if axes.shape[1] == 0:
-        raise ValueError("real: all cells are equal, so they have no principal components; check X")
-    if axes.shape[1] < n_pcs:
-        logger.warning("n_pcs=%d, but the real cells have only %d components", n_pcs, axes.shape[1])
-    return centre, axes
-
-
-def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """By the eigenvectors of the scatter matrix (g, g)."""
-    n, g = cells.shape
-    scatter = np.zeros((g, g))
-    for start in range(0, n, BLOCK):
-        block = cells[start : start + BLOCK]
-        shifted = (block.toarray() if sparse.issparse(block) else block) - centre
-        scatter += shifted.T @ shifted
-    variances, axes = linalg.eigh(scatter, subset_by_index=[g - d, g - 1])
-    return variances[::-1], axes[:, ::-1]
-
-
-def _axes_of_few_cells(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """By the eigenvectors of the products of cells (n, n)."""
-    shifted = (cells.toarray() if sparse.issparse(cells) else cells) - centre
-    n = len(shifted)
-    variances, weights = linalg.eigh(shifted @ shifted.T, subset_by_index=[n - d, n - 1])
-    axes, _ = linalg.qr(shifted.T @ weights[:, ::-1], mode="economic")
-    return np.maximum(variances[::-1], 0.0), axes
-
-
-def _axes_of_many_genes(
-    cells, centre: np.ndarray, d: int, *, width: int = 8, tolerance: float = 1e-6
-) -> tuple[np.ndarray, np.ndarray]:
-    """By block Lanczos iteration without restarts, every new block made orthogonal to all before.
-
-    Ends when the residual of each axis is below `tolerance` of the largest variance, which makes the variances exact to
-    its square. Blocks read sparse cells once for several vectors, a restarted iteration once for each.
-    """
-    cells = cells.astype(np.float64, copy=False)
-    bounds = np.linspace(0, cells.shape[0], torch.get_num_threads() + 1).astype(int)
-    parts = [cells[slice(*rows)] for rows in itertools.pairwise(bounds)]
-    block = linalg.qr(np.random.default_rng(0).standard_normal((cells.shape[1], width)), mode="economic")[0]
-    basis, images = block, np.empty((cells.shape[1], 0))
-    with ThreadPoolExecutor(len(parts)) as pool:
-        for step in itertools.count(1):
-            image = np.sum([*pool.map(_scatter_of, parts, itertools.repeat(centre), itertools.repeat(block))], axis=0)
-            images = np.hstack([images, image])
-            block, residual = _orthogonal_to(basis, image)
-            last = basis.shape[1] + width > min(cells.shape)
-            if last or (step % 8 == 0 and basis.shape[1] > d):
-                small = basis.T @ images
-                variances, weights = (x[..., ::-1][..., :d] for x in linalg.eigh((small + small.T) / 2))
-                if last or np.linalg.norm(residual @ weights[-width:], axis=0).max() <= tolerance * variances[0]:
-                    break
-            basis = np.hstack([basis, block])
-    return np.maximum(variances, 0.0), basis @ weights
-
-
-def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """(g, k) product of the scatter matrix of some cells around a centre with a block of vectors."""
-    along = cells @ block - centre @ block
-    return cells.T @ along - np.outer(centre, along.sum(axis=0))
-
-
-def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What of a block lies outside of a basis: orthonormal columns, and the (k, k) factors that give it back."""
-    factors = np.eye(block.shape[1])
-    for turn in range(8):  # two, or more for a block that lies in the basis and leaves only rounding
-        block, factor = linalg.qr(block - basis @ (basis.T @ block), mode="economic")
-        factors = factor @ factors
-        if turn and np.abs(np.diagonal(factor)).min() > 0.5:
-            break
-    return block, factors
 
 
 def _without_self(x: Cloud) -> float:

@@ -1,0 +1,116 @@
+"""Principal axes of many cells, sparse or dense."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from scipy import linalg, sparse
+
+__all__ = ["principal_axes"]
+
+logger = logging.getLogger(__name__)
+
+FEW = 2048  # up to so many genes or cells axes come from a dense matrix
+BLOCK = 4096  # cells dense at a time
+
+
+def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact leading principal axes of cells, centred and not scaled.
+
+    Parameters
+    ----------
+    cells
+        (n, g), sparse or dense.
+    n_pcs
+        Number of axes. Fewer are returned, with a warning, if the cells do not have as many.
+
+    Returns
+    -------
+    centre
+        (g,) mean of all cells.
+    axes
+        (g, d), orthonormal, largest variance first.
+    """
+    n, g = cells.shape
+    d = min(n_pcs, n - 1, g - 1)
+    if d < 1:
+        raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
+    centre = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
+    way = _axes_of_few_genes if g <= FEW else _axes_of_few_cells if n <= FEW else _axes_of_many_genes
+    variances, axes = way(cells, centre, d)
+    axes = axes[:, variances > 1e-12 * variances.max()]  # directions without variance are arbitrary
+    if axes.shape[1] == 0:
+        raise ValueError("real: all cells are equal, so they have no principal components; check X")
+    if axes.shape[1] < n_pcs:
+        logger.warning("n_pcs=%d, but the real cells have only %d components", n_pcs, axes.shape[1])
+    return centre, axes
+
+
+def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """By the eigenvectors of the scatter matrix (g, g)."""
+    n, g = cells.shape
+    scatter = np.zeros((g, g))
+    for start in range(0, n, BLOCK):
+        block = cells[start : start + BLOCK]
+        shifted = (block.toarray() if sparse.issparse(block) else block) - centre
+        scatter += shifted.T @ shifted
+    variances, axes = linalg.eigh(scatter, subset_by_index=[g - d, g - 1])
+    return variances[::-1], axes[:, ::-1]
+
+
+def _axes_of_few_cells(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """By the eigenvectors of the products of cells (n, n)."""
+    shifted = (cells.toarray() if sparse.issparse(cells) else cells) - centre
+    n = len(shifted)
+    variances, weights = linalg.eigh(shifted @ shifted.T, subset_by_index=[n - d, n - 1])
+    axes, _ = linalg.qr(shifted.T @ weights[:, ::-1], mode="economic")
+    return np.maximum(variances[::-1], 0.0), axes
+
+
+def _axes_of_many_genes(
+    cells, centre: np.ndarray, d: int, *, width: int = 8, tolerance: float = 1e-6
+) -> tuple[np.ndarray, np.ndarray]:
+    """By block Lanczos iteration without restarts, every new block made orthogonal to all before.
+
+    Ends when the residual of each axis is below `tolerance` of the largest variance, which makes the variances exact to
+    its square. Blocks read sparse cells once for several vectors, a restarted iteration once for each.
+    """
+    cells = cells.astype(np.float64, copy=False)
+    bounds = np.linspace(0, cells.shape[0], torch.get_num_threads() + 1).astype(int)
+    parts = [cells[slice(*rows)] for rows in itertools.pairwise(bounds)]
+    block = linalg.qr(np.random.default_rng(0).standard_normal((cells.shape[1], width)), mode="economic")[0]
+    basis, images = block, np.empty((cells.shape[1], 0))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for step in itertools.count(1):
+            image = np.sum([*pool.map(_scatter_of, parts, itertools.repeat(centre), itertools.repeat(block))], axis=0)
+            images = np.hstack([images, image])
+            block, residual = _orthogonal_to(basis, image)
+            last = basis.shape[1] + width > min(cells.shape)
+            if last or (step % 8 == 0 and basis.shape[1] > d):
+                small = basis.T @ images
+                variances, weights = (x[..., ::-1][..., :d] for x in linalg.eigh((small + small.T) / 2))
+                if last or np.linalg.norm(residual @ weights[-width:], axis=0).max() <= tolerance * variances[0]:
+                    break
+            basis = np.hstack([basis, block])
+    return np.maximum(variances, 0.0), basis @ weights
+
+
+def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """(g, k) product of the scatter matrix of some cells around a centre with a block of vectors."""
+    along = cells @ block - centre @ block
+    return cells.T @ along - np.outer(centre, along.sum(axis=0))
+
+
+def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What of a block lies outside of a basis: orthonormal columns, and the (k, k) factors that give it back."""
+    factors = np.eye(block.shape[1])
+    for turn in range(8):  # two, or more for a block that lies in the basis and leaves only rounding
+        block, factor = linalg.qr(block - basis @ (basis.T @ block), mode="economic")
+        factors = factor @ factors
+        if turn and np.abs(np.diagonal(factor)).min() > 0.5:
+            break
+    return block, factors
