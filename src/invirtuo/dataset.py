@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
@@ -57,9 +58,16 @@ class CellDataset:
         self.obs = adata.obs
         self.genes = adata.var_names.astype(str).to_numpy()
         self.matrix = _csr(adata)
+        self.values: torch.Tensor | None = None
         self.condition = design.encode(adata.obs)
         self.split = _aligned(split, adata.obs)
         self.size_factor = torch.from_numpy(_size_factors(adata, self.matrix, self.split == "train"))
+
+    def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
+        """The same cells with values (n, d) in place of expression, for example latent vectors, and other depths (n,)."""
+        other = copy.copy(self)
+        other.values, other.size_factor = values, size_factor
+        return other
 
     def rows(self, part: str) -> np.ndarray:
         """Rows of one part of the split."""
@@ -93,6 +101,8 @@ class CellDataset:
 
     def dense(self, rows: np.ndarray) -> torch.Tensor:
         """(n, g) values of some rows, float32."""
+        if self.values is not None:
+            return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
         return torch.from_numpy(self.matrix[rows].toarray())
 
     def pseudobulk(self, part: str = "train") -> tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]:

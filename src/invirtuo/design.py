@@ -102,8 +102,8 @@ class Design:
         Raises
         ------
         ValueError
-            If a column is missing, holds missing values or has two roles, the control label does not occur, a dose is
-            negative, the features lack a perturbation, or one of `perturbation` and `control` is given without the other.
+            If a column is missing, holds missing values or has two roles, the control label does not occur or is given
+            without its column, a dose is negative, or the features lack a perturbation.
         """
         obs = adata if isinstance(adata, pd.DataFrame) else adata.obs
         covariates = [covariates] if isinstance(covariates, str) else list(covariates)
@@ -324,5 +324,5 @@ def _check_column(obs: pd.DataFrame, column: str, role: str, *, missing: bool = 
     if not missing and obs[column].isna().any():
         raise ValueError(
             f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; "
-            "remove these cells or label them (for covariates also: give the Design unknown=, the label to read them as)"
+            "remove these cells or label them (or, for covariates, give the Design unknown=, the label to read them as)"
         )

@@ -489,6 +489,8 @@ def _seed(*numbers: int) -> int:
 def _identity(model: Model) -> dict[str, Any]:
     """What a checkpoint must agree with to belong to a model."""
     facts = {"name": model.name, "config": asdict(model.config), "design": model.design.to_json(), "genes": model.genes}
+    if model.stage:
+        facts["stage"] = model.stage
     return json.loads(json.dumps(facts))
 
 

@@ -57,7 +57,7 @@ class SampleConfig:
     guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
     interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts
     steps: int | None = None  # steps of the solver; None: the model's own
-    solver: str | None = None  # name in flow.SOLVERS; None: the model's own
+    solver: str | None = None  # name in flow.SOLVERS, or dopri5; None: the model's own
     grid: tuple[float, ...] | None = None  # times of the steps, instead of `steps` uniform ones
     clamp_min: float | None = None  # raise values below this to it; None leaves them
     precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where it is measured to be faster
@@ -67,8 +67,8 @@ class SampleConfig:
         """Refuse values that cannot be meant."""
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
-        if self.solver is not None and self.solver not in SOLVERS:
-            raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}")
+        if self.solver is not None and self.solver not in (*SOLVERS, "dopri5"):
+            raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}, dopri5")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}; expected a finite number")
         if self.grid is not None and ([*self.grid] != sorted({*self.grid}) or self.grid[:1] + self.grid[-1:] != (0, 1)):
@@ -103,12 +103,19 @@ class Model(nn.Module):
     sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
+    generates: ClassVar[bool] = False  # generates populations: no perturbation is needed, labels may be unknown
+    stage: str = ""  # the part that is being trained, while `fit` runs and the model has stages
 
     history: pd.DataFrame
 
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         super().__init__()
         self.design = design
+        if design.perturbation is None and not self.generates:
+            raise ValueError(
+                f"the design names no perturbation, and {self.name} predicts responses to perturbations; "
+                "give perturbation= and control= to Design.from_adata, or use a model that generates populations"
+            )
         self.genes = [str(gene) for gene in genes]
         if len(set(self.genes)) != len(self.genes):
             raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
@@ -142,6 +149,21 @@ class Model(nn.Module):
         state of their optimiser.
         """
         return self.loss(batch)
+
+    def stages(self, config: FitConfig) -> dict[str, FitConfig]:
+        """Parts that are trained one after the other, each a submodule of that name, and how each is trained.
+
+        The budget of `config` is divided among them. A model that is trained as a whole has the one stage "".
+        """
+        return {"": config}
+
+    def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
+        """The cells as the stage sees them: the model may put latent vectors of an earlier stage in their place."""
+        return dataset
+
+    def facts(self, dataset: CellDataset) -> dict[str, Any]:
+        """What else of the training cells the card of the fitted model keeps, as JSON."""
+        return {}
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Draw one cell (n, g) for each condition of the batch; `batch.source` holds control cells if needed."""
@@ -193,6 +215,7 @@ class Model(nn.Module):
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split)
+        self._check_labels(dataset)
         self.card = {}  # a fit that fails leaves an unfitted model
         self.prepare(dataset)
         if self.needs_source:
@@ -201,12 +224,34 @@ class Model(nn.Module):
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
                 self._reset()
-            self.train()
-            self.history = fitting.run(
-                self, dataset, config, folder=folder, resume=resume, callbacks=callbacks, loggers=loggers
-            )
-        self.card = _card(self, dataset, config)
+            runs = []
+            for stage, plan in self.stages(config).items():
+                place = None if folder is None else Path(folder) / stage
+                with self._training(stage):
+                    data = self.stage_data(stage, dataset)
+                    self.train()
+                    history = fitting.run(
+                        self, data, plan, folder=place, resume=resume, callbacks=callbacks, loggers=loggers
+                    )
+                runs.append(history.assign(stage=stage) if stage else history)
+            self.history = pd.concat(runs, ignore_index=True)
+        self.card = _card(self, dataset, config) | self.facts(dataset)
         return self.eval()
+
+    @contextmanager
+    def _training(self, stage: str) -> Iterator[None]:
+        """Let only the parameters of one stage be trained; "" trains all."""
+        learned = [p for p in self.parameters() if p.requires_grad]
+        chosen = set(map(id, learned if not stage else self.get_submodule(stage).parameters()))
+        self.stage = stage
+        for parameter in learned:
+            parameter.requires_grad_(id(parameter) in chosen)
+        try:
+            yield
+        finally:
+            self.stage = ""
+            for parameter in learned:
+                parameter.requires_grad_(True)
 
     def _reset(self) -> None:
         """Draw the first weights anew, so that they depend on the seed of the fit alone."""
@@ -307,7 +352,7 @@ class Model(nn.Module):
         self.cpu()
         obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
-        for column in [*self.design.covariates, self.design.perturbation]:
+        for column in self.design.attributes:
             obs[column] = obs[column].astype("category")
         predicted = anndata.AnnData(torch.cat(cells).numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(self.genes)))
         predicted.uns["invirtuo"] = self._provenance(seed, config)
@@ -412,6 +457,14 @@ class Model(nn.Module):
         same = [preset.fit for preset in cls.PRESETS.values() if preset.config == config]
         return Preset(config, same[0]) if same else Preset(config)
 
+    def _check_labels(self, dataset: CellDataset) -> None:
+        """Unknown labels are for models that generate populations."""
+        unknown = [name for name, codes in dataset.condition.covariates.items() if bool((codes < 0).any())]
+        if unknown and not self.generates:
+            raise ValueError(
+                f"{self.name} needs the labels of all cells; {some(unknown)} is unknown for some. Remove these cells"
+            )
+
     def _check_space(self, adata: AnnData) -> None:
         (require_log if self.space == "log" else require_counts)(adata)
 
@@ -479,8 +532,8 @@ class Model(nn.Module):
             "seed": seed,
             "version": version("invirtuo"),
             "data_hash": self.card["data_hash"],
-            "perturbation": self.design.perturbation,
-            "control": self.design.control,
+            "perturbation": self.design.perturbation or "",
+            "control": self.design.control or "",
         }
 
 
@@ -493,7 +546,8 @@ def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, An
     for part in ("val", "test"):
         table = design.conditions(dataset.obs.iloc[dataset.rows(part)])
         held_out[part] = table[~design.names(table).isin(seen)].to_dict("records")
-    labels = train[design.perturbation].astype(str).unique()
+    labels = [] if design.perturbation is None else train[design.perturbation].astype(str).unique()
+    table = design.tidy(train)
     return {
         "model": model.name,
         "version": version("invirtuo"),
@@ -502,7 +556,7 @@ def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, An
         "data_hash": dataset.fingerprint(),
         "n_cells": {part: len(dataset.rows(part)) for part in ("train", "val", "test")},
         "perturbations": sorted({part for label in labels for part in design.parts(label)}),
-        "covariates": {name: sorted(train[name].astype(str).unique()) for name in design.covariates},
+        "covariates": {name: sorted(set(table[name]) - {design.unknown}) for name in design.covariates},
         "held_out": held_out,
     }
 

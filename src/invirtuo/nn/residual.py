@@ -51,7 +51,7 @@ class LabelEmbedding(nn.Module):
         )
 
     def forward(self, condition: Condition, active: Tensor) -> Tensor:
-        """Sum of the vectors of the active attributes (n, number of attributes; bool), unknown ones left out; (n, d)."""
+        """Sum of the vectors of the active attributes (n, number of attributes; bool) that are known; (n, d)."""
         active = active & self.known(condition)
         vectors = [
             table(codes.clamp(min=0)) for table, codes in zip(self.tables, condition.covariates.values(), strict=True)
