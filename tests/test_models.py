@@ -27,6 +27,11 @@ SMALL = {  # settings that are small enough to train in seconds; other models ar
     "sams_vae": iv.models.SAMSVAE.Config(width=32, n_latent=8, dropout=0.0),
     "biolord": iv.models.Biolord.Config(width=32, n_latent=8, dropout=0.0),
     "fm_pca": iv.models.FMPCA.Config(n_pcs=8, hidden_dim=64, steps=4),
+    "state_transition": iv.models.StateTransition.Config(set_size=16, hidden_dim=32, n_layers=2, n_heads=4),
+    "state_transition pca": iv.models.StateTransition.Config(
+        set_size=16, hidden_dim=32, n_layers=2, n_heads=4, space="pca", n_embedding=6, backbone="gpt2", confidence=True,
+        decoder_widths=(32, 32), decoder_dropout=0.0
+    ),
     "fm_pca ot": iv.models.FMPCA.Config(n_pcs=8, hidden_dim=64, steps=4, source="control"),
     "primeflow unet": iv.models.PRiMeFlow.Config(
         velocity="unet", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=32, channel_mult=(1, 1, 2),
@@ -36,7 +41,7 @@ SMALL = {  # settings that are small enough to train in seconds; other models ar
         velocity="mlp", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=64, loss_genes=0, steps=6
     ),
 }  # fmt: skip
-CASES = [*MODELS, "primeflow unet", "primeflow mlp", "fm_pca ot"]
+CASES = [*MODELS, "primeflow unet", "primeflow mlp", "fm_pca ot", "state_transition pca"]
 DETERMINISTIC = {"perturbation_mean", "ridge", "decoder_only"}  # every seed gives the same cells
 N_GENES = 14  # needs padding in a U-Net of three levels
 FIT = FitConfig(steps=6, batch_size=64, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=3)

@@ -7,7 +7,7 @@ A sampler is a function ``sampler(layout, batch_size, rng) -> Iterator[Rows]`` t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,7 +17,19 @@ import pandas as pd
 
 from invirtuo.design import Design
 
-__all__ = ["SAMPLERS", "Layout", "Rows", "Sampler", "cells", "named", "pairs", "sets", "time_pairs"]
+__all__ = [
+    "SAMPLERS",
+    "Layout",
+    "Rows",
+    "Sampler",
+    "cells",
+    "mapped_sets",
+    "named",
+    "pairs",
+    "sets",
+    "time_pairs",
+    "without",
+]
 
 
 class Rows(NamedTuple):
@@ -132,6 +144,41 @@ def sets(layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size:
         pools = [controls[g] for g in layout.group[target[::set_size]]]
         source = np.concatenate([rng.choice(pool, set_size, replace=len(pool) < set_size) for pool in pools])
         yield Rows(layout.rows[target], source, set_size)
+
+
+def mapped_sets(
+    layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size: int, mapping: str, place: int
+) -> Iterator[Rows]:
+    """Sets of one batch, with control cells of that batch, or of all batches of the context.
+
+    Parameters
+    ----------
+    layout, batch_size, rng, set_size
+        As for :func:`sets`.
+    mapping
+        "batch": of the same batch, and of the context where that batch has none. "context": of all its batches.
+    place
+        Which of the covariates, in order, is the batch; their labels must not hold a ``|``.
+    """
+    context, labels = pd.factorize(np.array([without(name, place) for name in layout.group_names]), sort=True)
+    pools = {}
+    for c in range(len(labels)):
+        groups = np.flatnonzero(context == c).tolist()
+        own = layout.rows[np.isin(layout.group, groups) & layout.is_control]
+        pools[c] = np.concatenate([own, *(layout.spare[g] for g in groups if g in layout.spare)])
+    if mapping == "context":
+        layout = replace(layout, group=context[layout.group], group_names=tuple(map(str, labels)), spare=pools)
+    else:
+        with_own = np.unique(layout.group[layout.is_control])
+        lonely = [g for g in range(len(context)) if g not in with_own and not len(layout.spare.get(g, ()))]
+        layout = replace(layout, spare={**layout.spare, **{g: pools[int(context[g])] for g in lonely}})
+    yield from sets(layout, batch_size, rng, set_size=set_size)
+
+
+def without(group: str, place: int) -> str:
+    """Name of a covariate group without the covariate at a place."""
+    parts = group.split("|")
+    return "|".join(parts[:place] + parts[place + 1 :])
 
 
 def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:

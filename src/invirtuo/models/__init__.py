@@ -15,6 +15,7 @@ from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean, Ridge
 from invirtuo.models.primeflow import PRiMeFlow
 from invirtuo.models.sams_vae import SAMSVAE
+from invirtuo.models.state_transition import StateTransition
 
 __all__ = [
     "CPA",
@@ -30,6 +31,7 @@ __all__ = [
     "PRiMeFlow",
     "PerturbationMean",
     "Ridge",
+    "StateTransition",
     "load",
 ]
 
@@ -38,6 +40,7 @@ MODELS: dict[str, type[Model]] = {
     for model in (
         PRiMeFlow,
         FMPCA,
+        StateTransition,
         CPA,
         SAMSVAE,
         Biolord,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ class SetAttention(nn.Module):
 class LlamaBlock(nn.Module):
     """RMS norms, gated SiLU, no biases (Touvron et al. 2023, arXiv:2302.13971), without rotary positions."""
 
-    norm = staticmethod(lambda width: nn.RMSNorm(width, eps=1e-6))
+    norm = partial(nn.RMSNorm, eps=1e-6)
 
     def __init__(self, width: int, n_heads: int, d_hidden: int, mixing: str):
         super().__init__()
@@ -67,7 +69,7 @@ class LlamaBlock(nn.Module):
 class GPT2Block(nn.Module):
     """Layer norms, GELU in its tanh form, biases (Radford et al. 2019), without causal mask and positions."""
 
-    norm = staticmethod(lambda width: nn.LayerNorm(width, eps=1e-5))
+    norm = partial(nn.LayerNorm, eps=1e-5)
 
     def __init__(self, width: int, n_heads: int, d_hidden: int, mixing: str):
         super().__init__()
@@ -82,7 +84,7 @@ class GPT2Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
 
 
-BLOCKS = {"llama": LlamaBlock, "gpt2": GPT2Block}
+BLOCKS: dict[str, Any] = {"llama": LlamaBlock, "gpt2": GPT2Block}
 
 
 class SetTransformer(nn.Module):
@@ -148,6 +150,7 @@ class SetTransformer(nn.Module):
         -------
         (b, s, d); rows of padding mean nothing.
         """
+        x = x.to(self.norm.weight.dtype)  # what the blocks add up stays in full precision under autocast
         for block in self.blocks:
             x = block(x, present)
         return self.norm(x)
