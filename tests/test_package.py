@@ -20,11 +20,13 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "files", "genes"),
+        *("checks", "files", "genes", "labels", "multimodal"),
     },
     {"samplers", "datasets", "fit"},
     {"dataset"},
     {"model"},
+    {"generator"},
+    {"latent"},
     {"models"},
     {"bench"},
     {"cli"},

@@ -36,7 +36,7 @@ from invirtuo.transforms import TRANSFORMS, Transform
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Model", "Preset", "SampleConfig", "config_from"]
+__all__ = ["Model", "Preset", "SampleConfig", "config_from", "track"]
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +339,7 @@ class Model(nn.Module):
         self.eval().to(device)
         bf16 = fitting.use_bf16(config)
         cells = []
-        for i in _track(range(len(table)), "predicting", progress):
+        for i in track(range(len(table)), "predicting", progress):
             name = self.design.names(table.iloc[[i]]).iloc[0]
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{name}".encode()))
             batch = Batch(self.design.encode(table.iloc[[i] * n_cells]))
@@ -623,9 +623,10 @@ def _write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def _track(items, label: str, progress: bool):
+def track(items, label: str, progress: bool):
+    """The items, with a progress bar if it is wanted."""
     if not progress:
         return items
-    from rich.progress import track
+    from rich.progress import track as bar
 
-    return track(items, description=label)
+    return bar(items, description=label)

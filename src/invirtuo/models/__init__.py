@@ -7,6 +7,7 @@ from pathlib import Path
 
 from invirtuo.model import Model
 from invirtuo.models.biolord import Biolord
+from invirtuo.models.cfgen import CFGen
 from invirtuo.models.cpa import CPA
 from invirtuo.models.decoder_only import DecoderOnly
 from invirtuo.models.fm_pca import FMPCA
@@ -19,6 +20,7 @@ from invirtuo.models.state_transition import StateTransition
 
 __all__ = [
     "CPA",
+    "CFGen",
     "FMPCA",
     "MODELS",
     "SAMSVAE",
@@ -51,6 +53,7 @@ MODELS: dict[str, type[Model]] = {
         ContextMean,
         Ridge,
         NoChange,
+        CFGen,
     )
 }
 

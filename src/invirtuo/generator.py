@@ -1,0 +1,511 @@
+"""Count generators: models that draw whole populations of cells as counts; what they share stands here.
+
+A generator writes `likelihood`: what it says about the counts of cells of given labels and depths. Drawing labels and
+depths, counts, files that are larger than memory, and the growing of rare classes follow from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from invirtuo import fit as fitting
+from invirtuo.batch import Batch
+from invirtuo.checks import looks_like_counts, require_counts, some
+from invirtuo.dataset import CellDataset
+from invirtuo.files import read_h5ad, writing
+from invirtuo.fit import FitConfig
+from invirtuo.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
+from invirtuo.model import Model, SampleConfig, track
+from invirtuo.multimodal import PEAK
+from invirtuo.nn import CountLikelihood, SizeFactor
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["CountGenerator", "Guidance", "counted", "seeded"]
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 512  # cells that are computed together, whatever is asked for: a cell depends on the seed and its number alone
+STRONG = 3.0  # weights of guidance above this make cells alike (CFGen, table 11)
+
+Guidance = float | Mapping[str, float | Sequence[float]] | None
+
+
+class _Request(NamedTuple):
+    """Cells to draw: labels and depths, one row each, weights of guidance (n, k) or (1, k)."""
+
+    labels: pd.DataFrame
+    size: Tensor
+    weights: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Drawn cells: counts, means where they are asked for, latent vectors where there are some."""
+
+    counts: sparse.csr_matrix
+    mean: np.ndarray | None
+    latent: np.ndarray | None
+
+
+class CountGenerator(Model):
+    """Base of the models that generate raw counts.
+
+    A generator writes `build` (with `self.depth`, a SizeFactor), training, and `likelihood`.
+    """
+
+    space = "counts"
+    generates = True
+    guided: bool = True  # whether weights of guidance mean something; `build` may choose
+    depth: SizeFactor
+
+    def __init__(self, design, genes, config=None):
+        if design.dose or design.time:
+            raise ValueError(
+                f"{self.name} is conditioned on labels; the design has {design.dose or design.time!r} as a number. "
+                "Make it a covariate (as text)"
+            )
+        peaks = [str(gene).startswith(PEAK) for gene in genes]
+        self.n_peaks = sum(peaks)
+        if any(peaks[: len(peaks) - self.n_peaks]):
+            raise ValueError(f"features that begin with {PEAK!r} must follow the genes; see invirtuo.multimodal.join")
+        super().__init__(design, genes, config)
+
+    # ---- what a generator writes --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def likelihood(
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SampleConfig
+    ) -> tuple[CountLikelihood, Tensor | None]:
+        """What is known of the counts of cells with `batch.condition` and depths `batch.size_factor`; latent vectors.
+
+        `weights` (n, k) or (1, k) are those of guidance, in the order of `design.attributes`.
+        """
+
+    # ---- fitting ------------------------------------------------------------------------------------------------
+
+    def fit(
+        self, adata: AnnData, split: pd.Series | None = None, config: FitConfig | None = None, **options: Any
+    ) -> Self:
+        """Fit to the training cells of an AnnData with raw counts in X, or in ``layers["counts"]``.
+
+        Cells without counts are left out, and counted in the log. Arguments as :meth:`Model.fit`.
+        """
+        adata = counted(adata)
+        filled = self._depths(adata[:, self.genes] if list(adata.var_names) != self.genes else adata) > 0
+        if not filled.all():
+            logger.warning("%d of %d cells have no counts and are left out", int((~filled).sum()), len(filled))
+            if split is not None and len(split) == adata.n_obs:
+                split = pd.Series(np.asarray(split), index=adata.obs_names)[filled]
+            adata = adata[filled]
+        return super().fit(adata, split, config, **options)
+
+    def prepare(self, dataset: CellDataset) -> None:
+        """Learn the distribution of the depth of training cells."""
+        rows = dataset.rows("train")
+        self.depth.fit(self._size(dataset, rows), self._groups(dataset.condition[torch.from_numpy(rows)]))
+
+    def facts(self, dataset: CellDataset) -> dict[str, Any]:
+        """Combinations of labels among the training cells, with their numbers."""
+        return {"labels": observed(dataset.obs.iloc[dataset.rows("train")], self.design).to_dict("records")}
+
+    @property
+    def n_counted(self) -> int:
+        """Number of features that are counts; peaks, which are open or closed, follow them."""
+        return len(self.genes) - self.n_peaks
+
+    def _depths(self, adata: AnnData) -> np.ndarray:
+        """Total count of every cell; without counted features, the number of open peaks."""
+        x = adata.X[:, : self.n_counted] if self.n_counted else adata.X
+        return np.asarray(x.sum(axis=1), dtype=np.float64).ravel()
+
+    def _size(self, dataset: CellDataset, rows: np.ndarray) -> Tensor:
+        x = dataset.matrix[rows]
+        x = x[:, : self.n_counted] if self.n_counted else x
+        return torch.from_numpy(np.asarray(x.sum(axis=1), dtype=np.float32).ravel())
+
+    def _groups(self, condition) -> Tensor:
+        """(n,) group whose depth is drawn for each cell, -1 for all cells."""
+        column = self.config.size_factor.partition(":")[2]
+        if not column:
+            return torch.full((len(condition),), -1)
+        return condition.covariates[column]
+
+    def _depth_model(self) -> SizeFactor:
+        """The SizeFactor that `config.size_factor` names: global, empirical, by:COLUMN or empirical:COLUMN."""
+        kind, colon, column = self.config.size_factor.partition(":")
+        if kind not in ("global", "by", "empirical") or (kind == "by") != bool(colon) != (
+            kind == "empirical" and bool(colon)
+        ):
+            raise ValueError(
+                f"size_factor is {self.config.size_factor!r}; expected global, empirical, by:COLUMN or empirical:COLUMN"
+            )
+        if column and column not in self.design.covariates:
+            known = some(self.design.covariates) or "none"
+            raise ValueError(f"size_factor names {column!r}, which is no covariate of the design; covariates: {known}")
+        return SizeFactor(len(self.design.covariates[column]) if column else 0, empirical=kind == "empirical")
+
+    def _check_space(self, adata: AnnData) -> None:
+        require_counts(adata)
+        values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X)
+        broken = int((values != np.rint(values)).sum())
+        if broken:
+            raise ValueError(f"X holds {broken:,} values that are not whole numbers; expected raw counts")
+
+    # ---- generating ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        n_cells: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        *,
+        labels: pd.DataFrame | None = None,
+        prior: Prior = "joint",
+        guidance: Guidance = None,
+        size_factor: float | Sequence[float] | None = None,
+        output: Literal["counts", "mean", "both"] = "counts",
+        latent: bool = False,
+        steps: int | None = None,
+        solver: str | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+        chunk_size: int = 8192,
+        progress: bool = False,
+    ) -> AnnData:
+        """Draw cells.
+
+        Parameters
+        ----------
+        n_cells
+            How many; may be left out with `labels`.
+        where
+            Attribute (column of the Design) to a label for all cells, or to a list of one label per cell.
+        labels
+            The same as a table with one row per cell.
+        prior
+            How attributes that are not given are drawn: "joint" (observed proportions of the combinations that agree
+            with what is given), "independent", or "uniform" (all observed combinations alike).
+        guidance
+            Weight of every attribute: a number for all, or attribute to a number, or to one number per cell; attributes
+            that are not named then have weight 0 and no influence. None: 1 for all.
+        size_factor
+            Total count of the cells, a number or one per cell; None draws it from the distribution of training cells.
+        output
+            What X holds: "counts" (CSR, int32), "mean" (dense float32), or "both": counts, and ``layers["mean"]``.
+        latent
+            Keep the latent vectors in ``obsm["z"]``.
+        steps, solver
+            Of the integration; None takes the model's own.
+        seed
+            Same seed, same cells, whatever the chunk size.
+        out
+            h5ad to write while cells are drawn; memory then does not grow with their number. Needs output="counts".
+        chunk_size
+            Cells between two writes.
+
+        Returns
+        -------
+        AnnData; obs has the attributes that were asked for or guided, and ``size_factor``. With `out` it reads from
+        the file (backed).
+
+        Raises
+        ------
+        ValueError
+            If the model is not fitted, or a label, attribute or option is not known.
+        """
+        self._check_fitted()
+        if output not in ("counts", "mean", "both"):
+            raise ValueError(f"output is {output!r}; expected counts, mean or both")
+        if out is not None and output != "counts":
+            raise ValueError(f"output is {output!r}; a file is written in pieces only for output='counts'")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; expected at least 1")
+        given = self._given(n_cells, where, labels)
+        request = self._request(given, prior, guidance, size_factor, seed)
+        config = SampleConfig(steps=steps, solver=solver)
+        blocks = self._blocks(request, config, means=output != "counts", progress=progress)
+        obs = self._generated_obs(request, given.columns)
+        uns = self._provenance(seed, config) | {"guidance": json.dumps(_told(guidance)), "prior": prior}
+        if out is not None:
+            _write(Path(out), obs, self._var(), uns, blocks, chunk_size, latent)
+            return read_h5ad(out, backed=True)
+        return _assemble(list(blocks), obs, self._var(), uns, output, latent)
+
+    def predict(  # type: ignore[override]
+        self,
+        conditions: pd.DataFrame | str,
+        n_cells: int = 1000,
+        *,
+        guidance: float = 1.0,
+        steps: int | None = None,
+        solver: str | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        **_: Any,
+    ) -> AnnData:
+        """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of :meth:`Model.predict`."""
+        self._check_fitted()
+        table = self._conditions(conditions)
+        if n_cells < 1:
+            raise ValueError(f"n_cells is {n_cells}; expected at least 1")
+        rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
+        options = {"guidance": guidance} if self.guided else {}
+        return self.generate(labels=rows, steps=steps, solver=solver, seed=seed, progress=progress, **options)
+
+    @property
+    def _table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.card["labels"])
+
+    def _check_fitted(self) -> None:
+        if not self.card:
+            raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
+
+    def _given(self, n_cells: int | None, where: Mapping[str, Any] | None, labels: pd.DataFrame | None) -> pd.DataFrame:
+        """(n,) labels that were asked for, checked."""
+        if labels is not None and not isinstance(labels, pd.DataFrame):
+            raise ValueError(f"labels is a {type(labels).__name__}; expected a DataFrame with one row per cell")
+        n = len(labels) if n_cells is None and labels is not None else n_cells
+        if n is None or n < 1:
+            raise ValueError(f"n_cells is {n}; expected at least 1")
+        columns: dict[str, Any] = dict(where or {})
+        for name in [] if labels is None else labels.columns:
+            if name in columns:
+                raise ValueError(f"{name!r} is in both `where` and `labels`; give it once")
+            columns[name] = labels[name].where(labels[name].notna(), self.design.unknown).tolist()
+        given = given_labels(columns, n)
+        check_labels(given, self._table, self.design.unknown)
+        return given
+
+    def _request(self, given: pd.DataFrame, prior: Prior, guidance: Guidance, size_factor: Any, seed: int) -> _Request:
+        """Complete labels, depths and weights."""
+        labels = draw(self._table, given, np.random.default_rng([seed, 1]), prior=prior, unknown=self.design.unknown)
+        weights = self._weights(guidance, len(labels))
+        size = self._sizes(labels, size_factor, seed)
+        return _Request(labels, size, weights, seed)
+
+    def _sizes(self, labels: pd.DataFrame, size_factor: Any, seed: int) -> Tensor:
+        if size_factor is None:
+            groups = self._groups(self.design.encode(labels))
+            return self.depth.sample(groups, torch.Generator().manual_seed(seeded(seed, 2))).float()
+        size = torch.as_tensor(np.asarray(size_factor, dtype=np.float32)).expand(len(labels)).clone()
+        if not bool((size > 0).all()) or not bool(size.isfinite().all()):
+            raise ValueError("size_factor holds values that are not above 0; expected the total count of each cell")
+        return size
+
+    def _weights(self, guidance: Guidance, n: int) -> Tensor:
+        """(n, k) or (1, k) weights in the order of `design.attributes`."""
+        names = self.design.attributes
+        if guidance is not None and not self.guided:
+            raise ValueError(f"{self.name} is always conditioned on all labels; leave guidance out")
+        if not isinstance(guidance, Mapping):
+            guidance = dict.fromkeys(names, 1.0 if guidance is None else float(guidance))
+        if strange := [name for name in guidance if name not in names]:
+            raise ValueError(
+                f"guidance: {some(strange)} is not an attribute of this model; its attributes: {some(names)}"
+            )
+        columns = [np.broadcast_to(np.asarray(guidance.get(name, 0.0), np.float32), (n,)) for name in names]
+        weights = torch.from_numpy(np.stack(columns, axis=1)) if names else torch.zeros(n, 0)
+        if not bool(weights.isfinite().all()):
+            raise ValueError("guidance holds values that are not finite; expected numbers")
+        if bool((weights > STRONG).any() or (weights < 0).any()):
+            logger.warning(
+                "weights of guidance above %g, or below 0, make cells alike or strange; look at them", STRONG
+            )
+        return weights[:1] if bool((weights == weights[:1]).all()) else weights
+
+    def _blocks(self, request: _Request, config: SampleConfig, *, means: bool, progress: bool) -> Iterator[_Block]:
+        """Draw BLOCK cells at a time; what is random in a block depends on the seed and its number."""
+        fitting.keep_freed_memory()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.eval().to(device)
+        starts = range(0, len(request.labels), BLOCK)
+        for start in track(starts, "generating", progress):
+            rows = slice(start, start + BLOCK)
+            batch = Batch(self.design.encode(request.labels.iloc[rows]), size_factor=request.size[rows]).to(device)
+            weights = (request.weights[rows] if len(request.weights) > 1 else request.weights).to(device)
+            generator = torch.Generator(device).manual_seed(seeded(request.seed, 3, start // BLOCK))
+            with torch.no_grad():
+                cells, z = self.likelihood(batch, weights, generator, config)
+                counts = cells.sample(generator)
+            mean = cells.mean.float().cpu().numpy() if means else None
+            yield _Block(_csr(counts), mean, None if z is None else z.float().cpu().numpy())
+        self.cpu()
+
+    def _generated_obs(self, request: _Request, given: Sequence[str]) -> pd.DataFrame:
+        """Labels that the cells were made for, and their depths."""
+        used = (request.weights != 0).any(dim=0).tolist()
+        names = [name for name, use in zip(self.design.attributes, used, strict=True) if use or name in given]
+        obs = request.labels[names].astype("category").assign(size_factor=request.size.numpy())
+        obs.index = [f"cell_{i}" for i in range(len(obs))]
+        return obs
+
+    def _var(self) -> pd.DataFrame:
+        var = pd.DataFrame(index=pd.Index(self.genes))
+        return var.assign(modality=["rna"] * self.n_counted + ["atac"] * self.n_peaks) if self.n_peaks else var
+
+    # ---- augmenting ---------------------------------------------------------------------------------------------
+
+    def augment(
+        self,
+        adata: AnnData,
+        by: str,
+        target_size: int,
+        *,
+        power: float = 1.0,
+        max_fold: float | None = None,
+        min_cells: int = 20,
+        split: pd.Series | None = None,
+        guidance: Guidance = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> AnnData:
+        """Add generated cells to real ones until there are `target_size`, more of the classes with few cells.
+
+        Parameters
+        ----------
+        adata
+            Real cells with raw counts, among them the training cells; not changed.
+        by
+            Attribute whose rare classes grow.
+        target_size
+            Real and generated cells in all.
+        power, max_fold
+            Shares are proportional to (cells of the class)^(-power); at most `max_fold` generated cells for a real one.
+        min_cells
+            Classes with fewer real cells are named in the log: what is generated for them may copy these cells.
+        split
+            As for fit: only "train" cells are taken. None takes all.
+        guidance, seed, options
+            As in :meth:`generate`; other attributes are drawn from the observed combinations.
+
+        Returns
+        -------
+        AnnData with the real cells first, ``obs["is_generated"]``, and ``uns["invirtuo"]["augmented"]``, cells of
+        each class.
+
+        References
+        ----------
+        CFGen, arXiv:2407.11734, section 5.4.
+        """
+        import anndata
+
+        self._check_fitted()
+        if by not in self.design.attributes:
+            raise ValueError(
+                f"by={by!r} is not an attribute of this model; its attributes: {some(self.design.attributes)}"
+            )
+        real = self._with_genes(counted(adata))
+        if split is not None:
+            real = real[(split.reindex(adata.obs_names) == "train").to_numpy()]
+        sizes = self.design.tidy(real.obs)[by].value_counts()
+        sizes = sizes[sizes.index != self.design.unknown]
+        if target_size <= real.n_obs:
+            raise ValueError(
+                f"target_size is {target_size}, and there are {real.n_obs} cells; expected more than these"
+            )
+        counts = rare_counts(sizes.to_dict(), target_size - real.n_obs, power=power, max_fold=max_fold)
+        if few := [name for name, size in sizes.items() if size < min_cells and counts[name]]:
+            logger.warning("%s: fewer than %d real cells; generated ones may copy them", some(few), min_cells)
+        labels = np.repeat([*counts], [*counts.values()])
+        made = self.generate(labels=pd.DataFrame({by: labels}), guidance=guidance, seed=seed, **options)
+        made.obs_names = [f"generated_{i}" for i in range(made.n_obs)]
+        both = anndata.concat(
+            [anndata.AnnData(sparse.csr_matrix(real.X).astype(np.int32), obs=real.obs.copy(), var=self._var()), made],
+            join="outer",
+        )
+        both.obs["is_generated"] = np.arange(both.n_obs) >= real.n_obs
+        both.uns["invirtuo"] = made.uns["invirtuo"] | {"augmented": json.dumps(counts), "by": by}
+        return both
+
+
+def counted(adata: AnnData) -> AnnData:
+    """The cells with raw counts in X: X itself, or the layer "counts" that :func:`preprocess.normalize` writes."""
+    import anndata
+
+    if "counts" not in adata.layers or looks_like_counts(adata.X):
+        return adata
+    return anndata.AnnData(adata.layers["counts"], obs=adata.obs, var=adata.var[[]])
+
+
+def _csr(x: Tensor) -> sparse.csr_matrix:
+    """(n, g) counts, made sparse where they are, int32."""
+    rows, columns = x.nonzero(as_tuple=True)
+    ends = torch.bincount(rows, minlength=len(x)).cumsum(0).cpu().numpy()
+    values = x[rows, columns].to(torch.int32).cpu().numpy()
+    parts = (values, columns.to(torch.int32).cpu().numpy(), np.concatenate([[0], ends]).astype(np.int32))
+    return sparse.csr_matrix(parts, shape=tuple(x.shape))
+
+
+def _assemble(blocks: list[_Block], obs, var, uns, output: str, latent: bool) -> AnnData:
+    import anndata
+
+    layers = {}
+    x: Any = sparse.vstack([block.counts for block in blocks], format="csr")
+    if output != "counts":
+        mean = np.concatenate([block.mean for block in blocks])
+        x, layers = (mean, {}) if output == "mean" else (x, {"mean": mean})
+    adata = anndata.AnnData(x, obs=obs, var=var, layers=layers, uns={"invirtuo": uns})
+    if latent and blocks[0].latent is not None:
+        adata.obsm["z"] = np.concatenate([block.latent for block in blocks])
+    return adata
+
+
+def _write(path: Path, obs, var, uns, blocks: Iterator[_Block], chunk_size: int, latent: bool) -> None:
+    """Write cells as they come; the file appears when all are there."""
+    import anndata
+    import h5py
+    from anndata.io import sparse_dataset, write_elem
+
+    vectors = []
+    with writing(path) as part:
+        anndata.AnnData(None, obs=obs, var=var, uns={"invirtuo": uns}).write_h5ad(part)
+        with h5py.File(part, "r+") as file:
+            for counts in _gathered(blocks, chunk_size, vectors if latent else None):
+                if "X" in file and "data" in file["X"]:
+                    sparse_dataset(file["X"]).append(counts)
+                else:
+                    counts.indptr = counts.indptr.astype(np.int64)  # later chunks may need it
+                    write_elem(file, "X", counts, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+            if vectors:
+                write_elem(file, "obsm/z", np.concatenate(vectors))
+
+
+def _gathered(blocks: Iterator[_Block], chunk_size: int, vectors: list | None) -> Iterator[sparse.csr_matrix]:
+    """Counts of at least `chunk_size` cells at a time."""
+    waiting: list[sparse.csr_matrix] = []
+    for block in blocks:
+        waiting.append(block.counts)
+        if vectors is not None and block.latent is not None:
+            vectors.append(block.latent)
+        if sum(part.shape[0] for part in waiting) >= chunk_size:
+            yield sparse.vstack(waiting, format="csr")
+            waiting = []
+    if waiting:
+        yield sparse.vstack(waiting, format="csr")
+
+
+def _told(guidance: Guidance) -> Any:
+    """Weights as JSON; of weights per cell, their mean."""
+    if not isinstance(guidance, Mapping):
+        return guidance
+    return {name: float(np.mean(weight)) for name, weight in guidance.items()}
+
+
+def seeded(*numbers: int) -> int:
+    """A seed that depends on all the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,525 @@
+"""Generators that flow from noise to a latent space and decode it: training in two stages, correction, imputation.
+
+First the autoencoder is trained; then latent vectors of all cells are computed once, standardised, and the flow is
+trained on them. Latent vectors are standardised inside of this module and on the autoencoder's scale outside.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.checks import some
+from invirtuo.dataset import CellDataset
+from invirtuo.fit import FitConfig
+from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
+from invirtuo.generator import CountGenerator, Guidance, counted, seeded
+from invirtuo.model import SampleConfig, track
+from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["ConditionalFlow", "LatentFlow", "mask_entries"]
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 2048  # cells encoded at once
+COLLAPSE = 2.0  # weights above this make batches mix because cells become alike (CFGen, table 11)
+
+
+class ConditionalFlow(nn.Module):
+    """Velocity network and embeddings of labels: what the second stage trains."""
+
+    def __init__(self, velocity: ResidualVelocity, labels: LabelEmbedding):
+        super().__init__()
+        self.velocity, self.labels = velocity, labels
+
+    def forward(self, z: Tensor, t: Tensor, size: Tensor, condition: Condition, active: Tensor) -> Tensor:
+        """z (n, d), t (n,), scaled depth (n,), labels and which of them count (n, k) -> (n, d)."""
+        return self.velocity(z, t, size, self.labels(condition, active))
+
+
+class LatentFlow(CountGenerator):
+    """Base of the generators with an autoencoder and a latent flow.
+
+    A model writes `build`, which makes `autoencoder` (with `encode(x)`, and `decode(z, size, condition)` to a
+    CountLikelihood), `flow`, `depth` and, by :meth:`add_scale`, the scale of the latent vectors; and `path`.
+    """
+
+    autoencoder: nn.Module
+    flow: ConditionalFlow
+    n_latent: int
+    latent_mean: Tensor
+    latent_sd: Tensor
+
+    @abstractmethod
+    def path(self, z0: Tensor, z1: Tensor, t: Tensor) -> PathSample:
+        """Point and velocity between noise and latent vectors."""
+
+    def add_scale(self, n_latent: int) -> None:
+        """Make room for mean and standard deviation of the latent vectors."""
+        self.n_latent = n_latent
+        self.register_buffer("latent_mean", torch.zeros(n_latent))
+        self.register_buffer("latent_sd", torch.ones(n_latent))
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def stages(self, config: FitConfig) -> dict[str, FitConfig]:
+        """Autoencoder, then flow; `autoencoder_share` of the steps, and `flow_lr` times the learning rate."""
+        first = min(max(round(config.steps * self.config.autoencoder_share), 1), max(config.steps - 1, 1))
+        flow = replace(config, steps=max(config.steps - first, 1), lr=config.lr * self.config.flow_lr)
+        return {"autoencoder": replace(config, steps=first), "flow": flow}
+
+    def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
+        """Counts for the autoencoder; standardised latent vectors and depths for the flow."""
+        if stage != "flow":
+            return dataset
+        self.latent_mean.zero_()
+        self.latent_sd.fill_(1.0)
+        z = self._encoded(dataset)
+        if self.config.latent_scaling == "standard":
+            train = z[torch.from_numpy(dataset.rows("train"))]
+            self.latent_mean = train.mean(dim=0)
+            self.latent_sd = train.std(dim=0, correction=0).clamp_min(1e-6)
+        size = self._size(dataset, np.arange(len(z)))
+        return dataset.with_values((z - self.latent_mean) / self.latent_sd, size)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Of the stage that is being trained; outside of a fit, of both."""
+        if self.stage == "flow":
+            return {"total": self.flow_loss(batch.target, batch.condition, batch.size_factor)}
+        x = batch.target
+        size = self.total(x)
+        z = self.autoencoder.encode(x)
+        losses = self.reconstruction_losses(x, z, size, batch.condition)
+        if self.stage == "autoencoder":
+            return losses
+        standard = (z.detach() - self.latent_mean) / self.latent_sd
+        flow = self.flow_loss(standard, batch.condition, size)
+        return losses | {"total": losses["total"] + flow, "flow": flow}
+
+    def reconstruction_losses(self, x: Tensor, z: Tensor, size: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Negative log likelihood, summed over features and averaged over cells; "per_feature" compares data sets."""
+        cells = self.autoencoder.decode(z, size, condition)
+        losses = {}
+        if self.n_counted:
+            losses["rna"] = -cells.log_prob_genes(x[:, : self.n_counted]).mean()
+        if self.n_peaks:
+            losses["atac"] = -cells.log_prob_peaks(x[:, self.n_counted :]).mean()
+        total = sum(losses.values())
+        single = losses if len(losses) > 1 else {}
+        return single | {"total": total, "per_feature": total.detach() / len(self.genes)}
+
+    def flow_loss(self, z1: Tensor, condition: Condition, size: Tensor) -> Tensor:
+        """Mean squared error of the velocity at random times; labels are drawn for every cell anew."""
+        z0 = torch.randn_like(z1)
+        if self.config.coupling == "ot":
+            z0 = z0[self._couple(z0, z1, condition)]
+        n = len(z1)
+        t = torch.rand(1 if self.config.stratified else n, device=z1.device)
+        if self.config.stratified:
+            t = (t + torch.arange(n, device=z1.device) / n) % 1
+        point = self.path(z0, z1, t)
+        velocity = self.flow(point.xt, t, self._scaled(size), condition, self.drawn_labels(condition))
+        return (velocity - point.ut).square().mean()
+
+    def drawn_labels(self, condition: Condition) -> Tensor:
+        """(n, k) which attributes each cell is conditioned on: none with `prob_unconditional`, else one, or all.
+
+        References
+        ----------
+        CFGen, algorithm 1, for every cell by itself.
+        """
+        known = self.flow.labels.known(condition)
+        keep = torch.rand(len(known), 1, device=known.device) >= self.config.prob_unconditional
+        if self.config.conditioning == "joint" or not known.shape[1]:
+            return known & keep
+        score = torch.rand(known.shape, device=known.device).masked_fill(~known, -1.0)
+        return F.one_hot(score.argmax(dim=1), known.shape[1]).bool() & known & keep
+
+    def _couple(self, z0: Tensor, z1: Tensor, condition: Condition) -> Tensor:
+        """Row of the noise that belongs to each latent vector; only noise is permuted, labels stay where they are."""
+        if not self.config.ot_within_class:
+            return exact_coupling(z1, z0).to(z1.device)
+        _, group = torch.unique(condition.groups, dim=0, return_inverse=True)
+        rows = torch.arange(len(z1), device=z1.device)
+        for k in group.unique():
+            members = (group == k).nonzero().flatten()
+            rows[members] = members[exact_coupling(z1[members], z0[members]).to(z1.device)]
+        return rows
+
+    def total(self, x: Tensor) -> Tensor:
+        """(n,) total count of cells (n, g); without counted features, the number of open peaks."""
+        return (x[:, : self.n_counted] if self.n_counted else x).sum(dim=1)
+
+    def _scaled(self, size: Tensor) -> Tensor:
+        return self.depth.scaled(size).clamp(-0.1, 1.1)
+
+    # ---- flow and its inverse -----------------------------------------------------------------------------------
+
+    def field(self, condition: Condition, size: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Guided velocity (n, d) of standardised latent vectors of cells with these labels and depths.
+
+        Parameters
+        ----------
+        weights
+            (n, k) or (1, k), weight of every attribute; with `conditioning="joint"` the first one is that of all.
+        """
+        joint = self.config.conditioning == "joint"
+        scaled = self._scaled(size)
+        n_labels = self.flow.labels.n_attributes
+
+        def velocity(z: Tensor, t: Tensor, cell: Tensor, branch: Tensor) -> Tensor:
+            numbers = torch.arange(1, n_labels + 1, device=z.device)
+            active = (branch[:, None] == 1).expand(-1, n_labels) if joint else branch[:, None] == numbers
+            time = torch.full((len(z),), float(t), device=z.device)
+            return self.flow(z, time, scaled[cell], condition[cell], active)
+
+        return composed(velocity, weights[:, :1] if joint else weights)
+
+    def likelihood(
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SampleConfig
+    ) -> tuple[CountLikelihood, Tensor]:
+        """Integrate from noise and decode."""
+        z0 = torch.randn(len(batch), self.n_latent, generator=generator, device=generator.device)
+        z = self._solved(self.field(batch.condition, batch.size_factor, weights), z0, config)
+        z = z * self.latent_sd + self.latent_mean
+        return self.autoencoder.decode(z, batch.size_factor, batch.condition), z
+
+    def _solved(self, field, z0: Tensor, config: SampleConfig) -> Tensor:
+        return solve(field, z0, config.steps or self.config.steps, config.solver or self.config.solver)
+
+    @torch.no_grad()
+    def check_solver(self, n_cells: int = 256, *, guidance: Guidance = None, steps: int | None = None,
+                     solver: str | None = None, seed: int = 0) -> dict[str, float]:  # fmt: skip
+        """How far the solver is from dopri5 with tolerance 1e-5, from the same noise.
+
+        Returns
+        -------
+        Largest and mean absolute difference of standardised latent vectors, and the 2-Wasserstein distance between the
+        two sets of cells.
+        """
+        self._check_fitted()
+        request = self._request(self._given(n_cells, None, None), "joint", guidance, None, seed)
+        field = self.field(self.design.encode(request.labels), request.size, request.weights)
+        z0 = torch.randn(n_cells, self.n_latent, generator=torch.Generator().manual_seed(seeded(seed, 4)))
+        fast = self._solved(field, z0, SampleConfig(steps=steps, solver=solver))
+        exact = solve(field, z0, 1, "dopri5")
+        difference = (fast - exact).abs()
+        distance = (fast - exact[exact_coupling(fast, exact)]).square().sum(dim=1).mean().sqrt()
+        return {"max": float(difference.max()), "mean": float(difference.mean()), "wasserstein2": float(distance)}
+
+    # ---- verbs --------------------------------------------------------------------------------------------------
+
+    def embed(self, adata: AnnData) -> AnnData:
+        """Encode cells.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in X, or in ``layers["counts"]``.
+
+        Returns
+        -------
+        AnnData with latent vectors (n, d) in X and the obs of the given cells.
+        """
+        import anndata
+
+        dataset = self._dataset(adata)
+        z = self._encoded(dataset)
+        var = pd.DataFrame(index=[f"latent_{i}" for i in range(self.n_latent)])
+        return anndata.AnnData(z.numpy(), obs=adata.obs.copy(), var=var, uns={"invirtuo": self._made_by("embed")})
+
+    @torch.no_grad()
+    def correct(
+        self,
+        adata: AnnData,
+        batch: str,
+        *,
+        reference: str | None = None,
+        guidance: Guidance = None,
+        invert_with: Literal["own", "unconditional"] = "own",
+        output: Literal["mean", "counts"] | None = None,
+        steps: int = 50,
+        solver: str | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> AnnData:
+        """Take cells to noise under their own labels, and back as cells of one reference batch.
+
+        The other labels (cell types) are needed and are used: scores by these labels flatter the result.
+
+        Parameters
+        ----------
+        adata
+            Raw counts, with the columns of the Design.
+        batch
+            Covariate whose effect is taken out.
+        reference
+            Label of the batch that all cells are brought to; None takes the one with most training cells.
+        guidance
+            Weights as in :meth:`generate`; published: 1 or 2. Larger ones mix batches by making cells alike.
+        invert_with
+            "own": labels of the cell on the way to noise; "unconditional": none.
+        output
+            "mean" or "counts" also decodes the corrected cells, with their own depths.
+
+        Returns
+        -------
+        Copy of `adata` with ``obsm["X_invirtuo"]``, corrected latent vectors (n, d); ``layers["corrected"]`` if asked
+        for, where genes that the model does not know stay as they are; and ``uns["invirtuo"]["collapse"]``, the
+        variance within labels and batches after over before: far below 1, cells have become alike.
+
+        References
+        ----------
+        CFGen, arXiv:2407.11734, section 5.5 and appendix G.7.
+        """
+        self._check_fitted()
+        if not self.guided and guidance is not None:
+            raise ValueError(f"{self.name} is always conditioned on all labels; leave guidance out")
+        dataset, target = self._dataset(adata), self._reference(batch, reference)
+        weights = self._weights(guidance, adata.n_obs)
+        if bool((weights > COLLAPSE).any()):
+            logger.warning(
+                "weights above %g mix batches by making cells alike; look at uns['invirtuo']['collapse']", COLLAPSE
+            )
+        back = torch.zeros_like(weights) if invert_with == "unconditional" else weights
+        if invert_with not in ("own", "unconditional"):
+            raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
+        config = SampleConfig(steps=steps, solver=solver)
+        size = self._size(dataset, np.arange(adata.n_obs))
+        z = (self._encoded(dataset) - self.latent_mean) / self.latent_sd
+        own = dataset.condition
+        other = replace(own, covariates={**own.covariates, batch: torch.full_like(own.covariates[batch], target)})
+        moved = torch.empty_like(z)
+        for rows in track(_chunks(len(z)), "correcting", progress):
+            noise = self._solved(reversed_time(self.field(own[rows], size[rows], _rows(back, rows))), z[rows], config)
+            moved[rows] = self._solved(self.field(other[rows], size[rows], _rows(weights, rows)), noise, config)
+        new = adata.copy()
+        latent = moved * self.latent_sd + self.latent_mean
+        new.obsm["X_invirtuo"] = latent.numpy()
+        if output is not None:
+            new.layers["corrected"] = self._decoded_layer(adata, latent, size, other, output, seed)
+        label = self.design.covariates[batch][target]
+        new.uns["invirtuo"] = self._made_by("correct") | {
+            "batch": batch, "reference": label, "collapse": _collapse(z, moved, own.groups),
+        }  # fmt: skip
+        return new
+
+    @torch.no_grad()
+    def impute(
+        self,
+        adata: AnnData,
+        *,
+        mask: Any = None,
+        masked_fraction: float = 0.0,
+        noise: float = 0.05,
+        n_draws: int = 10,
+        conditional: bool = True,
+        flow: bool = True,
+        steps: int = 50,
+        solver: str | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> AnnData:
+        """Fill in counts that were not measured: encode, go to noise, jitter it, come back, decode, average.
+
+        The result is a mean under the model, not a measurement.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in which missing entries are 0.
+        mask
+            (n, g) bool, dense or sparse: the missing entries; None fills in nothing but gives the means of all.
+        masked_fraction
+            Share of each cell's counts that is missing: its depth is raised by 1 / (1 - masked_fraction).
+        noise
+            Standard deviation of the jitter; above 0.1 it becomes another cell.
+        n_draws
+            Jittered copies that are averaged.
+        conditional
+            Flow under the labels of the cell; else without labels.
+        flow
+            False decodes the encoded cell as it is: the reconstruction of the autoencoder, to compare with.
+
+        Returns
+        -------
+        Copy of `adata` with ``layers["imputed"]``: with a mask, X (CSR) with means at the masked entries; without,
+        means of all entries (dense float32).
+
+        References
+        ----------
+        CFGen, arXiv:2407.11734, appendix I.6.
+        """
+        self._check_fitted()
+        if not 0 <= masked_fraction < 1 or noise < 0 or n_draws < 1:
+            raise ValueError(
+                f"masked_fraction={masked_fraction}, noise={noise}, n_draws={n_draws}; expected a fraction below 1, "
+                "noise of at least 0 and at least one draw"
+            )
+        dataset = self._dataset(adata)
+        config = SampleConfig(steps=steps, solver=solver)
+        size = self._size(dataset, np.arange(adata.n_obs)) / (1 - masked_fraction)
+        z = (self._encoded(dataset) - self.latent_mean) / self.latent_sd
+        weights = self._weights(None, len(z)) * float(conditional)
+        columns = adata.var_names.get_indexer(self.genes)
+        filled = _Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
+        for rows in track(_chunks(len(z)), "imputing", progress):
+            generator = torch.Generator().manual_seed(seeded(seed, 5, rows.start))
+            field = self.field(dataset.condition[rows], size[rows], _rows(weights, rows))
+            start = self._solved(reversed_time(field), z[rows], config) if flow else z[rows]
+            mean = torch.zeros(len(start), len(self.genes))
+            for _ in range(n_draws if flow else 1):
+                jittered = start + noise * torch.randn(start.shape, generator=generator) if flow else start
+                end = self._solved(field, jittered, config) if flow else start
+                latent = end * self.latent_sd + self.latent_mean
+                mean += self.autoencoder.decode(latent, size[rows], dataset.condition[rows]).mean
+            filled.add(rows, (mean / (n_draws if flow else 1)).numpy())
+        new = adata.copy()
+        new.layers["imputed"] = filled.layer()
+        new.uns["invirtuo"] = self._made_by("impute") | {"noise": noise, "n_draws": n_draws}
+        return new
+
+    def _dataset(self, adata: AnnData) -> CellDataset:
+        """Cells to encode, checked."""
+        self._check_fitted()
+        adata = counted(adata)
+        self._check_space(adata)
+        adata = self._with_genes(adata)
+        if empty := int((self._depths(adata) == 0).sum()):
+            raise ValueError(f"{empty} of {adata.n_obs} cells have no counts in the genes of the model; remove them")
+        return CellDataset(adata, self.design)
+
+    @torch.no_grad()
+    def _encoded(self, dataset: CellDataset) -> Tensor:
+        """(n, d) latent vectors of all cells, on the autoencoder's scale."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.eval().to(device)
+        n = dataset.matrix.shape[0]
+        z = [self.autoencoder.encode(dataset.dense(np.arange(n)[rows]).to(device)).float().cpu() for rows in _chunks(n)]
+        self.cpu()
+        return torch.cat(z)
+
+    def _reference(self, batch: str, label: str | None) -> int:
+        """Number of the batch that cells are brought to."""
+        if batch not in self.design.covariates:
+            raise ValueError(
+                f"batch={batch!r} is no covariate of this model; covariates: {some(self.design.covariates)}"
+            )
+        table = self._table.groupby(batch)["n_cells"].sum().drop(self.design.unknown, errors="ignore")
+        if label is not None and str(label) not in table.index:
+            raise ValueError(f"reference={label!r} does not occur in the training cells; known: {some(table.index)}")
+        return self.design.covariates[batch].index(str(table.idxmax() if label is None else label))
+
+    def _decoded_layer(
+        self, adata: AnnData, latent: Tensor, size: Tensor, condition: Condition, output: str, seed: int
+    ):
+        """Corrected cells in the genes, their order and the type of `adata`."""
+        if output not in ("mean", "counts"):
+            raise ValueError(f"output is {output!r}; expected mean, counts or None")
+        columns = adata.var_names.get_indexer(self.genes)
+        source = counted(adata).X
+        parts = []
+        for rows in _chunks(len(latent)):
+            cells = self.autoencoder.decode(latent[rows], size[rows], condition[rows])
+            drawn = (
+                cells.mean
+                if output == "mean"
+                else cells.sample(torch.Generator().manual_seed(seeded(seed, 6, rows.start)))
+            )
+            block = sparse.csr_matrix(source[rows]).toarray().astype(np.float32 if output == "mean" else source.dtype)
+            block[:, columns] = drawn.numpy()
+            parts.append(block if output == "mean" else sparse.csr_matrix(block))
+        return np.concatenate(parts) if output == "mean" else sparse.vstack(parts, format="csr")
+
+    def _made_by(self, verb: str) -> dict[str, Any]:
+        return {"model": self.name, "verb": verb, "data_hash": self.card["data_hash"], "version": self.card["version"]}
+
+
+class _Filled:
+    """Collects imputed means, all of them or those at masked entries."""
+
+    def __init__(self, adata: AnnData, mask: sparse.csr_matrix | None, columns: np.ndarray):
+        if mask is not None and mask.shape != adata.shape:
+            raise ValueError(f"mask has shape {mask.shape}; expected that of the data, {adata.shape}")
+        self.x, self.mask, self.columns = counted(adata).X, mask, columns
+        self.parts: list[Any] = []
+
+    def add(self, rows: slice, mean: np.ndarray) -> None:
+        block = sparse.csr_matrix(self.x[rows]).toarray().astype(np.float32)
+        where = np.ones(block.shape, dtype=bool) if self.mask is None else self.mask[rows].toarray()
+        where = where[:, self.columns]
+        block[:, self.columns] = np.where(where, mean, block[:, self.columns])
+        self.parts.append(block if self.mask is None else sparse.csr_matrix(block))
+
+    def layer(self):
+        return np.concatenate(self.parts) if self.mask is None else sparse.vstack(self.parts, format="csr")
+
+
+def mask_entries(
+    adata: AnnData, fraction: float = 0.1, *, which: Literal["nonzero", "all"] = "nonzero", seed: int = 0
+) -> tuple[AnnData, sparse.csr_matrix]:
+    """Hide entries of a count matrix, to see how well they are imputed.
+
+    Parameters
+    ----------
+    adata
+        Raw counts in X; not changed.
+    fraction
+        Share of the entries of each cell, among those that are not zero or among all.
+
+    Returns
+    -------
+    The cells with hidden entries set to 0, and the mask, (n, g) bool. Fit on the former.
+
+    References
+    ----------
+    CFGen, arXiv:2407.11734, appendix I.6; it does not say which entries are drawn.
+    """
+    if not 0 < fraction < 1 or which not in ("nonzero", "all"):
+        raise ValueError(f"fraction={fraction}, which={which!r}; expected a share between 0 and 1, nonzero or all")
+    rng = np.random.default_rng(seed)
+    x = sparse.csr_matrix(counted(adata).X, copy=True)
+    rows, columns = [], []
+    for i in range(x.shape[0]):
+        entries = x.indices[x.indptr[i] : x.indptr[i + 1]] if which == "nonzero" else np.arange(x.shape[1])
+        hidden = rng.choice(entries, round(fraction * len(entries)), replace=False)
+        rows.append(np.full(len(hidden), i))
+        columns.append(hidden)
+    where = (np.concatenate(rows), np.concatenate(columns))
+    mask = sparse.csr_matrix((np.ones(len(where[0]), dtype=bool), where), shape=x.shape)
+    new = counted(adata).copy()
+    new.X = (x - x.multiply(mask)).tocsr()
+    new.X.eliminate_zeros()
+    return new, mask
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+
+
+def _rows(weights: Tensor, rows: slice) -> Tensor:
+    return weights if len(weights) == 1 else weights[rows]
+
+
+def _collapse(before: Tensor, after: Tensor, groups: Tensor) -> float:
+    """Variance within groups of equal labels, after over before."""
+    _, group = torch.unique(groups, dim=0, return_inverse=True)
+
+    def within(z: Tensor) -> float:
+        return sum(float((z[group == k] - z[group == k].mean(dim=0)).square().sum()) for k in group.unique())
+
+    return within(after) / max(within(before), 1e-12)

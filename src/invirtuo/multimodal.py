@@ -1,0 +1,78 @@
+"""RNA and chromatin of the same cells as one matrix: genes first, then peaks, whose names begin with ``atac:``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["PEAK", "join", "part"]
+
+logger = logging.getLogger(__name__)
+
+PEAK = "atac:"  # begin of the names of peaks
+
+
+def join(data: Any, *, rna: str | None = "rna", atac: str = "atac", obs: str | None = None) -> AnnData:
+    """Put genes and peaks of the same cells beside each other; peaks become 0 or 1.
+
+    Parameters
+    ----------
+    data
+        MuData, or a mapping of modality to AnnData.
+    rna, atac
+        Names of the modalities; ``rna=None`` for chromatin alone.
+    obs
+        Modality whose obs is kept; None takes that of the first.
+
+    Returns
+    -------
+    AnnData, CSR, with the counts of genes and then the peaks, and ``var["modality"]``.
+
+    Raises
+    ------
+    ValueError
+        If a modality is missing, or the modalities do not hold the same cells.
+    """
+    import anndata
+
+    parts: Mapping[str, AnnData] = getattr(data, "mod", data)
+    wanted = [name for name in (rna, atac) if name is not None]
+    if missing := [name for name in wanted if name not in parts]:
+        raise ValueError(f"there is no modality {missing[0]!r}; found {', '.join(parts)}")
+    first = parts[wanted[0]]
+    if set(parts[atac].obs_names) != set(first.obs_names) or parts[atac].n_obs != first.n_obs:
+        raise ValueError(f"{wanted[0]!r} and {atac!r} do not hold the same cells; keep those that both have")
+    blocks = [] if rna is None else [sparse.csr_matrix(first.X)]
+    peaks = sparse.csr_matrix(parts[atac][first.obs_names].X, copy=True)
+    if peaks.nnz and peaks.data.max() > 1:
+        logger.warning("peaks hold counts; they are read as open (above 0) or closed")
+    peaks.data = (peaks.data > 0).astype(peaks.dtype)
+    names = [*([] if rna is None else map(str, first.var_names)), *(f"{PEAK}{name}" for name in parts[atac].var_names)]
+    modality = ["rna"] * (len(names) - peaks.shape[1]) + ["atac"] * peaks.shape[1]
+    var = pd.DataFrame({"modality": modality}, index=pd.Index(names))
+    x = sparse.hstack([*blocks, peaks], format="csr")
+    x.eliminate_zeros()
+    return anndata.AnnData(x.astype(np.float32), obs=parts[obs or wanted[0]][first.obs_names].obs.copy(), var=var)
+
+
+def part(adata: AnnData) -> Any:
+    """Take joined (or generated) cells apart again: a MuData with the modalities "rna" and "atac".
+
+    Needs the extra ``invirtuo[multimodal]``.
+    """
+    try:
+        import mudata
+    except ImportError as error:
+        raise ValueError('taking modalities apart needs mudata; pip install "invirtuo[multimodal]"') from error
+    is_peak = adata.var_names.str.startswith(PEAK)
+    parts = {"rna": adata[:, ~is_peak].copy(), "atac": adata[:, is_peak].copy()}
+    parts["atac"].var_names = parts["atac"].var_names.str.removeprefix(PEAK)
+    return mudata.MuData({name: modality for name, modality in parts.items() if modality.n_vars})
