@@ -377,8 +377,9 @@ def _optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def _move_average(average: Model, model: Model, decay: float) -> None:
-    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
-    floating = [(old, new) for old, new in pairs if old.is_floating_point()]
+    still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # of other stages
+    pairs = zip(average.state_dict().values(), model.state_dict().items(), strict=True)
+    floating = [(old, new) for old, (name, new) in pairs if old.is_floating_point() and name not in still]
     torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - decay)
 
 

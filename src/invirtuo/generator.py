@@ -21,7 +21,7 @@ from scipy import sparse
 from torch import Tensor
 
 from invirtuo import fit as fitting
-from invirtuo.batch import Batch
+from invirtuo.batch import Batch, Condition
 from invirtuo.checks import looks_like_counts, require_counts, some
 from invirtuo.dataset import CellDataset
 from invirtuo.files import read_h5ad, writing
@@ -117,7 +117,9 @@ class CountGenerator(Model):
     def prepare(self, dataset: CellDataset) -> None:
         """Learn the distribution of the depth of training cells."""
         rows = dataset.rows("train")
-        self.depth.fit(self._size(dataset, rows), self._groups(dataset.condition[torch.from_numpy(rows)]))
+        _, column = self._depth_kind()
+        groups = self._groups(dataset.condition[torch.from_numpy(rows)])
+        self.depth.fit(self._size(dataset, rows), groups, len(self.design.covariates[column]) if column else 0)
 
     def facts(self, dataset: CellDataset) -> dict[str, Any]:
         """Combinations of labels among the training cells, with their numbers."""
@@ -138,26 +140,31 @@ class CountGenerator(Model):
         x = x[:, : self.n_counted] if self.n_counted else x
         return torch.from_numpy(np.asarray(x.sum(axis=1), dtype=np.float32).ravel())
 
-    def _groups(self, condition) -> Tensor:
+    def _groups(self, condition: Condition) -> Tensor:
         """(n,) group whose depth is drawn for each cell, -1 for all cells."""
-        column = self.config.size_factor.partition(":")[2]
-        if not column:
-            return torch.full((len(condition),), -1)
-        return condition.covariates[column]
+        _, column = self._depth_kind()
+        return condition.covariates[column] if column else torch.full((len(condition),), -1)
 
-    def _depth_model(self) -> SizeFactor:
-        """The SizeFactor that `config.size_factor` names: global, empirical, by:COLUMN or empirical:COLUMN."""
+    def _depth_kind(self) -> tuple[str, str | None]:
+        """Kind and column of `config.size_factor`: global, by, by:COLUMN, empirical, empirical:COLUMN."""
         kind, colon, column = self.config.size_factor.partition(":")
-        if kind not in ("global", "by", "empirical") or (kind == "by") != bool(colon) != (
-            kind == "empirical" and bool(colon)
-        ):
+        covariates = list(self.design.covariates)
+        if kind not in ("global", "by", "empirical") or (colon and kind == "global"):
             raise ValueError(
-                f"size_factor is {self.config.size_factor!r}; expected global, empirical, by:COLUMN or empirical:COLUMN"
+                f"size_factor is {self.config.size_factor!r}; "
+                "expected global, by, by:COLUMN, empirical or empirical:COLUMN"
             )
-        if column and column not in self.design.covariates:
-            known = some(self.design.covariates) or "none"
-            raise ValueError(f"size_factor names {column!r}, which is no covariate of the design; covariates: {known}")
-        return SizeFactor(len(self.design.covariates[column]) if column else 0, empirical=kind == "empirical")
+        if colon and column not in covariates:
+            raise ValueError(
+                f"size_factor names {column!r}, which is no covariate of the design; "
+                f"covariates: {some(covariates) or 'none'}"
+            )
+        return kind, column or (covariates[0] if kind == "by" and covariates else None)
+
+    def make_depth(self) -> SizeFactor:
+        """The distribution of depth that `config.size_factor` names."""
+        kind, _ = self._depth_kind()
+        return SizeFactor(empirical=kind == "empirical")
 
     def _check_space(self, adata: AnnData) -> None:
         require_counts(adata)

@@ -419,7 +419,7 @@ class LatentFlow(CountGenerator):
             raise ValueError(
                 f"batch={batch!r} is no covariate of this model; covariates: {some(self.design.covariates)}"
             )
-        table = self._table.groupby(batch)["n_cells"].sum().drop(self.design.unknown, errors="ignore")
+        table = self._table.groupby(batch)["n_cells"].sum().drop([self.design.unknown], errors="ignore")
         if label is not None and str(label) not in table.index:
             raise ValueError(f"reference={label!r} does not occur in the training cells; known: {some(table.index)}")
         return self.design.covariates[batch].index(str(table.idxmax() if label is None else label))

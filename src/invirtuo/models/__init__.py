@@ -7,10 +7,12 @@ from pathlib import Path
 
 from invirtuo.model import Model
 from invirtuo.models.biolord import Biolord
+from invirtuo.models.cellflow_counts import CellFlowCounts
 from invirtuo.models.cfgen import CFGen
 from invirtuo.models.cpa import CPA
 from invirtuo.models.decoder_only import DecoderOnly
 from invirtuo.models.fm_pca import FMPCA
+from invirtuo.models.independent_nb import IndependentNB
 from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean, Ridge
@@ -20,13 +22,15 @@ from invirtuo.models.state_transition import StateTransition
 
 __all__ = [
     "CPA",
-    "CFGen",
     "FMPCA",
     "MODELS",
     "SAMSVAE",
     "Biolord",
+    "CFGen",
+    "CellFlowCounts",
     "ContextMean",
     "DecoderOnly",
+    "IndependentNB",
     "LatentAdditive",
     "LinearAdditive",
     "NoChange",
@@ -54,6 +58,8 @@ MODELS: dict[str, type[Model]] = {
         Ridge,
         NoChange,
         CFGen,
+        CellFlowCounts,
+        IndependentNB,
     )
 }
 

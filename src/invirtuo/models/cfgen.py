@@ -44,7 +44,7 @@ class Config:
     dispersion: str = (
         "gene"  # inverse dispersion of each "gene", or "gene:COLUMN", of each gene and class of a covariate
     )
-    size_factor: str = "global"  # p(l): "global" or "by:COLUMN" (log-normal), "empirical" or "empirical:COLUMN"
+    size_factor: str = "global"  # p(l): "global", "by:COLUMN" (log-normal), "empirical", "empirical:COLUMN" (observed)
     condition_on_size: bool = True  # tell the flow the depth
     latent_scaling: str = "standard"  # "standard": mean 0 and variance 1; "none", as in the paper
     hidden: int = 256  # width of the velocity network
@@ -152,7 +152,7 @@ class CFGen(LatentFlow):
     def build(self) -> None:
         """Autoencoder, depth, velocity network and embeddings."""
         config, design = self.config, self.design
-        self.depth = self._depth_model()
+        self.depth = self.make_depth()
         self.autoencoder = Autoencoder(config, self.n_counted, self.n_peaks, self._dispersion_classes())
         sized = config.condition_on_size and self.n_counted > 0
         velocity = ResidualVelocity(config.n_latent, config.hidden, config.embedding, config.n_blocks, sized=sized)

@@ -110,8 +110,6 @@ class SizeFactor(nn.Module):
 
     Parameters
     ----------
-    n_groups
-        Number of groups; 0 has the distribution of all cells alone.
     empirical
         Draw from the observed depths instead of from a log-normal distribution.
 
@@ -126,32 +124,31 @@ class SizeFactor(nn.Module):
     observed: Tensor
     ends: Tensor
 
-    def __init__(self, n_groups: int = 0, *, empirical: bool = False):
+    def __init__(self, *, empirical: bool = False):
         super().__init__()
-        self.n_groups, self.empirical = n_groups, empirical
-        self.register_buffer("log_mean", torch.zeros(n_groups + 1))
-        self.register_buffer("log_sd", torch.ones(n_groups + 1))
+        self.empirical = empirical
+        self.register_buffer("log_mean", torch.zeros(0))  # of every group, and of all cells
+        self.register_buffer("log_sd", torch.zeros(0))
         self.register_buffer("log_range", torch.tensor([0.0, 1.0]))
         self.register_buffer("observed", torch.zeros(0))  # sorted by group; all cells last
-        self.register_buffer("ends", torch.zeros(n_groups + 2, dtype=torch.int64))  # of the groups in `observed`
+        self.register_buffer("ends", torch.zeros(0, dtype=torch.int64))  # of the groups in `observed`
 
-    def fit(self, size: Tensor, group: Tensor | None = None) -> None:
-        """Learn from the depths (n,) of training cells, and the group of each, -1 where it is not known."""
+    def fit(self, size: Tensor, group: Tensor, n_groups: int) -> None:
+        """Learn from the depths (n,) of training cells, and the group (n,) of each, -1 where it is not known."""
         log = size.double().log()
-        members = [log[group == k] for k in range(self.n_groups)] if self.n_groups else []
-        for k, values in enumerate([*members, log]):
-            sd = float(values.std(correction=0)) if len(values) > 1 else 0.0
-            self.log_mean[k] = float(values.mean() if len(values) else log.mean())
-            self.log_sd[k] = sd if sd > 0 else float(log.std(correction=0))
+        parts = [*(log[group == k] for k in range(n_groups)), log]
+        parts = [values if len(values) else log for values in parts]
+        spread = torch.stack([values.std(correction=0) for values in parts])
+        self.log_mean = torch.stack([values.mean() for values in parts]).float()
+        self.log_sd = torch.where(spread > 0, spread, spread[-1]).float()
         self.log_range = torch.stack([log.min(), log.max()]).float()
         if self.empirical:
-            pools = [values if len(values) else log for values in [*members, log]]
-            self.observed = torch.cat(pools).exp().float()
-            self.ends = torch.tensor([0, *[len(pool) for pool in pools]]).cumsum(0)
+            self.observed = torch.cat(parts).exp().float()
+            self.ends = torch.tensor([0, *[len(values) for values in parts]]).cumsum(0)
 
     def sample(self, group: Tensor, generator: torch.Generator) -> Tensor:
         """Draw a depth for each of n cells with groups (n,); on the CPU, not rounded."""
-        group = torch.where(group < 0, self.n_groups, group) if self.n_groups else torch.zeros_like(group)
+        group = torch.where(group < 0, len(self.log_mean) - 1, group)
         if not self.empirical:
             noise = torch.randn(len(group), generator=generator)
             return (self.log_mean[group] + self.log_sd[group] * noise).exp()

@@ -1,0 +1,97 @@
+"""Independent negative binomials: every gene by itself, by class; what every generator of counts must beat.
+
+A class is a combination of labels. In it, gene i of a cell with depth l has mean l p_i and variance
+l p_i + (l p_i)^2 / r_i with, by moments over the cells of the class,
+
+    p_i = sum x_i / sum l,    1 / r_i = max(sum (x_i - l p_i)^2 - sum x_i, 0) / sum (l p_i)^2,
+
+and depths are log-normal. Genes do not know of each other, so that there is no variation of cells within a class but in
+depth. Marginal distances hardly tell this from real cells; correlations of genes do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.checks import some
+from invirtuo.dataset import CellDataset
+from invirtuo.generator import CountGenerator
+from invirtuo.model import SampleConfig
+from invirtuo.nn import CountLikelihood, SizeFactor
+
+__all__ = ["Config", "IndependentNB"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """No choices."""
+
+
+class IndependentNB(CountGenerator):
+    """Negative binomial of every gene in every class, by moments; depths are log-normal by class."""
+
+    name = "independent_nb"
+    Config = Config
+    SEARCH = {}
+    guided = False
+
+    def build(self) -> None:
+        """Room for the moments of every class."""
+        if self.n_peaks:
+            raise ValueError(f"{self.name} models genes alone, found {self.n_peaks} peaks; use cfgen")
+        self.depth = SizeFactor()
+        self.register_buffer("log_share", torch.zeros(0, len(self.genes)))
+        self.register_buffer("log_dispersion", torch.zeros(0, len(self.genes)))
+        self.register_buffer("labels", torch.zeros(0, len(self.design.covariates) + len(self.design.perturbations)))
+
+    def prepare(self, dataset: CellDataset) -> None:
+        """Moments of the training cells."""
+        rows = dataset.rows("train")
+        codes = _codes(dataset.condition[torch.from_numpy(rows)])
+        self.labels, group = torch.unique(codes, dim=0, return_inverse=True)
+        size = self._size(dataset, rows)
+        self.depth.fit(size, group, len(self.labels))
+        n = len(self.labels)
+        members = sparse.csr_matrix((np.ones(len(rows)), (group.numpy(), np.arange(len(rows)))), (n, len(rows)))
+        x, depth = dataset.matrix[rows].astype(np.float64), size.double().numpy()
+        total = (members @ x).toarray()
+        share = total / (members @ depth)[:, None]
+        depth_square = (members @ depth**2)[:, None]
+        square = (members @ x.multiply(x)).toarray()
+        weighted = (members @ x.multiply(depth[:, None]).tocsr()).toarray()
+        residual = square - 2 * share * weighted + share**2 * depth_square
+        excess = np.maximum(residual - total, 0.0)
+        expected = share**2 * depth_square
+        inverse = np.divide(excess, expected, out=np.zeros_like(excess), where=expected > 0)
+        self.log_share = torch.from_numpy(np.log(np.maximum(share, 1e-30))).float()
+        self.log_dispersion = torch.from_numpy(-np.log(np.maximum(inverse, 1e-6))).float()
+
+    def likelihood(
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SampleConfig
+    ) -> tuple[CountLikelihood, None]:
+        """The negative binomials of the class of every cell."""
+        group = self._groups(batch.condition)
+        if bool((group < 0).any()):
+            raise ValueError(
+                f"{self.name} knows only combinations of labels that occur in the training cells, and cannot put "
+                f"{some(self.design.attributes)} together anew"
+            )
+        return CountLikelihood(
+            self.log_share[group] + batch.size_factor.log()[:, None], self.log_dispersion[group]
+        ), None
+
+    def _groups(self, condition: Condition) -> Tensor:
+        """(n,) class of each cell, -1 for combinations that were never seen."""
+        same = (_codes(condition)[:, None, :] == self.labels.to(condition.perturbation.device)).all(dim=2)
+        return torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
+
+
+def _codes(condition: Condition) -> Tensor:
+    """(n, number of covariates + p), equal rows for equal labels."""
+    return torch.cat([condition.groups.float(), condition.perturbation], dim=1)
