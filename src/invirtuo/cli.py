@@ -28,6 +28,24 @@ app = typer.Typer(
 Perturbation = Annotated[str, typer.Option(help="Column of obs with the perturbation labels.")]
 Control = Annotated[str, typer.Option(help="Label of the control cells in that column.")]
 Covariate = Annotated[list[str] | None, typer.Option(help="Covariate column of obs; may be given several times.")]
+MaybePerturbation = Annotated[
+    str | None,
+    typer.Option("--perturbation", help="Column of obs with the perturbation labels, if cells were perturbed."),
+]
+MaybeControl = Annotated[str | None, typer.Option("--control", help="Label of the control cells in that column.")]
+Unknown = Annotated[
+    str | None, typer.Option(help="Covariate label of cells whose label is not known; so are empty ones.")
+]
+Run = Annotated[Path, typer.Argument(help="Folder of a fitted model.")]
+Cells = Annotated[Path, typer.Argument(help="h5ad file with raw counts.")]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option("--guidance", help="Weight of all attributes, or attribute=weight; may be given several times."),
+]
+Steps = Annotated[int | None, typer.Option(help="Steps of the solver; the model's own if not given.")]
+Solver = Annotated[
+    str | None, typer.Option(help="euler, midpoint, heun, ab2, rk4 or dopri5; the model's own if not given.")
+]
 Separator = Annotated[str, typer.Option(help="Joins the parts of a combination.")]
 Out = Annotated[Path, typer.Option(help="Where the result goes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no summary.")]
@@ -82,10 +100,11 @@ def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets, t
 @app.command()
 def check(
     data: Annotated[Path, typer.Argument(help="h5ad file.")],
-    perturbation: Perturbation,
-    control: Control,
+    perturbation: MaybePerturbation = None,
+    control: MaybeControl = None,
     covariate: Covariate = None,
     separator: Separator = "+",
+    unknown: Unknown = None,
 ) -> None:
     """Say what is in a file, and what would go wrong with it; exit code 2 if something would."""
     from invirtuo import preprocess
@@ -93,9 +112,8 @@ def check(
     from invirtuo.files import read_h5ad
 
     adata = read_h5ad(data)
-    design = Design.from_adata(
-        adata, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
-    )
+    columns = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
+    design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
     findings = preprocess.check(adata, design)
     _print_rows([tuple(str(value) for value in row) for row in findings.itertuples(index=False)])
     if (findings["level"] == "error").any():
@@ -137,10 +155,11 @@ def prepare(
 def fit(
     model: Annotated[str, typer.Argument(help="Name of a model; see `invirtuo list models`.")],
     data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
-    perturbation: Perturbation,
-    control: Control,
     out: Out,
+    perturbation: MaybePerturbation = None,
+    control: MaybeControl = None,
     covariate: Covariate = None,
+    unknown: Unknown = None,
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
     separator: Separator = "+",
     split: Annotated[str | None, typer.Option(help="Name of a split (`invirtuo list splits`) or a file.csv.")] = None,
@@ -159,9 +178,8 @@ def fit(
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
     adata = read_h5ad(data)
-    design = Design.from_adata(
-        adata, perturbation=perturbation, control=control, covariates=covariate or [], dose=dose, separator=separator
-    )
+    columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
+    design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
     parts = _split(adata.obs, design, split, hold_out)
     base = MODELS[model](design, adata.var_names, preset)
     fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
@@ -180,7 +198,7 @@ def predict(
     n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells per condition.")] = 1000,
     guidance: Annotated[float, typer.Option(help="Weight of classifier-free guidance; 1 is none.")] = 1.0,
     steps: Annotated[int | None, typer.Option(help="Steps of the solver; the model's own if not given.")] = None,
-    solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, ab2 or rk4.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, ab2, rk4 or dopri5.")] = None,
     seed: int = 0,
     controls: Annotated[Path | None, typer.Option(help="h5ad with control cells to start from.")] = None,
     clamp_min: Annotated[float | None, typer.Option(help="Raise values below this to it.")] = None,
@@ -206,6 +224,151 @@ def predict(
         predicted.write_h5ad(path, compression="gzip")
     if not quiet:
         typer.echo(f"{out}: {predicted.n_obs:,} cells")
+
+
+@app.command()
+def generate(
+    run: Run,
+    out: Out,
+    n_cells: Annotated[int | None, typer.Option("-n", "--n-cells", help="Number of cells.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="attribute=label of all cells; may be given several times.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="FILE.csv with labels, one row per cell.")] = None,
+    prior: Annotated[
+        str, typer.Option(help="How other attributes are drawn: joint, independent or uniform.")
+    ] = "joint",
+    guidance: Weights = None,
+    size_factor: Annotated[float | None, typer.Option(help="Total count of the cells; drawn if not given.")] = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Draw cells as counts from a fitted generator, written while they are drawn."""
+    made = _generator(run, "generate").generate(
+        n_cells,
+        _pairs("--where", where),
+        labels=None if labels is None else _read_csv(labels, "--labels"),
+        prior=prior,
+        guidance=_guidance(guidance),
+        size_factor=size_factor,
+        steps=steps,
+        solver=solver,
+        seed=seed,
+        out=out,
+        progress=not quiet,
+    )
+    if not quiet:
+        typer.echo(f"{out}: {made.n_obs:,} cells")
+    made.file.close()
+
+
+@app.command()
+def augment(
+    run: Run,
+    data: Cells,
+    out: Out,
+    by: Annotated[str, typer.Option(help="Attribute whose rare classes grow.")],
+    target_size: Annotated[int, typer.Option(help="Real and generated cells in all.")],
+    power: Annotated[float, typer.Option(help="Shares are proportional to (cells of the class)^(-power).")] = 1.0,
+    max_fold: Annotated[float | None, typer.Option(help="Most generated cells for a real one.")] = None,
+    min_cells: Annotated[int, typer.Option(help="Classes with fewer real cells are named.")] = 20,
+    split: Annotated[Path | None, typer.Option(help="Split file; only its training cells are taken.")] = None,
+    guidance: Weights = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Add generated cells to real ones, more of rare classes."""
+    from invirtuo import splits
+    from invirtuo.files import read_h5ad
+
+    adata = read_h5ad(data)
+    both = _generator(run, "augment").augment(
+        adata,
+        by,
+        target_size,
+        power=power,
+        max_fold=max_fold,
+        min_cells=min_cells,
+        split=None if split is None else splits.from_csv(split, adata.obs),
+        guidance=_guidance(guidance),
+        seed=seed,
+        progress=not quiet,
+    )
+    _write(both, out, quiet)
+
+
+@app.command()
+def correct(
+    run: Run,
+    data: Cells,
+    out: Out,
+    batch: Annotated[str, typer.Option(help="Covariate whose effect is taken out.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Batch that cells are brought to; the largest if not given.")
+    ] = None,
+    guidance: Weights = None,
+    invert_with: Annotated[str, typer.Option(help="Labels on the way to noise: own or unconditional.")] = "own",
+    output: Annotated[str | None, typer.Option(help="Also decode corrected cells: mean or counts.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
+    solver: Solver = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Bring the cells of all batches to one batch."""
+    from invirtuo.files import read_h5ad
+
+    corrected = _generator(run, "correct").correct(
+        read_h5ad(data),
+        batch,
+        reference=reference,
+        guidance=_guidance(guidance),
+        invert_with=invert_with,
+        output=output,
+        steps=steps,
+        solver=solver,
+        seed=seed,
+        progress=not quiet,
+    )
+    _write(corrected, out, quiet)
+
+
+@app.command()
+def impute(
+    run: Run,
+    data: Cells,
+    out: Out,
+    masked_fraction: Annotated[float, typer.Option(help="Share of the counts of a cell that is missing.")] = 0.0,
+    noise: Annotated[float, typer.Option(help="Jitter of the latent noise; above 0.1 it becomes another cell.")] = 0.05,
+    n_draws: Annotated[int, typer.Option(help="Jittered copies that are averaged.")] = 10,
+    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
+    solver: Solver = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write the means that the model expects for every entry into the layer "imputed"."""
+    from invirtuo.files import read_h5ad
+
+    options = {"masked_fraction": masked_fraction, "noise": noise, "n_draws": n_draws}
+    imputed = _generator(run, "impute").impute(
+        read_h5ad(data), **options, steps=steps, solver=solver, seed=seed, progress=not quiet
+    )
+    _write(imputed, out, quiet)
+
+
+@app.command()
+def embed(
+    run: Run,
+    data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
+    out: Out,
+    quiet: Quiet = False,
+) -> None:
+    """Encode cells."""
+    from invirtuo.files import read_h5ad
+    from invirtuo.models import load
+
+    _write(load(run).embed(read_h5ad(data)), out, quiet)
 
 
 @app.command()
@@ -376,6 +539,49 @@ def _split(obs, design, split: str | None, hold_out: list[str] | None):
     return choices[split](obs, design)
 
 
+def _generator(run: Path, verb: str) -> Any:
+    """The model of a folder, if it has the verb."""
+    from invirtuo.models import MODELS, load
+
+    model = load(run)
+    if not hasattr(model, verb):
+        able = [name for name, kind in MODELS.items() if hasattr(kind, verb)]
+        raise ValueError(f"{run} holds {model.name}, which cannot {verb}; models that can: {', '.join(able)}")
+    return model
+
+
+def _write(adata: Any, out: Path, quiet: bool) -> None:
+    from invirtuo.files import writing
+
+    with writing(out) as path:
+        adata.write_h5ad(path, compression="gzip")
+    if not quiet:
+        typer.echo(f"{out}: {adata.n_obs:,} cells")
+
+
+def _pairs(option: str, assignments: list[str] | None) -> dict[str, str]:
+    """``attribute=label`` as a mapping."""
+    pairs: dict[str, str] = {}
+    for text in assignments or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in pairs:
+            raise ValueError(f"{option} {text!r}; expected attribute=value, each attribute once")
+        pairs[name] = value
+    return pairs
+
+
+def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
+    """``2`` for all attributes, or ``cell_type=2 donor=1``."""
+    if not given:
+        return None
+    try:
+        if len(given) == 1 and "=" not in given[0]:
+            return float(given[0])
+        return {name: float(value) for name, value in _pairs("--guidance", given).items()}
+    except ValueError as error:
+        raise ValueError(f"--guidance {' '.join(given)}: {error}; expected a number, or attribute=number") from error
+
+
 def _condition(text: str) -> str | dict[str, str]:
     """``cell_type=B cell`` as a mapping, anything else as the name of a condition."""
     column, equals, value = text.partition("=")
@@ -445,11 +651,12 @@ def _layers(given: list[str] | None) -> str | dict[str, str] | None:
     return named
 
 
-def _read_csv(path: Path):
+def _read_csv(path: Path, option: str = "--conditions"):
     import pandas as pd
 
     if not path.is_file():
-        raise ValueError(f"--conditions: {path} does not exist; expected a CSV file, test or val")
+        expected = "a CSV file, test or val" if option == "--conditions" else "a CSV file"
+        raise ValueError(f"{option}: {path} does not exist; expected {expected}")
     try:
         return pd.read_csv(path, dtype=str)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:

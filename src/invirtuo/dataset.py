@@ -64,9 +64,17 @@ class CellDataset:
         self.size_factor = torch.from_numpy(_size_factors(adata, self.matrix, self.split == "train"))
 
     def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
-        """The same cells with values (n, d) in place of expression, for example latent vectors, and other depths (n,)."""
+        """The same cells with values (n, d) in place of expression (latent vectors), and other depths (n,)."""
         other = copy.copy(self)
         other.values, other.size_factor = values, size_factor
+        return other
+
+    def with_validation(self, share: float) -> Self:
+        """The same cells, a share of the training cells set aside for validation; always the same ones."""
+        other = copy.copy(self)
+        rows = self.rows("train")
+        other.split = self.split.copy()
+        other.split[np.random.default_rng(0).permutation(rows)[: int(share * len(rows))]] = "val"
         return other
 
     def rows(self, part: str) -> np.ndarray:

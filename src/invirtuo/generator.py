@@ -10,6 +10,7 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -253,7 +254,7 @@ class CountGenerator(Model):
             return read_h5ad(out, backed=True)
         return _assemble(list(blocks), obs, self._var(), uns, output, latent)
 
-    def predict(  # type: ignore[override]
+    def predict(
         self,
         conditions: pd.DataFrame | str,
         n_cells: int = 1000,
@@ -271,8 +272,8 @@ class CountGenerator(Model):
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; expected at least 1")
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
-        options = {"guidance": guidance} if self.guided else {}
-        return self.generate(labels=rows, steps=steps, solver=solver, seed=seed, progress=progress, **options)
+        weight = guidance if self.guided else None
+        return self.generate(labels=rows, guidance=weight, steps=steps, solver=solver, seed=seed, progress=progress)
 
     @property
     def _table(self) -> pd.DataFrame:
@@ -295,8 +296,23 @@ class CountGenerator(Model):
                 raise ValueError(f"{name!r} is in both `where` and `labels`; give it once")
             columns[name] = labels[name].where(labels[name].notna(), self.design.unknown).tolist()
         given = given_labels(columns, n)
-        check_labels(given, self._table, self.design.unknown)
+        check_labels(
+            given.drop(columns=self.design.perturbation or [], errors="ignore"), self._table, self.design.unknown
+        )
+        self._check_perturbations(given)
         return given
+
+    def _check_perturbations(self, given: pd.DataFrame) -> None:
+        """Perturbations must have been trained on, alone or in combinations; or the Design has features."""
+        if self.design.perturbation not in given.columns:
+            return
+        parts = {part for label in set(given[self.design.perturbation]) for part in self.design.parts(label)}
+        trained = set(self.design.perturbations if self._takes_unseen() else self.card["perturbations"])
+        if strange := sorted(parts - trained):
+            raise ValueError(
+                f"{self.design.perturbation}: {some(strange)} do not occur in the training cells; "
+                f"known: {some(trained, 50)}"
+            )
 
     def _request(self, given: pd.DataFrame, prior: Prior, guidance: Guidance, size_factor: Any, seed: int) -> _Request:
         """Complete labels, depths and weights."""
@@ -338,20 +354,28 @@ class CountGenerator(Model):
     def _blocks(self, request: _Request, config: SampleConfig, *, means: bool, progress: bool) -> Iterator[_Block]:
         """Draw BLOCK cells at a time; what is random in a block depends on the seed and its number."""
         fitting.keep_freed_memory()
+        starts = range(0, len(request.labels), BLOCK)
+        with self.on_device() as device:
+            for start in track(starts, "generating", progress):
+                rows = slice(start, start + BLOCK)
+                batch = Batch(self.design.encode(request.labels.iloc[rows]), size_factor=request.size[rows]).to(device)
+                weights = (request.weights[rows] if len(request.weights) > 1 else request.weights).to(device)
+                generator = torch.Generator(device).manual_seed(seeded(request.seed, 3, start // BLOCK))
+                with torch.no_grad():
+                    cells, z = self.likelihood(batch, weights, generator, config)
+                    counts = cells.sample(generator)
+                mean = cells.mean.float().cpu().numpy() if means else None
+                yield _Block(_csr(counts), mean, None if z is None else z.float().cpu().numpy())
+
+    @contextmanager
+    def on_device(self) -> Iterator[torch.device]:
+        """Move the model to the GPU, if there is one, and back."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.eval().to(device)
-        starts = range(0, len(request.labels), BLOCK)
-        for start in track(starts, "generating", progress):
-            rows = slice(start, start + BLOCK)
-            batch = Batch(self.design.encode(request.labels.iloc[rows]), size_factor=request.size[rows]).to(device)
-            weights = (request.weights[rows] if len(request.weights) > 1 else request.weights).to(device)
-            generator = torch.Generator(device).manual_seed(seeded(request.seed, 3, start // BLOCK))
-            with torch.no_grad():
-                cells, z = self.likelihood(batch, weights, generator, config)
-                counts = cells.sample(generator)
-            mean = cells.mean.float().cpu().numpy() if means else None
-            yield _Block(_csr(counts), mean, None if z is None else z.float().cpu().numpy())
-        self.cpu()
+        try:
+            yield device
+        finally:
+            self.cpu()
 
     def _generated_obs(self, request: _Request, given: Sequence[str]) -> pd.DataFrame:
         """Labels that the cells were made for, and their depths."""
@@ -478,7 +502,7 @@ def _write(path: Path, obs, var, uns, blocks: Iterator[_Block], chunk_size: int,
     import h5py
     from anndata.io import sparse_dataset, write_elem
 
-    vectors = []
+    vectors: list[np.ndarray] = []
     with writing(path) as part:
         anndata.AnnData(None, obs=obs, var=var, uns={"invirtuo": uns}).write_h5ad(part)
         with h5py.File(part, "r+") as file:

@@ -58,7 +58,8 @@ class LatentFlow(CountGenerator):
     CountLikelihood), `flow`, `depth` and, by :meth:`add_scale`, the scale of the latent vectors; and `path`.
     """
 
-    autoencoder: nn.Module
+    autoencoder: Any
+    takes_features = True
     flow: ConditionalFlow
     n_latent: int
     latent_mean: Tensor
@@ -83,7 +84,12 @@ class LatentFlow(CountGenerator):
         return {"autoencoder": replace(config, steps=first), "flow": flow}
 
     def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
-        """Counts for the autoencoder; standardised latent vectors and depths for the flow."""
+        """Counts for the autoencoder; standardised latent vectors and depths for the flow.
+
+        Without validation cells, `val_share` of the training cells are set aside: both stages learn their cells by
+        heart if nobody watches.
+        """
+        dataset = dataset if len(dataset.rows("val")) else dataset.with_validation(self.config.val_share)
         if stage != "flow":
             return dataset
         self.latent_mean.zero_()
@@ -178,6 +184,8 @@ class LatentFlow(CountGenerator):
             (n, k) or (1, k), weight of every attribute; with `conditioning="joint"` the first one is that of all.
         """
         joint = self.config.conditioning == "joint"
+        if joint and bool((weights != weights[:, :1]).any()):
+            raise ValueError('with conditioning="joint" all attributes have one weight; give guidance as a number')
         scaled = self._scaled(size)
         n_labels = self.flow.labels.n_attributes
 
@@ -304,9 +312,13 @@ class LatentFlow(CountGenerator):
         own = dataset.condition
         other = replace(own, covariates={**own.covariates, batch: torch.full_like(own.covariates[batch], target)})
         moved = torch.empty_like(z)
-        for rows in track(_chunks(len(z)), "correcting", progress):
-            noise = self._solved(reversed_time(self.field(own[rows], size[rows], _rows(back, rows))), z[rows], config)
-            moved[rows] = self._solved(self.field(other[rows], size[rows], _rows(weights, rows)), noise, config)
+        with self.on_device() as device:
+            for rows in track(_chunks(len(z)), "correcting", progress):
+                here = [x.to(device) for x in (z[rows], size[rows], _rows(back, rows), _rows(weights, rows))]
+                backward = self.field(own[rows].to(device), here[1], here[2])
+                forward = self.field(other[rows].to(device), here[1], here[3])
+                noise = self._solved(reversed_time(backward), here[0], config)
+                moved[rows] = self._solved(forward, noise, config).cpu()
         new = adata.copy()
         latent = moved * self.latent_sd + self.latent_mean
         new.obsm["X_invirtuo"] = latent.numpy()
@@ -377,21 +389,31 @@ class LatentFlow(CountGenerator):
         weights = self._weights(None, len(z)) * float(conditional)
         columns = adata.var_names.get_indexer(self.genes)
         filled = _Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
-        for rows in track(_chunks(len(z)), "imputing", progress):
-            generator = torch.Generator().manual_seed(seeded(seed, 5, rows.start))
-            field = self.field(dataset.condition[rows], size[rows], _rows(weights, rows))
-            start = self._solved(reversed_time(field), z[rows], config) if flow else z[rows]
-            mean = torch.zeros(len(start), len(self.genes))
-            for _ in range(n_draws if flow else 1):
-                jittered = start + noise * torch.randn(start.shape, generator=generator) if flow else start
-                end = self._solved(field, jittered, config) if flow else start
-                latent = end * self.latent_sd + self.latent_mean
-                mean += self.autoencoder.decode(latent, size[rows], dataset.condition[rows]).mean
-            filled.add(rows, (mean / (n_draws if flow else 1)).numpy())
+        with self.on_device() as device:
+            for rows in track(_chunks(len(z)), "imputing", progress):
+                generator = torch.Generator(device).manual_seed(seeded(seed, 5, rows.start))
+                cells = Batch(dataset.condition[rows], target=z[rows], size_factor=size[rows]).to(device)
+                mean = self._resampled(
+                    cells, _rows(weights, rows).to(device), noise, n_draws if flow else 0, generator, config
+                )
+                filled.add(rows, mean.cpu().numpy())
         new = adata.copy()
         new.layers["imputed"] = filled.layer()
         new.uns["invirtuo"] = self._made_by("impute") | {"noise": noise, "n_draws": n_draws}
         return new
+
+    def _resampled(self, cells: Batch, weights: Tensor, noise: float, n_draws: int, generator, config) -> Tensor:
+        """(n, g) means, averaged over jittered round trips of latent vectors; without draws, decoded as they are."""
+        field = self.field(cells.condition, cells.size_factor, weights)
+        start = self._solved(reversed_time(field), cells.target, config) if n_draws else cells.target
+        total = torch.zeros((), device=start.device)
+        for _ in range(max(n_draws, 1)):
+            z = start
+            if n_draws:
+                z = self._solved(field, start + noise * _normal(start, generator), config)
+            latent = z * self.latent_sd + self.latent_mean
+            total = total + self.autoencoder.decode(latent, cells.size_factor, cells.condition).mean
+        return total / max(n_draws, 1)
 
     def _dataset(self, adata: AnnData) -> CellDataset:
         """Cells to encode, checked."""
@@ -406,12 +428,10 @@ class LatentFlow(CountGenerator):
     @torch.no_grad()
     def _encoded(self, dataset: CellDataset) -> Tensor:
         """(n, d) latent vectors of all cells, on the autoencoder's scale."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.eval().to(device)
         n = dataset.matrix.shape[0]
-        z = [self.autoencoder.encode(dataset.dense(np.arange(n)[rows]).to(device)).float().cpu() for rows in _chunks(n)]
-        self.cpu()
-        return torch.cat(z)
+        with self.on_device() as device:
+            parts = [self.autoencoder.encode(dataset.dense(np.arange(n)[rows]).to(device)) for rows in _chunks(n)]
+            return torch.cat([z.float().cpu() for z in parts])
 
     def _reference(self, batch: str, label: str | None) -> int:
         """Number of the batch that cells are brought to."""
@@ -513,6 +533,10 @@ def _chunks(n: int) -> list[slice]:
 
 def _rows(weights: Tensor, rows: slice) -> Tensor:
     return weights if len(weights) == 1 else weights[rows]
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device)
 
 
 def _collapse(before: Tensor, after: Tensor, groups: Tensor) -> float:

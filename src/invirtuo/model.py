@@ -358,7 +358,7 @@ class Model(nn.Module):
         predicted.uns["invirtuo"] = self._provenance(seed, config)
         return predicted
 
-    def generate(self, n_cells: int, **_: Any) -> AnnData:
+    def generate(self, *_: Any, **__: Any) -> AnnData:
         """Draw cells as counts; only count models can."""
         raise ValueError(f"{self.name} predicts expression and does not generate counts; use predict")
 

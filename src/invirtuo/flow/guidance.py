@@ -78,6 +78,6 @@ def composed(
         branch = torch.tensor(used, device=x.device)
         v = velocity(x.repeat(len(used), 1), t, cell.repeat(len(used)), branch.repeat_interleave(n))
         parts = v.reshape(len(used), n, -1)
-        return sum(share[:, i, None].to(x) * part for i, part in zip(used, parts, strict=True))  # type: ignore[return-value]
+        return sum(share[:, i, None].to(x) * part for i, part in zip(used, parts, strict=True))
 
     return field

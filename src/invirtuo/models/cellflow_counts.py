@@ -48,6 +48,7 @@ class Config:
     stratified: bool = True  # spread the times of a batch evenly
     latent_scaling: str = "standard"  # "standard": mean 0 and variance 1; "none", as in the paper
     autoencoder_share: float = 0.4  # share of FitConfig.steps that trains the encoder; the rest is the flow's
+    val_share: float = 0.1  # training cells set aside to know when to stop, where the split has no validation cells
     flow_lr: float = 1.0  # learning rate of the flow, in units of FitConfig.lr; 0.1 in the paper
     solver: str = "midpoint"  # default solver of generate; "dopri5" in the paper
     steps: int = 20  # default number of its steps

@@ -57,6 +57,7 @@ class Config:
     coupling: str = "independent"  # of noise and cells in a batch: "independent" or "ot"
     ot_within_class: bool = False  # couple only cells of equal covariates
     autoencoder_share: float = 0.4  # share of FitConfig.steps that trains the autoencoder; the rest is the flow's
+    val_share: float = 0.1  # training cells set aside to know when to stop, where the split has no validation cells
     flow_lr: float = 1.0  # learning rate of the flow, in units of FitConfig.lr
     solver: str = "midpoint"  # default solver of generate
     steps: int = 10  # default number of its steps
