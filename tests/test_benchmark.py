@@ -257,6 +257,17 @@ def test_a_search_resumes_and_ends_with_the_same_best(task, tmp_path):
         tune(entry, task, 3, tmp_path / "parts", search={"fit.lr": (1e-4, 1e-2)})
 
 
+def test_a_search_looks_at_the_entry_alone_not_at_its_variants(task, tmp_path):
+    pytest.importorskip("optuna", reason="needs optuna")
+    values = []
+    for variants in ({}, {"guided": {"guidance": 5.0}}):
+        entry = Entry("fm", "fm_pca", {"hidden_dim": 16, "n_pcs": 5}, {"steps": 5, "val_every": 5}, variants=variants)
+        best = tune(entry, task, 1, tmp_path / str(len(values)), search={"fit.lr": (1e-4, 1e-2)})
+        assert best.variants == variants
+        values.append(pd.read_csv(tmp_path / str(len(values)) / "trials.csv")["value"][0])
+    assert values[0] == values[1]
+
+
 def test_bad_searches(task, tmp_path):
     pytest.importorskip("optuna", reason="needs optuna")
     with pytest.raises(ValueError, match="cannot search colour"):

@@ -29,7 +29,7 @@ Side = Literal["pred", "real"]
 Scale = Literal["log1p", "counts", "auto"]
 Layer = str | Mapping[str, str | None] | None
 MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, most raw count tables are;
-FEW, ABSURD = 1e-3, 100.0  # but a model may overshoot in this share of the values above 0, and up to here
+FEW, ABSURD = 1e-2, 100.0  # but a model may overshoot in this share of the values above 0, and up to here
 FRACTION = 1e-3  # how far a count may lie from a whole number
 BLOCK = 4096  # cells read at a time in whole-file passes
 
