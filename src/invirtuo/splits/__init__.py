@@ -5,8 +5,8 @@ no part. The same obs and seed always give the same split, whatever the hash see
 
 `transfer`, `manual`, `combine` and `combine_inverse` are the tasks of PerturBench (Wu et al. 2024, arXiv:2408.10609)
 and agree with its code cell by cell; `scaling` and `imbalanced` follow its rules on the amount and the balance of the
-training data. `under_represented` and `zero_shot` are the tasks of STATE. `hold_out` is the plain choice when the
-wanted conditions are known.
+training data. `under_represented` and `zero_shot` are the tasks of STATE; `from_toml` reads the files in which its
+public implementation writes splits down. `hold_out` is the plain choice when the wanted conditions are known.
 
 A control cell lies in one part, like any other cell: those in train are what a model learns from, those in test what
 the effects of the test conditions are measured against. Hence a context whose controls are "available in training"
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from invirtuo.splits.contexts import hold_out, under_represented, zero_shot
 from invirtuo.splits.file import from_csv
 from invirtuo.splits.perturbench import combine, combine_inverse, imbalanced, manual, scaling, transfer
+from invirtuo.splits.toml import from_toml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +35,7 @@ __all__ = [
     "combine",
     "combine_inverse",
     "from_csv",
+    "from_toml",
     "hold_out",
     "imbalanced",
     "manual",

@@ -19,7 +19,7 @@ from invirtuo.checks import some
 from invirtuo.design import Design
 from invirtuo.splits.parts import PARTS, labels_and_states, rows_by, warn_about_controls
 
-__all__ = ["hold_out", "under_represented", "zero_shot"]
+__all__ = ["deal_controls", "hold_out", "under_represented", "zero_shot"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def hold_out(
     split = pd.Series("test", index=obs.index, name="split", dtype=object)
     for name, rows in rows_by(names[~test & ~control], np.flatnonzero(~test & ~control)):
         _deal(split, name, rows, (1 - val_fraction, val_fraction, 0.0), seed)
-    _deal_controls(split, design, obs, control_fractions, unseen_control_fractions, seed)
+    deal_controls(split, design, obs, control_fractions, unseen_control_fractions, seed)
     return split
 
 
@@ -248,11 +248,11 @@ def _whole_conditions(
             val.add(pairs[i])
     split = pd.Series(np.where(test, "test", "train"), index=obs.index, name="split", dtype=object)
     split[[pair in val for pair in zip(labels, groups, strict=True)]] = "val"
-    _deal_controls(split, design, obs, control_fractions, None, seed)
+    deal_controls(split, design, obs, control_fractions, None, seed)
     return split
 
 
-def _deal_controls(
+def deal_controls(
     split: pd.Series,
     design: Design,
     obs: pd.DataFrame,
