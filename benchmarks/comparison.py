@@ -19,6 +19,7 @@ from joblib import Parallel, delayed
 from invirtuo.bench import TASKS, Entry, Task, benchmark, tune
 
 N_GENES, N_CELLS = 500, 300  # at most so many genes; predicted cells of each condition
+METRICS = ("energy_distance", "variance_ratio")  # beside those of the task
 GUIDED = {f"guidance {weight}": {"guidance": float(weight)} for weight in (3, 5)}
 PAPER = {"precondition": False, "anchor": False, "covariate_scale": 1.0, "hurdle": False, "loss_genes": 0}
 MLP = {"velocity": "mlp", "hidden_dim": 512, "n_layers_decoding": 2, **PAPER}
@@ -78,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for i, task in enumerate(tasks, start=1):
         search = (delayed(tuned)(entry, task, args.trials, args.out, args.data_dir) for entry in chosen)
         entries += Parallel(args.jobs, backend="threading")(search)
+        judged = [replace(task, metrics=(*task.metrics, *METRICS)) for task in tasks[:i]]
         benchmark(
-            tasks[:i], entries, args.seeds, args.out, n_jobs=args.jobs, data_dir=args.data_dir, progress=True
+            judged, entries, args.seeds, args.out, n_jobs=args.jobs, data_dir=args.data_dir, progress=True
         )  # fmt: skip
 
 

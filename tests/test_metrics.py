@@ -59,8 +59,8 @@ REAL = cells()
 PRED = cells(seed=1)
 DESIGN = Design.from_adata(REAL, perturbation="gene", control="control", covariates=["kind"])
 ALL = list(METRICS)
-COUNTS = ["de_nsig_real", "de_nsig_pred"]  # describe, judge nothing
-JUDGES = [name for name in ALL if name not in COUNTS]
+DESCRIPTIONS = ["de_nsig_real", "de_nsig_pred", "variance_ratio"]  # describe, judge nothing
+JUDGES = [name for name in ALL if name not in DESCRIPTIONS]
 UNBIASED = ("energy_distance", "mmd_pca_disjoint", "mmd_rbf_unbiased", "mmd_rbf_median")
 
 
@@ -82,7 +82,7 @@ def test_record_says_what_a_reader_needs(name):
     assert record.name == name
     assert record.label and record.reference
     assert "\n" not in record.definition and len(record.definition) > 20
-    if name in COUNTS:
+    if name in DESCRIPTIONS:
         assert record.direction is None and np.isnan(record.best)
         return
     assert record.direction in ("lower", "higher")
@@ -782,6 +782,14 @@ def test_variance_floor_keeps_deterministic_predictions():
     np.testing.assert_allclose(pair.see("scores_floor", "pred", "t1|A")[expressed], expected, rtol=1e-5)
     one = still[~still.obs.duplicated(["gene", "kind"])]
     assert (values(evaluate(one, REAL, DESIGN, ["deg_recall_floor"])) > 0.7).all(axis=None)
+
+
+def test_variance_ratio():
+    real = np.random.default_rng(0).normal(size=(9, 5))
+    var = real.var(0, ddof=1)
+    assert mean.variance_ratio((3 * real).var(0, ddof=1), var) == pytest.approx(9)
+    assert np.isnan(mean.variance_ratio(var, 0 * var)) and np.isnan(mean.variance_ratio(np.full(5, np.nan), var))
+    assert values(evaluate(REAL, REAL, DESIGN, "variance_ratio"))["variance_ratio"].to_numpy() == pytest.approx(1)
 
 
 def test_coefficient_of_variation():

@@ -29,6 +29,7 @@ __all__ = [
     "r2_score",
     "rmse",
     "scaled_mean",
+    "variance_ratio",
 ]
 
 PERTURBENCH = "Wu et al. 2024, PerturBench, arXiv:2408.10609"
@@ -77,6 +78,12 @@ def _scaled_by(ruler: Side, pair: Pair, side: Side, condition: str) -> np.ndarra
     group = pair.group_of(condition)
     centre, scale = pair.once(("scaling", ruler, group), lambda: _pooled(pair.group_moments(ruler, group)))
     return scaled_mean(pair.cells(side, condition), centre, scale)
+
+
+@view("variance")
+def variance_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) variance over cells of log1p expression, with n - 1; NaN for a single cell."""
+    return pair.moments(side, condition)[1]
 
 
 @view("var")
@@ -305,6 +312,24 @@ def r2_score(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 def r2_ref(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Coefficient of determination with `real` as the truth, (..., g) against (..., g)."""
     return r2_score(real, pred)
+
+
+@metric(
+    "variance_ratio",
+    label="Variance ratio",
+    direction=None,
+    range=(0.0, np.inf),
+    best=np.nan,
+    definition="Variance over cells, summed over genes, of the prediction over that of the real cells: below 1 cells "
+    "are too alike, above 1 too different; NaN for a single cell; a description, not a score",
+    reference="Ours; whether a model misses the spread of cells, the question of PRiMeFlow",
+    on="variance",
+    default=False,
+)
+def variance_ratio(pred: np.ndarray, real: np.ndarray) -> float:
+    """Total variance of predicted over real cells, (g,) against (g,); NaN where the real cells have none."""
+    total = real.sum()
+    return float(pred.sum() / total) if total > 0 else np.nan
 
 
 def coefficient_of_variation(mean: np.ndarray, var: np.ndarray, n: int) -> np.ndarray:
