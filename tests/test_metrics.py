@@ -1008,6 +1008,7 @@ def test_predictions_without_variance_or_with_one_cell():
     one = still[~still.obs.duplicated(["gene", "kind"])]
     single = values(evaluate(one, REAL, DESIGN, ALL, n_pcs=10))
     needs_two = {
+        "variance_ratio",
         "energy_distance",
         "mmd_pca_disjoint",
         "mmd_rbf_unbiased",
