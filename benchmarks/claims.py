@@ -1,0 +1,119 @@
+"""Which claims of the PRiMeFlow paper hold in a comparison: differences between two models, with intervals.
+
+    python benchmarks/claims.py comparison/scores.csv --out docs/results/claims.csv
+
+A difference is taken on the same conditions; its interval covers another choice of conditions and another training
+(`invirtuo.bench.paired_differences`). "yes" and "no": the interval lies on the claimed side of 0, or on the other one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from invirtuo.bench import paired_differences
+
+
+class Claim(NamedTuple):
+    """Of `model` against `other`: "lower", "higher", or "equal" (the interval holds 0) in a metric."""
+
+    text: str
+    model: str
+    other: str
+    metric: str
+    way: str
+
+
+AUTOENCODERS = ("cpa", "cpa:no-adversary", "sams_vae", "sams_vae:simple", "biolord")
+GUIDED = ("primeflow", "fm_pca")
+CLAIMS = (
+    *(
+        Claim("smallest MMD of all", "primeflow", other, "mmd_gex", "lower")
+        for other in ("fm_pca", *AUTOENCODERS, "latent_additive", "decoder_only", "linear_additive")
+    ),
+    Claim("gene space fits better than components", "primeflow", "fm_pca", "mmd_gex", "lower"),
+    Claim("gene space finds more DE genes than components", "primeflow", "fm_pca", "deg_recall", "higher"),
+    Claim("an MLP cannot fit gene space", "primeflow:mlp", "primeflow", "mmd_gex", "higher"),
+    Claim("an MLP cannot fit gene space", "primeflow:mlp", "primeflow", "rmse_mean", "higher"),
+    Claim("optimal transport does not matter", "fm_pca:ot", "fm_pca", "mmd_gex", "equal"),
+    Claim("optimal transport does not matter", "fm_pca:ot", "fm_pca", "deg_recall", "equal"),
+    *(
+        Claim(text, f"{model}, guidance {weight}", model, metric, "higher")
+        for model in GUIDED
+        for weight, metric, text in (
+            (5, "mmd_gex", "guidance costs MMD"),
+            (3, "deg_recall", "guidance finds more DE genes"),
+        )
+    ),
+    *(
+        Claim(text, model, "primeflow", metric, "lower")
+        for model in AUTOENCODERS
+        for metric, text in (
+            ("variance_ratio", "autoencoders miss variance"),
+            ("deg_recall", "autoencoders find fewer DE genes"),
+        )
+    ),
+    *(
+        Claim("CPA and SAMS-VAE are ahead on pseudobulks", model, "primeflow", metric, way)
+        for model in ("cpa", "sams_vae")
+        for metric, way in (("rmse_mean", "lower"), ("cosine_logfc", "higher"))
+    ),
+    *(
+        Claim("not in the paper: ahead of the best simple baseline", "primeflow", baseline, metric, way)
+        for baseline in ("perturbation_mean:shift-cells", "ridge:kernel")
+        for metric, way in (("mmd_gex", "lower"), ("rmse_mean", "lower"), ("deg_recall", "higher"))
+    ),
+)
+
+
+def judged(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per claim and task: values of both models, their difference, its interval, and whether it holds."""
+    means = scores.groupby(["task", "metric", "model"])["value"].mean()
+    differences = paired_differences(scores[scores["metric"].isin({claim.metric for claim in CLAIMS})])
+    found = differences.set_index(["task", "metric", "model", "against"])
+    rows = []
+    for claim in CLAIMS:
+        for task in scores["task"].unique():
+            key = (task, claim.metric, claim.model, claim.other)
+            if key in found.index:
+                values = {name: means[task, claim.metric, name] for name in (claim.model, claim.other)}
+                rows.append(_row(claim, task, list(values.values()), found.loc[key]))
+    return pd.DataFrame(rows)
+
+
+def _row(claim: Claim, task: str, values: list[float], found: pd.Series) -> dict:
+    low, high = found["low"], found["high"]
+    above, below = low > 0, high < 0
+    holds, fails = {"higher": (above, below), "lower": (below, above), "equal": (not above and not below, False)}[
+        claim.way
+    ]
+    return {
+        "claim": claim.text, "task": task, "metric": claim.metric, "model": claim.model, "value": values[0],
+        "against": claim.other, "value against": values[1], "difference": found["difference"], "low": low, "high": high,
+        "n_conditions": found["n_conditions"], "claimed": claim.way,
+        "holds": "yes" if holds else "no" if fails or claim.way == "equal" else "open",
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one line a claim, and write all rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    table = judged(pd.read_csv(args.scores))
+    order = ["claim", "model", "against", "metric"]
+    wide = table.pivot_table(index=order, columns="task", values="holds", aggfunc="first", sort=False)
+    found = wide.fillna("").reset_index()
+    for row in (found.columns, ["---"] * found.shape[1], *found.to_numpy()):
+        print("|", " | ".join(map(str, row)), "|")
+    if args.out:
+        table.round(4).to_csv(args.out, index=False)
+
+
+if __name__ == "__main__":
+    main()
