@@ -23,7 +23,7 @@ from torch import Tensor
 
 from invirtuo import fit as fitting
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import looks_like_counts, require_counts, some
+from invirtuo.checks import check_values, looks_like_counts, require_counts, some
 from invirtuo.dataset import CellDataset
 from invirtuo.files import read_h5ad, writing
 from invirtuo.fit import FitConfig
@@ -107,6 +107,7 @@ class CountGenerator(Model):
         Cells without counts are left out, and counted in the log. Arguments as :meth:`Model.fit`.
         """
         adata = counted(adata)
+        check_values(adata)
         filled = self._depths(adata[:, self.genes] if list(adata.var_names) != self.genes else adata) > 0
         if not filled.all():
             logger.warning("%d of %d cells have no counts and are left out", int((~filled).sum()), len(filled))

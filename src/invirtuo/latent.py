@@ -159,7 +159,7 @@ class LatentFlow(CountGenerator):
         """Row of the noise that belongs to each latent vector; only noise is permuted, labels stay where they are."""
         if not self.config.ot_within_class:
             return exact_coupling(z1, z0).to(z1.device)
-        _, group = torch.unique(condition.groups, dim=0, return_inverse=True)
+        group = _classes(condition)
         rows = torch.arange(len(z1), device=z1.device)
         for k in group.unique():
             members = (group == k).nonzero().flatten()
@@ -326,7 +326,7 @@ class LatentFlow(CountGenerator):
             new.layers["corrected"] = self._decoded_layer(adata, latent, size, other, output, seed)
         label = self.design.covariates[batch][target]
         new.uns["invirtuo"] = self._made_by("correct") | {
-            "batch": batch, "reference": label, "collapse": _collapse(z, moved, own.groups),
+            "batch": batch, "reference": label, "collapse": _collapse(z, moved, _classes(own)),
         }  # fmt: skip
         return new
 
@@ -539,9 +539,14 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=like.device)
 
 
-def _collapse(before: Tensor, after: Tensor, groups: Tensor) -> float:
+def _classes(condition: Condition) -> Tensor:
+    """(n,) number of the combination of covariates of each cell."""
+    codes = F.pad(condition.groups, (0, 1))  # a column for cells without labels
+    return torch.unique(codes, dim=0, return_inverse=True)[1]
+
+
+def _collapse(before: Tensor, after: Tensor, group: Tensor) -> float:
     """Variance within groups of equal labels, after over before."""
-    _, group = torch.unique(groups, dim=0, return_inverse=True)
 
     def within(z: Tensor) -> float:
         return sum(float((z[group == k] - z[group == k].mean(dim=0)).square().sum()) for k in group.unique())

@@ -83,8 +83,8 @@ class Encoder(nn.Module):
         return CountLikelihood(z.log_softmax(dim=1) + size.log()[:, None], self.log_dispersion)
 
 
-_FIT = FitConfig(steps=5000, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=1.0, val_every=200,
-                 keep="best")  # fmt: skip
+_FIT = FitConfig(steps=5000, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=1.0, val_every=100,
+                 keep="best", patience=5)  # fmt: skip
 _PAPER = Config(ot_within_class=False, latent_scaling="none", flow_lr=0.1, solver="dopri5", stratified=False)
 _PAPER_FIT = replace(_FIT, steps=20_000, schedule="constant", warmup=0, ema=0.0, clip=0.0)
 

@@ -126,8 +126,8 @@ class Autoencoder(nn.Module):
         return CountLikelihood(log_mean, dispersion, logits.get("atac"))
 
 
-_FIT = FitConfig(steps=6000, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=1.0, val_every=200,
-                 keep="best")  # fmt: skip
+_FIT = FitConfig(steps=6000, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=1.0, val_every=100,
+                 keep="best", patience=5)  # fmt: skip
 _PAPER = Config(condition_on_size=False, latent_scaling="none", sigma_min=1e-4, autoencoder_share=0.2, solver="dopri5")
 
 

@@ -48,7 +48,7 @@ class IndependentNB(CountGenerator):
         self.depth = SizeFactor()
         self.register_buffer("log_share", torch.zeros(0, len(self.genes)))
         self.register_buffer("log_dispersion", torch.zeros(0, len(self.genes)))
-        self.register_buffer("labels", torch.zeros(0, len(self.design.covariates) + len(self.design.perturbations)))
+        self.register_buffer("labels", torch.zeros(0, len(self.design.covariates) + len(self.design.perturbations) + 1))
 
     def prepare(self, dataset: CellDataset) -> None:
         """Moments of the training cells."""
@@ -93,5 +93,7 @@ class IndependentNB(CountGenerator):
 
 
 def _codes(condition: Condition) -> Tensor:
-    """(n, number of covariates + p), equal rows for equal labels."""
-    return torch.cat([condition.groups.float(), condition.perturbation], dim=1)
+    """(n, number of covariates + p + 1), equal rows for equal labels; the last column is for cells without any."""
+    return torch.cat(
+        [condition.groups.float(), condition.perturbation, condition.perturbation.new_zeros(len(condition), 1)], dim=1
+    )
