@@ -24,7 +24,8 @@ RANKED = {name for name in ALL if name.endswith("_rank")}
 DISCRIMINATION = {name for name in ALL if name.startswith("pds_")}
 ON_AXES = {  # of all real cells, or of those of every condition that are not scored
     *("mmd_pca", "mmd_pca_disjoint", "cosine_pca", "wasserstein2", "knn_recall", "knn_precision"),
-    *("mmd_linear", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median"),
+    *("mmd_linear", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_rbf_disjoint", "wasserstein2_disjoint"),
+    *("c2st", "correlation_error"),  # the latter on the most variable of all genes
 }
 OF_GROUP = {"rmse_scaled", "rmse_scaled_ref", "de_spearman_size", "edistance_pearson"}
 

@@ -25,6 +25,7 @@ from invirtuo.metrics import (
     mean,
     metric,
     noise_floor,
+    population,
     rank,
     score,
     summarize,
@@ -61,7 +62,7 @@ DESIGN = Design.from_adata(REAL, perturbation="gene", control="control", covaria
 ALL = list(METRICS)
 DESCRIPTIONS = ["de_nsig_real", "de_nsig_pred", "variance_ratio"]  # describe, judge nothing
 JUDGES = [name for name in ALL if name not in DESCRIPTIONS]
-UNBIASED = ("energy_distance", "mmd_pca_disjoint", "mmd_rbf_unbiased", "mmd_rbf_median")
+UNBIASED = ("energy_distance", "mmd_pca_disjoint", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_rbf_disjoint")
 
 
 def values(table):
@@ -100,6 +101,9 @@ def test_real_against_real_is_best(name):
     table = evaluate(REAL, REAL, DESIGN, name)
     if name in UNBIASED:  # unbiased: below 0 for the very same cells, not for other cells of the same kind
         assert (table["value"] < 0).all()
+    elif name in ("wasserstein2_disjoint", "c2st"):  # against half of the cells
+        worse = evaluate(cells(seed=1, effect=0.0), REAL, DESIGN, name)
+        assert table["value"].mean() < 0.7 * worse["value"].mean()
     else:
         np.testing.assert_allclose(table["value"], METRICS[name].best, atol=1e-6)
 
@@ -111,9 +115,36 @@ def relabelled(adata):
     return copy
 
 
+def thinned(adata):
+    """Every other value is lost."""
+    copy = adata.copy()
+    copy.X = copy.X.multiply(np.random.default_rng(0).random(copy.shape) < 0.5).tocsr()
+    return copy
+
+
+def swollen(adata):
+    """Every cell times a number of its own, so that all genes vary together."""
+    copy = dense(adata)
+    copy.X *= np.random.default_rng(0).lognormal(0, 1, (copy.n_obs, 1)).astype(np.float32)
+    return copy
+
+
+def independent(adata):
+    """Genes permuted within each condition, one by one."""
+    rng, copy = np.random.default_rng(0), dense(adata)
+    names = DESIGN.names(copy.obs)
+    for name in names.unique():
+        rows = np.flatnonzero(names == name)
+        for gene in range(copy.n_vars):
+            copy.X[rows, gene] = rng.permutation(copy.X[rows, gene])
+    return copy
+
+
 @pytest.mark.parametrize("name", JUDGES)
 def test_worse_data_score_worse(name, reference):
-    bad = relabelled(PRED) if name in ("de_spearman_size", "edistance_pearson") else cells(seed=1, effect=0.0)
+    ways = {"de_spearman_size": relabelled, "edistance_pearson": relabelled, "zeros_distance": thinned,
+            "correlation_error": swollen}  # fmt: skip
+    bad = ways[name](PRED) if name in ways else cells(seed=1, effect=0.0)
     worse = values(evaluate(bad, REAL, DESIGN, [name], n_pcs=10))[name].mean()
     good = reference[name].mean()
     low, high = METRICS[name].range
@@ -1015,6 +1046,10 @@ def test_predictions_without_variance_or_with_one_cell():
         "mmd_rbf_median",
         "mmd_linear",
         "knn_recall",
+        "mmd_rbf_disjoint",
+        "c2st",
+        "correlation_error",
+        "rmse_logvar",
     }
     assert needs_two <= set(single.columns[single.isna().any()]) <= needs_two | {"de_spearman_lfc", "de_spearman_size"}
     lonely = REAL[~REAL.obs.duplicated(["gene", "kind"]) | (REAL.obs["gene"] == "control")]
@@ -1066,3 +1101,52 @@ def test_summary_in_which_nan_spoils_the_mean():
     swapped = scores.replace({"condition": {"A": "B", "B": "A"}}).iloc[[2, 3]]
     mixed = pd.concat([swapped, scores.iloc[[4, 5]]])
     assert np.isnan(summarize(mixed, compat=True).loc["de_spearman_lfc", "mean"])  # A has DE genes, and no correlation
+
+
+# populations
+
+
+def gaussian(n, seed, *, scale=1.0, mixing=None):
+    x = scale * np.random.default_rng(seed).normal(size=(n, 6))
+    return x if mixing is None else x @ mixing
+
+
+def test_classifier_test():
+    real = gaussian(400, 0)
+    assert population.c2st(gaussian(400, 1), real) < 0.12
+    assert population.c2st(gaussian(400, 1) + 3, real) > 0.95
+    assert population.c2st(gaussian(400, 1, scale=2), real) > 0.6  # the spread alone tells them apart
+    assert np.isnan(population.c2st(gaussian(4, 1), real))
+
+
+def test_correlation_error():
+    mixing = np.random.default_rng(0).normal(size=(6, 6))
+    real, same, alone = (
+        np.corrcoef(x, rowvar=False)
+        for x in (gaussian(3000, 1, mixing=mixing), gaussian(3000, 2, mixing=mixing), gaussian(3000, 3))
+    )
+    upper = np.triu_indices(6, 1)
+    assert population.correlation_error(same, real) < 0.03
+    assert population.correlation_error(alone, real) == pytest.approx(np.abs(alone - real)[upper].mean())
+    constant = np.full((6, 6), np.nan)
+    assert np.isnan(population.correlation_error(real, constant))
+    partly = real.copy()
+    partly[0, 1:] = partly[1:, 0] = np.nan  # constant in the prediction: correlates with none
+    assert population.correlation_error(partly, real) == pytest.approx(np.abs(real[0, 1:]).sum() / 15)
+    assert population.correlation_error(real, partly) == 0
+
+
+def test_independent_genes_are_told_by_their_correlations_alone():
+    names = ["rmse_mean", "rmse_logvar", "correlation_error"]
+    found = values(evaluate(independent(REAL), REAL, DESIGN, names)).mean()
+    assert found["rmse_mean"] < 1e-6 and found["rmse_logvar"] < 1e-6
+    assert found["correlation_error"] > 0.1
+
+
+def test_zeros_distance_and_log_variance():
+    assert population.zeros_distance(np.array([0.1, 0.3]), np.array([0.2, 0.4])) == pytest.approx(0.1)
+    assert population.rmse_logvar(np.array([0.0, -1.0]), np.array([0.0, -2.0])) == pytest.approx(np.sqrt(0.5))
+    pair = Pair(PRED, REAL, DESIGN)
+    name = pair.names(pair.groups[0])[0]
+    dense_cells = pair.cells("real", name)
+    np.testing.assert_allclose(pair.see("zeros", "real", name), (dense_cells == 0).mean(axis=1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from invirtuo.metrics import de, discrimination, distribution, generation, mean, rank, wilcoxon
+from invirtuo.metrics import de, discrimination, distribution, generation, mean, population, rank, wilcoxon
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 
@@ -41,6 +41,7 @@ __all__ = [
     "mean",
     "metric",
     "noise_floor",
+    "population",
     "rank",
     "score",
     "score_against",
@@ -58,7 +59,8 @@ PROFILES: dict[str, tuple[str, ...]] = {  # what may be named in place of metric
     ),
     "vcc": ("mae", "pds_l1", "de_overlap_n"),
     "generation": (
-        *("mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_linear"),
+        *("mmd_rbf_disjoint", "wasserstein2_disjoint", "c2st", "correlation_error", "zeros_distance", "rmse_logvar"),
+        *("rmse_mean", "variance_ratio", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_linear"),
         *("wasserstein2", "knn_recall", "knn_precision"),
     ),
 }

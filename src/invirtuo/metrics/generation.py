@@ -33,6 +33,7 @@ __all__ = [
     "transport_cost",
     "wasserstein1",
     "wasserstein2",
+    "wasserstein2_equal",
 ]
 
 CFGEN = "Palma et al. 2025, CFGen, arXiv:2407.11734"
@@ -98,6 +99,20 @@ def mmd_rbf_unbiased(pred: np.ndarray, real: np.ndarray, *, sigmas: Sequence[flo
     return _unbiased(pred[:n], real[:n], sigmas)
 
 
+metric(
+    "mmd_rbf_disjoint",
+    label="MMD RBF disjoint",
+    direction="lower",
+    range=(-2.0 * len(SIGMAS), 2.0 * len(SIGMAS)),
+    best=0.0,
+    definition="mmd_rbf_unbiased against a random half of the real cells of the condition, on principal components of "
+    "the other halves and the controls; NaN for a single cell",
+    reference="A variant of mmd_rbf_unbiased that the cells scored do not favour",
+    on="pca_disjoint",
+    default=False,
+)(mmd_rbf_unbiased)
+
+
 @metric(
     "mmd_rbf_median",
     label="MMD RBF median",
@@ -156,6 +171,24 @@ def mmd_linear(pred: np.ndarray, real: np.ndarray) -> float:
 def wasserstein2(pred: np.ndarray, real: np.ndarray) -> float:
     """Root of the exact optimal transport cost of squared Euclidean distances, all rows with equal weights."""
     return float(np.sqrt(transport_cost(cdist(pred, real, "sqeuclidean"))))
+
+
+@metric(
+    "wasserstein2_disjoint",
+    label="Wasserstein-2 disjoint",
+    direction="lower",
+    range=(0.0, np.inf),
+    best=0.0,
+    definition="wasserstein2 of as many predicted as real cells, a random half of the real cells of the condition, on "
+    "principal components of the other halves and the controls; depends on the numbers of cells",
+    reference="A variant of wasserstein2 that the cells scored do not favour",
+    on="pca_disjoint",
+    default=False,
+)
+def wasserstein2_equal(pred: np.ndarray, real: np.ndarray) -> float:
+    """:func:`wasserstein2` of the first min(n, m) cells of both sides."""
+    n = min(len(pred), len(real))
+    return wasserstein2(pred[:n], real[:n])
 
 
 def wasserstein1(pred: np.ndarray, real: np.ndarray) -> float:
