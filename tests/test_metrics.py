@@ -14,6 +14,7 @@ from sklearn.metrics import r2_score as sklearn_r2
 from invirtuo import Design
 from invirtuo.metrics import (
     METRICS,
+    PROFILES,
     Pair,
     ceiling,
     core,
@@ -1150,3 +1151,14 @@ def test_zeros_distance_and_log_variance():
     name = pair.names(pair.groups[0])[0]
     dense_cells = pair.cells("real", name)
     np.testing.assert_allclose(pair.see("zeros", "real", name), (dense_cells == 0).mean(axis=1))
+
+
+def test_populations_without_perturbation():
+    design = Design.from_adata(REAL, covariates=["kind"])
+    table = evaluate(PRED, REAL, design)
+    assert set(table["metric"]) == set(PROFILES["generation"])
+    assert set(table["condition"]) == set(REAL.obs["kind"]) and (table["perturbation"] == "").all()
+    assert set(noise_floor(REAL, design)["metric"]) == set(PROFILES["generation"])
+    assert list(evaluate(PRED, REAL, Design(), "rmse_mean")["condition"]) == ["all"]
+    with pytest.raises(ValueError, match="the design names none; .*generation"):
+        evaluate(PRED, REAL, design, "cosine_logfc")

@@ -94,9 +94,11 @@ def evaluate(
         `real` needs control cells in every scored covariate group; those of `pred` are not looked at unless `controls`
         is "pred".
     design
-        Says which columns of obs hold perturbation and covariates.
+        Says which columns of obs hold perturbation and covariates. Without a perturbation, populations are scored class
+        by class (or all cells together, without covariates).
     metrics
-        Names from `METRICS` or `PROFILES` ("cell_eval", "vcc", ...); None for all that are computed by default.
+        Names from `METRICS` or `PROFILES` ("cell_eval", "vcc", ...); None for all that are computed by default, for a
+        Design without perturbation the profile "generation".
     n_pcs
         Principal components for metrics in that space, fitted once on all cells of `real`, controls included.
     controls
@@ -121,7 +123,7 @@ def evaluate(
     ValueError
         If the files cannot be compared; the message says why and what to do.
     """
-    chosen = choose(metrics)
+    chosen = choose(metrics, design)
     pair = Pair(pred, real, design, n_pcs=n_pcs, controls=controls, scale=scale, layer=layer)
     return score(pair, chosen)
 
@@ -153,7 +155,7 @@ def noise_floor(
     pd.DataFrame
         As from :func:`evaluate`.
     """
-    chosen = choose(metrics)
+    chosen = choose(metrics, design)
     return score(Pair.halves(real, design, n_pcs=n_pcs, seed=seed, scale=scale, layer=layer), chosen)
 
 
@@ -191,7 +193,7 @@ def ceiling(
     ----------
     cell-eval 0.8; Spearman 1910 and Brown 1910, on the reliability of halves.
     """
-    chosen = choose(metrics)
+    chosen = choose(metrics, design)
     pair = Pair.equal_halves(real, design, n_pcs=n_pcs, seed=seed, scale=scale, layer=layer)
     table = summarize(score(pair, chosen), compat=compat)
     defined = table.index.isin(EXTRAPOLATED) & (table["mean"] > 0)
@@ -200,7 +202,7 @@ def ceiling(
 
 def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFrame:
     """The table of :func:`evaluate` for a Pair that is already made."""
-    chosen = choose(metrics)
+    chosen = choose(metrics, pair.design)
     values = {}
     # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
     for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
@@ -256,7 +258,8 @@ def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
     """Add perturbation, covariates (dose, time) and numbers of cells to a table of conditions."""
     design = pair.design
     labels = pair.conditions.loc[table["condition"]].reset_index(drop=True)
-    columns = {"condition": table["condition"], "perturbation": labels[design.perturbation]}
+    perturbation = "" if design.perturbation is None else labels[design.perturbation]
+    columns = {"condition": table["condition"], "perturbation": perturbation}
     columns |= {name: labels[name] for name in design.columns if name != design.perturbation}
     columns |= {name: table[name] for name in ("metric", "value")}
     for side in ("pred", "real"):
@@ -266,14 +269,18 @@ def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def choose(metrics: Sequence[str] | str | None) -> list[str]:
+def choose(metrics: Sequence[str] | str | None, design: Design | None = None) -> list[str]:
     """Names of metrics, profiles resolved; None stands for those that are computed by default.
+
+    For a Design without perturbation these are the profile "generation".
 
     Raises
     ------
     ValueError
         If a name is neither a metric nor a profile.
     """
+    if metrics is None and design is not None and design.perturbation is None:
+        return list(PROFILES["generation"])
     if metrics is None:
         return [name for name, record in METRICS.items() if record.default]
     asked = [metrics] if isinstance(metrics, str) else metrics

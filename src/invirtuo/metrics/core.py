@@ -431,6 +431,11 @@ class Pair:
         """Like `control_cells`, CSR or dense as the file holds them."""
         cells = self._cells[self._control_side[side]]
         rows = cells.controls.get(group)
+        if rows is None and self.design.perturbation is None:
+            raise ValueError(
+                "a metric compares with control cells, and the design names none; name metrics of populations, for "
+                "example metrics='generation'"
+            )
         if rows is None:
             raise ValueError(
                 f"{cells.name}: group {group!r} has no control cells (label {self.design.control!r} in "
