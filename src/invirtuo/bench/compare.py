@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from invirtuo.fit import FitConfig
     from invirtuo.model import Model
 
-__all__ = ["compare"]
+__all__ = ["compare", "panels"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def compare(
     scores = scores[scores["condition"].isin(set(tables[0]["condition"]))].reset_index(drop=True)
     write_table(out / "scores.csv", scores)
     write_table(out / "history.csv", pd.concat(histories, ignore_index=True))
-    write_table(out / "panels.csv", _panels(adata, real, predictions, design, seed))
+    write_table(out / "panels.csv", panels(adata, real, predictions, design, seed))
     with writing(out / "predicted.h5ad") as path:
         predictions[entries[0].label].write_h5ad(path, compression="gzip")
     facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "models": runs, "software": software()}
@@ -120,7 +120,7 @@ def _facts(entry: Entry, model: Model, fit: FitConfig, fit_seconds: float, predi
     }
 
 
-def _panels(
+def panels(
     adata: AnnData, real: AnnData, predictions: Mapping[str, AnnData], design: Design, seed: int
 ) -> pd.DataFrame:
     """Cells on the two leading components of all cells: all (background), real and predicted per condition."""

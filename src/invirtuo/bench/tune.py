@@ -106,7 +106,8 @@ def tune(
         trial = study.ask()
         candidate = _candidate(entry, {name: _suggest(trial, name, choice) for name, choice in space.items()})
         cell = Cell(
-            chosen, replace(candidate, variants={}), seed, part="val", metrics=tuple(objective), work=str(out.resolve() / "work"),
+            chosen, replace(candidate, variants={}), seed,
+            part="val", metrics=tuple(objective), work=str(out.resolve() / "work"),
             data_dir=None if data_dir is None else str(Path(data_dir).resolve()), **plan,
         )  # fmt: skip
         _tell(study, trial, launch(cell), objective)

@@ -1,4 +1,4 @@
-"""Pictures of the report as PNG in a data address: PCA panels and training curves."""
+"""Pictures of the report as PNG in a data address: PCA panels, populations and training curves."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import base64
 import io
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "panels"]
+__all__ = ["curves", "panels", "populations"]
 
 # Okabe & Ito: told apart by colour-blind readers, on paper and on a dark page
 GREY, REAL, PREDICTED = "#c4c8cc", "#0072b2", "#d55e00"
@@ -87,6 +88,45 @@ def curves(history: pd.DataFrame) -> str:
     return _png(figure)
 
 
+def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
+    """A column per origin: variance against mean, share of empty cells against mean, empty genes of single cells.
+
+    Parameters
+    ----------
+    genes
+        Columns ``model`` (among them "real"), ``gene``, ``mean``, ``variance``, ``zeros``.
+    cells
+        Columns ``model``, ``zeros``.
+
+    Returns
+    -------
+    The picture and its number of columns.
+    """
+    models = [name for name in dict.fromkeys(genes["model"]) if name != "real"][:MAX_COLUMNS]
+    figure = _figure(0.6 + 2.6 * len(models), 7.2)
+    grid = figure.subplots(3, len(models), squeeze=False, sharex="row", sharey="row")
+    bins = np.linspace(*np.quantile(cells["zeros"], [0.0, 1.0]), 41)
+    for j, model in enumerate(models):
+        for name, color, label in (("real", GREY, "real"), (model, PREDICTED, "generated")):
+            part = genes[(genes["model"] == name) & (genes["mean"] > 0)]
+            grid[0][j].scatter(part["mean"], part["variance"], s=2, color=color, alpha=0.5, linewidths=0, label=label)
+            grid[1][j].scatter(part["mean"], part["zeros"], s=2, color=color, alpha=0.5, linewidths=0)
+            share = cells.loc[cells["model"] == name, "zeros"]
+            weights = np.full(len(share), 1 / max(len(share), 1))
+            grid[2][j].hist(share, bins, weights=weights, histtype="stepfilled", color=color, alpha=0.6)
+        grid[0][j].set(xscale="log", yscale="log")
+        grid[1][j].set(xscale="log")
+        grid[0][j].set_title(str(model), fontsize=10, fontweight="bold")
+        for row, name in zip(grid, ("mean of a gene", "mean of a gene", "share of empty genes"), strict=True):
+            row[j].set_xlabel(name, fontsize=8)
+            _clean(row[j])
+    for row, name in zip(grid, ("variance", "share of cells without it", "share of cells"), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9, markerscale=6)
+    return _png(figure), len(models)
+
+
 def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
     here = table["condition"].isin([condition, ""]) & table["model"].isin([model, ""])
     style = {"background": (GREY, 3, 0.5), "real": (REAL, 4, 0.7), "predicted": (PREDICTED, 4, 0.6)}
@@ -96,7 +136,7 @@ def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
             cells = cells.sample(MAX_POINTS, random_state=0)
         if kind == "predicted" and cells[["pc1", "pc2"]].std().max() < 1e-3 * table[["pc1", "pc2"]].std().max():
             size, alpha = 45, 1.0  # one profile for all cells: a dot that can be seen
-        label = {"background": "all cells", "real": "real perturbed cells", "predicted": "predicted cells"}[kind]
+        label = {"background": "all cells", "real": "real cells of the condition", "predicted": "predicted cells"}[kind]
         ax.scatter(cells["pc1"], cells["pc2"], s=size, color=color, alpha=alpha, linewidths=0, label=label)
     ax.set_xticks([])
     ax.set_yticks([])

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["read_comparisons", "read_costs", "read_history", "read_panels", "read_run", "read_scores"]
+__all__ = [
+    "read_comparisons",
+    "read_costs",
+    "read_history",
+    "read_panels",
+    "read_populations",
+    "read_run",
+    "read_scores",
+]
 
 NEEDED = ("condition", "metric", "value")
 PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
@@ -55,6 +63,16 @@ def read_panels(folder: Path) -> pd.DataFrame | None:
     for column in PANEL_COLUMNS[3:]:
         table[column] = table[column].fillna("").astype(str) if column in table else ""
     return table if (table["kind"] == "predicted").any() else None
+
+
+def read_populations(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Mean, variance and zeros of genes, and zeros of cells, by origin; None unless both tables are there."""
+    numbers = ("mean", "variance", "zeros")
+    genes = _optional(folder / "genes.csv", ("model", "gene"), (), numbers)
+    cells = _optional(folder / "cells.csv", ("model",), (), ("zeros",))
+    if genes is None or cells is None or not (genes["model"] != "real").any():
+        return None
+    return genes, cells
 
 
 def read_history(path: Path) -> pd.DataFrame | None:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from invirtuo import __version__
 from invirtuo.files import writing
 from invirtuo.report import benchmark, folder
-from invirtuo.report.figures import curves, panels
+from invirtuo.report.figures import curves, panels, populations
 from invirtuo.report.tables import BASELINES, FLOOR, condition_tables, headline, score_table
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ def write_report(
         ``task``, ``direction``). Shown if present: ``panels.npz`` or ``panels.csv`` (``pc1``, ``pc2``, ``kind``,
         ``model``, ``condition``), ``history.csv`` (``step``, ``model``, one column per quantity) and ``run.json``
         (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor`` and ``notes`` have a place
-        of their own, anything else is listed). A benchmark has more: ``costs.csv`` (``task``, ``model``, ``seed``,
-        ``status``, ``error``, seconds, memory, parameters), ``comparisons.csv`` (``task``, ``metric``, ``model``,
-        ``against``, ``difference``, ``low``, ``high``, ``n_conditions``), and in ``run.json`` ``tasks`` (name to
-        description) and ``directions`` (metric to "lower" or "higher" is better). With these, or with several tasks,
-        the page also compares models over tasks.
+        of their own, anything else is listed); of generated populations ``genes.csv`` (``model``, ``gene``, ``mean``,
+        ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark has more: ``costs.csv``
+        (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters), ``comparisons.csv``
+        (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``, ``n_conditions``), and in
+        ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or "higher" is better). With
+        these, or with several tasks, the page also compares models over tasks.
     out
         The page to write; an existing one is replaced only when the new one is complete.
     title
@@ -66,6 +67,8 @@ def write_report(
     costs, comparisons = folder.read_costs(path / "costs.csv"), folder.read_comparisons(path / "comparisons.csv")
     cells, history = folder.read_panels(path), folder.read_history(path / "history.csv")
     picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
+    counted = folder.read_populations(path)
+    structure, n_origins = populations(*counted) if counted is not None else ("", 0)
     sections = _sections(scores, run, costs)
     page = (
         _environment()
@@ -78,6 +81,8 @@ def write_report(
             panels=picture,
             panels_columns=n_columns,
             panels_note=left_out,
+            populations=structure,
+            populations_columns=n_origins,
             curves=curves(history) if history is not None else "",
             notes=_notes(run),
             run=_flat({key: value for key, value in run.items() if key != "notes"}),

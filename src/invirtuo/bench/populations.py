@@ -1,0 +1,167 @@
+"""Judge generated populations of counts beside each other: class by class and together, with floor and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from invirtuo.bench.compare import panels
+from invirtuo.bench.entry import FLOOR
+from invirtuo.bench.run import software, write_table
+from invirtuo.checks import looks_like_counts, some
+from invirtuo.files import read_h5ad, writing
+from invirtuo.metrics import Pair, noise_floor, score
+from invirtuo.report import write_report
+
+if TYPE_CHECKING:
+    import os
+
+    from anndata import AnnData
+
+    from invirtuo.design import Design
+
+__all__ = ["judge"]
+
+DEPTH = 1e4
+DRAWN = 2000  # cells whose empty genes are drawn
+BY_CLASS, TOGETHER = "class by class", "all cells together"
+
+
+def judge(
+    generated: Mapping[str, AnnData | str | os.PathLike],
+    real: AnnData | str | os.PathLike,
+    design: Design,
+    out: str | os.PathLike,
+    *,
+    metrics: Sequence[str] | str = "generation",
+    n_pcs: int = 30,
+    min_cells: int = 20,
+    seed: int = 0,
+    about: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """Score generated cells of several origins against the same real cells; write tables, pictures and a report.
+
+    Counts are brought to log1p of counts per 10,000, all files alike. Give real cells that no generator was trained on,
+    about as many generated cells, and real training cells as one of the origins: what they reach is the mark to meet.
+
+    Parameters
+    ----------
+    generated
+        Name to cells, AnnData or h5ad, raw counts (or log1p of counts per 10,000) in X.
+    real
+        The cells to be like.
+    design
+        Its covariates (and perturbation) are the classes.
+    out
+        Folder for ``scores.csv``, ``genes.csv`` (mean, variance and share of zeros by origin), ``cells.csv`` (share of
+        zeros of single cells), ``panels.csv``, ``run.json`` and ``report.html``.
+    metrics
+        Metrics or profiles that need no control cells.
+    n_pcs
+        Principal components of metrics in that space.
+    min_cells
+        Classes with fewer real cells are not scored by themselves; they count in all cells together.
+    seed
+        Of the halves of the noise floor, and of the cells that are drawn.
+    about
+        More facts for ``run.json``.
+
+    Returns
+    -------
+    pd.DataFrame
+        As from `evaluate`, with the columns `model` and `task`: class by class, and all cells together.
+
+    Raises
+    ------
+    ValueError
+        If nothing is given to judge, or a file cannot be compared; the message says which.
+    """
+    if not generated:
+        raise ValueError("no generated cells are given; expected a name and an AnnData or a file for each origin")
+    out, truth = Path(out), _logged(real)
+    sides = {name: _logged(cells) for name, cells in generated.items()}
+    tables = []
+    for task, roles in ((BY_CLASS, design), (TOGETHER, _without_classes(design))):
+        scored = _of_large_classes(truth, roles, min_cells)
+        pair: Pair | None = None
+        for name, cells in sides.items():
+            known = cells[roles.names(cells.obs).isin(roles.names(scored.obs).unique()).to_numpy()]
+            if not known.n_obs:
+                raise ValueError(f"{name} has none of the classes of the real cells: {some(roles.names(scored.obs))}")
+            pair = Pair(known, scored, roles, n_pcs=n_pcs) if pair is None else pair.against(known)
+            tables.append(score(pair, metrics).assign(model=name, task=task))
+        floor = noise_floor(scored, roles, metrics, n_pcs=n_pcs, seed=seed)
+        tables.append(floor.assign(model=FLOOR, task=task))
+    scores = pd.concat(tables, ignore_index=True)
+    write_table(out / "scores.csv", scores)
+    write_table(out / "genes.csv", _genes({"real": truth, **sides}))
+    write_table(out / "cells.csv", _cells({"real": truth, **sides}, seed))
+    write_table(out / "panels.csv", panels(truth, truth, sides, design, seed))
+    about = {"title": "Do generated cells look real?", **(about or {})}
+    facts = {**about, "baselines": ["independent_nb", "training cells"], "seed": seed, "n_pcs": n_pcs}
+    facts["cells"] = {name: cells.n_obs for name, cells in {"real": truth, **sides}.items()}
+    with writing(out / "run.json") as path:
+        path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
+    write_report(out, out / "report.html")
+    return scores
+
+
+def _logged(cells: AnnData | str | os.PathLike) -> AnnData:
+    """Log1p of counts per 10,000 in X, sparse; counts stay in ``layers["counts"]``; empty cells stay empty."""
+    import anndata
+
+    adata = cells if isinstance(cells, anndata.AnnData) else read_h5ad(cells)
+    x = sparse.csr_matrix(adata.X, dtype=np.float32)
+    logged = anndata.AnnData(x, obs=adata.obs.copy(), var=adata.var[[]].copy())
+    if looks_like_counts(x):
+        total = np.asarray(x.sum(axis=1), dtype=np.float64).ravel()
+        scale = np.divide(DEPTH, total, out=np.zeros_like(total), where=total > 0)
+        logged.X = sparse.csr_matrix(sparse.diags_array(scale.astype(np.float32)) @ x).log1p()
+        logged.layers["counts"] = x
+    return logged
+
+
+def _without_classes(design: Design) -> Design:
+    return replace(design, perturbation=None, control=None, perturbations=(), covariates={}, features=())
+
+
+def _of_large_classes(real: AnnData, design: Design, min_cells: int) -> AnnData:
+    names = design.names(real.obs)
+    large = names.value_counts().loc[lambda n: n >= min_cells].index
+    if not len(large):
+        raise ValueError(f"no class has {min_cells} real cells; found {some(names.unique())}. Lower min_cells")
+    return real[names.isin(large).to_numpy()].copy()
+
+
+def _values(adata: AnnData) -> sparse.csr_matrix:
+    return adata.layers["counts"] if "counts" in adata.layers else adata.X
+
+
+def _genes(sides: Mapping[str, AnnData]) -> pd.DataFrame:
+    """Mean, variance and share of zeros of every gene of the real cells, by origin."""
+    genes, tables = next(iter(sides.values())).var_names, []
+    for name, adata in sides.items():
+        x = sparse.csc_matrix(_values(adata[:, genes]), dtype=np.float64)
+        mean = np.asarray(x.mean(axis=0)).ravel()
+        variance = np.asarray(x.multiply(x).mean(axis=0)).ravel() - mean**2
+        zeros = 1 - np.diff(x.indptr) / x.shape[0]
+        tables.append(pd.DataFrame({"model": name, "gene": genes, "mean": mean, "variance": variance, "zeros": zeros}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _cells(sides: Mapping[str, AnnData], seed: int) -> pd.DataFrame:
+    """Share of zeros and total of some cells, by origin."""
+    genes, tables = next(iter(sides.values())).var_names, []
+    for name, adata in sides.items():
+        rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:DRAWN])
+        x = sparse.csr_matrix(_values(adata[rows][:, genes]))
+        zeros = 1 - np.diff(x.indptr) / x.shape[1]
+        tables.append(pd.DataFrame({"model": name, "zeros": zeros, "total": np.asarray(x.sum(axis=1)).ravel()}))
+    return pd.concat(tables, ignore_index=True)

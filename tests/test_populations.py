@@ -1,0 +1,95 @@
+"""Judging generated populations: scores, pictures, report, errors."""
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import invirtuo as iv
+from invirtuo.bench import judge
+from invirtuo.metrics import PROFILES
+from invirtuo.report import folder
+
+
+@pytest.fixture(scope="module")
+def cells():
+    adata = iv.datasets.load("kang")
+    rows = np.random.default_rng(0).permutation(adata.n_obs)[:600]
+    return adata[rows, :80].copy()
+
+
+@pytest.fixture(scope="module")
+def design(cells):
+    return iv.Design.from_adata(cells, covariates=["cell_type"])
+
+
+@pytest.fixture(scope="module")
+def judged(cells, design, tmp_path_factory):
+    out = tmp_path_factory.mktemp("judged")
+    halves = cells[:300].copy(), cells[300:].copy()
+    model = iv.models.MODELS["independent_nb"](design, cells.var_names).fit(halves[0])
+    made = model.generate(labels=halves[1].obs[["cell_type"]].reset_index(drop=True))
+    return judge({"independent_nb": made, "training cells": halves[0]}, halves[1], design, out, n_pcs=5), out, halves
+
+
+def test_scores_are_by_class_and_together(judged, design):
+    scores, out, (_, real) = judged
+    assert set(scores["metric"]) == set(PROFILES["generation"])
+    assert set(scores["model"]) == {"independent_nb", "training cells", "noise_floor"}
+    large = real.obs["cell_type"].value_counts().loc[lambda n: n >= 20].index
+    assert set(scores.loc[scores["task"] == "class by class", "condition"]) == set(large)
+    assert set(scores.loc[scores["task"] != "class by class", "condition"]) == {"all"}
+    written = pd.read_csv(out / "scores.csv")
+    np.testing.assert_allclose(written["value"], scores["value"], equal_nan=True)
+
+
+def test_independent_genes_are_found_out(judged):
+    scores = judged[0]
+    table = scores[scores["task"] == "all cells together"].pivot_table(index="metric", columns="model", values="value")
+    assert table.loc["c2st", "independent_nb"] > table.loc["c2st", "training cells"] + 0.1
+
+
+def test_tables_of_genes_and_cells(judged):
+    _, out, (_, real) = judged
+    genes, single = folder.read_populations(out)
+    of_real = genes[genes["model"] == "real"].set_index("gene")
+    x = real.X.toarray()
+    np.testing.assert_allclose(of_real.loc[real.var_names, "mean"], x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(of_real.loc[real.var_names, "variance"], x.var(0), rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(of_real.loc[real.var_names, "zeros"], (x == 0).mean(0), rtol=1e-5)
+    assert single.groupby("model").size().to_dict() == {"independent_nb": 300, "real": 300, "training cells": 300}
+    page = (out / "report.html").read_text()
+    assert "Populations" in page and "class by class" in page and "independent_nb" in page
+
+
+def test_log_values_are_taken_as_they_are(cells, design, tmp_path):
+    filled = cells[np.asarray(cells.X.sum(axis=1)).ravel() > 0]
+    cells = anndata.AnnData(filled.X, obs=filled.obs[["cell_type"]], var=filled.var[[]])
+    logged = iv.preprocess.normalize(cells)
+    logged = anndata.AnnData(logged.X, obs=logged.obs, var=logged.var[[]])
+    by_counts = judge({"a": cells[:300]}, cells[300:], design, tmp_path / "a", metrics=["rmse_mean"])
+    by_logs = judge({"a": logged[:300]}, logged[300:], design, tmp_path / "b", metrics=["rmse_mean"])
+    rows = by_counts["model"] == "a"
+    np.testing.assert_allclose(by_counts.loc[rows, "value"], by_logs.loc[rows, "value"], rtol=1e-4)
+
+
+def test_what_cannot_be_judged(cells, design, tmp_path):
+    with pytest.raises(ValueError, match="no generated cells are given"):
+        judge({}, cells, design, tmp_path)
+    with pytest.raises(ValueError, match="no class has 10000 real cells"):
+        judge({"a": cells}, cells, design, tmp_path, min_cells=10_000)
+    other = cells.copy()
+    other.obs["cell_type"] = "plant"
+    with pytest.raises(ValueError, match="a has none of the classes"):
+        judge({"a": other}, cells, design, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_cells_are_judged_too(cells, design, tmp_path):
+    empty = cells[:300].copy()
+    empty.X = empty.X.multiply((np.arange(300) > 100)[:, None]).tocsr()
+    table = judge({"a": empty, "b": cells[:300]}, cells[300:], design, tmp_path, metrics=["zeros_distance"])
+    worse, fine = table.groupby("model")["value"].mean()[["a", "b"]]
+    assert worse > 2 * fine
