@@ -9,6 +9,7 @@ import pytest
 
 import invirtuo as iv
 from invirtuo.bench import judge
+from invirtuo.bench.comparators import sample_prior
 from invirtuo.metrics import PROFILES
 from invirtuo.report import folder
 
@@ -93,3 +94,20 @@ def test_empty_cells_are_judged_too(cells, design, tmp_path):
     table = judge({"a": empty, "b": cells[:300]}, cells[300:], design, tmp_path, metrics=["zeros_distance"])
     worse, fine = table.groupby("model")["value"].mean()[["a", "b"]]
     assert worse > 2 * fine
+
+
+def test_comparators(cells, design):
+    pytest.importorskip("scvi", reason="needs scvi-tools")
+    labels = pd.DataFrame({"cell_type": ["B cell"] * 30 + ["CD14 monocyte"] * 20})
+    filled = cells[np.asarray(cells.X.sum(axis=1)).ravel() > 0].copy()
+    for name in ("scvi", "scanvi"):
+        made = sample_prior(name, filled, design, labels, epochs=2, seed=1)
+        assert made.shape == (50, 80) and list(made.obs["cell_type"]) == list(labels["cell_type"])
+        assert made.X.dtype == np.int32 and made.X.sum() > 0
+    with pytest.raises(ValueError, match="labels holds values"):
+        sample_prior("scvi", filled, design, labels.replace("B cell", "plant"), epochs=1)
+
+
+def test_unknown_comparator(cells, design):
+    with pytest.raises(ValueError, match="unknown comparator 'gan'; known: scvi, scanvi, peakvi"):
+        sample_prior("gan", cells, design, cells.obs)

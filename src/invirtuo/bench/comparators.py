@@ -1,0 +1,203 @@
+"""Generators of others, sampled from their priors: scVI, scANVI and PeakVI through scvi-tools (the extra ``scvi``)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+
+from invirtuo.nn import SizeFactor
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from invirtuo.design import Design
+
+__all__ = ["COMPARATORS", "sample_prior"]
+
+CELLS = 4096  # decoded at once
+
+
+def sample_prior(
+    name: str,
+    train: AnnData,
+    design: Design,
+    labels: pd.DataFrame,
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> AnnData:
+    """Train a model of scvi-tools on counts and draw cells of given labels from its prior.
+
+    The latent vector is drawn from N(0, I), in scANVI from the prior of its class. The depth of a cell (in PeakVI its
+    factor between 0 and 1) is drawn from a log-normal distribution of those of training cells of the same labels:
+    scvi-tools has none by default.
+
+    Parameters
+    ----------
+    name
+        "scvi", "scanvi" or "peakvi".
+    train
+        Raw counts (for "peakvi" open peaks) in X, with the covariates of the design.
+    design
+        Its covariates go to encoder and decoder as categories; the first one is the class of scANVI.
+    labels
+        (n,) rows with the covariates.
+    epochs
+        Of training; None takes the rule of scvi-tools.
+    seed
+        Of training and of sampling.
+    options
+        Of the model class of scvi-tools.
+
+    Returns
+    -------
+    AnnData with counts (CSR, int32) and `labels`.
+
+    Raises
+    ------
+    ValueError
+        If the name is not known or scvi-tools is not installed.
+
+    References
+    ----------
+    Lopez et al. 2018, doi:10.1038/s41592-018-0229-2; Xu et al. 2021, doi:10.15252/msb.20209620; Ashuach et al. 2022,
+    doi:10.1016/j.crmeth.2022.100182.
+    """
+    import anndata
+
+    if name not in COMPARATORS:
+        raise ValueError(f"unknown comparator {name!r}; known: {', '.join(COMPARATORS)}")
+    with _quiet():
+        scvi = _scvi()
+        scvi.settings.seed = seed
+        known = train.copy()
+        for column in design.covariates:
+            known.obs[column] = known.obs[column].astype(str).astype("category")
+        module, decode, depths = COMPARATORS[name](scvi, known, list(design.covariates), epochs, progress, options)
+        module.eval()
+        counts = _drawn(partial(decode, module), depths, known, design, labels, seed)
+    obs = labels[list(design.covariates)].reset_index(drop=True).astype("category")
+    obs.index = [f"cell_{i}" for i in range(len(obs))]
+    return anndata.AnnData(counts, obs=obs, var=train.var[[]].copy())
+
+
+@torch.no_grad()
+def _drawn(
+    decode: Callable, depths: np.ndarray, known: AnnData, design: Design, labels: pd.DataFrame, seed: int
+) -> sparse.csr_matrix:
+    """Counts, some cells at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    names, group = np.unique(design.groups(known.obs), return_inverse=True)
+    depth = SizeFactor()
+    depth.fit(torch.from_numpy(depths.astype(np.float32)), torch.from_numpy(group), len(names))
+    wanted = torch.from_numpy(pd.Index(names).get_indexer(design.groups(labels)))
+    size = depth.sample(wanted, generator)
+    codes = [
+        torch.from_numpy(known.obs[column].cat.categories.get_indexer(labels[column].astype(str)))
+        for column in design.covariates
+    ]
+    if any(bool((code < 0).any()) for code in codes):
+        raise ValueError("labels holds values that no training cell has; expected labels of training cells")
+    parts = []
+    for start in range(0, len(labels), CELLS):
+        rows = slice(start, start + CELLS)
+        covariates = torch.stack([code[rows] for code in codes], dim=1) if codes else None
+        x = decode(len(size[rows]), covariates, size[rows, None])
+        parts.append(sparse.csr_matrix(x.cpu().numpy().astype(np.int32)))
+    return sparse.vstack(parts, format="csr")
+
+
+def _totals(adata: AnnData) -> np.ndarray:
+    return np.asarray(adata.X.sum(axis=1), dtype=np.float64).ravel().clip(1)
+
+
+def _train(model, epochs: int | None, progress: bool):
+    model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=progress, logger=False)
+    return model
+
+
+def _make_scvi(scvi, adata, columns, epochs, progress, options):
+    scvi.model.SCVI.setup_anndata(adata, categorical_covariate_keys=columns or None)
+    options = {"gene_likelihood": "nb", "encode_covariates": True, **options}
+    model = _train(scvi.model.SCVI(adata, **options), epochs, progress)
+
+    def decode(module, n, covariates, size):
+        z = torch.randn(n, module.n_latent)
+        batch = torch.zeros(n, 1)
+        return module.generative(z=z, library=size.log(), batch_index=batch, cat_covs=covariates)["px"].sample()
+
+    return model.module, decode, _totals(adata)
+
+
+def _make_scanvi(scvi, adata, columns, epochs, progress, options):
+    if not columns:
+        raise ValueError("scanvi needs a class; give the design a covariate")
+    scvi.model.SCVI.setup_anndata(adata, labels_key=columns[0], categorical_covariate_keys=columns[1:] or None)
+    first = _train(scvi.model.SCVI(adata, gene_likelihood="nb", **options), epochs, progress)
+    model = scvi.model.SCANVI.from_scvi_model(first, unlabeled_category="unknown label")
+    _train(model, None if epochs is None else max(1, epochs // 10), progress)
+
+    def decode(module, n, covariates, size):
+        label = covariates[:, :1]
+        mean, variance = module.decoder_z1_z2(torch.randn(n, module.n_latent), label)
+        z = mean + variance.sqrt() * torch.randn_like(mean)
+        others = covariates[:, 1:] if covariates.shape[1] > 1 else None
+        batch = torch.zeros(n, 1)
+        return module.generative(z=z, library=size.log(), batch_index=batch, cat_covs=others)["px"].sample()
+
+    return model.module, decode, _totals(adata)
+
+
+def _make_peakvi(scvi, adata, columns, epochs, progress, options):
+    scvi.model.PEAKVI.setup_anndata(adata, categorical_covariate_keys=columns or None)
+    options = {"encode_covariates": True, **options}
+    model = _train(scvi.model.PEAKVI(adata, **options), epochs, progress)
+
+    def decode(module, n, covariates, size):
+        z = torch.randn(n, module.n_latent)
+        peaks = module.generative(z=z, qz_m=z, batch_index=torch.zeros(n, 1), cat_covs=covariates)["px"]
+        region = torch.sigmoid(module.region_factors) if module.region_factors is not None else 1.0
+        return torch.bernoulli((peaks * region * size).clamp(0, 1))
+
+    return model.module, decode, np.asarray(model.get_library_size_factors()).ravel().clip(1e-6)
+
+
+COMPARATORS = {"scvi": _make_scvi, "scanvi": _make_scanvi, "peakvi": _make_peakvi}
+
+
+def _scvi():
+    try:
+        import scvi
+    except ImportError as error:
+        raise ValueError(
+            "scvi-tools is not installed; install the extra: pip install -c constraints.txt 'invirtuo[scvi]'"
+        ) from error
+    return scvi
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No messages of Lightning and of scvi-tools."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "scvi")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
