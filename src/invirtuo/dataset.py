@@ -133,6 +133,17 @@ class CellDataset:
         table = obs[self.design.columns].iloc[[np.argmax(codes == i) for i in range(n_conditions)]]
         return table.reset_index(drop=True), mean, variance, counts
 
+    def overdispersion(self, part: str = "train") -> np.ndarray:
+        """(g,) inverse of the dispersion r of counts with variance m + m^2 / r, m = depth x share; by moments."""
+        rows = self.rows(part)
+        x = self.matrix[rows].astype(np.float64)
+        depth = np.asarray(x.sum(axis=1)).ravel()
+        total, square = (np.asarray(y.sum(axis=0)).ravel() for y in (x, x.multiply(x)))
+        share = total / max(depth.sum(), 1.0)
+        expected = share**2 * (depth**2).sum()
+        residual = square - 2 * share * (x.T @ depth) + expected
+        return np.divide(np.maximum(residual - total, 0), expected, out=np.zeros_like(expected), where=expected > 0)
+
     def fingerprint(self) -> str:
         """Short hash of genes, labels and values, to tell one data set from another, however it is stored."""
         digest = hashlib.blake2b(digest_size=8)

@@ -54,8 +54,9 @@ class ConditionalFlow(nn.Module):
 class LatentFlow(CountGenerator):
     """Base of the generators with an autoencoder and a latent flow.
 
-    A model writes `build`, which makes `autoencoder` (with `encode(x)`, and `decode(z, size, condition)` to a
-    CountLikelihood), `flow`, `depth` and, by :meth:`add_scale`, the scale of the latent vectors; and `path`.
+    A model writes `build`, which makes `autoencoder` (with `encode(x)`, `decode(z, size, condition)` to a
+    CountLikelihood, and a Dispersion), `flow`, `depth` and, by :meth:`add_scale`, the scale of the latent vectors; and
+    `path`.
     """
 
     autoencoder: Any
@@ -91,6 +92,7 @@ class LatentFlow(CountGenerator):
         """
         dataset = dataset if len(dataset.rows("val")) else dataset.with_validation(self.config.val_share)
         if stage != "flow":
+            self._start_dispersions(dataset)
             return dataset
         self.latent_mean.zero_()
         self.latent_sd.fill_(1.0)
@@ -101,6 +103,11 @@ class LatentFlow(CountGenerator):
             self.latent_sd = train.std(dim=0, correction=0).clamp_min(1e-6)
         size = self._size(dataset, np.arange(len(z)))
         return dataset.with_values((z - self.latent_mean) / self.latent_sd, size)
+
+    def _start_dispersions(self, dataset: CellDataset) -> None:
+        """Begin with the dispersions that all training cells together have: a lower bound, nearer than a random one."""
+        if self.n_counted:
+            self.autoencoder.dispersion.start(torch.from_numpy(dataset.overdispersion()[: self.n_counted]))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Of the stage that is being trained; outside of a fit, of both."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Condition
@@ -27,7 +26,7 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import PathSample, linear_path
 from invirtuo.latent import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
-from invirtuo.nn import BatchNormMLP, CountLikelihood, LabelEmbedding, ResidualVelocity
+from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
 
 __all__ = ["CellFlowCounts", "Config"]
 
@@ -72,7 +71,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config, n_genes: int):
         super().__init__()
         self.mlp = BatchNormMLP(n_genes, config.hidden_encoder, n_genes)
-        self.log_dispersion = nn.Parameter(torch.randn(n_genes))
+        self.dispersion = Dispersion(n_genes)
 
     def encode(self, x: Tensor) -> Tensor:
         """Counts (n, g) to logits (n, g)."""
@@ -80,7 +79,7 @@ class Encoder(nn.Module):
 
     def decode(self, z: Tensor, size: Tensor, condition: Condition) -> CountLikelihood:
         """Logits (n, g) and depths (n,) to the distribution of counts."""
-        return CountLikelihood(z.log_softmax(dim=1) + size.log()[:, None], self.log_dispersion)
+        return CountLikelihood(z.log_softmax(dim=1) + size.log()[:, None], self.dispersion())
 
 
 _FIT = FitConfig(steps=5000, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=1.0, val_every=100,

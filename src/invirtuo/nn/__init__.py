@@ -2,7 +2,7 @@
 
 from invirtuo.nn.anchor import PseudobulkAnchor
 from invirtuo.nn.attention import SetTransformer
-from invirtuo.nn.counts import CountLikelihood, SizeFactor, nb_log_prob, nb_sample
+from invirtuo.nn.counts import CountLikelihood, Dispersion, SizeFactor, nb_log_prob, nb_sample
 from invirtuo.nn.embed import ConditionEncoder, one_hots, sinusoids
 from invirtuo.nn.gaussian import gaussian_kl, gaussian_sample
 from invirtuo.nn.genewise import GenewiseVelocity
@@ -15,6 +15,7 @@ __all__ = [
     "BatchNormMLP",
     "ConditionEncoder",
     "CountLikelihood",
+    "Dispersion",
     "GenewiseVelocity",
     "LabelEmbedding",
     "ModulatedBlock",
