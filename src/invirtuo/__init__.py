@@ -6,7 +6,10 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = ("bench", "datasets", "flow", "metrics", "models", "nn", "preprocess", "samplers", "splits", "transforms")
+_MODULES = (
+    *("bench", "datasets", "flow", "latent", "metrics", "models", "multimodal"),
+    *("nn", "preprocess", "samplers", "splits", "transforms"),
+)
 _NAMES = {
     "Batch": "batch",
     "CellDataset": "dataset",
