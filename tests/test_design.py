@@ -235,3 +235,41 @@ def test_features_take_the_place_of_one_hots(toy):
     ):
         with pytest.raises(ValueError, match=message):
             iv.Design.from_adata(toy, perturbation="perturbation", control="control", features=table)
+
+
+# ---- data without perturbation, labels that are not known ------------------------------------------------------------
+
+
+def test_without_perturbation():
+    obs = table(["x", "y", "x"], cell=["t", "m", "t"])
+    design = iv.Design.from_adata(obs, covariates=["cell"])
+    assert design.perturbation is None and design.columns == design.attributes == ["cell"]
+    condition = design.encode(obs)
+    assert condition.perturbation.shape == (3, 0) and condition.covariates["cell"].tolist() == [1, 0, 1]
+    assert not design.is_control(obs).any()
+    assert design.names(obs).tolist() == ["t", "m", "t"]
+    assert design.conditions(obs).to_dict("list") == {"cell": ["m", "t"]}
+    assert iv.Design.from_json(design.to_json()) == design
+    bare = iv.Design.from_adata(obs)
+    assert bare.columns == [] and bare.names(obs).tolist() == ["all"] * 3
+
+
+@pytest.mark.parametrize("options", [{"perturbation": "p"}, {"control": "x"}])
+def test_perturbation_and_control_come_together(options):
+    with pytest.raises(ValueError, match="give both, or neither"):
+        iv.Design.from_adata(table(["x", "y"]), **options)
+
+
+def test_unknown_labels():
+    obs = table(["ctrl", "a", "a", "a"], cell=pd.Series(["t", None, "?", "m"], dtype=object).to_numpy())
+    with pytest.raises(ValueError, match="1 missing values.*unknown="):
+        make(obs, covariates=["cell"])
+    design = make(obs, covariates=["cell"], unknown="?")
+    assert design.covariates == {"cell": ("m", "t")}
+    assert design.encode(obs).covariates["cell"].tolist() == [1, -1, -1, 0]
+    assert design.names(obs).tolist() == ["t|ctrl", "?|a", "?|a", "m|a"]
+    assert iv.Design.from_json(design.to_json()) == design
+    with pytest.raises(ValueError, match="not known to this design: z"):
+        design.encode(obs.assign(cell="z"))
+    with pytest.raises(ValueError, match="has no known label"):
+        make(obs.assign(cell="?"), covariates=["cell"], unknown="?")
