@@ -22,7 +22,8 @@ from invirtuo.models.cfgen import Autoencoder
 
 CFGen = iv.models.CFGen
 Config = CFGen.Config
-TINY = Config(hidden_rna=(32, 16), n_latent=4, hidden=32, embedding=16, n_blocks=2, steps=5)
+TINY = Config(hidden_rna=(32, 16), n_latent=4, hidden=32, embedding=16, n_blocks=2, steps=5,
+              input_dropout=0.0)  # fmt: skip
 FIT = FitConfig(steps=20, batch_size=64, optimizer="adamw", precision="fp32", accelerator="cpu", progress=False,
                 warmup=0, val_every=0)  # fmt: skip
 
@@ -117,6 +118,16 @@ def test_dispersion_by_class(cells, design):
     for wrong in ("cell", "gene:color"):
         with pytest.raises(ValueError, match=f"dispersion is '{wrong}'"):
             CFGen(design, cells.var_names, replace(TINY, dispersion=wrong))
+
+
+def test_input_dropout_is_for_training_alone(cells, design):
+    torch.manual_seed(0)
+    model = CFGen(design, cells.var_names, replace(TINY, input_dropout=0.5))
+    x = torch.from_numpy(cells.X[:9].toarray())
+    assert torch.equal(model.autoencoder.encode(x), model.autoencoder.encode(x))
+    model.train()
+    assert not torch.allclose(model.autoencoder.encode(x), model.autoencoder.encode(x))
+    assert not any(CFGen.PRESETS[name].config.input_dropout for name in ("cfgen_small", "cfgen_big"))
 
 
 @pytest.mark.parametrize("wrong", ["local", "by:color", "global:kind"])
