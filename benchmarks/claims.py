@@ -1,6 +1,8 @@
 """Which claims of the PRiMeFlow paper hold in a comparison: differences between two models, with intervals.
 
-    python benchmarks/claims.py comparison/scores.csv --out docs/results/claims.csv
+    python benchmarks/claims.py comparison --out docs/results/primeflow-comparison
+
+Prints a table of scores for each task and one of the claims, as Markdown, and copies the tables and the report.
 
 A difference is taken on the same conditions; its interval covers another choice of conditions and another training
 (`invirtuo.bench.paired_differences`). "yes" and "no": the interval lies on the claimed side of 0, or on the other one.
@@ -9,6 +11,7 @@ A difference is taken on the same conditions; its interval covers another choice
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +33,8 @@ class Claim(NamedTuple):
 
 AUTOENCODERS = ("cpa", "cpa:no-adversary", "sams_vae", "sams_vae:simple", "biolord")
 GUIDED = ("primeflow", "fm_pca")
+SHOWN = {"mmd_gex": "lower", "mmd_pca": "lower", "deg_recall": "higher", "cosine_logfc": "higher",
+         "rmse_mean": "lower", "variance_ratio": ""}  # fmt: skip
 CLAIMS = (
     *(
         Claim("smallest MMD of all", "primeflow", other, "mmd_gex", "lower")
@@ -99,20 +104,43 @@ def _row(claim: Claim, task: str, values: list[float], found: pd.Series) -> dict
     }  # fmt: skip
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table."""
+    lines = (table.columns, ["---"] * table.shape[1], *table.to_numpy())
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def score_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Models x metrics of one task: mean and standard deviation over seeds, the best of the models in bold."""
+    means = summary.pivot_table(index="model", columns="metric", values="mean", sort=False)[list(SHOWN)]
+    spread = summary.pivot_table(index="model", columns="metric", values="sd", sort=False).reindex_like(means).fillna(0)
+    text = means.map("{:.3g}".format) + spread.map(" ± {:.1g}".format).where(spread > 0, "")
+    for metric, way in SHOWN.items():
+        judged = means[metric].drop("noise_floor", errors="ignore")
+        best = {"lower": judged.idxmin(), "higher": judged.idxmax(), "": (judged - 1).abs().idxmin()}[way]
+        text.loc[best, metric] = f"**{text.loc[best, metric]}**"
+    return text.rename_axis(None, axis=1).reset_index()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one line a claim, and write all rows."""
+    """Print tables, and write what is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scores", type=Path)
+    parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
-    table = judged(pd.read_csv(args.scores))
+    summary, scores = (pd.read_csv(args.results / f"{name}.csv") for name in ("summary", "scores"))
+    for task, part in summary.groupby("task", sort=False):
+        print(f"### {task}\n\n{markdown(score_table(part))}\n")
+    table = judged(scores)
     order = ["claim", "model", "against", "metric"]
     wide = table.pivot_table(index=order, columns="task", values="holds", aggfunc="first", sort=False)
-    found = wide.fillna("").reset_index()
-    for row in (found.columns, ["---"] * found.shape[1], *found.to_numpy()):
-        print("|", " | ".join(map(str, row)), "|")
+    print(markdown(wide.fillna("").reset_index()))
     if args.out:
-        table.round(4).to_csv(args.out, index=False)
+        args.out.mkdir(parents=True, exist_ok=True)
+        table.round(4).to_csv(args.out / "claims.csv", index=False)
+        for name in ("summary.csv", "costs.csv", "run.json", "report.html"):
+            shutil.copy(args.results / name, args.out / name)
+        scores.round(5).to_csv(args.out / "scores.csv.gz", index=False)
 
 
 if __name__ == "__main__":
