@@ -135,7 +135,7 @@ def test_one_data_set_needs_no_name_and_several_covariates_a_context(obs, write)
         ('"screen.k" = "test"', 'screen.k = "test"', "'screen' is not \"data set.context\", in quotes"),
         ('"screen.k" = "test"', '"screen.h" = "test"', "screen.h stands in zeroshot and in fewshot"),
         ('screen = "train"', 'screen = "yes"', "screen is 'yes'; expected 'train'"),
-        ('screen = "train"', 'scren = "train"', r"\[training\] names scren, not in \[datasets\]"),
+        ('screen = "train"', 'screens = "train"', r"\[training\] names screens, not in \[datasets\]"),
         ('test = ["B", "C"]', 'test = ["B", "Z"]', "that this context does not have: Z; found A, B, C"),
         ('test = ["B", "C"]', 'holdout = ["B"]', "must hold lists named val and test"),
         ("[zeroshot]", "[zero_shot]", "expected the tables datasets, training, zeroshot, fewshot"),

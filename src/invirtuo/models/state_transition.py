@@ -107,7 +107,7 @@ class Config:
 
 
 def energy_loss(predicted: Tensor, real: Tensor) -> Tensor:
-    """Squared MMD of b pairs of sets with the kernel -|u - v|: 2 E|x - y| - E|x - x'| - E|y - y'|.
+    """Squared MMD of b pairs of sets with the kernel ``-|u - v|``: ``2 E|x - y| - E|x - x'| - E|y - y'|``.
 
     Means are over all pairs, self-pairs too, so that it is 0 for equal sets and above 0 for others. The "energy" of
     geomloss is half of it.
