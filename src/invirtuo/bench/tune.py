@@ -115,7 +115,7 @@ def tune(
     return _best(entry, study)
 
 
-def _sampler(seed: int, fixed: Mapping[str, Any]):
+def _sampler(seed: int, fixed: dict[str, Any]):
     """A sampler that depends on the number of trials that ended alone, so that a resumed search draws the same."""
     import optuna
 

@@ -151,7 +151,7 @@ class Cells:
             if values.size:
                 self.largest = max(self.largest, float(values.max()))
                 self.smallest = min(self.smallest, float(values.min()))
-            above, positive = above + int((values > MAX_LOG1P).sum()), positive + np.count_nonzero(values)
+            above, positive = above + int((values > MAX_LOG1P).sum()), positive + int(np.count_nonzero(values))
             self.whole = self.whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
             self.depths[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
         self.too_large = above / max(positive, 1)

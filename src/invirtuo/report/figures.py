@@ -105,7 +105,7 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
     models = [name for name in dict.fromkeys(genes["model"]) if name != "real"][:MAX_COLUMNS]
     figure = _figure(0.6 + 2.6 * len(models), 7.2)
     grid = figure.subplots(3, len(models), squeeze=False, sharex="row", sharey="row")
-    bins = np.linspace(*np.quantile(cells["zeros"], [0.0, 1.0]), 41)
+    bins = np.linspace(cells["zeros"].min(), cells["zeros"].max(), 41)
     for j, model in enumerate(models):
         for name, color, label in (("real", GREY, "real"), (model, PREDICTED, "generated")):
             part = genes[(genes["model"] == name) & (genes["mean"] > 0)]
