@@ -75,4 +75,5 @@ def part(adata: AnnData) -> Any:
     is_peak = adata.var_names.str.startswith(PEAK)
     parts = {"rna": adata[:, ~is_peak].copy(), "atac": adata[:, is_peak].copy()}
     parts["atac"].var_names = parts["atac"].var_names.str.removeprefix(PEAK)
-    return mudata.MuData({name: modality for name, modality in parts.items() if modality.n_vars})
+    with mudata.set_options(pull_on_update=False):
+        return mudata.MuData({name: modality for name, modality in parts.items() if modality.n_vars})
