@@ -164,6 +164,16 @@ def test_fit_refuses(run, tmp_path, kind, message):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_judge(run, files, tmp_path):
+    arguments = ["--generated", f"same={files / 'real.h5ad'}", "--covariate", "cell_type", "--metrics", "rmse_mean"]
+    arguments += ["--min-cells", "5"]
+    code, out, err = run("judge", files / "real.h5ad", *arguments, "--out", tmp_path / "judged")
+    assert code == 0 and "rmse_mean" in out, err
+    scores = pd.read_csv(tmp_path / "judged" / "scores.csv")
+    assert scores.loc[scores["model"] == "same", "value"].max() < 1e-6
+    assert (tmp_path / "judged" / "report.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,6 +201,9 @@ def test_fit_refuses(run, tmp_path, kind, message):
         (["evaluate", "LOG", "REAL", *COLUMNS, "--scale", "x", "--out", "OUT"], "scale"),
         (["evaluate", "LOG", "REAL", *COLUMNS, "--layer", "x", "--out", "OUT"], "'x'"),
         (["evaluate", "LOG", "REAL", *COLUMNS, "--layer", "a=x", "--out", "OUT"], "--layer a=x; expected one name"),
+        (["evaluate", "LOG", "REAL", "--metrics", "cosine_logfc", "--out", "OUT"], "the design names none"),
+        (["judge", "REAL", "--generated", "LOG", "--out", "OUT"], "expected attribute=value"),
+        (["judge", "REAL", "--generated", "a=nowhere.h5ad", "--out", "OUT"], "does not exist"),
         (["benchmark", "nothing", "--out", "OUT"], "unknown task 'nothing'; known: kang-demo"),
         (["benchmark", "kang-demo", "--model", "nope", "--out", "OUT"], "unknown model 'nope'"),
         (["benchmark", "kang-demo", "--seeds", "0", "--out", "OUT"], "seeds is 0"),

@@ -25,14 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Perturbation = Annotated[str, typer.Option(help="Column of obs with the perturbation labels.")]
-Control = Annotated[str, typer.Option(help="Label of the control cells in that column.")]
 Covariate = Annotated[list[str] | None, typer.Option(help="Covariate column of obs; may be given several times.")]
-MaybePerturbation = Annotated[
+Perturbation = Annotated[
     str | None,
     typer.Option("--perturbation", help="Column of obs with the perturbation labels, if cells were perturbed."),
 ]
-MaybeControl = Annotated[str | None, typer.Option("--control", help="Label of the control cells in that column.")]
+Control = Annotated[str | None, typer.Option("--control", help="Label of the control cells in that column.")]
 Unknown = Annotated[
     str | None, typer.Option(help="Covariate label of cells whose label is not known; so are empty ones.")
 ]
@@ -100,8 +98,8 @@ def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets, t
 @app.command()
 def check(
     data: Annotated[Path, typer.Argument(help="h5ad file.")],
-    perturbation: MaybePerturbation = None,
-    control: MaybeControl = None,
+    perturbation: Perturbation = None,
+    control: Control = None,
     covariate: Covariate = None,
     separator: Separator = "+",
     unknown: Unknown = None,
@@ -156,8 +154,8 @@ def fit(
     model: Annotated[str, typer.Argument(help="Name of a model; see `invirtuo list models`.")],
     data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
     out: Out,
-    perturbation: MaybePerturbation = None,
-    control: MaybeControl = None,
+    perturbation: Perturbation = None,
+    control: Control = None,
     covariate: Covariate = None,
     unknown: Unknown = None,
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
@@ -375,9 +373,9 @@ def embed(
 def evaluate(
     pred: Annotated[Path, typer.Argument(help="h5ad with predicted cells.")],
     real: Annotated[Path, typer.Argument(help="h5ad with real cells, controls among them.")],
-    perturbation: Perturbation,
-    control: Control,
     out: Out,
+    perturbation: Perturbation = None,
+    control: Control = None,
     covariate: Covariate = None,
     separator: Separator = "+",
     metrics: Annotated[str | None, typer.Option(help="Names joined by commas; see `invirtuo list metrics`.")] = None,
@@ -404,6 +402,36 @@ def evaluate(
         scores.to_csv(path, index=False)
     if not quiet:
         _print_scores(scores.assign(model=pred.stem))
+
+
+@app.command()
+def judge(
+    real: Annotated[Path, typer.Argument(help="h5ad with real cells that no generator was trained on.")],
+    generated: Annotated[list[str], typer.Option(help="name=FILE with generated cells; may be given several times.")],
+    out: Out,
+    perturbation: Perturbation = None,
+    control: Control = None,
+    covariate: Covariate = None,
+    metrics: Annotated[str, typer.Option(help="Names or profiles joined by commas.")] = "generation",
+    n_pcs: Annotated[int, typer.Option(help="Principal components of metrics in that space.")] = 30,
+    min_cells: Annotated[int, typer.Option(help="Real cells that a class needs to be scored by itself.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the noise floor and of the cells drawn.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compare generated populations with real cells; writes tables and a report into a folder."""
+    from invirtuo.bench import judge as judge_
+    from invirtuo.design import Design
+    from invirtuo.files import read_h5ad
+
+    reality = read_h5ad(real)
+    design = Design.from_adata(reality, perturbation=perturbation, control=control, covariates=covariate or [])
+    sides = {name: read_h5ad(path) for name, path in _pairs("--generated", generated).items()}
+    scores = judge_(
+        sides, reality, design, out, metrics=metrics.split(","), n_pcs=n_pcs, min_cells=min_cells, seed=seed
+    )
+    if not quiet:
+        _print_scores(scores[scores["task"] == scores["task"].iloc[-1]])
+        typer.echo(f"report: {out / 'report.html'}")
 
 
 @app.command()
