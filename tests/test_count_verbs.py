@@ -24,7 +24,7 @@ from scipy import sparse
 import invirtuo as iv
 from invirtuo import cli
 from invirtuo.fit import FitConfig
-from invirtuo.labels import rare_counts
+from invirtuo.generators.labels import rare_counts
 
 GENERATORS = {name: kind for name, kind in iv.models.MODELS.items() if kind.generates}
 SMALL = {
@@ -613,7 +613,7 @@ def test_correct_with_strong_weights_warns(fitted, cells, caplog):
 @pytest.mark.parametrize("name", FLOWS)
 def test_impute(name, fitted, cells):
     model = fitted(name)
-    masked, mask = iv.latent.mask_entries(cells, 0.2)
+    masked, mask = iv.generators.mask_entries(cells, 0.2)
     assert mask.nnz == pytest.approx(0.2 * cells.X.nnz, rel=0.1) and (masked.X.multiply(mask)).nnz == 0
     assert ((masked.X + cells.X.multiply(mask)) != cells.X).nnz == 0
     filled = model.impute(masked, mask=mask, masked_fraction=0.2, n_draws=2, steps=4)

@@ -13,8 +13,9 @@ from scipy import stats
 from torch import nn
 
 import invirtuo as iv
-from invirtuo import flow, labels
+from invirtuo import flow
 from invirtuo.batch import Condition
+from invirtuo.generators import labels
 from invirtuo.nn import (
     BatchNormMLP,
     CountLikelihood,

@@ -20,13 +20,12 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "files", "genes", "labels", "multimodal"),
+        *("checks", "files", "genes", "multimodal"),
     },
     {"samplers", "datasets", "fit"},
     {"dataset"},
     {"model"},
-    {"generator"},
-    {"latent"},
+    {"generators"},
     {"models"},
     {"bench"},
     {"cli"},

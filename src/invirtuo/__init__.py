@@ -7,7 +7,7 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = (
-    *("bench", "datasets", "flow", "latent", "metrics", "models", "multimodal"),
+    *("bench", "datasets", "flow", "generators", "metrics", "models", "multimodal"),
     *("nn", "preprocess", "samplers", "splits", "transforms"),
 )
 _NAMES = {

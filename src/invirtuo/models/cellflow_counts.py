@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from invirtuo.batch import Condition
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PathSample, linear_path
-from invirtuo.latent import ConditionalFlow, LatentFlow
+from invirtuo.generators import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from invirtuo.batch import Condition
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PathSample
-from invirtuo.latent import ConditionalFlow, LatentFlow
+from invirtuo.generators import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
-from invirtuo.generator import CountGenerator
+from invirtuo.generators import CountGenerator
 from invirtuo.model import SampleConfig
 from invirtuo.nn import CountLikelihood, SizeFactor
 

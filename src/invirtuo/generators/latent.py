@@ -24,7 +24,7 @@ from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
-from invirtuo.generator import CountGenerator, Guidance, counted, seeded
+from invirtuo.generators.base import CountGenerator, Guidance, counted, seeded
 from invirtuo.model import SampleConfig, track
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
 

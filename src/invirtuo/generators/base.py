@@ -27,7 +27,7 @@ from invirtuo.checks import check_values, looks_like_counts, require_counts, som
 from invirtuo.dataset import CellDataset
 from invirtuo.files import read_h5ad, writing
 from invirtuo.fit import FitConfig
-from invirtuo.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
+from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
 from invirtuo.model import Model, SampleConfig, track
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor

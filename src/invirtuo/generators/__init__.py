@@ -1,0 +1,6 @@
+"""What models that draw whole populations of counts share: labels and depths, latent flows, correction, imputation."""
+
+from invirtuo.generators.base import CountGenerator, Guidance
+from invirtuo.generators.latent import ConditionalFlow, LatentFlow, mask_entries
+
+__all__ = ["ConditionalFlow", "CountGenerator", "Guidance", "LatentFlow", "mask_entries"]
