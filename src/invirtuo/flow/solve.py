@@ -129,7 +129,7 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 
 
 def _dopri5(tolerance: float = 1e-5):
-    """Steps of order 5 whose estimated error stays below `tolerance`, absolute and relative (root mean square)."""
+    """Steps of order 5 whose estimated error (root mean square of a row) stays below `tolerance` in every row."""
     size = 0.05  # of the next step
 
     def step(velocity, x, t, h):
@@ -141,7 +141,7 @@ def _dopri5(tolerance: float = 1e-5):
             new, slopes = _dopri5_stages(velocity, x, now, small, first)
             error = small * sum(c * k for c, k in zip(_ERROR, slopes, strict=True) if c)
             scale = tolerance * (1 + torch.maximum(x.abs(), new.abs()))
-            ratio = float((error / scale).square().mean().sqrt())
+            ratio = float((error / scale).square().reshape(len(x), -1).mean(dim=1).max().sqrt())
             if not math.isfinite(ratio) or small < 1e-7:
                 raise FloatingPointError(f"dopri5 cannot follow the velocity at t = {now:.4g}; try a fixed-step solver")
             if ratio <= 1:
