@@ -1,6 +1,6 @@
 """Generating PBMC3K: CFGen and cellFlow beside scVI sampled from its prior and independent negative binomials.
 
-    python benchmarks/generation.py --data-dir DATA --out generation --seeds 3
+    python benchmarks/realism.py --data-dir DATA --out realism --seeds 3
 
 A third of the cells is held out in every seed. Each generator draws as many cells of every type as are held out, and
 `invirtuo.bench.judge` compares them with those: components from real cells that are not scored, the training cells as
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--by", nargs="*", default=["cell_type"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data-dir")
-    parser.add_argument("--out", type=Path, default=Path("generation"))
+    parser.add_argument("--out", type=Path, default=Path("realism"))
     args = parser.parse_args(arguments)
     adata = iv.datasets.load(args.dataset, data_dir=args.data_dir)
     design = iv.Design.from_adata(adata, covariates=args.by)
