@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import invirtuo as iv
+from invirtuo import cli
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -29,6 +31,20 @@ def toy():
 @pytest.fixture
 def design(toy):
     return iv.Design.from_adata(toy, perturbation="perturbation", control="control", covariates=["cell_type"])
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a command in this process; gives exit code, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["invirtuo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capfd.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

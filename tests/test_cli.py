@@ -13,26 +13,11 @@ import pytest
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo import cli
 
 COLUMNS = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]
 TINY = ["hidden_dim=32", "cell_width=32", "gene_width=16", "n_blocks=1", "loss_genes=0"]
 SET = [part for field in TINY for part in ("--set", field)]
 FAST = ["--fit-set", "steps=12", "--fit-set", "batch_size=32", "--fit-set", "val_every=6", "--quiet"]
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run a command in this process; gives exit code, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["invirtuo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capfd.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from safetensors import safe_open
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo import cli
 from invirtuo.fit import FitConfig
 from invirtuo.generators.labels import rare_counts
 
@@ -662,18 +661,6 @@ def files(tmp_path_factory, fitted, cells, split):
         fitted(name).save(folder / name)
     split.to_csv(folder / "split.csv", header=False)
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["invirtuo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capfd.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize("name", GENERATORS)

@@ -318,8 +318,7 @@ class Model(nn.Module):
         """
         import anndata
 
-        if not self.card:
-            raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
+        self._check_fitted()
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; expected at least 1")
         table = self._conditions(conditions)
@@ -456,6 +455,10 @@ class Model(nn.Module):
             raise ValueError(f"config is a {type(config).__name__}; {cls.name} takes {cls.__name__}.Config or a preset")
         same = [preset.fit for preset in cls.PRESETS.values() if preset.config == config]
         return Preset(config, same[0]) if same else Preset(config)
+
+    def _check_fitted(self) -> None:
+        if not self.card:
+            raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
 
     def _check_labels(self, dataset: CellDataset) -> None:
         """Unknown labels are for models that generate populations."""

@@ -280,10 +280,6 @@ class CountGenerator(Model):
     def _table(self) -> pd.DataFrame:
         return pd.DataFrame(self.card["labels"])
 
-    def _check_fitted(self) -> None:
-        if not self.card:
-            raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
-
     def _given(self, n_cells: int | None, where: Mapping[str, Any] | None, labels: pd.DataFrame | None) -> pd.DataFrame:
         """(n,) labels that were asked for, checked."""
         if labels is not None and not isinstance(labels, pd.DataFrame):

@@ -474,8 +474,7 @@ class StateTransition(Model):
         ValueError
             If this model is not fitted, layers differ in size, or too few genes are shared.
         """
-        if not self.card:
-            raise ValueError(f"this {type(self).__name__} is not fitted yet; fit it, or invirtuo.load a saved model")
+        self._check_fitted()
         new = type(self)(design, genes, config or self.config)
         if config is None:
             new.fit_config = self.fit_config
