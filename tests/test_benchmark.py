@@ -188,7 +188,7 @@ def test_simple_baselines_are_added_once():
     assert sorted(labels).count("no_change") == 1
     assert {"perturbation_mean", "perturbation_mean:shift-cells", "context_mean"} <= set(labels)
     assert {entry.label for entry in chosen_entries(None, baselines=False)} == {
-        *(name for name, kind in iv.models.MODELS.items() if not kind.generates),
+        *(name for name, kind in iv.models.MODELS.items() if kind.verb == "predict"),
         "noise_floor",
     }
 

@@ -25,7 +25,7 @@ import invirtuo as iv
 from invirtuo.fit import FitConfig
 from invirtuo.generators.labels import rare_counts
 
-GENERATORS = {name: kind for name, kind in iv.models.MODELS.items() if kind.generates}
+GENERATORS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "generate"}
 SMALL = {
     "cfgen": iv.models.CFGen.Config(hidden_rna=(32, 16), n_latent=6, hidden=32, embedding=16, n_blocks=2, steps=4),
     "cellflow_counts": iv.models.CellFlowCounts.Config(

@@ -14,7 +14,7 @@ import invirtuo as iv
 from invirtuo.fit import FitConfig
 from invirtuo.transforms import TRANSFORMS
 
-MODELS = {name: kind for name, kind in iv.models.MODELS.items() if not kind.generates}
+MODELS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "predict"}
 SMALL = {
     "primeflow": iv.models.PRiMeFlow.Config(
         hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1, n_sinusoids=4, loss_genes=8, steps=4

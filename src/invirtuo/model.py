@@ -103,7 +103,7 @@ class Model(nn.Module):
     sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
-    generates: ClassVar[bool] = False  # generates populations: no perturbation is needed, labels may be unknown
+    verb: ClassVar[str] = "predict"  # what it is for; to "generate", "embed" or "forecast" needs no perturbation
     stage: str = ""  # the part that is being trained, while `fit` runs and the model has stages
 
     history: pd.DataFrame
@@ -111,7 +111,7 @@ class Model(nn.Module):
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         super().__init__()
         self.design = design
-        if design.perturbation is None and not self.generates:
+        if design.perturbation is None and self.verb == "predict":
             raise ValueError(
                 f"the design names no perturbation, and {self.name} predicts responses to perturbations; "
                 "give perturbation= and control= to Design.from_adata, or use a model that generates populations"
@@ -461,9 +461,9 @@ class Model(nn.Module):
             raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
 
     def _check_labels(self, dataset: CellDataset) -> None:
-        """Unknown labels are for models that generate populations."""
+        """Unknown labels are for models that do not predict responses."""
         unknown = [name for name, codes in dataset.condition.covariates.items() if bool((codes < 0).any())]
-        if unknown and not self.generates:
+        if unknown and self.verb == "predict":
             raise ValueError(
                 f"{self.name} needs the labels of all cells; {some(unknown)} is unknown for some. Remove these cells"
             )

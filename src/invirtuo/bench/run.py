@@ -145,7 +145,7 @@ def one_task(task: Task | str) -> Task:
 
 def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool) -> list[Entry]:
     """Entries as asked for, the simple baselines that are missing, and the noise floor."""
-    every = [name for name, kind in MODELS.items() if not kind.generates]
+    every = [name for name, kind in MODELS.items() if kind.verb == "predict"]
     given = [models] if isinstance(models, Entry | str | Path) else every if models is None else models
     chosen = [entry for spec in given for entry in as_entries(spec)]
     if baselines:

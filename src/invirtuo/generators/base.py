@@ -70,7 +70,7 @@ class CountGenerator(Model):
     """
 
     space = "counts"
-    generates = True
+    verb = "generate"
     guided: bool = True  # whether weights of guidance mean something; `build` may choose
     depth: SizeFactor
 
