@@ -1,0 +1,326 @@
+"""Verbs of models: fit one, and let it predict, generate, change or encode cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from invirtuo.cli.options import (
+    Cells,
+    Control,
+    Covariate,
+    Out,
+    Perturbation,
+    Quiet,
+    Run,
+    Separator,
+    Solver,
+    Steps,
+    Unknown,
+    Weights,
+    pairs,
+    read_csv,
+)
+
+
+def fit(
+    model: Annotated[str, typer.Argument(help="Name of a model; see `invirtuo list models`.")],
+    data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
+    out: Out,
+    perturbation: Perturbation = None,
+    control: Control = None,
+    covariate: Covariate = None,
+    unknown: Unknown = None,
+    dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
+    separator: Separator = "+",
+    split: Annotated[str | None, typer.Option(help="Name of a split (`invirtuo list splits`) or a file.csv.")] = None,
+    hold_out: Annotated[list[str] | None, typer.Option(help="Condition to hold out, or covariate=value.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the model's Config.")] = None,
+    fit_set: Annotated[list[str] | None, typer.Option(help="field=value of the FitConfig.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a model and save it as a folder."""
+    from invirtuo.design import Design
+    from invirtuo.files import read_h5ad
+    from invirtuo.models import MODELS
+
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    adata = read_h5ad(data)
+    columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
+    design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
+    parts = _split(adata.obs, design, split, hold_out)
+    base = MODELS[model](design, adata.var_names, preset)
+    fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
+    config = _with_fields(base.fit_config, [*(fit_set or []), *(["progress=false"] if quiet else [])])
+    fitted.fit(adata, split=parts, config=config, folder=out / "checkpoints", resume=resume)
+    fitted.save(out)
+    if not quiet:
+        typer.echo(f"saved: {out}")
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a fitted model.")],
+    out: Out,
+    conditions: Annotated[str, typer.Option(help="FILE.csv with one row per condition, or test, or val.")] = "test",
+    n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells per condition.")] = 1000,
+    guidance: Annotated[float, typer.Option(help="Weight of classifier-free guidance; 1 is none.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver; the model's own if not given.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, ab2, rk4 or dopri5.")] = None,
+    seed: int = 0,
+    controls: Annotated[Path | None, typer.Option(help="h5ad with control cells to start from.")] = None,
+    clamp_min: Annotated[float | None, typer.Option(help="Raise values below this to it.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw cells for conditions from a fitted model."""
+    from invirtuo.files import read_h5ad, writing
+    from invirtuo.models import load
+
+    wanted = conditions if conditions in ("test", "val") else read_csv(Path(conditions))
+    predicted = load(run).predict(
+        wanted,
+        n_cells=n_cells,
+        guidance=guidance,
+        steps=steps,
+        solver=solver,
+        seed=seed,
+        controls=None if controls is None else read_h5ad(controls),
+        clamp_min=clamp_min,
+        progress=not quiet,
+    )
+    with writing(out) as path:
+        predicted.write_h5ad(path, compression="gzip")
+    if not quiet:
+        typer.echo(f"{out}: {predicted.n_obs:,} cells")
+
+
+def generate(
+    run: Run,
+    out: Out,
+    n_cells: Annotated[int | None, typer.Option("-n", "--n-cells", help="Number of cells.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="attribute=label of all cells; may be given several times.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="FILE.csv with labels, one row per cell.")] = None,
+    prior: Annotated[
+        str, typer.Option(help="How other attributes are drawn: joint, independent or uniform.")
+    ] = "joint",
+    guidance: Weights = None,
+    size_factor: Annotated[float | None, typer.Option(help="Total count of the cells; drawn if not given.")] = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Draw cells as counts from a fitted generator, written while they are drawn."""
+    made = _generator(run, "generate").generate(
+        n_cells,
+        pairs("--where", where),
+        labels=None if labels is None else read_csv(labels, "--labels"),
+        prior=prior,
+        guidance=_guidance(guidance),
+        size_factor=size_factor,
+        steps=steps,
+        solver=solver,
+        seed=seed,
+        out=out,
+        progress=not quiet,
+    )
+    if not quiet:
+        typer.echo(f"{out}: {made.n_obs:,} cells")
+    made.file.close()
+
+
+def augment(
+    run: Run,
+    data: Cells,
+    out: Out,
+    by: Annotated[str, typer.Option(help="Attribute whose rare classes grow.")],
+    target_size: Annotated[int, typer.Option(help="Real and generated cells in all.")],
+    power: Annotated[float, typer.Option(help="Shares are proportional to (cells of the class)^(-power).")] = 1.0,
+    max_fold: Annotated[float | None, typer.Option(help="Most generated cells for a real one.")] = None,
+    min_cells: Annotated[int, typer.Option(help="Classes with fewer real cells are named.")] = 20,
+    split: Annotated[Path | None, typer.Option(help="Split file; only its training cells are taken.")] = None,
+    guidance: Weights = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Add generated cells to real ones, more of rare classes."""
+    from invirtuo import splits
+    from invirtuo.files import read_h5ad
+
+    adata = read_h5ad(data)
+    both = _generator(run, "augment").augment(
+        adata,
+        by,
+        target_size,
+        power=power,
+        max_fold=max_fold,
+        min_cells=min_cells,
+        split=None if split is None else splits.from_csv(split, adata.obs),
+        guidance=_guidance(guidance),
+        seed=seed,
+        progress=not quiet,
+    )
+    _write(both, out, quiet)
+
+
+def correct(
+    run: Run,
+    data: Cells,
+    out: Out,
+    batch: Annotated[str, typer.Option(help="Covariate whose effect is taken out.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Batch that cells are brought to; the largest if not given.")
+    ] = None,
+    guidance: Weights = None,
+    invert_with: Annotated[str, typer.Option(help="Labels on the way to noise: own or unconditional.")] = "own",
+    output: Annotated[str | None, typer.Option(help="Also decode corrected cells: mean or counts.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
+    solver: Solver = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Bring the cells of all batches to one batch."""
+    from invirtuo.files import read_h5ad
+
+    corrected = _generator(run, "correct").correct(
+        read_h5ad(data),
+        batch,
+        reference=reference,
+        guidance=_guidance(guidance),
+        invert_with=invert_with,
+        output=output,
+        steps=steps,
+        solver=solver,
+        seed=seed,
+        progress=not quiet,
+    )
+    _write(corrected, out, quiet)
+
+
+def impute(
+    run: Run,
+    data: Cells,
+    out: Out,
+    masked_fraction: Annotated[float, typer.Option(help="Share of the counts of a cell that is missing.")] = 0.0,
+    noise: Annotated[float, typer.Option(help="Jitter of the latent noise; above 0.1 it becomes another cell.")] = 0.05,
+    n_draws: Annotated[int, typer.Option(help="Jittered copies that are averaged.")] = 10,
+    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
+    solver: Solver = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write the means that the model expects for every entry into the layer "imputed"."""
+    from invirtuo.files import read_h5ad
+
+    options = {"masked_fraction": masked_fraction, "noise": noise, "n_draws": n_draws}
+    imputed = _generator(run, "impute").impute(
+        read_h5ad(data), **options, steps=steps, solver=solver, seed=seed, progress=not quiet
+    )
+    _write(imputed, out, quiet)
+
+
+def embed(
+    run: Run,
+    data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
+    out: Out,
+    quiet: Quiet = False,
+) -> None:
+    """Encode cells."""
+    from invirtuo.files import read_h5ad
+    from invirtuo.models import load
+
+    _write(load(run).embed(read_h5ad(data)), out, quiet)
+
+
+def _split(obs, design, split: str | None, hold_out: list[str] | None):
+    """The split that --split or --hold-out asks for; None trains on all cells."""
+    from invirtuo import splits
+
+    if split and hold_out:
+        raise ValueError("--split and --hold-out exclude each other; give one of them")
+    if hold_out:
+        return splits.hold_out(obs, design, [_condition(text) for text in hold_out])
+    if split is None:
+        return None
+    if Path(split).suffix == ".csv" or Path(split).is_file():
+        return splits.from_csv(Path(split), obs)
+    choices = {name: splits.SPLITS[name] for name in ("transfer", "combine", "combine_inverse")}
+    if split not in choices:
+        raise ValueError(f"--split is {split!r}; expected a file.csv or one of {', '.join(choices)}; or use --hold-out")
+    return choices[split](obs, design)
+
+
+def _generator(run: Path, verb: str) -> Any:
+    """The model of a folder, if it has the verb."""
+    from invirtuo.models import MODELS, load
+
+    model = load(run)
+    if not hasattr(model, verb):
+        able = [name for name, kind in MODELS.items() if hasattr(kind, verb)]
+        raise ValueError(f"{run} holds {model.name}, which cannot {verb}; models that can: {', '.join(able)}")
+    return model
+
+
+def _write(adata: Any, out: Path, quiet: bool) -> None:
+    from invirtuo.files import writing
+
+    with writing(out) as path:
+        adata.write_h5ad(path, compression="gzip")
+    if not quiet:
+        typer.echo(f"{out}: {adata.n_obs:,} cells")
+
+
+def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
+    """``2`` for all attributes, or ``cell_type=2 donor=1``."""
+    if not given:
+        return None
+    try:
+        if len(given) == 1 and "=" not in given[0]:
+            return float(given[0])
+        return {name: float(value) for name, value in pairs("--guidance", given).items()}
+    except ValueError as error:
+        raise ValueError(f"--guidance {' '.join(given)}: {error}; expected a number, or attribute=number") from error
+
+
+def _condition(text: str) -> str | dict[str, str]:
+    """``cell_type=B cell`` as a mapping, anything else as the name of a condition."""
+    column, equals, value = text.partition("=")
+    return {column: value} if equals else text
+
+
+def _with_fields(config: Any, assignments: list[str] | None) -> Any:
+    """A Config with fields replaced by ``field=value``; unknown fields and wrong types are errors."""
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for text in assignments or []:
+        name, equals, value = text.partition("=")
+        if not equals or name not in hints:
+            raise ValueError(f"cannot set {text!r}; expected field=value with a field of {', '.join(hints)}")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        changes[name] = _fitting(name, parsed, getattr(config, name))
+    return dataclasses.replace(config, **changes)
+
+
+def _fitting(name: str, value: Any, like: Any) -> Any:
+    """The value in the type of the field."""
+    if isinstance(like, bool) and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}; expected true or false")
+    if isinstance(like, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if like is not None and not isinstance(value, type(like)):
+        raise ValueError(f"{name}={value!r}; expected a value like {like!r}")
+    return value

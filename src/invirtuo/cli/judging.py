@@ -1,0 +1,192 @@
+"""Verbs that judge: scores, benchmarks, reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from invirtuo.cli.options import (
+    Control,
+    Covariate,
+    Out,
+    Perturbation,
+    Quiet,
+    Separator,
+    pairs,
+    print_scores,
+)
+
+
+def evaluate(
+    pred: Annotated[Path, typer.Argument(help="h5ad with predicted cells.")],
+    real: Annotated[Path, typer.Argument(help="h5ad with real cells, controls among them.")],
+    out: Out,
+    perturbation: Perturbation = None,
+    control: Control = None,
+    covariate: Covariate = None,
+    separator: Separator = "+",
+    metrics: Annotated[str | None, typer.Option(help="Names joined by commas; see `invirtuo list metrics`.")] = None,
+    n_pcs: Annotated[int, typer.Option(help="Principal components of mmd_pca.")] = 30,
+    controls: Annotated[str, typer.Option(help="real: real controls on both sides; pred: each file's own.")] = "real",
+    scale: Annotated[str, typer.Option(help="log1p; counts: normalised to the median depth first; auto.")] = "log1p",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Layer or obsm with the values, or pred=LAYER and real=LAYER.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score predicted cells against real cells; writes a tidy CSV."""
+    import invirtuo
+    from invirtuo.files import read_h5ad, writing
+
+    reality = read_h5ad(real)
+    design = invirtuo.Design.from_adata(
+        reality, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+    )
+    names = metrics.split(",") if metrics else None
+    options = {"n_pcs": n_pcs, "controls": controls, "scale": scale, "layer": _layers(layer)}
+    scores = invirtuo.evaluate(read_h5ad(pred), reality, design, names, **options)
+    with writing(out) as path:
+        scores.to_csv(path, index=False)
+    if not quiet:
+        print_scores(scores.assign(model=pred.stem))
+
+
+def judge(
+    real: Annotated[Path, typer.Argument(help="h5ad with real cells that no generator was trained on.")],
+    generated: Annotated[list[str], typer.Option(help="name=FILE with generated cells; may be given several times.")],
+    out: Out,
+    perturbation: Perturbation = None,
+    control: Control = None,
+    covariate: Covariate = None,
+    metrics: Annotated[str, typer.Option(help="Names or profiles joined by commas.")] = "generation",
+    n_pcs: Annotated[int, typer.Option(help="Principal components of metrics in that space.")] = 30,
+    min_cells: Annotated[int, typer.Option(help="Real cells that a class needs to be scored by itself.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the noise floor and of the cells drawn.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compare generated populations with real cells; writes tables and a report into a folder."""
+    from invirtuo.bench import judge as judge_
+    from invirtuo.design import Design
+    from invirtuo.files import read_h5ad
+
+    reality = read_h5ad(real)
+    design = Design.from_adata(reality, perturbation=perturbation, control=control, covariates=covariate or [])
+    sides = {name: read_h5ad(path) for name, path in pairs("--generated", generated).items()}
+    scores = judge_(
+        sides, reality, design, out, metrics=metrics.split(","), n_pcs=n_pcs, min_cells=min_cells, seed=seed
+    )
+    if not quiet:
+        print_scores(scores[scores["task"] == scores["task"].iloc[-1]])
+        typer.echo(f"report: {out / 'report.html'}")
+
+
+def benchmark(
+    tasks: Annotated[list[str], typer.Argument(help="Names of tasks; see `invirtuo list tasks`.")],
+    out: Out = Path("results"),
+    model: Annotated[
+        list[str] | None, typer.Option(help="MODEL, MODEL:PRESET or FILE.json; may be given several times.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 5,
+    engine: Annotated[str, typer.Option(help="local: processes on this machine; ray: a Ray cluster.")] = "local",
+    baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
+    metrics: Annotated[str | None, typer.Option(help="Names joined by commas, instead of those of the tasks.")] = None,
+    n_jobs: Annotated[int | None, typer.Option(help="Cells computed at a time.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each cell.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with data files.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit and score models on tasks with several seeds; goes on where it was stopped."""
+    from invirtuo import bench
+
+    scores = bench.benchmark(
+        tasks,
+        model,
+        seeds,
+        out,
+        engine,  # type: ignore[arg-type]
+        baselines=baselines,
+        metrics=metrics.split(",") if metrics else None,
+        n_jobs=n_jobs,
+        threads=threads,
+        data_dir=data_dir,
+        progress=not quiet,
+    )
+    if not quiet:
+        for task, part in scores.groupby("task", sort=False):
+            typer.echo(f"\n{task}")
+            print_scores(part)
+        typer.echo(f"\nreport: {out / 'report.html'}")
+    if failed := _failed(out / "costs.csv"):
+        typer.echo(f"invirtuo: {failed} cell(s) failed, see {out / 'costs.csv'}; run again to try them again", err=True)
+        raise typer.Exit(1)
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="MODEL, MODEL:PRESET or FILE.json.")],
+    task: Annotated[str, typer.Argument(help="Name of a task; its validation conditions are scored.")],
+    out: Out = Path("tuned"),
+    trials: Annotated[int, typer.Option(help="Number of trials, those of earlier runs included.")] = 20,
+    objective: Annotated[
+        str, typer.Option(help="metric=weight joined by commas; the sum is minimised.")
+    ] = "rmse_mean=1,rmse_mean_rank=0.1",
+    seed: Annotated[int, typer.Option(help="Of the search and of the fits.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads of each fit.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with data files.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Choose hyperparameters on the validation conditions of a task; goes on where it was stopped."""
+    from invirtuo import bench
+
+    best = bench.tune(
+        model,
+        task,
+        trials,
+        out,
+        objective=_weights(objective),
+        seed=seed,
+        threads=threads,
+        data_dir=data_dir,
+        progress=not quiet,
+    )
+    if not quiet:
+        typer.echo(f"best setting of {best.label}: {out / 'best.json'}; all trials: {out / 'trials.csv'}")
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder with scores.csv.")],
+    out: Out = Path("report.html"),
+) -> None:
+    """Write one HTML page about a folder of results."""
+    from invirtuo.report import write_report
+
+    typer.echo(f"report: {write_report(results, out)}")
+
+
+def _failed(costs: Path) -> int:
+    import pandas as pd
+
+    return int((pd.read_csv(costs)["status"] == "failed").sum())
+
+
+def _weights(text: str) -> dict[str, float]:
+    """``rmse_mean=1,rmse_mean_rank=0.1`` as a mapping."""
+    weights = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"--objective: {part!r}; expected metric=weight, for example rmse_mean=1") from None
+    return weights
+
+
+def _layers(given: list[str] | None) -> str | dict[str, str] | None:
+    """``X_hvg`` for both files, or ``pred=X_hvg`` for one of them."""
+    if not given or (len(given) == 1 and "=" not in given[0]):
+        return given[0] if given else None
+    named = dict(text.partition("=")[::2] for text in given)
+    if len(named) < len(given) or not set(named) <= {"pred", "real"}:
+        raise ValueError(f"--layer {' '.join(given)}; expected one name, or pred=NAME and real=NAME")
+    return named
