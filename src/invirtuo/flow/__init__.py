@@ -3,13 +3,14 @@
 from invirtuo.flow.coupling import exact_coupling, plan_pairs, sinkhorn
 from invirtuo.flow.guidance import composed, guided
 from invirtuo.flow.path import PATHS, PathSample, gaussian_velocity, linear_path, trigonometric_path
-from invirtuo.flow.solve import EVALUATIONS, SOLVERS, reversed_time, solve, time_grid
+from invirtuo.flow.solve import EVALUATIONS, SOLVERS, Trajectory, reversed_time, solve, time_grid, trajectory
 
 __all__ = [
     "EVALUATIONS",
     "PATHS",
     "SOLVERS",
     "PathSample",
+    "Trajectory",
     "composed",
     "exact_coupling",
     "gaussian_velocity",
@@ -20,5 +21,6 @@ __all__ = [
     "sinkhorn",
     "solve",
     "time_grid",
+    "trajectory",
     "trigonometric_path",
 ]

@@ -8,10 +8,13 @@ from invirtuo.nn.gaussian import gaussian_kl, gaussian_sample
 from invirtuo.nn.genewise import GenewiseVelocity
 from invirtuo.nn.mlp import MLP, BatchNormMLP, ModulatedBlock, NormMLP
 from invirtuo.nn.residual import LabelEmbedding, ResidualVelocity
+from invirtuo.nn.sparse_field import SharedField, TargetField
+from invirtuo.nn.sparsity import PENALTIES
 from invirtuo.nn.unet1d import UNet1d
 
 __all__ = [
     "MLP",
+    "PENALTIES",
     "BatchNormMLP",
     "ConditionEncoder",
     "CountLikelihood",
@@ -23,7 +26,9 @@ __all__ = [
     "PseudobulkAnchor",
     "ResidualVelocity",
     "SetTransformer",
+    "SharedField",
     "SizeFactor",
+    "TargetField",
     "UNet1d",
     "gaussian_kl",
     "gaussian_sample",
