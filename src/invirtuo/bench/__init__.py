@@ -1,8 +1,11 @@
 """Running models against each other under one protocol."""
 
+from invirtuo.bench.classify import label_probability, oversampled, rare_recall
 from invirtuo.bench.compare import compare
 from invirtuo.bench.demo import demo
 from invirtuo.bench.entry import Entry
+from invirtuo.bench.imputation import imputation_scores, trivial_answers
+from invirtuo.bench.integration import integration_scores
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.populations import judge
 from invirtuo.bench.run import benchmark
@@ -10,4 +13,20 @@ from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
 from invirtuo.bench.tune import tune
 
-__all__ = ["TASKS", "Entry", "Task", "benchmark", "compare", "demo", "judge", "paired_differences", "tune"]
+__all__ = [
+    "TASKS",
+    "Entry",
+    "Task",
+    "benchmark",
+    "compare",
+    "demo",
+    "imputation_scores",
+    "integration_scores",
+    "judge",
+    "label_probability",
+    "oversampled",
+    "paired_differences",
+    "rare_recall",
+    "trivial_answers",
+    "tune",
+]

@@ -1,4 +1,4 @@
-"""Generators of others, sampled from their priors: scVI, scANVI and PeakVI through scvi-tools (the extra ``scvi``)."""
+"""Models of others through scvi-tools (the extra ``scvi``): sampled from their priors, as embeddings, as imputation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["COMPARATORS", "sample_prior"]
+__all__ = ["COMPARATORS", "embedding", "posterior_mean", "sample_prior"]
 
 CELLS = 4096  # decoded at once
 
@@ -81,15 +81,73 @@ def sample_prior(
     with _quiet():
         scvi = _scvi()
         scvi.settings.seed = seed
-        known = train.copy()
-        for column in design.covariates:
-            known.obs[column] = known.obs[column].astype(str).astype("category")
+        known = _as_categories(train, list(design.covariates))
         module, decode, depths = COMPARATORS[name](scvi, known, list(design.covariates), epochs, progress, options)
         module.eval()
         counts = _drawn(partial(decode, module), depths, known, design, labels, seed)
     obs = labels[list(design.covariates)].reset_index(drop=True).astype("category")
     obs.index = [f"cell_{i}" for i in range(len(obs))]
     return anndata.AnnData(counts, obs=obs, var=train.var[[]].copy())
+
+
+def posterior_mean(train: AnnData, design: Design, *, epochs: int | None = None, seed: int = 0) -> np.ndarray:
+    """Train scVI on counts and give the mean of every gene of the same cells, (n, g), at their own total count.
+
+    Parameters
+    ----------
+    train, design, epochs, seed
+        As in :func:`sample_prior`: labels go to encoder and decoder.
+
+    References
+    ----------
+    Lopez et al. 2018, doi:10.1038/s41592-018-0229-2.
+    """
+    with _quiet():
+        scvi = _scvi()
+        scvi.settings.seed = seed
+        known = _as_categories(train, list(design.covariates))
+        model = _scvi_model(scvi, known, list(design.covariates), epochs, False, {})
+        shares = model.get_normalized_expression(library_size=1, return_numpy=True)
+    return shares * _totals(train)[:, None]
+
+
+def embedding(
+    name: str, adata: AnnData, batch: str, label: str, *, epochs: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """Train scVI or scANVI to take out a batch, and give the latent means of the same cells, (n, d).
+
+    Parameters
+    ----------
+    name
+        "scvi", which does not see the labels, or "scanvi", which does.
+    adata
+        Raw counts in X.
+    batch, label
+        Columns of obs.
+    epochs
+        Of scVI; None takes the rule of scvi-tools. scANVI goes on from scVI for a tenth of them.
+    seed
+        Of training.
+    """
+    if name not in ("scvi", "scanvi"):
+        raise ValueError(f"unknown embedding {name!r}; known: scvi, scanvi")
+    with _quiet():
+        scvi = _scvi()
+        scvi.settings.seed = seed
+        known = _as_categories(adata, [batch, label])
+        scvi.model.SCVI.setup_anndata(known, batch_key=batch, labels_key=label)
+        model = _train(scvi.model.SCVI(known, gene_likelihood="nb"), epochs, False)
+        if name == "scanvi":
+            model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="unknown label")
+            _train(model, None if epochs is None else max(1, epochs // 10), False)
+        return model.get_latent_representation()
+
+
+def _as_categories(adata: AnnData, columns: list[str]) -> AnnData:
+    known = adata.copy()
+    for column in columns:
+        known.obs[column] = known.obs[column].astype(str).astype("category")
+    return known
 
 
 @torch.no_grad()
@@ -128,10 +186,14 @@ def _train(model, epochs: int | None, progress: bool):
     return model
 
 
-def _make_scvi(scvi, adata, columns, epochs, progress, options):
+def _scvi_model(scvi, adata, columns, epochs, progress, options):
     scvi.model.SCVI.setup_anndata(adata, categorical_covariate_keys=columns or None)
     options = {"gene_likelihood": "nb", "encode_covariates": True, **options}
-    model = _train(scvi.model.SCVI(adata, **options), epochs, progress)
+    return _train(scvi.model.SCVI(adata, **options), epochs, progress)
+
+
+def _make_scvi(scvi, adata, columns, epochs, progress, options):
+    model = _scvi_model(scvi, adata, columns, epochs, progress, options)
 
     def decode(module, n, covariates, size):
         z = torch.randn(n, module.n_latent)

@@ -18,6 +18,7 @@ from invirtuo.bench.run import software, write_table
 from invirtuo.checks import looks_like_counts, some
 from invirtuo.files import read_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
+from invirtuo.metrics.cells import per_10k
 from invirtuo.report import write_report
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["judge"]
 
-DEPTH = 1e4
 DRAWN = 2000  # cells whose empty genes are drawn
 BY_CLASS, TOGETHER = "class by class", "all cells together"
 
@@ -121,10 +121,7 @@ def _logged(cells: AnnData | str | os.PathLike) -> AnnData:
     x = sparse.csr_matrix(adata.X, dtype=np.float32)
     logged = anndata.AnnData(x, obs=adata.obs.copy(), var=adata.var[[]].copy())
     if looks_like_counts(x):
-        total = np.asarray(x.sum(axis=1), dtype=np.float64).ravel()
-        scale = np.divide(DEPTH, total, out=np.zeros_like(total), where=total > 0)
-        logged.X = sparse.csr_matrix(sparse.diags_array(scale.astype(np.float32)) @ x).log1p()
-        logged.layers["counts"] = x
+        logged.X, logged.layers["counts"] = per_10k(x), x
     return logged
 
 

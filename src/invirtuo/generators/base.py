@@ -28,6 +28,7 @@ from invirtuo.dataset import CellDataset
 from invirtuo.files import read_h5ad, writing
 from invirtuo.fit import FitConfig
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
+from invirtuo.metrics.copies import copying
 from invirtuo.model import Model, SampleConfig, track
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
@@ -399,6 +400,7 @@ class CountGenerator(Model):
         min_cells: int = 20,
         split: pd.Series | None = None,
         guidance: Guidance = None,
+        check_copies: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> AnnData:
@@ -418,6 +420,9 @@ class CountGenerator(Model):
             Classes with fewer real cells are named in the log: what is generated for them may copy these cells.
         split
             As for fit: only "train" cells are taken. None takes all.
+        check_copies
+            Compare generated cells with the training cells nearest to them (:func:`invirtuo.metrics.copying`), beside
+            the other real cells of the split; the table stands in ``uns["invirtuo"]["copying"]``.
         guidance, seed, options
             As in :meth:`generate`; other attributes are drawn from the observed combinations.
 
@@ -437,9 +442,9 @@ class CountGenerator(Model):
             raise ValueError(
                 f"by={by!r} is not an attribute of this model; its attributes: {some(self.design.attributes)}"
             )
-        real = self._with_genes(counted(adata))
-        if split is not None:
-            real = real[(split.reindex(adata.obs_names) == "train").to_numpy()]
+        every = self._with_genes(counted(adata))
+        train = np.ones(adata.n_obs, bool) if split is None else split.reindex(adata.obs_names).to_numpy() == "train"
+        real = every[train]
         sizes = self.design.tidy(real.obs)[by].value_counts()
         sizes = sizes[sizes.index != self.design.unknown]
         if target_size <= real.n_obs:
@@ -458,6 +463,9 @@ class CountGenerator(Model):
         )
         both.obs["is_generated"] = np.arange(both.n_obs) >= real.n_obs
         both.uns["invirtuo"] = made.uns["invirtuo"] | {"augmented": json.dumps(counts), "by": by}
+        if check_copies:
+            others = None if train.all() else every[~train]
+            both.uns["invirtuo"]["copying"] = copying(made, real, others, by=by)
         return both
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from invirtuo.metrics import de, discrimination, distribution, generation, mean, population, rank, wilcoxon
 from invirtuo.metrics.baseline import score_against
+from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "Pair",
     "ceiling",
     "choose",
+    "copying",
     "de",
     "discrimination",
     "distribution",

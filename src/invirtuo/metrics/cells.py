@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "of_side"]
+__all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "of_side", "per_10k"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, mos
 FEW, ABSURD = 1e-2, 100.0  # but a model may overshoot in this share of the values above 0, and up to here
 FRACTION = 1e-3  # how far a count may lie from a whole number
 BLOCK = 4096  # cells read at a time in whole-file passes
+DEPTH = 1e4  # total count to which :func:`per_10k` brings each cell
 
 
 class Cells:
@@ -271,6 +272,15 @@ def _in_rows(x):
         x = x.copy()
         x.sum_duplicates()
     return x
+
+
+def per_10k(counts) -> sparse.csr_matrix:
+    """(n, g) log1p of counts per 10,000, CSR in float32; empty cells stay empty."""
+    logged = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
+    total = np.asarray(logged.sum(axis=1), dtype=np.float64).ravel()
+    scale = np.divide(DEPTH, total, out=np.zeros_like(total), where=total > 0)
+    logged.data = np.log1p(logged.data * np.repeat(scale, np.diff(logged.indptr)).astype(np.float32))
+    return logged
 
 
 def _log_normalised(block, size_factors: np.ndarray):

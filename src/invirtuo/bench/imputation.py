@@ -1,0 +1,101 @@
+"""How well hidden counts are filled in: distance and correlation at the hidden entries, beside trivial answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from invirtuo.checks import some
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["imputation_scores", "trivial_answers"]
+
+
+def imputation_scores(real: Any, imputed: Mapping[str, Any], mask: sparse.csr_matrix) -> pd.DataFrame:
+    """Mean absolute difference and Pearson correlation between hidden counts and what was filled in.
+
+    Parameters
+    ----------
+    real
+        (n, g) counts before entries were hidden.
+    imputed
+        Name to (n, g) values, dense or sparse; only hidden entries are looked at.
+    mask
+        (n, g) bool, the hidden entries.
+
+    Returns
+    -------
+    DataFrame, a row for each name: ``l1``, ``pearson``, the same of log1p (``l1_log``, ``pearson_log``), and ``mean``,
+    the mean of what was filled in; the first row is the truth. The correlation of a constant is NaN.
+
+    References
+    ----------
+    CFGen, arXiv:2407.11734, appendix I.6 and table 9.
+    """
+    if not mask.nnz:
+        raise ValueError("mask hides no entry; expected some, as from mask_entries")
+    rows = []
+    truth = _at(real, mask, "real")
+    for name, values in {"truth": real, **imputed}.items():
+        found = _at(values, mask, name)
+        logs = np.log1p(np.stack([found, truth]))
+        rows.append({
+            "model": name,
+            "l1": float(np.abs(found - truth).mean()),
+            "pearson": _correlation(found, truth),
+            "l1_log": float(np.abs(logs[0] - logs[1]).mean()),
+            "pearson_log": _correlation(*logs),
+            "mean": float(found.mean()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def trivial_answers(masked: AnnData, by: str, *, masked_fraction: float = 0.0) -> dict[str, np.ndarray]:
+    """Answers that need no model: 0, the mean of the gene, and the share of the gene in the class times the depth.
+
+    Parameters
+    ----------
+    masked
+        Counts with hidden entries set to 0.
+    by
+        Column of obs with the classes.
+    masked_fraction
+        Share of each cell's counts that is hidden; means and depths are raised by 1 / (1 - masked_fraction).
+
+    Returns
+    -------
+    Name to (n, g) means.
+    """
+    if by not in masked.obs:
+        raise ValueError(f"there is no column {by!r} in obs; found {some(masked.obs.columns)}")
+    x = sparse.csr_matrix(masked.X, dtype=np.float64)
+    kept = 1 - masked_fraction
+    names, group = np.unique(masked.obs[by].astype(str), return_inverse=True)
+    members = sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), (len(names), len(group)))
+    depth = np.asarray(x.sum(axis=1)).ravel()
+    share = (members @ x).toarray() / np.maximum(members @ depth, 1.0)[:, None]
+    return {
+        "nothing (0)": np.zeros(x.shape, dtype=np.float32),
+        "mean of the gene": np.broadcast_to(np.asarray(x.mean(axis=0)) / kept, x.shape),
+        "mean of the class x depth": (share[group] * depth[:, None] / kept).astype(np.float32),
+    }
+
+
+def _at(values: Any, mask: sparse.csr_matrix, name: str) -> np.ndarray:
+    """Values at the hidden entries, in their order."""
+    if values.shape != mask.shape:
+        raise ValueError(f"{name} has shape {values.shape}; expected that of the mask, {mask.shape}")
+    rows, columns = mask.nonzero()
+    if sparse.issparse(values):
+        values = sparse.csr_matrix(values)
+    return np.asarray(values[rows, columns], dtype=np.float64).ravel()
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else np.nan
