@@ -1,4 +1,4 @@
-"""Reference: gates, penalties, proximal steps, network and trajectories of the public code of PathReg, NGM and LassoNet.
+"""Reference: gates, penalties, proximal steps, network, trajectories of the code of PathReg, NGM and LassoNet.
 
 Made once with theislab/PathReg at 46263bb (MIT), alexisbellot/Graphical-modelling-continuous-time at 6020e68 (MIT) and
 lassonet; absolute 1e-6, relative 1e-5 in float32.

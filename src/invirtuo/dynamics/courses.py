@@ -1,0 +1,198 @@
+"""Time courses: the cells of one lineage of one donor in the order of time, their bins, smooth curves and slopes.
+
+Single cells are static measurements, no repeated ones of a trajectory: dynamics are fitted to means of bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from invirtuo.design import Design
+
+__all__ = ["Course", "binned", "courses", "local_fit", "reference", "rescaled", "smoothed"]
+
+
+class Course(NamedTuple):
+    """Measurements in the order of time.
+
+    Parameters
+    ----------
+    name
+        Covariate values joined by ``|``.
+    labels
+        Covariate to its value.
+    time
+        (n,), rising; equal times are allowed.
+    values
+        (n, g).
+    rows
+        (n,), rows of the AnnData (of bins: of their first cell).
+    error
+        (n, g), standard error of means of bins; None for single cells.
+    n_cells
+        (n,), cells behind each row.
+    """
+
+    name: str
+    labels: Mapping[str, str]
+    time: np.ndarray
+    values: np.ndarray
+    rows: np.ndarray
+    error: np.ndarray | None = None
+    n_cells: np.ndarray | None = None
+
+
+def courses(values: np.ndarray, obs: pd.DataFrame, design: Design, rows: np.ndarray | None = None) -> list[Course]:
+    """The courses of some cells: a course for every combination of covariates, sorted by name and time.
+
+    Parameters
+    ----------
+    values
+        (n, g), of all cells of `obs`.
+    rows
+        Cells to take; None takes all.
+
+    Raises
+    ------
+    ValueError
+        If the Design names no time.
+    """
+    if design.time is None:
+        raise ValueError("time courses need a Design with time=; name the column of obs with time or pseudotime")
+    rows = np.arange(len(obs)) if rows is None else np.asarray(rows)
+    part = obs.iloc[rows]
+    time = pd.to_numeric(part[design.time]).to_numpy(float)
+    groups = design.groups(part).to_numpy()
+    table = design.tidy(part)
+    found = []
+    for name in sorted(set(groups)):
+        mine = np.flatnonzero(groups == name)
+        mine = mine[np.argsort(time[mine], kind="stable")]
+        labels = {column: str(table[column].iloc[mine[0]]) for column in design.covariates}
+        found.append(Course(str(name), labels, time[mine], np.asarray(values)[rows[mine]], rows[mine]))
+    return found
+
+
+def reference(course: Course, *, head: int = 10, tail: int = 20, unique: Collection[str] = ("s2d1", "s2d4")) -> Course:
+    """A course as the public code of PathReg prepares it.
+
+    The first `head` and last `tail` cells are dropped, every gene is scaled to [0, 1] by its extremes **within the
+    course** (constant genes to 0), and so is time. Courses of the donors `unique` lose repeated times first.
+
+    References
+    ----------
+    theislab/PathReg, notebook of hematopoiesis.
+    """
+    time, values, rows = course.time, course.values.astype(np.float64), course.rows
+    if set(course.labels.values()) & set(unique):
+        keep = np.r_[True, np.diff(time) > 0]
+        time, values, rows = time[keep], values[keep], rows[keep]
+    if len(time) <= head + tail + 5:
+        raise ValueError(
+            f"{course.name}: {len(time)} cells; the reference preparation needs more than {head + tail + 5}"
+        )
+    cut = slice(head, len(time) - tail)
+    time, values, rows = time[cut], values[cut], rows[cut]
+    low, span = values.min(axis=0), np.ptp(values, axis=0)
+    values = np.divide(values - low, span, out=np.zeros_like(values), where=span > 0)
+    return course._replace(time=(time - time[0]) / max(time[-1] - time[0], 1e-12), values=values, rows=rows)
+
+
+def rescaled(course: Course) -> Course:
+    """Time of the course as a share of its range, trimmed at the 1st and 99th percentile of the cells and cut there.
+
+    Pseudotime has no unit: its range depends on the other cells of the donor. Only times are used, no expression.
+    """
+    low, high = np.quantile(course.time, [0.01, 0.99]) if len(course.time) >= 100 else course.time[[0, -1]]
+    return course._replace(time=np.clip((course.time - low) / max(high - low, 1e-12), 0.0, 1.0))
+
+
+def binned(course: Course, n_bins: int = 30, min_cells: int = 10) -> Course:
+    """Means and errors in bins of equal width, joined until each has `min_cells`; 0 bins: one for each time."""
+    time = course.time
+    if n_bins:
+        edges = np.linspace(time[0], time[-1], n_bins + 1)[1:-1]
+        bins = np.searchsorted(edges, time, side="right")
+    else:
+        bins, min_cells = np.unique(time, return_inverse=True)[1], 1
+    starts = _starts(bins, min_cells)
+    counts = np.diff(np.r_[starts, len(time)])[:, None]
+    mean = np.add.reduceat(course.values, starts, axis=0) / counts
+    square = np.add.reduceat((course.values - np.repeat(mean, counts[:, 0], axis=0)) ** 2, starts, axis=0)
+    error = np.sqrt(square / np.maximum(counts - 1, 1) / counts)
+    when = np.add.reduceat(time, starts) / counts[:, 0]
+    return course._replace(time=when, values=mean, rows=course.rows[starts], error=error, n_cells=counts[:, 0])
+
+
+def _starts(bins: np.ndarray, min_cells: int) -> np.ndarray:
+    """First cell of each bin; bins that are too small are joined with the next, the last with the one before."""
+    changes = np.flatnonzero(np.r_[True, np.diff(bins) > 0])
+    starts = [0]
+    for change in changes[1:]:
+        if change - starts[-1] >= min_cells:
+            starts.append(int(change))
+    if len(starts) > 1 and len(bins) - starts[-1] < min_cells:
+        starts.pop()
+    return np.array(starts)
+
+
+def smoothed(time: np.ndarray, values: np.ndarray, at: np.ndarray, bandwidth: float = 0.05) -> np.ndarray:
+    """Kernel mean (Nadaraya-Watson) with a Gaussian kernel at other times, (b, g)."""
+    weight = np.exp(-0.5 * ((np.asarray(at)[:, None] - time[None]) / bandwidth) ** 2)
+    total = weight.sum(axis=1, keepdims=True)
+    nearest = np.eye(len(time))[np.abs(np.asarray(at)[:, None] - time[None]).argmin(axis=1)]
+    return np.where(total > 1e-300, weight / np.maximum(total, 1e-300), nearest) @ values
+
+
+def local_fit(
+    time: np.ndarray, values: np.ndarray, bandwidth: float, *, degree: int = 2, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Local polynomial of a curve.
+
+    Parameters
+    ----------
+    time, values
+        (n,) and (n, g).
+    bandwidth
+        Of the Gaussian kernel; wider where fewer than degree + 2 points are near.
+    degree
+        Of the polynomials.
+    weights
+        (n,) of the points, for example numbers of cells.
+
+    Returns
+    -------
+    Values (n, g) and slopes (n, g) at the given times, and the leverage (n,) of each point on its own value.
+    """
+    gap = np.abs(time[:, None] - time[None])
+    reach = np.sort(gap, axis=1)[:, min(degree + 1, len(time) - 1)]
+    width = np.maximum(bandwidth, reach)
+    kernel = np.exp(-0.5 * (gap / width[:, None]) ** 2) * (1.0 if weights is None else weights[None])
+    offset = (time[None] - time[:, None]) / width[:, None]
+    design = offset[..., None] ** np.arange(degree + 1)  # (n, n, degree + 1)
+    weighted = kernel[..., None] * design
+    gram = np.einsum("nip,niq->npq", weighted, design)
+    gram += 1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(degree + 1)
+    rows = np.linalg.solve(gram, weighted.transpose(0, 2, 1))  # (n, degree + 1, n)
+    leverage = np.diagonal(rows[:, 0])
+    return rows[:, 0] @ values, rows[:, 1] @ values / width[:, None], leverage
+
+
+def best_bandwidth(
+    parts: Sequence[Course], choices: Sequence[float] = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3), *, degree: int = 2
+) -> float:
+    """The bandwidth, as a share of the time range, with the smallest leave-one-out error over courses and genes."""
+    errors = []
+    for choice in choices:
+        total = 0.0
+        for part in parts:
+            span = max(part.time[-1] - part.time[0], 1e-12)
+            fit, _, leverage = local_fit(part.time, part.values, choice * span, degree=degree, weights=part.n_cells)
+            left_out = (part.values - fit) / np.maximum(1 - leverage, 0.05)[:, None]
+            total += float(np.average(left_out**2, axis=0, weights=part.n_cells).mean())
+        errors.append(total)
+    return choices[int(np.argmin(errors))]
