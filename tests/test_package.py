@@ -20,12 +20,12 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "dynamics", "files", "genes", "multimodal"),
+        *("checks", "files", "genes", "multimodal"),
     },
     {"samplers", "datasets", "fit"},
     {"dataset"},
     {"model"},
-    {"generators"},
+    {"generators", "dynamics"},
     {"models"},
     {"bench"},
     {"cli"},

@@ -37,7 +37,7 @@ def run(sampler, layout, size, seed=0, **options):
 def test_same_seed_same_batches(name, timed):
     obs, design = timed
     layout = Layout.of(obs, design, np.arange(60))
-    first, second, other = (run(SAMPLERS[name], layout, 16, seed) for seed in (3, 3, 4))
+    first, second, *others = (run(SAMPLERS[name], layout, 16, seed) for seed in (3, 3, 4, 5, 6, 7))
     assert len(first) == len(second) > 0
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a.target, b.target)
@@ -45,7 +45,8 @@ def test_same_seed_same_batches(name, timed):
         if a.source is not None:
             np.testing.assert_array_equal(a.source, b.source)
             assert len(a.source) == len(a.target)
-    assert not np.array_equal(np.concatenate([r.target for r in first]), np.concatenate([r.target for r in other]))
+    rows = [np.concatenate([r.target for r in batches]) for batches in (first, *others)]
+    assert not all(np.array_equal(rows[0], other) for other in rows[1:])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -55,6 +56,16 @@ def test_rows_come_from_the_layout(name, timed):
     for batch in run(SAMPLERS[name], Layout.of(obs, design, rows), 16):
         assert np.isin(batch.target, rows).all()
         assert batch.source is None or np.isin(batch.source, rows).all()
+
+
+def test_courses_are_whole_and_in_the_order_of_time(timed):
+    obs, design = timed
+    layout = Layout.of(obs, design, np.arange(60))
+    (batch,) = run(SAMPLERS["courses"], layout, 60)
+    np.testing.assert_array_equal(obs["cell"].iloc[batch.target], ["x"] * 40 + ["y"] * 20)
+    for cell in "xy":
+        assert np.all(np.diff(obs["hours"].iloc[batch.target][obs["cell"].iloc[batch.target] == cell]) >= 0)
+    assert sorted(len(b.target) for b in run(SAMPLERS["courses"], layout, 16)) == [20, 40]
 
 
 def test_layout(toy, design, layout):

@@ -34,6 +34,8 @@ class CellDataset:
         Which columns of obs mean what.
     split
         (n,) "train", "val", "test" for each cell, indexed like obs; None puts every cell into "train".
+    signed
+        Whether values below zero are data, as in synthetic systems.
 
     Raises
     ------
@@ -51,9 +53,9 @@ class CellDataset:
     True
     """
 
-    def __init__(self, adata: AnnData, design: Design, split: pd.Series | None = None):
+    def __init__(self, adata: AnnData, design: Design, split: pd.Series | None = None, *, signed: bool = False):
         check_genes(adata)
-        check_values(adata)
+        check_values(adata, allow_negative=signed)
         self.design = design
         self.obs = adata.obs
         self.genes = adata.var_names.astype(str).to_numpy()

@@ -53,7 +53,7 @@ class FitConfig:
     lr: float = 1e-3  # highest learning rate
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: str = "cosine"  # "cosine" falls to 0 at the last step; "constant"
+    schedule: str = "cosine"  # "cosine" falls to 0 at the last step; "constant"; "plateau" halves if the loss stalls
     warmup: int = 100  # steps of linear warm-up
     clip: float = 5.0  # largest global gradient norm; 0 leaves gradients alone
     ema: float = 0.999  # decay of the averaged weights, which are the ones kept; 0 keeps the plain ones
@@ -73,7 +73,7 @@ class FitConfig:
         """Refuse values that cannot be meant."""
         choices = {
             "optimizer": ("adam", "adamw"),
-            "schedule": ("cosine", "constant"),
+            "schedule": ("cosine", "constant", "plateau"),
             "precision": ("auto", "fp32", "bf16"),
             "keep": ("last", "best"),
         }
@@ -240,10 +240,11 @@ class _Training:
         self.model, self.dataset, self.config, self.folder = model, dataset, config, folder
         self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.optimizer = _optimizer(model, config)
+        self.plateau = _plateau(self.optimizer) if config.schedule == "plateau" else None
         self.bf16 = use_bf16(config)
         self.data_hash = _data_hash(dataset)
         self.losses_of = torch.compile(model.update) if config.compile else model.update
-        self.step = 0
+        self.step, self.lr = 0, config.lr
         self.history: list[dict[str, float]] = []
         self.best, self.waited, self.stopped = math.inf, 0, False
         self.best_weights: dict[str, Tensor] | None = None
@@ -257,7 +258,7 @@ class _Training:
 
     def loss(self, batch: Batch, batch_index: int, rank: int) -> dict[str, Tensor]:
         """Losses of one batch, with the noise of its number."""
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups if self.plateau is None else []:
             group["lr"] = learning_rate(self.config, self.step)
         number = self.step * self.config.accumulate + batch_index % self.config.accumulate
         torch.manual_seed(_seed(self.config.seed, number, rank))
@@ -274,6 +275,10 @@ class _Training:
         """Count a step, average weights, validate, record and save when it is time; gives validation losses."""
         config, folder = self.config, self.folder
         self.step += 1
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.model.project(self.lr)
+        if self.plateau is not None:
+            self.plateau.step(float(self._losses["total"].detach()))
         if self.average is not None:
             _move_average(self.average, self.model, min(config.ema, (1 + self.step) / (10 + self.step)))
         last = self.step == config.steps
@@ -294,7 +299,7 @@ class _Training:
 
     def _record(self, validation: dict[str, float]) -> None:
         seconds = self.elapsed + time.perf_counter() - self.began
-        row = {"step": self.step, "seconds": round(seconds, 3), "lr": learning_rate(self.config, self.step - 1)}
+        row = {"step": self.step, "seconds": round(seconds, 3), "lr": self.lr}
         row |= {f"train_{k}": float(v.detach()) for k, v in self._losses.items()}
         self.history.append(row | {f"val_{k}": v for k, v in validation.items()})
 
@@ -329,6 +334,7 @@ class _Training:
             "seconds": self.elapsed + time.perf_counter() - self.began,
             "history": self.history,
             "optimizer": optimizer["param_groups"],
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
         }
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         with writing(path) as partial:
@@ -356,6 +362,8 @@ class _Training:
         self.optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]})
         for parameter, values in self.optimizer.state.items():  # the fused step needs the memory layout of the weights
             values |= {k: torch.empty_like(parameter).copy_(v) for k, v in values.items() if v.ndim}
+        if self.plateau is not None:
+            self.plateau.load_state_dict(facts["plateau"])
         self.best_weights = part("best") or None
         self.bf16 = facts["bf16"]  # as measured when the fit began
         self.step, self.best, self.waited = facts["step"], facts["best"], facts["waited"]
@@ -373,6 +381,12 @@ def _optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     parameters = [p for p in model.parameters() if p.requires_grad]
     return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
+
+
+def _plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """Halves the learning rate after 20 steps without a new lowest loss, as the public code of PathReg does."""
+    kind = torch.optim.lr_scheduler.ReduceLROnPlateau
+    return kind(optimizer, factor=0.5, patience=20, threshold=1e-6, min_lr=1e-16, eps=0.0)
 
 
 @torch.no_grad()

@@ -103,6 +103,7 @@ class Model(nn.Module):
     sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
+    signed: bool = False  # whether values below zero are data; `build` may choose
     verb: ClassVar[str] = "predict"  # what it is for; to "generate", "embed" or "forecast" needs no perturbation
     stage: str = ""  # the part that is being trained, while `fit` runs and the model has stages
 
@@ -156,6 +157,13 @@ class Model(nn.Module):
         The budget of `config` is divided among them. A model that is trained as a whole has the one stage "".
         """
         return {"": config}
+
+    def trained(self, stage: str) -> Iterator[nn.Parameter]:
+        """Parameters that a stage trains: those of the submodule of that name."""
+        return self.parameters() if not stage else self.get_submodule(stage).parameters()
+
+    def project(self, lr: float) -> None:
+        """Bring parameters to where they may be, after an optimiser step of this learning rate: proximal steps."""
 
     def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
         """The cells as the stage sees them: the model may put latent vectors of an earlier stage in their place."""
@@ -214,7 +222,7 @@ class Model(nn.Module):
             raise ValueError(f"config is a {type(config).__name__}; expected a FitConfig")
         self._check_space(adata)
         adata = self._with_genes(adata)
-        dataset = CellDataset(adata, self.design, split)
+        dataset = CellDataset(adata, self.design, split, signed=self.signed)
         self._check_labels(dataset)
         self.card = {}  # a fit that fails leaves an unfitted model
         self.prepare(dataset)
@@ -242,7 +250,7 @@ class Model(nn.Module):
     def _training(self, stage: str) -> Iterator[None]:
         """Let only the parameters of one stage be trained; "" trains all."""
         learned = [p for p in self.parameters() if p.requires_grad]
-        chosen = set(map(id, learned if not stage else self.get_submodule(stage).parameters()))
+        chosen = set(map(id, self.trained(stage)))
         self.stage = stage
         for parameter in learned:
             parameter.requires_grad_(id(parameter) in chosen)
@@ -318,6 +326,8 @@ class Model(nn.Module):
         """
         import anndata
 
+        if self.verb in ("embed", "forecast"):
+            raise ValueError(f"{self.name} is made to {self.verb} and does not predict populations; call {self.verb}")
         self._check_fitted()
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; expected at least 1")

@@ -23,6 +23,7 @@ __all__ = [
     "Rows",
     "Sampler",
     "cells",
+    "courses",
     "mapped_sets",
     "named",
     "pairs",
@@ -200,7 +201,27 @@ def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Ite
         yield Rows(layout.rows[target], layout.rows[source])
 
 
-SAMPLERS = {"cells": cells, "pairs": pairs, "sets": sets, "time_pairs": time_pairs}
+def courses(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+    """Whole time courses: all cells of a group in the order of time, as many groups as hold `batch_size` cells.
+
+    A group larger than that is a batch by itself. Groups that fit into one batch come in the order of their names.
+    """
+    if layout.time is None:
+        raise ValueError("time courses need a Design with time=; name the column of obs that holds time")
+    order = np.lexsort([layout.time, layout.group])
+    parts = np.split(order, np.flatnonzero(np.diff(layout.group[order])) + 1)
+    if len(order) > batch_size:
+        parts = [parts[i] for i in rng.permutation(len(parts))]
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        if waiting and sum(map(len, waiting)) + len(part) > batch_size:
+            yield Rows(layout.rows[np.concatenate(waiting)])
+            waiting = []
+        waiting.append(part)
+    yield Rows(layout.rows[np.concatenate(waiting)])
+
+
+SAMPLERS = {"cells": cells, "pairs": pairs, "sets": sets, "time_pairs": time_pairs, "courses": courses}
 
 
 def named(name: str | Sampler, set_size: int) -> Sampler:
