@@ -1,20 +1,26 @@
-"""Which genes vary more than their mean explains: the seurat_v3 choice, without Fortran.
+"""Genes: which vary more than their mean explains (seurat_v3, without Fortran), and vectors that stand for them.
 
 It knows counts and batches, not perturbations.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 from scipy.interpolate import CubicHermiteSpline
+
+from invirtuo.checks import some
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["loess", "normalised_variance", "variable_genes"]
+__all__ = ["hashed_vectors", "loess", "normalised_variance", "read_vectors", "variable_genes"]
 
 CELL = 0.2  # a cell of the loess tree holds at most span * CELL of the points
 MARGIN = 0.005  # by which the box of the tree exceeds the data
@@ -149,3 +155,56 @@ def _local_fit(x: np.ndarray, y: np.ndarray, at: float, n_near: int) -> tuple[fl
     basis = np.vander(x[near] - at, 3, increasing=True) * weight[:, None]
     coefficients = np.linalg.lstsq(basis, y[near] * weight, rcond=None)[0]
     return coefficients[0], coefficients[1]
+
+
+def hashed_vectors(genes: Sequence[str], width: int) -> np.ndarray:
+    """Random vectors that depend on the name of a gene alone.
+
+    Returns
+    -------
+    (g, width), standard normal.
+
+    Examples
+    --------
+    >>> bool((hashed_vectors(["ISG15", "CD3D"], 4)[1] == hashed_vectors(["CD3D"], 4)[0]).all())
+    True
+    """
+    seeds = [int.from_bytes(hashlib.blake2b(str(gene).encode(), digest_size=8).digest(), "big") for gene in genes]
+    return np.stack([np.random.default_rng(seed).standard_normal(width) for seed in seeds])
+
+
+def read_vectors(path: str | Path, genes: Sequence[str]) -> np.ndarray:
+    """Read vectors of genes from a file.
+
+    Parameters
+    ----------
+    path
+        ``.npz`` with `genes` (names) and `emb` (one row for each), as gene2vec is shipped; or ``.csv`` / ``.tsv`` with
+        names in the first column and one header line.
+    genes
+        Names of the g genes that are wanted.
+
+    Returns
+    -------
+    (g, d) float64, rows of NaN for genes without a vector.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read or names a gene twice.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                table = pd.DataFrame(arrays["emb"].astype(np.float64), index=arrays["genes"].astype(str))
+        else:
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=0).astype(np.float64)
+    except (OSError, ValueError, LookupError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} holds no vectors of genes ({error}); expected .npz with genes and emb, or .csv or .tsv with names "
+            "in the first column"
+        ) from error
+    if not table.index.is_unique:
+        raise ValueError(f"{path} names gene(s) {some(table.index[table.index.duplicated()])} twice; keep one of each")
+    return table.reindex([str(gene) for gene in genes]).to_numpy()

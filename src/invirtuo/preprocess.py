@@ -38,11 +38,13 @@ __all__ = [
     "perturbench",
     "require_counts",
     "require_log",
+    "with_embedding",
 ]
 
 log = logging.getLogger(__name__)
 
 TOTAL = "total_counts"  # obs column that normalize writes
+EMBEDDED = "invirtuo_obsm"  # entry of uns: key of obsm -> the weights that made it
 
 
 def normalize(
@@ -325,6 +327,39 @@ def _positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
     if missing:
         raise ValueError(f"keep: {len(missing)} genes are not in the data: {some(missing)}")
     return positions
+
+
+def with_embedding(adata: AnnData, embedded: AnnData, key: str = "X_state") -> AnnData:
+    """Put an embedding of cells beside their expression.
+
+    Parameters
+    ----------
+    adata
+        Cells; a copy is returned.
+    embedded
+        What ``model.embed(adata)`` gave, the same cells in the same order.
+    key
+        Entry of obsm.
+
+    Returns
+    -------
+    AnnData with ``obsm[key]``, and in ``uns["invirtuo_obsm"][key]`` which weights made it.
+
+    Raises
+    ------
+    ValueError
+        If the cells are not the same.
+    """
+    if not adata.obs_names.equals(embedded.obs_names):
+        raise ValueError(
+            f"the embedding has {embedded.n_obs} cells that are not the {adata.n_obs} given ones in their order; embed "
+            "these cells"
+        )
+    new = adata.copy()
+    new.obsm[key] = np.asarray(embedded.X, np.float32)
+    made_by = embedded.uns.get("invirtuo", {}).get("checkpoint", "")
+    new.uns[EMBEDDED] = {**new.uns.get(EMBEDDED, {}), key: made_by}
+    return new
 
 
 def _variable(new: AnnData, n_genes: int, train: np.ndarray, flavor: str) -> np.ndarray:

@@ -232,13 +232,19 @@ def embed(
     run: Run,
     data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
     out: Out,
+    key: Annotated[
+        str | None, typer.Option(help="Write the given cells with the embedding in obsm under this key.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Encode cells."""
+    """Encode cells: a file of embeddings, or with --key the given cells with their embedding in obsm."""
     from invirtuo.files import read_h5ad
     from invirtuo.models import load
+    from invirtuo.preprocess import with_embedding
 
-    _write(load(run).embed(read_h5ad(data)), out, quiet)
+    adata = read_h5ad(data)
+    embedded = load(run).embed(adata)
+    _write(embedded if key is None else with_embedding(adata, embedded, key), out, quiet)
 
 
 def _split(obs, design, split: str | None, hold_out: list[str] | None):

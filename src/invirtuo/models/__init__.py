@@ -18,6 +18,7 @@ from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean, Ridge
 from invirtuo.models.primeflow import PRiMeFlow
 from invirtuo.models.sams_vae import SAMSVAE
+from invirtuo.models.state_embedding import StateEmbedding
 from invirtuo.models.state_transition import StateTransition
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PRiMeFlow",
     "PerturbationMean",
     "Ridge",
+    "StateEmbedding",
     "StateTransition",
     "load",
 ]
@@ -47,6 +49,7 @@ MODELS: dict[str, type[Model]] = {
         PRiMeFlow,
         FMPCA,
         StateTransition,
+        StateEmbedding,
         CPA,
         SAMSVAE,
         Biolord,

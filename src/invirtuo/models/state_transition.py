@@ -37,6 +37,7 @@ from invirtuo.design import Design
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn.attention import SetTransformer, pad, windows
+from invirtuo.preprocess import EMBEDDED
 from invirtuo.samplers import Sampler, mapped_sets, without
 from invirtuo.transforms import PCA
 
@@ -225,6 +226,7 @@ class StateTransition(Model):
         if config.confidence:
             self.confidence_head = funnel([width, width // 2, width // 4, 1])
         self._start: dict[str, Tensor] = {}
+        self._encoder: str | None = None
 
     def _find_batch(self) -> str:
         """Name of the covariate that is the batch, or ""."""
@@ -313,10 +315,25 @@ class StateTransition(Model):
                 f"expected obsm[{key!r}] of width {self.n_in}; found {found or 'no obsm'}. Embed the cells first, or "
                 "change obsm and n_embedding"
             )
+        self._check_encoder(adata.uns.get(EMBEDDED, {}).get(key, ""))
         z = np.asarray(adata.obsm[key], np.float32)
         x = sparse.hstack([sparse.csr_matrix(part) for part in (adata.X, z.clip(0), (-z).clip(0))], format="csr")
         names = [*self.genes, *(f"{key}{sign}{i}" for sign in "+-" for i in range(self.n_in))]
         return anndata.AnnData(x, obs=adata.obs, var=pd.DataFrame(index=names))
+
+    def _check_encoder(self, checkpoint: str) -> None:
+        """Refuse embeddings of another encoder than the one whose embeddings were seen before."""
+        known = self.card.get("encoder", self._encoder)
+        if known not in (None, checkpoint):
+            raise ValueError(
+                f"obsm[{self.config.obsm!r}] was made by the encoder {checkpoint or 'of unknown origin'}; this model "
+                f"knows those of {known or 'unknown origin'}. Embed the cells with the same encoder, or make a new model"
+            )
+        self._encoder = checkpoint
+
+    def facts(self, dataset: CellDataset) -> dict[str, Any]:
+        """The encoder whose embeddings were learned from."""
+        return {} if self.config.space != "obsm" else {"encoder": self._encoder}
 
     def prepare(self, dataset: CellDataset) -> None:
         """Fit principal components to training cells, unless those of an earlier model are kept."""
@@ -481,6 +498,7 @@ class StateTransition(Model):
         if self.config.space == "pca" and new.genes != self.genes:
             raise ValueError("principal components are those of the first data set; expected the same genes in order")
         new.transforms = dict(self.transforms)
+        new._encoder = self.card.get("encoder")
         shared = len(set(self.genes) & set(new.genes))
         if not self.embedded and shared < min_shared * new.n_genes:
             raise ValueError(

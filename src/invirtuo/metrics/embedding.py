@@ -1,0 +1,103 @@
+"""How much an embedding knows of labels: what a small network reads from it, and how far labels lie apart."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["label_scores"]
+
+
+def label_scores(
+    embedding: np.ndarray, labels: Any, *, groups: Any = None, test_size: float = 0.2, seed: int = 0
+) -> pd.DataFrame:
+    """Score a classifier of the labels that reads the embedding, in every group on its own.
+
+    The network has one hidden layer of 256 (ReLU, Adam with 0.001, at most 50 passes, stopped early on a tenth of its
+    training cells) and sees standardised embeddings. A fifth of the cells of every label is for the test.
+
+    Parameters
+    ----------
+    embedding
+        (n, d).
+    labels
+        (n,), what is guessed, for example the perturbation or the type of a cell.
+    groups
+        (n,), for example the cell line of each cell; None: one group.
+    test_size, seed
+        Share of test cells, and the seed of their choice and of the network.
+
+    Returns
+    -------
+    One row per group: `group`, `n_labels`, `accuracy`, `balanced_accuracy`, `f1` (macro), `auroc` (macro, one against
+    the rest), `silhouette` (of the labels, on at most 5,000 cells; between -1 and 1).
+
+    Raises
+    ------
+    ValueError
+        If lengths differ, values are not finite, or a group has fewer than two labels of at least five cells.
+
+    References
+    ----------
+    Adduri et al. 2025, doi:10.1101/2025.06.26.661135, section 5.7.3.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> z, kind = rng.normal(size=(200, 5)), np.repeat(["T", "B"], 100)
+    >>> z[:100] += 5
+    >>> float(label_scores(z, kind)["accuracy"].iloc[0])
+    1.0
+    """
+    embedding, labels = np.asarray(embedding, np.float32), np.asarray(labels).astype(str)
+    groups = np.full(len(labels), "all") if groups is None else np.asarray(groups).astype(str)
+    if embedding.ndim != 2 or not len(embedding) == len(labels) == len(groups):
+        raise ValueError(
+            f"embedding has shape {embedding.shape}, with {len(labels)} labels and {len(groups)} groups; expected "
+            "a row, a label and a group for each cell"
+        )
+    if not np.isfinite(embedding).all():
+        raise ValueError("the embedding holds values that are not finite; expected numbers only")
+    rows = []
+    for group in np.unique(groups):
+        here = groups == group
+        names, counts = np.unique(labels[here], return_counts=True)
+        here &= np.isin(labels, names[counts >= 5])
+        if (counts >= 5).sum() < 2:
+            raise ValueError(f"group {group!r} has {(counts >= 5).sum()} label(s) of at least five cells; expected two")
+        rows.append({"group": group} | _scores(embedding[here], labels[here], test_size, seed))
+    return pd.DataFrame(rows)
+
+
+def _scores(z: np.ndarray, labels: np.ndarray, test_size: float, seed: int) -> dict[str, float]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score, silhouette_score
+    from sklearn.model_selection import train_test_split
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    z_train, z_test, y_train, y_test = train_test_split(
+        z, labels, test_size=test_size, stratify=labels, random_state=seed
+    )
+    early = len(z_train) >= 10 * len(np.unique(labels))
+    network = MLPClassifier(
+        (256,), max_iter=50, early_stopping=early, random_state=seed, batch_size=min(200, len(z_train))
+    )
+    model = make_pipeline(StandardScaler(), network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 50 passes are the protocol
+        model.fit(z_train, y_train)
+    chances, guessed = model.predict_proba(z_test), model.predict(z_test)
+    two = len(model.classes_) == 2
+    return {
+        "n_labels": len(model.classes_),
+        "accuracy": float((guessed == y_test).mean()),
+        "balanced_accuracy": float(balanced_accuracy_score(y_test, guessed)),
+        "f1": float(f1_score(y_test, guessed, average="macro")),
+        "auroc": float(roc_auc_score(y_test, chances[:, 1] if two else chances, multi_class="raise" if two else "ovr")),
+        "silhouette": float(silhouette_score(z, labels, sample_size=min(5000, len(z)), random_state=seed)),
+    }
