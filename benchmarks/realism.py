@@ -23,17 +23,20 @@ import pandas as pd
 import invirtuo as iv
 from invirtuo.bench import judge
 from invirtuo.bench.comparators import COMPARATORS, sample_prior
+from invirtuo.genes import variable_genes
 
 logger = logging.getLogger(__name__)
 
 MIN_CELLS = 20  # training cells in which a gene must be seen (CFGen, appendix F)
 
 
-def divided(adata, seed: int):
-    """Training and held-out cells, with the genes that enough training cells have."""
+def divided(adata, seed: int, n_genes: int | None = None):
+    """Training and held-out cells, with the genes that enough training cells have, or the most variable of these."""
     held_out = np.random.default_rng(seed).random(adata.n_obs) < 1 / 3
     train, test = adata[~held_out], adata[held_out]
     genes = np.asarray((train.X > 0).sum(axis=0)).ravel() >= MIN_CELLS
+    if n_genes is not None:
+        genes = np.flatnonzero(genes)[variable_genes(train.X[:, genes], n_genes)]
     return train[:, genes].copy(), test[:, genes].copy()
 
 
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", default="pbmc3k")
     parser.add_argument("--models", nargs="*", default=["cfgen", "cellflow_counts", "independent_nb", "scvi"])
     parser.add_argument("--by", nargs="*", default=["cell_type"])
+    parser.add_argument("--genes", type=int, help="most variable genes of the training cells; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data-dir")
     parser.add_argument("--out", type=Path, default=Path("realism"))
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     design = iv.Design.from_adata(adata, covariates=args.by)
     tables, costs = [], []
     for seed in range(args.seeds):
-        train, test = divided(adata, seed)
+        train, test = divided(adata, seed, args.genes)
         labels = test.obs[args.by].reset_index(drop=True)
         sides = {}
         for name in args.models:

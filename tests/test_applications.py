@@ -17,7 +17,9 @@ from invirtuo.bench import (
     integration,
     integration_scores,
     label_probability,
+    marker_correlation,
     oversampled,
+    populations,
     rare_recall,
     trivial_answers,
 )
@@ -139,6 +141,30 @@ def test_label_probability(cells):
     assert [*found.columns] == ["a", "b", "rare"] and [*found.index] == [*truth.index]
     assert found.loc[truth == "a", "a"].mean() > 0.8
     assert found.loc[truth == "b", "a"].mean() < 0.2
+
+
+def test_marker_correlation(cells):
+    half, other = cells[:200], cells[200:]
+    table = marker_correlation(half, other, "kind", min_cells=5).set_index("kind")
+    assert set(table.index) == {"a", "b", "rare"} and (table > 0.9).loc[["a", "b"]].all(axis=None)
+    mean = {k: per_10k(x[(x.obs["kind"] == "a").to_numpy()].X).mean(axis=0) for k, x in {"p": half, "r": other}.items()}
+    expected = np.corrcoef(np.asarray(mean["p"]).ravel(), np.asarray(mean["r"]).ravel())[0, 1]
+    assert table.loc["a", "pearson"] == pytest.approx(expected, rel=1e-5)
+    swapped = half.copy()
+    swapped.obs["kind"] = swapped.obs["kind"].map({"a": "b", "b": "a", "rare": "rare"})
+    wrong = marker_correlation(swapped, other, "kind", min_cells=5).set_index("kind")
+    assert wrong.loc["a", "pearson_centred"] < 0 < table.loc["a", "pearson_centred"]
+    assert set(marker_correlation(half, other, "kind", ["g0", "g9"])["kind"]) == {"a", "b"}
+    with pytest.raises(ValueError, match="no class of 'kind' has 1000 cells in both"):
+        marker_correlation(half, other, "kind", min_cells=1000)
+
+
+def test_markers_among_peaks_are_shares_of_open_cells():
+    x = sparse.csr_matrix(np.array([[5.0, 5.0, 1.0, 0.0], [2.0, 8.0, 0.0, 0.0]]))
+    genes = ["a", "b", "atac:1", "atac:2"]
+    cells = ad.AnnData(x, obs=pd.DataFrame({"kind": ["k", "k"]}, index=["1", "2"]), var=pd.DataFrame(index=genes))
+    expected = [np.log1p([5000, 2000]).mean(), np.log1p([5000, 8000]).mean(), 0.5, 0.0]
+    np.testing.assert_allclose(populations._profiles(cells, "kind", genes, 2).loc["k"], expected, rtol=1e-5)
 
 
 # ---- hidden counts -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from invirtuo.bench.entry import Entry
 from invirtuo.bench.imputation import imputation_scores, trivial_answers
 from invirtuo.bench.integration import integration_scores
 from invirtuo.bench.paired import paired_differences
-from invirtuo.bench.populations import judge
+from invirtuo.bench.populations import judge, marker_correlation
 from invirtuo.bench.run import benchmark
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
@@ -24,6 +24,7 @@ __all__ = [
     "integration_scores",
     "judge",
     "label_probability",
+    "marker_correlation",
     "oversampled",
     "paired_differences",
     "rare_recall",

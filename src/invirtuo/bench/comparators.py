@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["COMPARATORS", "embedding", "posterior_mean", "sample_prior"]
+__all__ = ["COMPARATORS", "embeddings", "posterior_mean", "sample_prior"]
 
 CELLS = 4096  # decoded at once
 
@@ -111,36 +111,42 @@ def posterior_mean(train: AnnData, design: Design, *, epochs: int | None = None,
     return shares * _totals(train)[:, None]
 
 
-def embedding(
-    name: str, adata: AnnData, batch: str, label: str, *, epochs: int | None = None, seed: int = 0
-) -> np.ndarray:
-    """Train scVI or scANVI to take out a batch, and give the latent means of the same cells, (n, d).
+def embeddings(
+    adata: AnnData, batch: str, label: str, *, epochs: int | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Train scVI and, from there, scANVI to take out a batch; latent means of the same cells.
 
     Parameters
     ----------
-    name
-        "scvi", which does not see the labels, or "scanvi", which does.
     adata
         Raw counts in X.
     batch, label
-        Columns of obs.
+        Columns of obs; scVI does not see the labels, scANVI does.
     epochs
-        Of scVI; None takes the rule of scvi-tools. scANVI goes on from scVI for a tenth of them.
+        Of scVI, the weight of its KL term rising over the first half; None takes the rules of scvi-tools. scANVI goes
+        on for a tenth of them.
     seed
         Of training.
+
+    Returns
+    -------
+    Latent means (n, d) by "scvi" and "scanvi".
+
+    References
+    ----------
+    Lopez et al. 2018, doi:10.1038/s41592-018-0229-2; Xu et al. 2021, doi:10.15252/msb.20209620.
     """
-    if name not in ("scvi", "scanvi"):
-        raise ValueError(f"unknown embedding {name!r}; known: scvi, scanvi")
     with _quiet():
         scvi = _scvi()
         scvi.settings.seed = seed
         known = _as_categories(adata, [batch, label])
         scvi.model.SCVI.setup_anndata(known, batch_key=batch, labels_key=label)
-        model = _train(scvi.model.SCVI(known, gene_likelihood="nb"), epochs, False)
-        if name == "scanvi":
-            model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="unknown label")
-            _train(model, None if epochs is None else max(1, epochs // 10), False)
-        return model.get_latent_representation()
+        plan = {} if epochs is None else {"plan_kwargs": {"n_epochs_kl_warmup": max(1, epochs // 2)}}
+        first = _train(scvi.model.SCVI(known, gene_likelihood="nb"), epochs, False, **plan)
+        found = {"scvi": first.get_latent_representation()}
+        second = scvi.model.SCANVI.from_scvi_model(first, unlabeled_category="unknown label")
+        _train(second, None if epochs is None else max(1, epochs // 10), False)
+        return found | {"scanvi": second.get_latent_representation()}
 
 
 def _as_categories(adata: AnnData, columns: list[str]) -> AnnData:
@@ -181,8 +187,8 @@ def _totals(adata: AnnData) -> np.ndarray:
     return np.asarray(adata.X.sum(axis=1), dtype=np.float64).ravel().clip(1)
 
 
-def _train(model, epochs: int | None, progress: bool):
-    model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=progress, logger=False)
+def _train(model, epochs: int | None, progress: bool, **options: Any):
+    model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=progress, logger=False, **options)
     return model
 
 

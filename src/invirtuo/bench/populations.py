@@ -19,6 +19,7 @@ from invirtuo.checks import looks_like_counts, some
 from invirtuo.files import read_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
+from invirtuo.multimodal import PEAK
 from invirtuo.report import write_report
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["judge"]
+__all__ = ["judge", "marker_correlation"]
 
 DRAWN = 2000  # cells whose empty genes are drawn
 BY_CLASS, TOGETHER = "class by class", "all cells together"
@@ -111,6 +112,62 @@ def judge(
         path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
     write_report(out, out / "report.html")
     return scores
+
+
+def marker_correlation(
+    generated: AnnData, real: AnnData, by: str, markers: Sequence[str] | None = None, *, min_cells: int = 20
+) -> pd.DataFrame:
+    """Pearson correlation over markers between the profiles of each class in generated and in real cells.
+
+    A profile holds the mean of log1p of counts per 10,000 of genes, and the share of cells in which peaks are open.
+
+    Parameters
+    ----------
+    generated, real
+        Raw counts (and open peaks) in X, `by` in obs.
+    by
+        Column of obs with the classes.
+    markers
+        Genes or peaks; None takes all features of `real`.
+    min_cells
+        Classes with fewer real or generated cells are left out.
+
+    Returns
+    -------
+    DataFrame: the class in the column `by`, ``pearson``, and ``pearson_centred``, after the mean over the real classes
+    is taken off both: the former is high as soon as features differ in their levels, the latter only if classes do.
+
+    Raises
+    ------
+    ValueError
+        If no class has enough cells in both.
+
+    References
+    ----------
+    CFGen, arXiv:2407.11734, appendix G.4.
+    """
+    markers = list(real.var_names if markers is None else markers)
+    known, made = (_profiles(cells, by, markers, min_cells) for cells in (real, generated))
+    classes = known.index.intersection(made.index)
+    if not len(classes):
+        raise ValueError(f"no class of {by!r} has {min_cells} cells in both; real has {some(known.index) or 'none'}")
+    rows = []
+    for name in classes:
+        centred = [table.loc[name] - known.mean() for table in (made, known)]
+        found = {"pearson": made.loc[name].corr(known.loc[name]), "pearson_centred": centred[0].corr(centred[1])}
+        rows.append({by: name} | found)
+    return pd.DataFrame(rows)
+
+
+def _profiles(cells: AnnData, by: str, markers: list[str], min_cells: int) -> pd.DataFrame:
+    """(classes, markers) mean log expression of genes and share of open peaks."""
+    is_peak = cells.var_names.str.startswith(PEAK)
+    x = sparse.hstack([per_10k(cells.X[:, ~is_peak]), sparse.csr_matrix(cells.X[:, is_peak])], format="csr")
+    names = [*cells.var_names[~is_peak], *cells.var_names[is_peak]]
+    label = cells.obs[by].astype(str).to_numpy()
+    classes = {name: x[label == name] for name in sorted(set(label)) if (label == name).sum() >= min_cells}
+    means = {name: np.asarray(part.mean(axis=0)).ravel() for name, part in classes.items()}
+    return pd.DataFrame.from_dict(means, orient="index", columns=names)[markers]
 
 
 def _logged(cells: AnnData | str | os.PathLike) -> AnnData:
