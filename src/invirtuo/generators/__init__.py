@@ -1,6 +1,7 @@
 """What models that draw whole populations of counts share: labels and depths, latent flows, correction, imputation."""
 
 from invirtuo.generators.base import CountGenerator, Guidance
-from invirtuo.generators.latent import ConditionalFlow, LatentFlow, mask_entries
+from invirtuo.generators.hidden import mask_entries
+from invirtuo.generators.latent import ConditionalFlow, LatentFlow
 
 __all__ = ["ConditionalFlow", "CountGenerator", "Guidance", "LatentFlow", "mask_entries"]

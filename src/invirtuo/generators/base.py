@@ -11,7 +11,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -25,9 +24,10 @@ from invirtuo import fit as fitting
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import check_values, looks_like_counts, require_counts, some
 from invirtuo.dataset import CellDataset
-from invirtuo.files import read_h5ad, writing
+from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
+from invirtuo.generators.output import Block, assembled, in_rows, write_cells
 from invirtuo.metrics.copies import copying
 from invirtuo.model import Model, SampleConfig, track
 from invirtuo.multimodal import PEAK
@@ -53,15 +53,6 @@ class _Request(NamedTuple):
     size: Tensor
     weights: Tensor
     seed: int
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Drawn cells: counts, means where they are asked for, latent vectors where there are some."""
-
-    counts: sparse.csr_matrix
-    mean: np.ndarray | None
-    latent: np.ndarray | None
 
 
 class CountGenerator(Model):
@@ -252,9 +243,9 @@ class CountGenerator(Model):
         obs = self._generated_obs(request, given.columns)
         uns = self._provenance(seed, config) | {"guidance": json.dumps(_told(guidance)), "prior": prior}
         if out is not None:
-            _write(Path(out), obs, self._var(), uns, blocks, chunk_size, latent)
+            write_cells(Path(out), obs, self._var(), uns, blocks, chunk_size, latent)
             return read_h5ad(out, backed=True)
-        return _assemble(list(blocks), obs, self._var(), uns, output, latent)
+        return assembled(list(blocks), obs, self._var(), uns, output, latent)
 
     def predict(
         self,
@@ -349,7 +340,7 @@ class CountGenerator(Model):
             )
         return weights[:1] if bool((weights == weights[:1]).all()) else weights
 
-    def _blocks(self, request: _Request, config: SampleConfig, *, means: bool, progress: bool) -> Iterator[_Block]:
+    def _blocks(self, request: _Request, config: SampleConfig, *, means: bool, progress: bool) -> Iterator[Block]:
         """Draw BLOCK cells at a time; what is random in a block depends on the seed and its number."""
         fitting.keep_freed_memory()
         starts = range(0, len(request.labels), BLOCK)
@@ -363,7 +354,7 @@ class CountGenerator(Model):
                     cells, z = self.likelihood(batch, weights, generator, config)
                     counts = cells.sample(generator)
                 mean = cells.mean.float().cpu().numpy() if means else None
-                yield _Block(_csr(counts), mean, None if z is None else z.float().cpu().numpy())
+                yield Block(in_rows(counts), mean, None if z is None else z.float().cpu().numpy())
 
     @contextmanager
     def on_device(self) -> Iterator[torch.device]:
@@ -476,63 +467,6 @@ def counted(adata: AnnData) -> AnnData:
     if "counts" not in adata.layers or looks_like_counts(adata.X):
         return adata
     return anndata.AnnData(adata.layers["counts"], obs=adata.obs, var=adata.var[[]])
-
-
-def _csr(x: Tensor) -> sparse.csr_matrix:
-    """(n, g) counts, made sparse where they are, int32."""
-    rows, columns = x.nonzero(as_tuple=True)
-    ends = torch.bincount(rows, minlength=len(x)).cumsum(0).cpu().numpy()
-    values = x[rows, columns].to(torch.int32).cpu().numpy()
-    parts = (values, columns.to(torch.int32).cpu().numpy(), np.concatenate([[0], ends]).astype(np.int32))
-    return sparse.csr_matrix(parts, shape=tuple(x.shape))
-
-
-def _assemble(blocks: list[_Block], obs, var, uns, output: str, latent: bool) -> AnnData:
-    import anndata
-
-    layers = {}
-    x: Any = sparse.vstack([block.counts for block in blocks], format="csr")
-    if output != "counts":
-        mean = np.concatenate([block.mean for block in blocks])
-        x, layers = (mean, {}) if output == "mean" else (x, {"mean": mean})
-    adata = anndata.AnnData(x, obs=obs, var=var, layers=layers, uns={"invirtuo": uns})
-    if latent and blocks[0].latent is not None:
-        adata.obsm["z"] = np.concatenate([block.latent for block in blocks])
-    return adata
-
-
-def _write(path: Path, obs, var, uns, blocks: Iterator[_Block], chunk_size: int, latent: bool) -> None:
-    """Write cells as they come; the file appears when all are there."""
-    import anndata
-    import h5py
-    from anndata.io import sparse_dataset, write_elem
-
-    vectors: list[np.ndarray] = []
-    with writing(path) as part:
-        anndata.AnnData(None, obs=obs, var=var, uns={"invirtuo": uns}).write_h5ad(part)
-        with h5py.File(part, "r+") as file:
-            for counts in _gathered(blocks, chunk_size, vectors if latent else None):
-                if "X" in file and "data" in file["X"]:
-                    sparse_dataset(file["X"]).append(counts)
-                else:
-                    counts.indptr = counts.indptr.astype(np.int64)  # later chunks may need it
-                    write_elem(file, "X", counts, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
-            if vectors:
-                write_elem(file, "obsm/z", np.concatenate(vectors))
-
-
-def _gathered(blocks: Iterator[_Block], chunk_size: int, vectors: list | None) -> Iterator[sparse.csr_matrix]:
-    """Counts of at least `chunk_size` cells at a time."""
-    waiting: list[sparse.csr_matrix] = []
-    for block in blocks:
-        waiting.append(block.counts)
-        if vectors is not None and block.latent is not None:
-            vectors.append(block.latent)
-        if sum(part.shape[0] for part in waiting) >= chunk_size:
-            yield sparse.vstack(waiting, format="csr")
-            waiting = []
-    if waiting:
-        yield sparse.vstack(waiting, format="csr")
 
 
 def _told(guidance: Guidance) -> Any:

@@ -25,13 +25,14 @@ from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
 from invirtuo.generators.base import CountGenerator, Guidance, counted, seeded
+from invirtuo.generators.hidden import Filled
 from invirtuo.model import SampleConfig, track
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["ConditionalFlow", "LatentFlow", "mask_entries"]
+__all__ = ["ConditionalFlow", "LatentFlow"]
 
 logger = logging.getLogger(__name__)
 
@@ -395,7 +396,7 @@ class LatentFlow(CountGenerator):
         z = (self._encoded(dataset) - self.latent_mean) / self.latent_sd
         weights = self._weights(None, len(z)) * float(conditional)
         columns = adata.var_names.get_indexer(self.genes)
-        filled = _Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
+        filled = Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
         with self.on_device() as device:
             for rows in track(_chunks(len(z)), "imputing", progress):
                 generator = torch.Generator(device).manual_seed(seeded(seed, 5, rows.start))
@@ -474,64 +475,6 @@ class LatentFlow(CountGenerator):
 
     def _made_by(self, verb: str) -> dict[str, Any]:
         return {"model": self.name, "verb": verb, "data_hash": self.card["data_hash"], "version": self.card["version"]}
-
-
-class _Filled:
-    """Collects imputed means, all of them or those at masked entries."""
-
-    def __init__(self, adata: AnnData, mask: sparse.csr_matrix | None, columns: np.ndarray):
-        if mask is not None and mask.shape != adata.shape:
-            raise ValueError(f"mask has shape {mask.shape}; expected that of the data, {adata.shape}")
-        self.x, self.mask, self.columns = counted(adata).X, mask, columns
-        self.parts: list[Any] = []
-
-    def add(self, rows: slice, mean: np.ndarray) -> None:
-        block = sparse.csr_matrix(self.x[rows]).toarray().astype(np.float32)
-        where = np.ones(block.shape, dtype=bool) if self.mask is None else self.mask[rows].toarray()
-        where = where[:, self.columns]
-        block[:, self.columns] = np.where(where, mean, block[:, self.columns])
-        self.parts.append(block if self.mask is None else sparse.csr_matrix(block))
-
-    def layer(self):
-        return np.concatenate(self.parts) if self.mask is None else sparse.vstack(self.parts, format="csr")
-
-
-def mask_entries(
-    adata: AnnData, fraction: float = 0.1, *, which: Literal["nonzero", "all"] = "nonzero", seed: int = 0
-) -> tuple[AnnData, sparse.csr_matrix]:
-    """Hide entries of a count matrix, to see how well they are imputed.
-
-    Parameters
-    ----------
-    adata
-        Raw counts in X; not changed.
-    fraction
-        Share of the entries of each cell, among those that are not zero or among all.
-
-    Returns
-    -------
-    The cells with hidden entries set to 0, and the mask, (n, g) bool. Fit on the former.
-
-    References
-    ----------
-    CFGen, arXiv:2407.11734, appendix I.6; it does not say which entries are drawn.
-    """
-    if not 0 < fraction < 1 or which not in ("nonzero", "all"):
-        raise ValueError(f"fraction={fraction}, which={which!r}; expected a share between 0 and 1, nonzero or all")
-    rng = np.random.default_rng(seed)
-    x = sparse.csr_matrix(counted(adata).X, copy=True)
-    rows, columns = [], []
-    for i in range(x.shape[0]):
-        entries = x.indices[x.indptr[i] : x.indptr[i + 1]] if which == "nonzero" else np.arange(x.shape[1])
-        hidden = rng.choice(entries, round(fraction * len(entries)), replace=False)
-        rows.append(np.full(len(hidden), i))
-        columns.append(hidden)
-    where = (np.concatenate(rows), np.concatenate(columns))
-    mask = sparse.csr_matrix((np.ones(len(where[0]), dtype=bool), where), shape=x.shape)
-    new = counted(adata).copy()
-    new.X = (x - x.multiply(mask)).tocsr()
-    new.X.eliminate_zeros()
-    return new, mask
 
 
 def _chunks(n: int) -> list[slice]:
