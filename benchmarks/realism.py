@@ -4,7 +4,8 @@
 
 A third of the cells is held out in every seed. Each generator draws as many cells of every type as are held out, and
 `invirtuo.bench.judge` compares them with those: components from real cells that are not scored, the training cells as
-the mark to meet. scVI needs the extra ``scvi`` and is left out, with a warning, where it is not installed. Generated
+the mark to meet. What of the numbers lies within the range of as many real cells, drawn several times, is in
+verdicts.csv. scVI needs the extra ``scvi`` and is left out, with a warning, where it is not installed. Generated
 cells are kept in OUT/seed-N and are not generated again.
 """
 
@@ -27,6 +28,8 @@ from invirtuo.genes import variable_genes
 
 logger = logging.getLogger(__name__)
 
+VERDICTS = ["zeros_distance", "rmse_logvar", "rmse_mean", "correlation_error", "c2st", "mmd_rbf_disjoint",
+            "mmd_rbf_median", "wasserstein2_disjoint"]  # fmt: skip
 MIN_CELLS = 20  # training cells in which a gene must be seen (CFGen, appendix F)
 
 
@@ -63,6 +66,31 @@ def kept(path: Path, generate: Callable):
     return cells, cells.uns["seconds"]
 
 
+def real_range(adata, design, args) -> pd.DataFrame:
+    """Scores of real against as many other real cells, drawn anew several times: mean over classes of each draw."""
+    path = args.out / "range.csv"
+    if path.exists():
+        return pd.read_csv(path)
+    tables = []
+    for seed in range(100, 100 + args.draws):
+        train, test = divided(adata, seed, args.genes)
+        rows = np.random.default_rng(seed).permutation(train.n_obs)[: test.n_obs]
+        scores = judge({"real": train[rows].copy()}, test, design, args.out / "range", metrics=VERDICTS)
+        tables.append(scores[scores["model"] == "real"].assign(seed=seed))
+    keys = ["task", "metric", "seed"]
+    table = pd.concat(tables).groupby(keys, sort=False, as_index=False)["value"].mean()
+    table.to_csv(path, index=False)
+    return table
+
+
+def verdicts(scores: pd.DataFrame, real: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds beside the smallest and largest value of real cells; within: not above the largest."""
+    ends = real.groupby(["task", "metric"], sort=False)["value"].agg(["min", "max"])
+    means = scores.groupby(["task", "metric", "model"], sort=False)["value"].mean().rename("value").reset_index()
+    table = means.join(ends, on=["task", "metric"], how="inner")
+    return table.assign(within=table["value"] <= table["max"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit, generate, judge; print means and standard deviations over seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--by", nargs="*", default=["cell_type"])
     parser.add_argument("--genes", type=int, help="most variable genes of the training cells; default: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=8, help="of real cells, for their range")
     parser.add_argument("--data-dir")
     parser.add_argument("--out", type=Path, default=Path("realism"))
     args = parser.parse_args(arguments)
@@ -97,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     means = pd.concat(tables).groupby(["task", "metric", "model", "seed"], sort=False)["value"].mean()
     summary = means.groupby(["task", "metric", "model"], sort=False).agg(["mean", "std"]).round(4)
     summary.to_csv(args.out / "summary.csv")
+    found = verdicts(pd.concat(tables), real_range(adata, design, args))
+    found.round(4).to_csv(args.out / "verdicts.csv", index=False)
     print(summary.apply(lambda row: f"{row['mean']:.3f} ± {row['std']:.3f}", axis=1).unstack().to_string())
     print(pd.DataFrame(costs).groupby("model")["seconds"].median().round(1).to_string())
 
