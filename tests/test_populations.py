@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import pytest
 
 import invirtuo as iv
 from invirtuo.bench import judge
-from invirtuo.bench.comparators import sample_prior
+from invirtuo.bench.comparators import embeddings, posterior_mean, sample_prior
 from invirtuo.metrics import PROFILES
 from invirtuo.report import folder
 
@@ -106,6 +108,26 @@ def test_comparators(cells, design):
         assert made.X.dtype == np.int32 and made.X.sum() > 0
     with pytest.raises(ValueError, match="labels holds values"):
         sample_prior("scvi", filled, design, labels.replace("B cell", "plant"), epochs=1)
+
+
+def test_comparators_fill_in_and_embed(cells):
+    pytest.importorskip("scvi", reason="needs scvi-tools")
+    filled = cells[np.asarray(cells.X.sum(axis=1)).ravel() > 0].copy()
+    filled.obs["batch"] = np.where(np.arange(filled.n_obs) % 2, "x", "y")
+    design = iv.Design.from_adata(filled, covariates=["cell_type"])
+    mean = posterior_mean(filled, design, epochs=2)
+    assert mean.shape == filled.shape and (mean > 0).all()
+    np.testing.assert_allclose(mean.sum(axis=1), np.asarray(filled.X.sum(axis=1)).ravel(), rtol=1e-4)
+    found = embeddings(filled, "batch", "cell_type", epochs=2)
+    assert {name: len(z) for name, z in found.items()} == {"scvi": filled.n_obs, "scanvi": filled.n_obs}
+    assert not np.allclose(found["scvi"], found["scanvi"])
+
+
+def test_comparators_say_that_scvi_is_missing(cells, design, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scvi", None)
+    for call in (lambda: posterior_mean(cells, design), lambda: embeddings(cells, "cell_type", "cell_type")):
+        with pytest.raises(ValueError, match="scvi-tools is not installed; install the extra"):
+            call()
 
 
 def test_unknown_comparator(cells, design):
