@@ -160,7 +160,7 @@ def _logistic(seed: int):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import MaxAbsScaler
 
-    return make_pipeline(MaxAbsScaler(), LogisticRegression(max_iter=200, random_state=seed, tol=1e-3))
+    return make_pipeline(MaxAbsScaler(), LogisticRegression(max_iter=500, random_state=seed))
 
 
 CLASSIFIERS: dict[str, Callable[[int], Any]] = {"knn": _knn, "logistic": _logistic}
