@@ -2,10 +2,10 @@
 
     python benchmarks/embedding.py --data-dir DATA --out embedding --vectors gene2vec_200d_f16.npz --seeds 2
 
-Training: PBMC3K, the control cells of Kang, and CD34+ marrow, without the cell types HELD_OUT. Components are fitted on the
-same cells and genes, those that have a vector. Then all cells of PBMC3K and Kang are embedded, held-out types and
-stimulated cells too, and `label_scores` reads from them: the type, of all cells and of those of held-out
-types alone, and in Kang, in every type, whether a cell was stimulated. `transfer` is the balanced accuracy on Kang of a
+Training: PBMC3K, the control cells of Kang, and CD34+ marrow, without the cell types HELD_OUT. Components are fitted on
+the same cells and genes, those that have a vector. Then all cells of PBMC3K and Kang are embedded, held-out types and
+stimulated cells too, and `label_scores` reads from them: the type, of all cells and of those of held-out types alone,
+and in Kang, in every type, whether a cell was stimulated. `transfer` is the balanced accuracy on Kang of a
 logistic regression of the types that was trained on PBMC3K. The embedding is also computed a second time, backwards.
 """
 

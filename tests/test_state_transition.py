@@ -186,13 +186,35 @@ def test_loss_of_the_model_is_that_of_its_sets(cells, plan):
         if config.space == "genes":
             torch.testing.assert_close(losses["total"], main)
         else:
-            genes = energy_loss(model.decode(predicted, hidden).view(4, 16, -1), batch.target.view(4, 16, -1)).mean()
+            decoded = model.decode(predicted, hidden, batch.source)
+            change = model.decoder(predicted) - model.decoder(z0)
+            torch.testing.assert_close(decoded, batch.source + change)
+            genes = energy_loss(decoded.view(4, 16, -1), batch.target.view(4, 16, -1)).mean()
             torch.testing.assert_close(losses["total"], main + 0.1 * genes)
             torch.testing.assert_close(losses["genes"], genes)
         half = ST(plan, cells.var_names, replace(config, loss_scale=0.5))
         half.prepare(dataset)
         half.load_state_dict(model.state_dict())
         torch.testing.assert_close(half.loss(batch)["total"], losses["total"] / 2)
+
+
+def test_distances_equal_those_of_differences_and_so_do_their_gradients():
+    x, y = torch.randn(2, 5, 40), torch.randn(2, 7, 40)
+    x[0, 1] = x[0, 0]  # equal rows
+    y[1, 2] = x[1, 3] + 1e-4
+    for dtype, close in ((torch.float32, 1e-4), (torch.float64, 1e-7)):
+        a, b, c, d = (part.to(dtype, copy=True).requires_grad_() for part in (x, y, x, y))
+        loss = energy_loss(a, b)
+        loss.sum().backward()
+        parts = [
+            torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist").mean((1, 2))
+            for u, v in ((c, d), (c, c), (d, d))
+        ]
+        expected = 2 * parts[0] - parts[1] - parts[2]
+        expected.sum().backward()
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+        for mine, theirs in ((a.grad, c.grad), (b.grad, d.grad)):
+            torch.testing.assert_close(mine, theirs, atol=close, rtol=close)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
