@@ -241,6 +241,29 @@ def test_every_layout_of_the_matrix(run, files, tmp_path, layout):
     assert predicted.shape == (6, 30)
 
 
+def test_split_from_a_toml_file(run, files, tmp_path):
+    sections = (
+        "[datasets]",
+        'screen = "x"',
+        'v1 = "y"',
+        "[training]",
+        'screen = "train"',
+        'v1 = "train"',
+        "[zeroshot]",
+    )
+    text = "\n".join([*sections, '"screen.{}" = "test"'])
+    adata = ad.read_h5ad(files / "log.h5ad")
+    held_out = sorted(adata.obs["cell_type"].unique())[0]
+    (tmp_path / "split.toml").write_text(text.format(held_out))
+    command = ["fit", "context_mean", files / "log.h5ad", *COLUMNS, *FAST, "--out", tmp_path / "run", "--split"]
+    code, _, err = run(*command, tmp_path / "split.toml")
+    assert code == 2 and "screen" in err and not (tmp_path / "run").exists()
+    code, _, err = run(*command, f"{tmp_path / 'split.toml'}:screen:cell_type")
+    assert code == 0, err
+    conditions = pd.DataFrame(iv.load(tmp_path / "run").card["held_out"]["test"])
+    assert set(conditions["cell_type"]) == {held_out}
+
+
 def test_no_traceback_from_the_shell(tmp_path):
     command = [sys.executable, "-m", "invirtuo", "check", str(tmp_path / "none.h5ad"), *COLUMNS[:4]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -27,6 +27,8 @@ from invirtuo.cli.options import (
     read_csv,
 )
 
+SPLIT_HELP = "Name of a split (`invirtuo list splits`), a file.csv, or a file.toml[:DATASET[:CONTEXT COLUMN]] of STATE."
+
 
 def fit(
     model: Annotated[str, typer.Argument(help="Name of a model; see `invirtuo list models`.")],
@@ -38,7 +40,7 @@ def fit(
     unknown: Unknown = None,
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
     separator: Separator = "+",
-    split: Annotated[str | None, typer.Option(help="Name of a split (`invirtuo list splits`) or a file.csv.")] = None,
+    split: Annotated[str | None, typer.Option(help=SPLIT_HELP)] = None,
     hold_out: Annotated[list[str] | None, typer.Option(help="Condition to hold out, or covariate=value.")] = None,
     preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the model's Config.")] = None,
@@ -257,11 +259,16 @@ def _split(obs, design, split: str | None, hold_out: list[str] | None):
         return splits.hold_out(obs, design, [_condition(text) for text in hold_out])
     if split is None:
         return None
+    path, dot, named = split.partition(".toml")
+    if dot:
+        dataset, _, context = named.removeprefix(":").partition(":")
+        return splits.from_toml(path + dot, obs, design, dataset=dataset or None, context=context or None)
     if Path(split).suffix == ".csv" or Path(split).is_file():
         return splits.from_csv(Path(split), obs)
     choices = {name: splits.SPLITS[name] for name in ("transfer", "combine", "combine_inverse")}
     if split not in choices:
-        raise ValueError(f"--split is {split!r}; expected a file.csv or one of {', '.join(choices)}; or use --hold-out")
+        known = ", ".join(("a file.csv", "a file.toml", *choices))
+        raise ValueError(f"--split is {split!r}; expected one of {known}; or use --hold-out")
     return choices[split](obs, design)
 
 
