@@ -28,7 +28,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 import invirtuo as iv
 from invirtuo.genes import read_vectors
-from invirtuo.metrics.embedding import label_scores
+from invirtuo.metrics import label_scores
 
 HELD_OUT = ("B cells", "NK cells", "Dendritic cells")  # in no training cell
 

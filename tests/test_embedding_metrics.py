@@ -47,3 +47,18 @@ def test_bad_input():
         label_scores(np.full((4, 2), np.nan), list("abab"))
     with pytest.raises(ValueError, match="expected two"):
         label_scores(z, np.full(50, "a"))
+
+
+def test_predicted_cells_are_read_by_a_network_of_real_ones():
+    z, labels = blobs(6.0, 600, 3)
+    good, wrong = ((z[:200], labels[:200]), (z[:200], np.roll(np.array(["0", "1", "2"]), 1)[labels[:200].astype(int)]))
+    assert label_scores(z, labels, predicted=good)["accuracy"].iloc[0] > 0.97
+    assert label_scores(z, labels, predicted=wrong)["accuracy"].iloc[0] < 0.03
+    one = labels[:200] == "0"
+    alone = label_scores(z, labels, predicted=(z[:200][one], labels[:200][one])).iloc[0]
+    assert alone["accuracy"] > 0.97 and np.isnan(alone["auroc"])
+    for other, words in (((z[:3, :2], list("000")), "row of 6 numbers"), ((z[:1], ["9"]), "have no five real cells")):
+        with pytest.raises(ValueError, match=words):
+            label_scores(z, labels, predicted=other)
+    with pytest.raises(ValueError, match="one group"):
+        label_scores(z, labels, groups=np.repeat(["a", "b"], 300), predicted=good)

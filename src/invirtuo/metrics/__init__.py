@@ -16,6 +16,7 @@ from invirtuo.metrics import de, discrimination, distribution, generation, mean,
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
+from invirtuo.metrics.embedding import label_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +41,7 @@ __all__ = [
     "distribution",
     "evaluate",
     "generation",
+    "label_scores",
     "mean",
     "metric",
     "noise_floor",

@@ -8,16 +8,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from invirtuo.checks import some
+
 __all__ = ["label_scores"]
 
 
 def label_scores(
-    embedding: np.ndarray, labels: Any, *, groups: Any = None, test_size: float = 0.2, seed: int = 0
+    embedding: np.ndarray,
+    labels: Any,
+    *,
+    groups: Any = None,
+    predicted: tuple[np.ndarray, Any] | None = None,
+    test_size: float = 0.2,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Score a classifier of the labels that reads the embedding, in every group on its own.
 
     The network has one hidden layer of 256 (ReLU, Adam with 0.001, at most 50 passes, stopped early on a tenth of its
-    training cells) and sees standardised embeddings. A fifth of the cells of every label is for the test.
+    training cells) and sees standardised embeddings. A fifth of the cells of every label is for the test. With
+    `predicted` it is tested on these cells: are they taken for what they should be (extrinsic evaluation)?
 
     Parameters
     ----------
@@ -27,6 +36,8 @@ def label_scores(
         (n,), what is guessed, for example the perturbation or the type of a cell.
     groups
         (n,), for example the cell line of each cell; None: one group.
+    predicted
+        (m, d) embeddings of predicted cells and their (m,) labels, for one group; labels must be among the real ones.
     test_size, seed
         Share of test cells, and the seed of their choice and of the network.
 
@@ -38,7 +49,8 @@ def label_scores(
     Raises
     ------
     ValueError
-        If lengths differ, values are not finite, or a group has fewer than two labels of at least five cells.
+        If lengths differ, values are not finite, a group has fewer than two labels of at least five cells, or predicted
+        cells have several groups or other labels.
 
     References
     ----------
@@ -68,13 +80,29 @@ def label_scores(
         here &= np.isin(labels, names[counts >= 5])
         if (counts >= 5).sum() < 2:
             raise ValueError(f"group {group!r} has {(counts >= 5).sum()} label(s) of at least five cells; expected two")
-        rows.append({"group": group} | _scores(embedding[here], labels[here], test_size, seed))
+        other = None if predicted is None else _checked(*predicted, embedding, labels[here], groups)
+        rows.append({"group": group} | _scores(embedding[here], labels[here], other, test_size, seed))
     return pd.DataFrame(rows)
 
 
-def _scores(z: np.ndarray, labels: np.ndarray, test_size: float, seed: int) -> dict[str, float]:
+def _checked(z, labels, real: np.ndarray, known: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted cells, if they can be read by a network of the real ones."""
+    z, labels = np.asarray(z, np.float32), np.asarray(labels).astype(str)
+    if z.shape != (len(labels), real.shape[1]) or not np.isfinite(z).all():
+        raise ValueError(
+            f"predicted embeddings have shape {z.shape}, with {len(labels)} labels; expected a finite row of "
+            f"{real.shape[1]} numbers for each"
+        )
+    if len(np.unique(groups)) > 1:
+        raise ValueError("predicted cells are scored in one group; leave groups out, or pass one group at a time")
+    if strange := sorted(set(labels) - set(known)):
+        raise ValueError(f"predicted label(s) {some(strange)} have no five real cells; known: {some(np.unique(known))}")
+    return z, labels
+
+
+def _scores(z, labels, predicted, test_size: float, seed: int) -> dict[str, float]:
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score, silhouette_score
+    from sklearn.metrics import f1_score, silhouette_score
     from sklearn.model_selection import train_test_split
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
@@ -83,21 +111,32 @@ def _scores(z: np.ndarray, labels: np.ndarray, test_size: float, seed: int) -> d
     z_train, z_test, y_train, y_test = train_test_split(
         z, labels, test_size=test_size, stratify=labels, random_state=seed
     )
+    if predicted is not None:
+        z_test, y_test = predicted
     early = len(z_train) >= 10 * len(np.unique(labels))
     network = MLPClassifier(
-        (256,), max_iter=50, early_stopping=early, random_state=seed, batch_size=min(200, len(z_train))
+        (256,), max_iter=50, early_stopping=early, random_state=seed, batch_size=min(200, 9 * len(z_train) // 10)
     )
     model = make_pipeline(StandardScaler(), network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 50 passes are the protocol
         model.fit(z_train, y_train)
     chances, guessed = model.predict_proba(z_test), model.predict(z_test)
-    two = len(model.classes_) == 2
     return {
         "n_labels": len(model.classes_),
         "accuracy": float((guessed == y_test).mean()),
-        "balanced_accuracy": float(balanced_accuracy_score(y_test, guessed)),
-        "f1": float(f1_score(y_test, guessed, average="macro")),
-        "auroc": float(roc_auc_score(y_test, chances[:, 1] if two else chances, multi_class="raise" if two else "ovr")),
+        "balanced_accuracy": float(np.mean([(guessed[y_test == name] == name).mean() for name in np.unique(y_test)])),
+        "f1": float(f1_score(y_test, guessed, labels=np.unique(y_test), average="macro")),
+        "auroc": _auroc(y_test, chances, model.classes_),
         "silhouette": float(silhouette_score(z, labels, sample_size=min(5000, len(z)), random_state=seed)),
     }
+
+
+def _auroc(labels: np.ndarray, chances: np.ndarray, classes: np.ndarray) -> float:
+    """Mean over the labels that occur of the area for that label against the rest; NaN if only one occurs."""
+    from sklearn.metrics import roc_auc_score
+
+    present = [i for i, name in enumerate(classes) if (labels == name).any()]
+    if len(present) < 2:
+        return float("nan")
+    return float(np.mean([roc_auc_score(labels == classes[i], chances[:, i]) for i in present]))
