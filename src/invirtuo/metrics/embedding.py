@@ -115,7 +115,7 @@ def _scores(z, labels, predicted, test_size: float, seed: int) -> dict[str, floa
         z_test, y_test = predicted
     early = len(z_train) >= 10 * len(np.unique(labels))
     network = MLPClassifier(
-        (256,), max_iter=50, early_stopping=early, random_state=seed, batch_size=min(200, 9 * len(z_train) // 10)
+        (256,), max_iter=50, early_stopping=early, random_state=seed, batch_size=min(200, 1 + len(z_train) // 10)
     )
     model = make_pipeline(StandardScaler(), network)
     with warnings.catch_warnings():
