@@ -276,7 +276,7 @@ class _Training:
         config, folder = self.config, self.folder
         self.step += 1
         self.lr = self.optimizer.param_groups[0]["lr"]
-        self.model.project(self.lr)
+        self.model.proximal_step(self.lr)
         if self.plateau is not None:
             self.plateau.step(float(self._losses["total"].detach()))
         if self.average is not None:

@@ -162,7 +162,7 @@ class Model(nn.Module):
         """Parameters that a stage trains: those of the submodule of that name."""
         return self.parameters() if not stage else self.get_submodule(stage).parameters()
 
-    def project(self, lr: float) -> None:
+    def proximal_step(self, lr: float) -> None:
         """Bring parameters to where they may be, after an optimiser step of this learning rate: proximal steps."""
 
     def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:

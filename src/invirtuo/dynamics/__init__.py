@@ -1,15 +1,30 @@
 """Time courses of cells, what is predicted of them without a model, and synthetic systems with a known graph."""
 
-from invirtuo.dynamics.baselines import BASELINES, ORACLES, baselines
-from invirtuo.dynamics.courses import Course, binned, courses, local_fit, reference, rescaled, smoothed
+from invirtuo.dynamics.base import Forecaster
+from invirtuo.dynamics.baselines import BASELINES, LATER, ORACLES, baselines
+from invirtuo.dynamics.courses import (
+    Course,
+    anchors,
+    best_bandwidth,
+    binned,
+    courses,
+    local_fit,
+    reference,
+    rescaled,
+    smoothed,
+)
 from invirtuo.dynamics.systems import SYSTEMS, simulate
 
 __all__ = [
     "BASELINES",
+    "LATER",
     "ORACLES",
     "SYSTEMS",
     "Course",
+    "Forecaster",
+    "anchors",
     "baselines",
+    "best_bandwidth",
     "binned",
     "courses",
     "local_fit",

@@ -12,7 +12,7 @@ import numpy as np
 
 from invirtuo.dynamics.courses import Course, local_fit, smoothed
 
-__all__ = ["BASELINES", "ORACLES", "baselines"]
+__all__ = ["BASELINES", "LATER", "ORACLES", "baselines"]
 
 Forecast = Callable[[Sequence[Course], Sequence[Course], Course, np.ndarray], np.ndarray]
 
@@ -20,7 +20,7 @@ Forecast = Callable[[Sequence[Course], Sequence[Course], Course, np.ndarray], np
 def baselines(
     train: Sequence[Course], test: Course, x0: np.ndarray, *, alike: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Forecasts (n, g) of a course by every baseline and oracle.
+    """Forecasts (n, g) of a course by every baseline and oracle; of later times of a training course, by two more.
 
     Parameters
     ----------
@@ -35,23 +35,52 @@ def baselines(
         lineage; None, or a value that no training course has: all courses.
     """
     same = [c for c in train if alike is None or c.labels.get(alike) == test.labels.get(alike)] or list(train)
-    every = {**BASELINES, **ORACLES}
+    own = _own(train, test)
+    later = own is not None and test.time[0] > own.time[-1]
+    every = {**BASELINES, **(LATER if later else {}), **ORACLES}
     return {name: np.broadcast_to(rule(same, train, test, x0), test.values.shape) for name, rule in every.items()}
 
 
-def _joined(parts: Sequence[Course]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([c.time for c in parts]), np.concatenate([c.values for c in parts])
+def _joined(parts: Sequence[Course]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times, values, and how many cells are behind each."""
+    cells = [np.ones(len(c.time)) if c.n_cells is None else c.n_cells for c in parts]
+    return np.concatenate([c.time for c in parts]), np.concatenate([c.values for c in parts]), np.concatenate(cells)
+
+
+def _mean(parts: Sequence[Course]) -> np.ndarray:
+    _, values, cells = _joined(parts)
+    return np.average(values, axis=0, weights=cells)
 
 
 def _line(same, train, test, x0):
     """Least squares of each gene on time."""
-    time, values = _joined(same)
+    time, values, cells = _joined(same)
+    root = np.sqrt(cells)[:, None]
     basis = np.stack([np.ones_like(time), time], axis=1)
-    return np.stack([np.ones_like(test.time), test.time], axis=1) @ np.linalg.lstsq(basis, values, rcond=None)[0]
+    solution = np.linalg.lstsq(basis * root, values * root, rcond=None)[0]
+    return np.stack([np.ones_like(test.time), test.time], axis=1) @ solution
 
 
 def _smoother(same, train, test, x0):
-    return smoothed(*_joined(same), test.time)
+    time, values, cells = _joined(same)
+    return smoothed(time, values, test.time, weights=cells)
+
+
+def _last_value(same, train, test, x0):
+    """The last state of the same course."""
+    return (_own(train, test) or same[0]).values[-1]
+
+
+def _extrapolated(same, train, test, x0):
+    """The line through the last third of the same course, and its last state."""
+    own = _own(train, test) or same[0]
+    late = own.time >= own.time[-1] - (own.time[-1] - own.time[0]) / 3
+    slope = np.polyfit(own.time[late], own.values[late], 1)[0] if late.sum() > 1 else 0.0
+    return own.values[-1] + (test.time - own.time[-1])[:, None] * slope
+
+
+def _own(train: Sequence[Course], test: Course) -> Course | None:
+    return next((course for course in train if course.name == test.name), None)
 
 
 def linear_ode(same, train, test, x0, *, rank: int = 10, ridge: float = 1e-3):
@@ -90,12 +119,13 @@ def _range(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 BASELINES: dict[str, Forecast] = {
     "zero": lambda same, train, test, x0: np.zeros(test.values.shape[1]),
     "initial_state": lambda same, train, test, x0: x0,
-    "training_mean": lambda same, train, test, x0: _joined(same)[1].mean(axis=0),
-    "pooled_mean": lambda same, train, test, x0: _joined(train)[1].mean(axis=0),
+    "training_mean": lambda same, train, test, x0: _mean(same),
+    "pooled_mean": lambda same, train, test, x0: _mean(train),
     "linear_in_time": _line,
     "smoother": _smoother,
     "linear_ode": linear_ode,
 }
+LATER: dict[str, Forecast] = {"last_value": _last_value, "linear_extrapolation": _extrapolated}  # later times alone
 ORACLES: dict[str, Forecast] = {
     "own_mean": lambda same, train, test, x0: test.values.mean(axis=0),
     "own_smoother": lambda same, train, test, x0: smoothed(test.time, test.values, test.time),

@@ -13,7 +13,17 @@ import pandas as pd
 
 from invirtuo.design import Design
 
-__all__ = ["Course", "binned", "courses", "local_fit", "reference", "rescaled", "smoothed"]
+__all__ = [
+    "Course",
+    "anchors",
+    "best_bandwidth",
+    "binned",
+    "courses",
+    "local_fit",
+    "reference",
+    "rescaled",
+    "smoothed",
+]
 
 
 class Course(NamedTuple):
@@ -102,13 +112,18 @@ def reference(course: Course, *, head: int = 10, tail: int = 20, unique: Collect
     return course._replace(time=(time - time[0]) / max(time[-1] - time[0], 1e-12), values=values, rows=rows)
 
 
-def rescaled(course: Course) -> Course:
-    """Time of the course as a share of its range, trimmed at the 1st and 99th percentile of the cells and cut there.
+def anchors(time: np.ndarray) -> tuple[float, float]:
+    """Begin and end of a course: the 1st and 99th percentile of its cells, or its ends if it has fewer than 100.
 
-    Pseudotime has no unit: its range depends on the other cells of the donor. Only times are used, no expression.
+    Pseudotime has no unit, and its range depends on the other cells of the donor; only times are used, no expression.
     """
-    low, high = np.quantile(course.time, [0.01, 0.99]) if len(course.time) >= 100 else course.time[[0, -1]]
-    return course._replace(time=np.clip((course.time - low) / max(high - low, 1e-12), 0.0, 1.0))
+    low, high = np.quantile(time, [0.01, 0.99]) if len(time) >= 100 else (time.min(), time.max())
+    return float(low), float(max(high, low + 1e-9))
+
+
+def rescaled(course: Course, low: float, high: float, *, beyond: bool = False) -> Course:
+    """Time as a share of the range between two anchors; earlier cells move to 0, later ones to 1 or stay beyond."""
+    return course._replace(time=np.clip((course.time - low) / (high - low), 0.0, None if beyond else 1.0))
 
 
 def binned(course: Course, n_bins: int = 30, min_cells: int = 10) -> Course:
@@ -140,9 +155,12 @@ def _starts(bins: np.ndarray, min_cells: int) -> np.ndarray:
     return np.array(starts)
 
 
-def smoothed(time: np.ndarray, values: np.ndarray, at: np.ndarray, bandwidth: float = 0.05) -> np.ndarray:
-    """Kernel mean (Nadaraya-Watson) with a Gaussian kernel at other times, (b, g)."""
+def smoothed(
+    time: np.ndarray, values: np.ndarray, at: np.ndarray, bandwidth: float = 0.05, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Kernel mean (Nadaraya-Watson) with a Gaussian kernel at other times, (b, g); `weights` (n,) of the points."""
     weight = np.exp(-0.5 * ((np.asarray(at)[:, None] - time[None]) / bandwidth) ** 2)
+    weight = weight if weights is None else weight * weights
     total = weight.sum(axis=1, keepdims=True)
     nearest = np.eye(len(time))[np.abs(np.asarray(at)[:, None] - time[None]).argmin(axis=1)]
     return np.where(total > 1e-300, weight / np.maximum(total, 1e-300), nearest) @ values

@@ -101,7 +101,8 @@ class Trajectory:
         s = (times - self.times[k]) / h
         cubic = ((1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2 * h, s**2 * (3 - 2 * s), s**2 * (s - 1) * h)
         nodes = ((self.states, k), (self.slopes, k), (self.states, k + 1), (self.slopes, k + 1))
-        x = sum(self._weighted(values, rows, w) for (values, rows), w in zip(nodes, cubic, strict=True))
+        terms = [self._weighted(values, rows, w) for (values, rows), w in zip(nodes, cubic, strict=True)]
+        x = terms[0] + terms[1] + terms[2] + terms[3]
         return x if self.bend is None else x + self._weighted(self.bend, k, 16 * (s * (1 - s)) ** 2)
 
     @staticmethod
@@ -163,7 +164,7 @@ def _adaptive(velocity: Velocity, x0: Tensor, times: Tensor, tolerance: float) -
     states = torch.stack([x0, *(s.state for s in steps)])
     slopes = torch.stack([steps[0].slopes[0], *(s.slopes[-1] for s in steps)])
     h = nodes.diff().to(x0).view(-1, *[1] * x0.ndim)
-    half = torch.stack([sum(c * v for c, v in zip(_MIDDLE, s.slopes, strict=True) if c) for s in steps])
+    half = torch.stack([torch.stack(s.slopes, -1) @ torch.tensor(_MIDDLE).to(x0) for s in steps])
     cubic = (states[:-1] + states[1:]) / 2 + h / 8 * (slopes[:-1] - slopes[1:])
     return Trajectory(nodes, states, slopes, states[:-1] + h * half - cubic)
 

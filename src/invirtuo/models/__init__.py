@@ -18,6 +18,7 @@ from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean, Ridge
 from invirtuo.models.primeflow import PRiMeFlow
 from invirtuo.models.sams_vae import SAMSVAE
+from invirtuo.models.sparse_ode import SparseODE
 from invirtuo.models.state_embedding import StateEmbedding
 from invirtuo.models.state_transition import StateTransition
 
@@ -38,6 +39,7 @@ __all__ = [
     "PRiMeFlow",
     "PerturbationMean",
     "Ridge",
+    "SparseODE",
     "StateEmbedding",
     "StateTransition",
     "load",
@@ -63,6 +65,7 @@ MODELS: dict[str, type[Model]] = {
         CFGen,
         CellFlowCounts,
         IndependentNB,
+        SparseODE,
     )
 }
 

@@ -28,6 +28,8 @@ from invirtuo.nn.sparsity import (
 __all__ = ["ACTIVATIONS", "SharedField", "TargetField"]
 
 Gates = Sequence[Tensor]
+WIDEST = 1.0  # largest location of a gate of a single connection
+SPEED = 10.0  # gates of single connections move so many times faster than weights
 
 
 def _elu_slope(x: Tensor, a: Tensor) -> Tensor:
@@ -103,6 +105,9 @@ class SharedField(nn.Module):
         for k, width in enumerate(widths[:-1]):
             self.register_buffer(f"mask_{k}", torch.ones(m, width))
         self.register_buffer("is_frozen", torch.tensor(False))
+
+    mask_0: Tensor
+    is_frozen: Tensor
 
     @property
     def masks(self) -> list[Tensor]:
@@ -203,6 +208,9 @@ class SharedField(nn.Module):
             self.skip.copy_(theta)
             self.weight[0].copy_(weight)
 
+    def keep_movable(self) -> None:
+        """Gates may be anywhere, as in the public code."""
+
     @torch.no_grad()
     def freeze(self, gated: bool) -> None:
         """Fix the mask: gates that are rather open, or inputs with a weight that is not zero."""
@@ -236,7 +244,7 @@ class TargetField(nn.Module):
     activation, skip, temperature
         As in :class:`SharedField`.
     log_alpha
-        First location of the gates; 2 is open.
+        First location of the gates; 1 is open.
     """
 
     regulators: Tensor
@@ -257,7 +265,7 @@ class TargetField(nn.Module):
         activation: str = "tanh",
         skip: bool = False,
         temperature: float = BETA,
-        log_alpha: float = 2.0,
+        log_alpha: float = 1.0,
     ):
         super().__init__()
         self.activation, self.temperature = activation, temperature
@@ -274,12 +282,17 @@ class TargetField(nn.Module):
         self.out = nn.Parameter(torch.randn(m, n_genes, hidden) / hidden**0.5)
         self.constant = nn.Parameter(torch.zeros(m, n_genes))
         self.raw_decay = nn.Parameter(torch.zeros(m, n_genes))
-        self.log_alpha = nn.Parameter(log_alpha + 0.01 * torch.randn(m, r, n_genes))
+        self.slow_alpha = nn.Parameter((log_alpha + 0.01 * torch.randn(m, r, n_genes)) / SPEED)
         self.label = nn.Parameter(torch.zeros(m, n_labels, n_genes, hidden)) if n_labels else None
         self.label_constant = nn.Parameter(torch.zeros(m, n_labels, n_genes)) if n_labels else None
         self.skip = nn.Parameter(torch.zeros(m, r, n_genes)) if skip else None
         self.register_buffer("mask", torch.ones(m, r, n_genes))
         self.register_buffer("is_frozen", torch.tensor(False))
+
+    @property
+    def log_alpha(self) -> Tensor:
+        """(m, r, d), location of the gates."""
+        return SPEED * self.slow_alpha
 
     def draw(self) -> list[Tensor]:
         """Gates with noise, (m, r, d)."""
@@ -370,6 +383,11 @@ class TargetField(nn.Module):
             theta, shrunk = lasso_prox(self.skip[..., None], self.weight, threshold, bound)
             self.skip.copy_(torch.where(self.own > 0, self.skip, theta[..., 0]))
         self.weight.copy_(torch.where(self.own[..., None] > 0, self.weight, shrunk))
+
+    @torch.no_grad()
+    def keep_movable(self) -> None:
+        """Keep gates where their penalty has a slope: wide open ones would never close again."""
+        self.slow_alpha.clamp_(-5.0 / SPEED, WIDEST / SPEED)
 
     @torch.no_grad()
     def freeze(self, gated: bool) -> None:

@@ -1,0 +1,158 @@
+"""What a fitted field says: which gene acts on which, and what happens when a gene is held at a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from invirtuo.checks import some
+from invirtuo.dynamics.courses import Course
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from invirtuo.dynamics.base import Forecaster
+
+__all__ = ["OPEN", "edge_matrices", "edge_table", "intervene", "support"]
+
+OPEN = 1e-5  # smallest mean |df_j / dx_i| of an edge
+MAX_STATES = 60  # at which the field is read
+
+
+@torch.no_grad()
+def edge_matrices(model: Forecaster, labels: Mapping[str, str] | None = None, chunk: int = 6) -> dict[str, np.ndarray]:
+    """Mean and mean absolute Jacobian over training states, (m, g, g) [regulator, target], standardised genes.
+
+    Parameters
+    ----------
+    labels
+        Read the field at states of these courses only, for example ``{"lineage": "B"}``.
+    """
+    parts = [c for c in model.training_courses() if not labels or set(labels.items()) <= set(c.labels.items())]
+    if not parts:
+        raise ValueError(f"no training course is {dict(labels or {})}; there are {some(model.known)}")
+    states, names = _states(parts)
+    x = torch.from_numpy(states).float().expand(model.config.n_members, *states.shape)
+    codes = model.labels_of(names)
+    total: dict[str, Any] = {"mean": 0.0, "size": 0.0}
+    for begin in range(0, len(states), chunk):
+        rows = slice(begin, begin + chunk)
+        jacobian = model.jacobian(x[:, rows], None if codes is None else codes[rows])
+        total["mean"] += jacobian.sum(dim=1)
+        total["size"] += jacobian.abs().sum(dim=1)
+    return {name: (value / len(states)).numpy() for name, value in total.items()}
+
+
+def _states(parts: Sequence[Course]) -> tuple[np.ndarray, list[Mapping[str, str]]]:
+    """States evenly spaced along all courses, and their labels."""
+    values = np.concatenate([c.values for c in parts])
+    names = [c.labels for c in parts for _ in c.time]
+    chosen = np.unique(np.linspace(0, len(values) - 1, min(MAX_STATES, len(values))).astype(int))
+    return values[chosen], [names[i] for i in chosen]
+
+
+def edge_table(model: Forecaster, labels: Mapping[str, str] | None = None, n_edges: int | None = None) -> pd.DataFrame:
+    """Signed edges, strongest first; a gene's effect on itself is left out."""
+    found = edge_matrices(model, labels)
+    score, mean = found["size"].mean(axis=0), found["mean"].mean(axis=0)
+    frequency = (found["size"] > OPEN).mean(axis=0)
+    gate = model.gate_probability()
+    source, target = np.nonzero(score * (1 - np.eye(len(score))) > OPEN)
+    order = np.argsort(-score[source, target], kind="stable")[:n_edges]
+    source, target = source[order], target[order]
+    at = (source, target)
+    genes = np.array(model.genes)
+    return pd.DataFrame(
+        {
+            "regulator": genes[source],
+            "target": genes[target],
+            "score": score[at],
+            "sign": np.sign(mean[at]).astype(int),
+            "consistency": np.abs(mean[at]) / score[at],
+            "frequency": frequency[at],
+            "gate": gate[at],
+            "support": support(model),
+        }
+    )
+
+
+def support(model: Forecaster) -> str:
+    """Whether forecasts of held-out courses back what is read from the field."""
+    words = {True: "forecasts beat baselines", False: "not supported by forecasting", None: "not checked"}
+    return words[model.card.get("beats_baselines")]
+
+
+def intervene(
+    model: Forecaster, genes: Sequence[str], values: np.ndarray, cells: AnnData | None, times: Sequence[float] | None
+) -> AnnData:
+    """Hold genes at values (data space) from the first state on, and compare with the undisturbed forecast."""
+    import anndata
+
+    place = _places(model, genes)
+    if cells is None:
+        parts = model.training_courses()
+        starts, ends = [model.first(c) for c in parts], [(model.known[c.name]["low"], model.known[c.name]["high"])
+                                                         for c in parts]  # fmt: skip
+    else:
+        starts, ends = model._starts(cells, None)
+    asked = model.asked(starts, ends, times)
+    level = model.scaled(np.tile(np.asarray(values, float), (1, 1)), place)[0]
+    held = torch.ones(len(model.genes))
+    held[place] = 0.0
+    clamped = []
+    for start in starts:
+        x0 = np.array(start.x0, dtype=float)
+        x0[place] = level
+        clamped.append(start._replace(x0=x0))
+    calm, moved = model.paths(starts, asked), model.paths(clamped, asked, held=held)
+    change = [b - a for a, b in zip(calm, moved, strict=True)]
+    scale: Any = model.transforms["scale"]
+    sd = np.asarray(scale.sd)
+    obs = model.table_of(starts, asked, ends)
+    result = anndata.AnnData(_rows(change, "mean", sd), obs=obs, var=pd.DataFrame(index=pd.Index(model.genes)))
+    result.layers["lower"], result.layers["upper"] = _rows(change, "min", sd), _rows(change, "max", sd)
+    result.layers["undisturbed"] = model.unscaled(np.concatenate([p.mean(axis=0) for p in calm]))
+    result.layers["disturbed"] = model.unscaled(np.concatenate([p.mean(axis=0) for p in moved]))
+    last = np.mean([c.mean(axis=0)[-1] for c in change], axis=0)
+    result.var["effect"] = last  # at the end, in standard deviations
+    result.var["agreement"] = np.abs(np.mean([np.sign(c[:, -1]).mean(axis=0) for c in change], axis=0))
+    result.var["is_clamped"] = np.isin(np.arange(len(last)), place)
+    result.uns["fate"] = fate(model, starts, calm, moved)
+    result.uns["invirtuo"] = model.made_by("intervene") | {"genes": list(genes), "support": support(model)}
+    return result
+
+
+def fate(model: Forecaster, starts, calm, moved) -> pd.DataFrame:
+    """How much nearer each course comes to the end points of the lineages (root mean square over genes, sd)."""
+    key = model.lineage
+    points: dict[str, list[np.ndarray]] = {}
+    for course in model.training_courses():
+        points.setdefault(course.labels.get(key, course.name) if key else course.name, []).append(course.values[-1])
+    rows = []
+    for start, before, after in zip(starts, calm, moved, strict=True):
+        for name, ends in points.items():
+            end = np.mean(ends, axis=0)
+            far = [np.sqrt(((path.mean(axis=0)[-1] - end) ** 2).mean()) for path in (before, after)]
+            row = {"towards": name, "distance": far[0], "disturbed": far[1], "shift": far[0] - far[1]}
+            rows.append({**start.labels, **row})
+    return pd.DataFrame(rows)
+
+
+def _places(model: Forecaster, genes: Sequence[str]) -> list[int]:
+    known = {gene: i for i, gene in enumerate(model.genes)}
+    if not genes:
+        raise ValueError("no genes were given; expected at least one")
+    if strange := [gene for gene in genes if gene not in known]:
+        raise ValueError(f"gene(s) {some(strange)} are not in the model; it has {some(model.genes)}")
+    if len(set(genes)) < len(genes):
+        raise ValueError(f"genes {some(genes)} repeat; name each once")
+    return [known[gene] for gene in genes]
+
+
+def _rows(paths: Sequence[np.ndarray], how: str, sd: np.ndarray) -> np.ndarray:
+    """Mean, smallest or largest of the members at every row, in the data space."""
+    return (np.concatenate([getattr(p, how)(axis=0) for p in paths]) * sd).astype(np.float32)
