@@ -70,8 +70,8 @@ class Config:
     bin_width: int = 512  # of the hidden layer that chooses bins
     n_dataset: int = 10  # width of the embedding's second part, which knows the data set
     cell_norm: str = "none"  # "l2" brings embeddings to length 1, as in public code
-    n_expressed: int = 32  # genes of the sequence that are predicted (P)
-    n_silent: int = 32  # genes outside of the sequence (N)
+    n_expressed: int = 96  # genes of the sequence that are predicted (P)
+    n_silent: int = 96  # genes outside of the sequence (N)
     n_shared: int = 64  # genes that all cells of a batch share (R)
     gene_weight: float = 1.0  # of the loss over the genes of a cell (lambda 1)
     cell_weight: float = 1.0  # of the loss over the cells of a gene (lambda 2)
@@ -117,7 +117,7 @@ _PAPER = Config(
     gene_width=5120, length=2048, order="value", fill="genes", hidden_dim=2048, n_layers=16, n_heads=16, dropout=0.1,
     n_expressed=512, n_silent=512, n_shared=256,
 )  # fmt: skip
-_FIT = FitConfig(steps=2000, batch_size=64, optimizer="adamw", lr=1e-3, weight_decay=0.01, clip=0.8, ema=0.0)
+_FIT = FitConfig(steps=1000, batch_size=64, optimizer="adamw", lr=1e-3, weight_decay=0.01, clip=0.8, ema=0.0)
 _PAPER_FIT = replace(_FIT, steps=218_000, batch_size=24, accumulate=4, lr=1e-5, warmup=6_540, precision="bf16")
 
 
