@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from invirtuo.cli import cells, data, judging
+from invirtuo.cli import cells, data, dynamics, judging
 from invirtuo.cli.options import fail
 
 __all__ = ["app", "main"]
@@ -35,6 +35,10 @@ for _verb in (
     cells.correct,
     cells.impute,
     cells.embed,
+    dynamics.forecast,
+    dynamics.network,
+    dynamics.knock_out,
+    dynamics.overexpress,
     judging.evaluate,
     judging.judge,
     judging.benchmark,

@@ -23,6 +23,7 @@ from invirtuo.cli.options import (
     Steps,
     Unknown,
     Weights,
+    model_with,
     pairs,
     read_csv,
 )
@@ -39,6 +40,7 @@ def fit(
     covariate: Covariate = None,
     unknown: Unknown = None,
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
+    time: Annotated[str | None, typer.Option(help="Numeric column with time or pseudotime.")] = None,
     separator: Separator = "+",
     split: Annotated[str | None, typer.Option(help=SPLIT_HELP)] = None,
     hold_out: Annotated[list[str] | None, typer.Option(help="Condition to hold out, or covariate=value.")] = None,
@@ -57,6 +59,7 @@ def fit(
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
     adata = read_h5ad(data)
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
+    columns["time"] = time
     design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
     parts = _split(adata.obs, design, split, hold_out)
     base = MODELS[model](design, adata.var_names, preset)
@@ -64,6 +67,8 @@ def fit(
     config = _with_fields(base.fit_config, [*(fit_set or []), *(["progress=false"] if quiet else [])])
     fitted.fit(adata, split=parts, config=config, folder=out / "checkpoints", resume=resume)
     fitted.save(out)
+    if warning := fitted.card.get("warning"):
+        typer.echo(f"invirtuo: warning: {warning}", err=True)
     if not quiet:
         typer.echo(f"saved: {out}")
 
@@ -122,7 +127,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Draw cells as counts from a fitted generator, written while they are drawn."""
-    made = _generator(run, "generate").generate(
+    made = model_with(run, "generate").generate(
         n_cells,
         pairs("--where", where),
         labels=None if labels is None else read_csv(labels, "--labels"),
@@ -159,7 +164,7 @@ def augment(
     from invirtuo.files import read_h5ad
 
     adata = read_h5ad(data)
-    both = _generator(run, "augment").augment(
+    both = model_with(run, "augment").augment(
         adata,
         by,
         target_size,
@@ -193,7 +198,7 @@ def correct(
     """Bring the cells of all batches to one batch."""
     from invirtuo.files import read_h5ad
 
-    corrected = _generator(run, "correct").correct(
+    corrected = model_with(run, "correct").correct(
         read_h5ad(data),
         batch,
         reference=reference,
@@ -224,7 +229,7 @@ def impute(
     from invirtuo.files import read_h5ad
 
     options = {"masked_fraction": masked_fraction, "noise": noise, "n_draws": n_draws}
-    imputed = _generator(run, "impute").impute(
+    imputed = model_with(run, "impute").impute(
         read_h5ad(data), **options, steps=steps, solver=solver, seed=seed, progress=not quiet
     )
     _write(imputed, out, quiet)
@@ -255,6 +260,8 @@ def _split(obs, design, split: str | None, hold_out: list[str] | None):
 
     if split and hold_out:
         raise ValueError("--split and --hold-out exclude each other; give one of them")
+    if hold_out and design.perturbation is None:
+        return splits.courses(obs, design, [_condition(text) for text in hold_out])
     if hold_out:
         return splits.hold_out(obs, design, [_condition(text) for text in hold_out])
     if split is None:
@@ -270,17 +277,6 @@ def _split(obs, design, split: str | None, hold_out: list[str] | None):
         known = ", ".join(("a file.csv", "a file.toml", *choices))
         raise ValueError(f"--split is {split!r}; expected one of {known}; or use --hold-out")
     return choices[split](obs, design)
-
-
-def _generator(run: Path, verb: str) -> Any:
-    """The model of a folder, if it has the verb."""
-    from invirtuo.models import MODELS, load
-
-    model = load(run)
-    if not hasattr(model, verb):
-        able = [name for name, kind in MODELS.items() if hasattr(kind, verb)]
-        raise ValueError(f"{run} holds {model.name}, which cannot {verb}; models that can: {', '.join(able)}")
-    return model
 
 
 def _write(adata: Any, out: Path, quiet: bool) -> None:

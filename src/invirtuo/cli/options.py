@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -86,3 +86,14 @@ def print_rows(rows, header: tuple[str, ...] | None = None) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def model_with(run: Path, verb: str) -> Any:
+    """The model of a folder, if it has the verb."""
+    from invirtuo.models import MODELS, load
+
+    model = load(run)
+    if not hasattr(model, verb):
+        able = [name for name, kind in MODELS.items() if hasattr(kind, verb)]
+        raise ValueError(f"{run} holds {model.name}, which cannot {verb}; models that can: {', '.join(able)}")
+    return model

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from invirtuo.splits.contexts import hold_out, under_represented, zero_shot
+from invirtuo.splits.courses import courses
 from invirtuo.splits.file import from_csv
 from invirtuo.splits.perturbench import combine, combine_inverse, imbalanced, manual, scaling, transfer
 from invirtuo.splits.toml import from_toml
@@ -34,6 +35,7 @@ __all__ = [
     "SPLITS",
     "combine",
     "combine_inverse",
+    "courses",
     "from_csv",
     "from_toml",
     "hold_out",

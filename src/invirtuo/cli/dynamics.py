@@ -1,0 +1,159 @@
+"""Verbs of models of time courses: forecast, read out a network, hold genes at a level."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from invirtuo.cli.options import Out, Quiet, Run, model_with, pairs, print_rows, read_csv
+
+Times = Annotated[str | None, typer.Option(help="Times joined by commas; 30 along each course if not given.")]
+Figure = Annotated[Path | None, typer.Option(help="Also draw a picture, FILE.png.")]
+Genes = Annotated[list[str], typer.Argument(help="Genes to hold, all at once.")]
+Courses = Annotated[Path | None, typer.Option("--cells", help="h5ad with cells to start from; else training courses.")]
+
+
+def forecast(
+    run: Run,
+    data: Annotated[Path, typer.Argument(help="h5ad with cells whose first states are followed, or a CSV of states.")],
+    out: Out,
+    times: Times = None,
+    level: Annotated[float, typer.Option(help="Of the interval.")] = 0.9,
+    where: Annotated[list[str] | None, typer.Option(help="covariate=label of the states of a CSV file.")] = None,
+    figure: Figure = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Folder for errors beside simple forecasts; see `invirtuo report`.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Follow time courses from their first states, with intervals."""
+    from invirtuo.files import read_h5ad, writing
+
+    model = model_with(run, "forecast")
+    table = data.suffix == ".csv"
+    cells: Any = read_csv(data, "DATA").astype(float) if table else read_h5ad(data)
+    found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level)
+    with writing(out) as path:
+        found.write_h5ad(path, compression="gzip")
+    if figure is not None:
+        from invirtuo.report import dynamics
+
+        _picture(dynamics.forecast(found, None if table else cells, time=model.design.time), figure)
+    if scores is not None:
+        if table:
+            raise ValueError("--scores needs cells at later times; a CSV file holds first states alone")
+        _judged(model, cells, level, scores, quiet)
+    _done(model, out, found.n_obs, "states", quiet)
+
+
+def network(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    where: Annotated[list[str] | None, typer.Option(help="covariate=label of the courses to read along.")] = None,
+    n_edges: Annotated[int | None, typer.Option("-n", "--n-edges", help="Strongest edges; all if not given.")] = None,
+    figure: Figure = None,
+    quiet: Quiet = False,
+) -> None:
+    """Read signed edges between genes from a fitted field."""
+    from invirtuo.files import writing
+
+    model = model_with(run, "network")
+    edges = model.network(pairs("--where", where) or None, n_edges=n_edges)
+    with writing(out) as path:
+        edges.to_csv(path, index=False)
+    if figure is not None:
+        from invirtuo.report import dynamics
+
+        _picture(dynamics.network(edges), figure)
+    if not quiet and len(edges):
+        top = edges.head(10)
+        rows = [tuple(f"{v:.3g}" if isinstance(v, float) else v for v in row) for row in top.itertuples(index=False)]
+        print_rows(rows, header=tuple(edges.columns))
+    _done(model, out, len(edges), "edges", quiet)
+
+
+def knock_out(
+    run: Run, genes: Genes, out: Out, cells: Courses = None, times: Times = None, figure: Figure = None,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Hold genes at zero: change of every gene, and of where courses end."""
+    _held(run, genes, 0.0, out, cells, times, figure, quiet)
+
+
+def overexpress(
+    run: Run, genes: Genes, out: Out,
+    level: Annotated[float | None, typer.Option(help="In the data space; the highest seen if not given.")] = None,
+    cells: Courses = None, times: Times = None, figure: Figure = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Hold genes at a level: change of every gene, and of where courses end."""
+    _held(run, genes, level, out, cells, times, figure, quiet)
+
+
+def _held(run, genes, level, out, cells, times, figure, quiet) -> None:
+    from invirtuo.files import read_h5ad, writing
+
+    model = model_with(run, "overexpress")
+    change = model.overexpress(genes, level, None if cells is None else read_h5ad(cells), _times(times))
+    with writing(out) as path:
+        change.write_h5ad(path, compression="gzip")
+    if figure is not None:
+        from invirtuo.report import dynamics
+
+        _picture(dynamics.intervention(change, time=model.design.time), figure)
+    if not quiet:
+        effect = change.var.loc[~change.var["is_clamped"], "effect"]
+        top = effect.reindex(effect.abs().sort_values(ascending=False).index[:10])
+        print_rows([(gene, f"{value:+.3f}") for gene, value in top.items()], header=("gene", "change at the end, sd"))
+    _done(model, out, change.n_obs, "states", quiet)
+
+
+def _judged(model: Any, cells: Any, level: float, folder: Path, quiet: bool) -> None:
+    """Scores of forecasts as a folder that `report` reads."""
+    from invirtuo.files import writing
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = model.evaluate_forecast(cells, level=level)
+    metrics = ["mse", "mse_bins", "r2", "coverage"]
+    tidy = table.melt(["condition", "model"], metrics, var_name="metric").dropna(subset="value")
+    with writing(folder / "scores.csv") as path:
+        tidy.to_csv(path, index=False)
+    notes = [str(w.message) for w in caught if w.category is UserWarning]
+    facts = {"title": "Forecasts of time courses", "notes": notes}
+    with writing(folder / "run.json") as path:
+        path.write_text(json.dumps(facts | {"beats_baselines": table.attrs["beats_baselines"]}))
+    for note in notes:
+        typer.echo(f"invirtuo: warning: {note}", err=True)
+    if not quiet:
+        wide = table.pivot_table(index="model", values=["mse", "mse_bins", "r2"], sort=False)
+        print_rows([(name, *(f"{v:.4f}" for v in row)) for name, row in wide.iterrows()],
+                   header=("model", *wide.columns))  # fmt: skip
+
+
+def _times(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--times {text!r}; expected numbers joined by commas, for example 0.2,0.5,1") from None
+
+
+def _picture(address: str, path: Path) -> None:
+    import base64
+
+    from invirtuo.files import writing
+
+    with writing(path) as part:
+        part.write_bytes(base64.b64decode(address.split(",", 1)[1]))
+
+
+def _done(model: Any, out: Path, n: int, what: str, quiet: bool) -> None:
+    if warning := model.card.get("warning"):
+        typer.echo(f"invirtuo: warning: {warning}", err=True)
+    if not quiet:
+        typer.echo(f"{out}: {n:,} {what}")
