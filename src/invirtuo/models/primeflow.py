@@ -241,6 +241,7 @@ class PRiMeFlow(Model):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours"),
+        "quick": Preset(Config(), replace(_FIT, steps=800), "ours, 14,000 cells x 2,000 genes in minutes on a CPU"),
         "small": Preset(
             replace(_PAPER, hidden_dim=32, channel_mult=(1, 2, 2, 4), num_heads=2, attention_resolutions=(8,),
                     dropout=0.0, solver="ab2", steps=20),
