@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 import invirtuo as iv
@@ -341,6 +342,23 @@ def test_bad_data(two, design, fitted):
         fitted.predict(pd.DataFrame({"dataset": ["a"]}))
     with pytest.raises(ValueError, match="does not generate counts"):
         fitted.generate(3)
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "backed", "view", "subset of genes"])
+def test_every_layout_of_the_cells(two, fitted, layout, tmp_path):
+    expected = fitted.embed(two).X
+    given = two.copy()
+    if layout in ("csr", "csc"):
+        given.X = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}[layout](two.X)
+    elif layout == "backed":
+        two.write_h5ad(tmp_path / "two.h5ad")
+        given = anndata.read_h5ad(tmp_path / "two.h5ad", backed="r")
+    elif layout == "view":
+        given = two[10:30]
+        expected = expected[10:30]
+    else:
+        given = two[:, np.flatnonzero((two.X > 0).any(axis=0))[::-1]]  # and in another order
+    np.testing.assert_allclose(fitted.embed(given).X, expected, atol=1e-6)
 
 
 def test_a_killed_fit_goes_on_where_it_stopped(two, design, tmp_path):

@@ -20,7 +20,7 @@ from invirtuo.samplers import Layout, Rows, Sampler
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["CellDataset"]
+__all__ = ["CellDataset", "to_csr"]
 
 
 class CellDataset:
@@ -59,7 +59,7 @@ class CellDataset:
         self.design = design
         self.obs = adata.obs
         self.genes = adata.var_names.astype(str).to_numpy()
-        self.matrix = _csr(adata)
+        self.matrix = to_csr(adata)
         self.values: torch.Tensor | None = None
         self.condition = design.encode(adata.obs)
         self.split = _aligned(split, adata.obs)
@@ -161,7 +161,7 @@ class CellDataset:
         return digest.hexdigest()
 
 
-def _csr(adata: AnnData) -> sparse.csr_matrix:
+def to_csr(adata: AnnData) -> sparse.csr_matrix:
     """X as CSR float32; a copy only where the format demands it."""
     x = adata.X if not adata.isbacked else adata.to_memory().X
     return sparse.csr_matrix(x, dtype=np.float32)

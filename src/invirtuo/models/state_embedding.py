@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch
 from invirtuo.checks import some
-from invirtuo.dataset import CellDataset
+from invirtuo.dataset import CellDataset, to_csr
 from invirtuo.fit import FitConfig
 from invirtuo.genes import hashed_vectors, read_vectors
 from invirtuo.model import Model, Preset
@@ -371,8 +371,7 @@ class StateEmbedding(Model):
                 "use the same kind of gene names"
             )
         logger.info("%d of the %d genes of the data are known to the model", shared, adata.n_vars)
-        x = adata.X if not adata.isbacked else adata.to_memory().X
-        ordered = sparse.csr_matrix(x, dtype=np.float32)[:, place >= 0].tocoo()
+        ordered = to_csr(adata)[:, place >= 0].tocoo()
         columns = place[place >= 0][ordered.col]
         matrix = sparse.csr_matrix((ordered.data, (ordered.row, columns)), (adata.n_obs, len(self.genes)))
         return anndata.AnnData(matrix, obs=adata.obs, var=pd.DataFrame(index=self.genes))
@@ -401,7 +400,7 @@ class StateEmbedding(Model):
 
         self._check_fitted()
         self._check_space(adata)
-        x = sparse.csr_matrix(self._with_genes(adata).X, dtype=np.float32)
+        x = to_csr(self._with_genes(adata))
         self.eval()
         codes, allowed = self.gene_codes(), self.known[None]
         z = np.zeros((adata.n_obs, self.n_embedding), np.float32)
