@@ -127,42 +127,54 @@ def energy_loss(predicted: Tensor, real: Tensor) -> Tensor:
     ----------
     Adduri et al. 2025, equation 18.
     """
+    n = predicted.shape[1]
     with torch.autocast(predicted.device.type, enabled=False):
         x, y = (part.float() if part.dtype != torch.float64 else part for part in (predicted, real))
-        between, within, real_within = (_distances(a, b).mean(dim=(1, 2)) for a, b in ((x, y), (x, x), (y, y)))
+        distance = _distances(x, y)
+        between, within, real_within = (
+            block.mean(dim=(1, 2)) for block in (distance[:, :n, n:], distance[:, :n, :n], distance[:, n:, n:])
+        )
         return 2 * between - within - real_within
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances (b, s, r); on a CPU from products, which is several times faster than from differences."""
-    if x.device.type != "cpu":
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    return _ByProducts.apply(x, y)
+    """Euclidean distances among the rows of x (b, s, d) and y (b, r, d): (b, s + r, s + r).
+
+    On a CPU they come from products, which is several times faster than from differences.
+    """
+    if x.device.type == "cpu":
+        return _ByProducts.apply(x, y)
+    z = torch.cat([x, y], dim=1)
+    return torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class _ByProducts(torch.autograd.Function):
-    """Distances as roots of x.x + y.y - 2 x.y, summed in float64; equal rows have distance and gradient 0."""
+    """Distances as roots of a.a + b.b - 2 a.b, summed in float64; equal rows have distance and gradient 0."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
-        """x (b, s, d), y (b, r, d) -> (b, s, r)."""
-        a, b = x.double(), y.double()
-        sums = a.square().sum(dim=2)[:, :, None] + b.square().sum(dim=2)[:, None]
-        squared = torch.baddbmm(sums, a, b.mT, alpha=-2)
-        squared = squared * (squared > 1e-12 * sums)  # below it, rows are equal as far as float64 can tell
-        distance = squared.sqrt().to(x.dtype)
-        ctx.save_for_backward(x, y, distance)
+        """x (b, s, d), y (b, r, d) -> (b, s + r, s + r)."""
+        z = torch.cat([x, y], dim=1)
+        exact = z.double()
+        squares = exact @ exact.mT
+        own = squares.diagonal(dim1=1, dim2=2)
+        sums = own[:, :, None] + own[:, None]
+        squares = sums - 2 * squares
+        squares *= squares > 1e-12 * sums  # below it, rows are equal as far as float64 can tell
+        distance = squares.sqrt().to(x.dtype)
+        ctx.n = x.shape[1]
+        ctx.save_for_backward(z, distance)
         return distance
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Sums of unit vectors between the rows, weighted by the gradient (b, s, r)."""
-        x, y, distance = ctx.saved_tensors
-        weight = torch.where(distance > 0, gradient / distance, 0)
-        for_x, for_y = ctx.needs_input_grad
-        return (
-            x * weight.sum(dim=2, keepdim=True) - weight @ y if for_x else None,
-            y * weight.sum(dim=1)[:, :, None] - weight.mT @ x if for_y else None,
+        """Sums of unit vectors between the rows, weighted by the gradient (b, s + r, s + r)."""
+        z, distance = ctx.saved_tensors
+        weight = torch.where(distance > 0, (gradient + gradient.mT) / distance, 0)
+        rows = (slice(0, ctx.n), slice(ctx.n, None))
+        return tuple(
+            z[:, own] * weight[:, own].sum(dim=2, keepdim=True) - weight[:, own] @ z if needed else None
+            for own, needed in zip(rows, ctx.needs_input_grad, strict=True)
         )
 
 
@@ -255,7 +267,7 @@ class StateTransition(Model):
             n_decoded = self.n_in if config.decode_from == "embedding" else width
             self.decoder = funnel([n_decoded, *config.decoder_widths, self.n_genes], dropout=config.decoder_dropout)
             if config.residual == "expression" and config.decode_from == "embedding":
-                self.decoder[-1].register_parameter("bias", None)  # of a difference
+                self.decoder.get_submodule(str(len(self.decoder) - 1)).register_parameter("bias", None)  # of a change
         if config.confidence:
             self.confidence_head = funnel([width, width // 2, width // 4, 1])
         self._start: dict[str, Tensor] = {}
@@ -437,7 +449,10 @@ class StateTransition(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Control cells of a condition, in windows of at most `set_size`, to expression (n, g)."""
-        cells = [self.decode(*window, batch.source[rows]) for rows, *window in self._windows(batch, config.batch_size)]
+        cells = [
+            self.decode(predicted, hidden, batch.source[rows])
+            for rows, predicted, hidden in self._windows(batch, config.batch_size)
+        ]
         x = torch.cat(cells).float()
         return x.clamp_min(0) if self.config.clip else x
 
