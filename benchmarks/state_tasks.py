@@ -18,10 +18,12 @@ import anndata
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.decomposition import PCA
 
 import invirtuo as iv
 from invirtuo.bench import TASKS, Entry, Task, paired_differences
 from invirtuo.genes import read_vectors
+from invirtuo.metrics import label_scores
 from invirtuo.preprocess import with_embedding
 
 N_GENES, N_CELLS = 500, 300  # at most so many genes; predicted cells of each condition
@@ -94,8 +96,27 @@ def embedded_task(name: str, model: iv.models.StateEmbedding, out: Path, data_di
                    metrics=(*task.metrics, *METRICS))  # fmt: skip
 
 
+def recognised(task: Task, chosen: Sequence[Entry], n_components: int = 50) -> pd.DataFrame:
+    """How often a network that was trained on real cells names the perturbation of predicted ones (extrinsic, fig. 2D).
+
+    It reads principal components of the real test cells. The row "real cells" is its score on a fifth of these.
+    """
+    adata, design, split = task.load()
+    real = adata[(split == "test").to_numpy() & ~design.is_control(adata.obs)]
+    pca = PCA(n_components, random_state=0).fit(real.X.toarray())
+    z, labels = pca.transform(real.X.toarray()), real.obs[design.perturbation]
+    rows = [label_scores(z, labels).assign(model="real cells")]
+    for entry in (entry for entry in chosen if entry.task == task.name):
+        model, fit = entry.make(design, adata.var_names)
+        model.fit(adata, split, replace(fit, progress=False))
+        cells = model.predict("test", task.n_cells)
+        predicted = pca.transform(np.asarray(cells.X)), cells.obs[design.perturbation]
+        rows.append(label_scores(z, labels, predicted=predicted).assign(model=entry.label))
+    return pd.concat(rows).drop(columns=["group", "silhouette"]).assign(task=task.name)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Embed, fit, score, and print means and differences to the best simple baseline."""
+    """Embed, fit, score; print means, differences between ST and the others, and how well predicted cells are recognised."""
     names = ("kang-celltype", "kang-donor", "glioblastoma-donor", "papalexi-replicate")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", default=names)
@@ -125,6 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pairs = paired_differences(scores[scores["metric"].isin(["mmd_gex", "pearson_delta"])])
     pairs = pairs[pairs["model"].str.startswith("ST")]
     print(pairs.round(3).to_string(index=False))
+    several = [task for task in tasks if len(task.design.perturbations) > 1]
+    for task in several:
+        table = recognised(task, chosen)
+        table.to_csv(args.out / f"recognised-{task.name}.csv", index=False)
+        print(table.round(3).to_string(index=False))
 
 
 if __name__ == "__main__":
