@@ -116,7 +116,7 @@ def recognised(task: Task, chosen: Sequence[Entry], n_components: int = 50) -> p
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Embed, fit, score; print means, differences between ST and the others, and how well predicted cells are recognised."""
+    """Embed, fit, score; print means, differences of ST to the others, and how well predicted cells are recognised."""
     names = ("kang-celltype", "kang-donor", "glioblastoma-donor", "papalexi-replicate")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", default=names)
