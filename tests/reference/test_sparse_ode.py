@@ -5,12 +5,17 @@ lassonet; absolute 1e-6, relative 1e-5 in float32.
 """
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import invirtuo as iv
+from invirtuo import dynamics
 from invirtuo.flow import trajectory
 from invirtuo.nn import sparsity
 from invirtuo.nn.sparse_field import SharedField
@@ -132,3 +137,112 @@ def test_lassonet(lam, bound, arrays):
     theta, weight = sparsity.lasso_prox(arrays["lasso_skip_in[out,in]"].T, arrays["lasso_W1_in[h,in]"].T, lam, bound)
     torch.testing.assert_close(theta.T, arrays[f"lasso_skip_out|lam={lam},M={bound}"], **CLOSE)
     torch.testing.assert_close(weight.T, arrays[f"lasso_W1_out|lam={lam},M={bound}"], **CLOSE)
+
+
+# ---- hematopoiesis -----------------------------------------------------------------------------------------------
+
+CODES = {"s1d1": "11", "s1d2": "12", "s2d1": "21", "s2d4": "24", "s3d6": "36"}
+LINEAGES = ["eryth", "mono", "B"]
+NAMES = {
+    "const_x0": "initial_state",
+    "zero": "zero",
+    "train_lineage_mean": "training_mean",
+    "train_pool_mean": "pooled_mean",
+    "train_linear_t": "linear_in_time",
+    "train_kernel_smoother(bw.05)": "smoother",
+    "own_mean(oracle)": "own_mean",
+    "own_kernel_smoother(oracle)": "own_smoother",
+}
+
+
+@pytest.fixture(scope="module")
+def cells(shared):
+    """Counts times size_scale, as the public code takes them, and their design."""
+    adata = iv.datasets.load("hematopoiesis", path=shared("data/hematopoiesis_pathreg.h5ad"))
+    adata.X = adata.X.multiply(adata.obs["size_scale"].to_numpy()[:, None]).tocsr()
+    return adata, iv.Design.from_adata(adata, covariates=["lineage", "donor"], time="dpt_pseudotime")
+
+
+@pytest.fixture(scope="module")
+def prepared(cells):
+    adata, design = cells
+    parts = dynamics.courses(adata.X.toarray().astype(float), adata.obs, design)
+    return {course.name: dynamics.reference(course) for course in parts}
+
+
+def test_preprocessing(prepared):
+    wanted = json.loads((GOLDEN / "preprocessing.json").read_text())
+    assert len(wanted) == len(prepared) == 14
+    for course in prepared.values():
+        facts = wanted[f"{course.labels['lineage']}_{CODES[course.labels['donor']]}"]
+        x, x0 = course.values, course.values[:5].mean(axis=0)
+        assert list(x.shape) == facts["shape"]
+        found = [x.sum(), (x**2).sum(), course.time.sum(), x0.sum(), x0.max(), (np.ptp(x, axis=0) == 0).sum()]
+        names = ["X_sum", "X_sq", "t_sum", "x0_sum", "x0_max", "const_genes"]
+        np.testing.assert_allclose(found, [facts[name] for name in names], rtol=1e-6)
+
+
+def test_trivial_baselines(prepared):
+    wanted = json.loads((GOLDEN / "sc_trivial_baselines.json").read_text())
+    train = [prepared[f"{lineage}|s1d2"] for lineage in LINEAGES]
+    for name, course in prepared.items():
+        lineage, donor = name.split("|")
+        found = dynamics.baselines(train, course, course.values[:5].mean(axis=0), alike="lineage")
+        for theirs, ours in NAMES.items():
+            mse = ((found[ours] - course.values) ** 2).mean()
+            assert mse == pytest.approx(wanted[CODES[donor]][theirs]["per"][LINEAGES.index(lineage)], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def paper(cells):
+    """The preset of the public code, with its weights after 500 iterations."""
+    adata, design = cells
+    split = iv.splits.courses(adata.obs, design, [{"donor": donor} for donor in CODES if donor != "s1d2"])
+    model = iv.models.SparseODE(design, adata.var_names, "pathreg-paper")
+    fit = replace(model.fit_config, steps=2, progress=False, accelerator="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.fit(adata, split, fit)
+    with np.load(GOLDEN / "sc_pathreg_lam0.01_iter500.npz") as file:
+        model.load_pathreg(dict(file))
+    return model, adata, split
+
+
+def test_first_steps_are_those_of_the_public_code(paper):
+    trace = json.loads((GOLDEN / "loss_trace_orig20.json").read_text())
+    history = paper[0].history
+    seen = [row[1] for row in trace]  # other random numbers: one draw of the gates moves the loss by a tenth
+    assert 0.9 * min(seen) < history["train_total"].iloc[0] < 1.1 * max(seen)
+    assert history["train_error"].iloc[0] < 0.2
+    torch.manual_seed(0)
+    fresh = type(paper[0])(paper[0].design, paper[0].genes, paper[0].config)
+    assert float(fresh.field.weight_path().detach().mean()) == pytest.approx(trace[0][3], rel=0.05)
+
+
+@pytest.mark.parametrize(("sampled", "key", "rel"), [(False, "eval", 0.01), (True, "sampled", 0.05)])
+def test_stored_weights_give_their_errors_and_lose(paper, sampled, key, rel):
+    model, adata, split = paper
+    wanted = json.loads((GOLDEN / "sc_pathreg_lam0.01_iter500_eval.json").read_text())[key]
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="smoother"):
+        tables = [model.evaluate_forecast(adata, split, "train", sampled=sampled)]
+    with pytest.warns(UserWarning, match="does not forecast held-out courses better than zero and training_mean"):
+        tables.append(model.evaluate_forecast(adata, split, "test", sampled=sampled))
+    found = pd.concat(tables).query("model == 'sparse_ode'").set_index("condition")["mse"]
+    for name, mse in found.items():
+        lineage, donor = name.split("|")
+        if donor != "s2d4":
+            assert mse == pytest.approx(wanted[donor][LINEAGES.index(lineage)], rel=rel), name
+    assert not tables[1].attrs["beats_baselines"]
+
+
+def test_sparsity_of_the_stored_weights(paper):
+    """70 % of the weights are closed in a draw; for evaluation every gate is open, though small weights are left."""
+    wanted = json.loads((GOLDEN / "sc_pathreg_lam0.01_iter500_eval.json").read_text())
+    model = paper[0]
+    assert [int((gate > 0).sum()) for gate in model.field.mode()] == wanted["eval_gates_open"]
+    draws = np.array(wanted["sparsity_5_draws(feature,model,spurious)"])
+    found = model.sparsity(20)
+    assert found.loc["draws", "features"] == pytest.approx(draws[:, 0].mean(), abs=0.02)
+    assert found.loc["draws", "weights"] == pytest.approx(draws[:, 1].mean(), abs=0.03)
+    assert found.loc["evaluation", "features"] == 0

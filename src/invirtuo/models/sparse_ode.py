@@ -15,8 +15,8 @@ training cells, weighted by their errors. First the field is fitted to slopes of
 expected number of regulators of each target that sets in after a warm-up; connections with P(open) <= 0.5 are cut,
 and the rest is fitted again without penalty, to solutions over growing horizons. States are disturbed in training, and
 the field learns to come back to the course (`jitter`, `pull`): three courses say nothing of a state beside them, and
-another donor starts there. An ensemble is trained side by side, each member on bins of other (exponential) weights. Time
-is solved on a coarse grid and interpolated.
+another donor starts there. An ensemble is trained side by side, each member on bins of other (exponential) weights.
+Solutions are computed on a coarse grid and interpolated.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Config:
     n_members: int = 3  # ensemble
     bootstrap: bool = True  # give bins other weights for every member
     penalty: str = "target_l0"  # a name in nn.PENALTIES
-    lam: float = 0.1  # weight of the penalty
+    lam: float = 0.03  # weight of the penalty
     bound: float = 10.0  # M of lassonet
     normalise: str = "reference"  # paths are averaged over (in, out); "per_path": also over hidden units
     temperature: float = 2 / 3  # of the gates
     gates: str = "per_solve"  # gates are drawn once "per_solve", or "per_eval" of the field
-    warmup: float = 0.1  # share of a stage without penalty
+    warmup: float = 0.2  # share of a stage without penalty
     ramp: float = 0.3  # share over which it rises
     match_share: float = 0.6  # of the steps: fit of slopes
     refit_share: float = 0.4  # of the steps: fit of what is left after the mask is frozen; the rest: solutions, penalty
@@ -127,7 +127,7 @@ class _Measured(NamedTuple):
 
 
 _ALL = 10**9  # cells in a batch: all courses
-_FIT = FitConfig(steps=800, batch_size=_ALL, optimizer="adamw", weight_decay=0.3, lr=0.02, warmup=20, clip=1.0, ema=0.0,
+_FIT = FitConfig(steps=600, batch_size=_ALL, optimizer="adamw", weight_decay=0.3, lr=0.02, warmup=20, clip=1.0, ema=0.0,
                  precision="fp32", val_every=0)  # fmt: skip
 _PAPER = Config(
     space="any", prepare="reference", lineage="", field="shared", hidden=(100, 100), activation="elu",
@@ -137,7 +137,8 @@ _PAPER = Config(
 _PAPER_FIT = replace(
     _FIT, steps=5000, optimizer="adam", weight_decay=0.0, lr=0.01, schedule="plateau", warmup=0, clip=0.0
 )
-_SERIES = Config(space="any", time="global", n_bins=0, jitter=0.0)
+_SERIES = Config(space="any", time="global", n_bins=0, jitter=0.0, lam=0.1)
+_SHARED = replace(_SERIES, field="shared", activation="elu")
 
 
 class SparseODE(Forecaster):
@@ -155,11 +156,11 @@ class SparseODE(Forecaster):
         "series": Preset(_SERIES, _FIT, "ours, for repeated measurements in real time, any scale"),
         "node": Preset(replace(_SERIES, penalty="none"), _FIT, "ours without penalty"),
         "pathreg": Preset(
-            replace(_SERIES, field="shared", activation="elu", penalty="pathreg", lam=0.01, match_share=0.4, refit_share=0.2),
+            replace(_SHARED, penalty="pathreg", lam=0.01, match_share=0.4, refit_share=0.2),
             _FIT, "PathReg penalty in our fit",
         ),
         "cnode": Preset(
-            replace(_SERIES, field="shared", activation="elu", penalty="cnode", lam=0.01, match_share=0.4, refit_share=0.0),
+            replace(_SHARED, penalty="cnode", lam=0.01, match_share=0.4, refit_share=0.0),
             _FIT, "weight path alone in our fit; arXiv:2106.12430",
         ),
         "ngm": Preset(replace(_SERIES, penalty="group_lasso", lam=0.1), _FIT, "groups of NGM; arXiv:2105.02522"),
@@ -393,7 +394,7 @@ class SparseODE(Forecaster):
         return velocity
 
     def jacobian(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        return self.field.jacobian(x, labels, self.field.prepared(self._still()))
+        return self.field.jacobian(x, labels, self.field.full(self._still()))
 
     def gate_probability(self) -> np.ndarray:
         gates = self.field.p_open() if self.penalty.gated or bool(self.field.is_frozen) else None
@@ -431,7 +432,7 @@ class SparseODE(Forecaster):
             full[:, torch.isin(torch.arange(len(self.genes)), self.field.get_buffer("regulators"))] = path
             path = full
         closed = (path < 1e-5).float()
-        weights = torch.cat([w.flatten() for w in self.field.prepared(gates)])
+        weights = torch.cat([w.flatten() for w in self.field.full(gates)])
         return {
             "features": float(closed.mean()),
             "weights": float((weights.abs() < 1e-5).float().mean()),
@@ -459,10 +460,13 @@ def _weights(parts: Sequence[Course]) -> np.ndarray:
 
 def _pieces(parts: Sequence[Course], level: int) -> _Shots:
     """Pieces of 2^-level of the longest course, from the first row in each on."""
-    horizon = max(c.time[-1] - c.time[0] for c in parts) / 2**level
+    total = max(c.time[-1] - c.time[0] for c in parts)
+    gap = max(np.diff(c.time).max() for c in parts)
+    horizon = min(max(total / 2**level, 1.001 * gap), total)
     first, rows, times, begin = [], [], [], 0
     for part in parts:
-        number = np.minimum((part.time - part.time[0]) / horizon + 1e-9, 2**level - 1).astype(int)
+        last = max(int(np.ceil(total / horizon - 1e-6)) - 1, 0)
+        number = np.minimum((part.time - part.time[0]) / horizon + 1e-9, last).astype(int)
         for start in np.unique(number, return_index=True)[1]:
             later = part.time - part.time[start]
             met = np.flatnonzero((later > 0) & (later <= horizon * (1 + 1e-6)))

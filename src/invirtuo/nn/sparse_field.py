@@ -134,6 +134,10 @@ class SharedField(nn.Module):
         """Weights behind their gates; computed once for all evaluations with these gates."""
         return [z[..., None] * w for z, w in zip(gates, self.weight, strict=True)]
 
+    def full(self, gates: Gates) -> list[Tensor]:
+        """The same, for :meth:`jacobian`."""
+        return self.prepared(gates)
+
     def forward(self, x: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """Velocity (m, n, d) at states (m, n, d), with weights from :meth:`prepared`."""
         activate = ACTIVATIONS[self.activation][0]
@@ -286,6 +290,7 @@ class TargetField(nn.Module):
         self.label = nn.Parameter(torch.zeros(m, n_labels, n_genes, hidden)) if n_labels else None
         self.label_constant = nn.Parameter(torch.zeros(m, n_labels, n_genes)) if n_labels else None
         self.skip = nn.Parameter(torch.zeros(m, r, n_genes)) if skip else None
+        self._places: Tensor | None = None
         self.register_buffer("mask", torch.ones(m, r, n_genes))
         self.register_buffer("is_frozen", torch.tensor(False))
 
@@ -310,34 +315,64 @@ class TargetField(nn.Module):
         return torch.where(self.own > 0, torch.ones_like(gates), gates) * self.mask * self.allowed
 
     def prepared(self, gates: Gates) -> list[Tensor]:
+        """First layer (m, r, d h) and skip connection (m, r, d) behind the gates.
+
+        Of a frozen field with few open connections, those alone: (m, d, k, h) and their positions (m, d, k).
+        """
+        if (places := self._few()) is not None and self.skip is None:
+            rows = torch.arange(len(self.weight))[:, None, None]
+            columns = torch.arange(self.weight.shape[2])[None, :, None]
+            gate = gates[0][rows, places, columns]
+            return [gate[..., None] * self.weight[rows, places, columns], self.regulators[places]]
+        return self.full(gates)
+
+    def full(self, gates: Gates) -> list[Tensor]:
         """First layer (m, r, d h) and skip connection (m, r, d) behind the gates."""
         weight = (gates[0][..., None] * self.weight).flatten(2)
         return [weight] if self.skip is None else [weight, gates[0] * self.skip]
 
     def forward(self, x: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """Velocity (m, n, d) at states (m, n, d), with weights from :meth:`prepared`."""
-        regulators = self._regulators(x)
-        a = ACTIVATIONS[self.activation][0](self._units(regulators, labels, weights[0]))
+        regulators = x if weights[0].ndim == 4 else self._regulators(x)
+        a = ACTIVATIONS[self.activation][0](self._units(regulators, labels, weights))
         f = (a * self.out[:, None]).sum(dim=-1) + self.constant[:, None] - F.softplus(self.raw_decay)[:, None] * x
         if self.label_constant is not None:
             f = f + labels @ self.label_constant
         return f if self.skip is None else f + regulators @ weights[1]
 
+    def _few(self) -> Tensor | None:
+        """(m, d, k), rows of the connections that a frozen mask left, if k is below a third of all."""
+        if not bool(self.is_frozen):
+            return None
+        if self._places is None:
+            open_ = self.mask * self.allowed
+            most = max(int(open_.sum(dim=1).max()), 1)
+            self._places = open_.transpose(1, 2).topk(most, dim=-1).indices
+        return self._places if self._places.shape[-1] < len(self.regulators) / 3 else None
+
     def _regulators(self, x: Tensor) -> Tensor:
         return x if len(self.regulators) == x.shape[-1] else x[..., self.regulators]
 
-    def _units(self, regulators: Tensor, labels: Tensor | None, weight: Tensor) -> Tensor:
+    def _units(self, regulators: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """(m, n, d, h), what enters the activation."""
-        bias = self.bias.flatten(1)[:, None]
-        pre = torch.baddbmm(bias, regulators, weight)
+        if weights[0].ndim == 4:
+            first, places = weights
+            m, n = regulators.shape[:2]
+            # positions are those of genes: a field that is told some of them gets the whole state here
+            index = places.flatten(1)[:, None].expand(m, n, -1)
+            seen = regulators.gather(2, index).unflatten(-1, places.shape[1:])
+            pre = self.bias[:, None] + (seen[..., None] * first[:, None]).sum(dim=3)
+        else:
+            pre = torch.baddbmm(self.bias.flatten(1)[:, None], regulators, weights[0])
+            pre = pre.unflatten(-1, self.bias.shape[1:])
         if self.label is not None:
-            pre = pre + labels @ self.label.flatten(2)
-        return pre.unflatten(-1, self.bias.shape[1:])
+            pre = pre + (labels @ self.label.flatten(2)).unflatten(-1, self.bias.shape[1:])
+        return pre
 
     def jacobian(self, x: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
-        """(m, n, in, out), derivative of every velocity by every state."""
+        """(m, n, in, out), derivative of every velocity by every state; weights from :meth:`full`."""
         activate, slope = ACTIVATIONS[self.activation]
-        pre = self._units(self._regulators(x), labels, weights[0])
+        pre = self._units(self._regulators(x), labels, weights)
         gain = slope(pre, activate(pre)) * self.out[:, None]
         first = weights[0].unflatten(-1, self.bias.shape[1:])
         partial = torch.einsum("mnjh,mijh->mnij", gain, first)
@@ -397,4 +432,5 @@ class TargetField(nn.Module):
         else:
             used = self.weight.abs().amax(dim=-1) > 0
             self.mask.copy_(used if self.skip is None else used | (self.skip != 0))
+        self._places = None
         self.is_frozen.fill_(True)

@@ -53,7 +53,8 @@ def forecast(
         ax.set_title(str(gene), fontsize=10)
         ax.set_xlabel(time, fontsize=8)
         _clean(ax)
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=MAX_COURSES, frameon=False, fontsize=8)
     return _png(figure)
 
 

@@ -1,0 +1,484 @@
+"""Contract of sparse_ode: fields, gates, fits, saving and resuming, forecasts, networks, interventions, warnings."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+import invirtuo as iv
+from invirtuo import dynamics
+from invirtuo.dynamics import simulate
+from invirtuo.metrics import network
+from invirtuo.nn import PENALTIES, SharedField, TargetField, sparsity
+
+SparseODE = iv.models.SparseODE
+FIT = replace(SparseODE.PRESETS["default"].fit, steps=40, progress=False, accelerator="cpu")
+SERIES = replace(SparseODE.PRESETS["series"].config, n_members=2, hidden=(4,))
+
+
+def quietly(function, *arguments, **options):
+    """Without the warning that a short fit loses to its baselines."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return function(*arguments, **options)
+
+
+def copied(model, **changes):
+    """The same fitted model, with other settings of the solver."""
+    other = SparseODE(model.design, model.genes, replace(model.config, **changes))
+    other._size_buffers(model.state_dict())
+    other.load_state_dict(model.state_dict())
+    other.transforms, other.card = model.transforms, model.card
+    return other
+
+
+def series(system="linear_grn", n_genes=6, seed=0, **options):
+    """Eight courses, the last two of which are held out."""
+    adata = simulate(system, n_genes, 8, 25, seed=seed, **({"noise": 0.02} | options))
+    design = iv.Design.from_adata(adata, covariates=["course"], time="time")
+    return adata, design, iv.splits.courses(adata.obs, design, ["6", "7"])
+
+
+def single_cells(n=900, g=8, seed=0):
+    """Log expression of cells of two donors and lineages along pseudotime, constant gene included."""
+    rng = np.random.default_rng(seed)
+    time, lineage, donor = rng.random(n), rng.integers(2, size=n), rng.integers(2, size=n)
+    phase = np.linspace(0, 3, g)
+    rate = 1.5 + np.sin(3 * time[:, None] * (1 + 0.3 * lineage[:, None]) + phase)
+    x = np.log1p(rng.poisson(4 * rate) / 4.0)
+    x[:, -1] = 0.0
+    obs = pd.DataFrame(
+        {"pseudotime": time, "lineage": np.array(["a", "b"])[lineage], "donor": np.array(["u", "v"])[donor]}
+    )
+    obs.index = [f"cell_{i}" for i in range(n)]
+    adata = AnnData(x.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(g)]))
+    return adata, iv.Design.from_adata(adata, covariates=["lineage", "donor"], time="pseudotime")
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    adata, design, split = series()
+    model = SparseODE(design, adata.var_names, replace(SERIES, hidden=(8,), lam=0.03, match_share=0.8, refit_share=0.2))
+    return quietly(model.fit, adata, split, replace(FIT, steps=800)), adata, split
+
+
+@pytest.fixture(scope="module")
+def cells():
+    adata, design = single_cells()
+    split = iv.splits.courses(adata.obs, design, {"donor": "v"})
+    model = SparseODE(design, adata.var_names, replace(SparseODE.Config(), n_members=2, n_bins=12))
+    return quietly(model.fit, adata, split, replace(FIT, steps=150)), adata, split
+
+
+# ---- gates and fields --------------------------------------------------------------------------------------------
+
+
+def test_frequency_of_open_gates():
+    torch.manual_seed(0)
+    n = 100_000
+    for log_alpha in (-3.0, -1.0, 0.0, 2.0):
+        p = float(sparsity.p_open(torch.tensor(log_alpha)))
+        seen = float((sparsity.gate_sample(torch.full((n,), log_alpha)) > 0).float().mean())
+        assert abs(seen - p) < 3 * np.sqrt(p * (1 - p) / n)
+    assert (
+        float(sparsity.gate_mode(torch.tensor(-2.3978953 - 1e-3))) == 0 < float(sparsity.gate_mode(torch.tensor(-2.39)))
+    )
+
+
+def test_gate_paths_hold_one_number_for_each_input():
+    torch.manual_seed(1)
+    gates = [torch.rand(5), torch.rand(4), torch.rand(3)]
+    path = sparsity.gate_path(gates, 6)
+    explicit = torch.diag(gates[0]) @ torch.ones(5, 4) @ torch.diag(gates[1]) @ torch.ones(4, 3) @ torch.diag(gates[2])
+    torch.testing.assert_close(path, explicit @ torch.ones(3, 6))
+    assert (path == path[:, :1]).all()
+    closed = gates[0].mean() * gates[1].sum() * gates[2].sum()
+    torch.testing.assert_close(path.mean(), closed)
+
+
+def test_proximal_steps():
+    torch.manual_seed(0)
+    w, theta = torch.randn(2, 7, 4), torch.randn(2, 7, 3)
+    torch.testing.assert_close(sparsity.group_prox(w, 0.0), w)
+    assert (sparsity.group_prox(torch.zeros(3, 4), 0.1) == 0).all()
+    assert (sparsity.group_prox(w, 100.0) == 0).all()
+    same = sparsity.lasso_prox(theta, w, 0.0, 1e6)
+    torch.testing.assert_close(same[0], theta)
+    torch.testing.assert_close(same[1], w)
+    for lam, bound in ((0.3, 2.0), (1.0, 0.5), (5.0, 1.0)):
+        a, b = sparsity.lasso_prox(theta, w, lam, bound)
+        assert (b.abs().amax(-1) <= bound * a.norm(dim=-1) + 1e-6).all()
+        assert torch.isfinite(a).all()
+    assert (sparsity.lasso_prox(theta, w, 1e3, 1.0)[0] == 0).all()
+
+
+FIELDS = {
+    "shared": lambda: SharedField(9, 2, (6, 5), 2, activation="silu", decay=True, skip=True),
+    "targets": lambda: TargetField(9, 2, 3, 2, regulators=[0, 3, 4, 8], skip=True),
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_jacobian_is_the_derivative(kind):
+    torch.manual_seed(0)
+    field = FIELDS[kind]().double()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x, labels = torch.randn(2, 3, 9).double(), torch.eye(2)[[0, 1, 1]].double()
+    gates = [gate.double() for gate in field.draw()]
+    found = field.jacobian(x, labels, field.full(gates))
+    for m, n in ((0, 0), (1, 2)):
+        state = x.clone()
+
+        def velocity(row, state=state, m=m, n=n):
+            return field(torch.index_put(state, (torch.tensor(m), torch.tensor(n)), row), labels,
+                         field.prepared(gates))[m, n]  # fmt: skip
+
+        wanted = torch.autograd.functional.jacobian(velocity, x[m, n])
+        torch.testing.assert_close(found[m, n], wanted.T)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("kind", FIELDS)
+def test_every_penalty_works_with_every_field(name, kind):
+    torch.manual_seed(0)
+    field, penalty = FIELDS[kind](), PENALTIES[name]
+    if penalty.value is not None:
+        term = penalty.value(field, field.draw())
+        assert term.shape == (2,) and (term > 0).all()
+        term.sum().backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in field.parameters())
+    if penalty.prox:
+        before = field.weight[0].detach().clone() if kind == "shared" else field.weight.detach().clone()
+        field.shrink(penalty.prox, 0.05, 1.0)
+        after = field.weight[0] if kind == "shared" else field.weight
+        assert after.norm() < before.norm()
+
+
+def test_frozen_masks_are_exact_and_few_connections_are_quick():
+    torch.manual_seed(0)
+    field = TargetField(30, 0, 3, 2)
+    with torch.no_grad():
+        field.slow_alpha.copy_(torch.where(torch.rand_like(field.slow_alpha) > 0.9, 0.1, -0.5))
+    field.freeze(gated=True)
+    weights = field.prepared(field.mode())
+    assert weights[0].ndim == 4, "those that are open alone"
+    x = torch.randn(2, 5, 30)
+    torch.testing.assert_close(field(x, None, weights), field(x, None, field.full(field.mode())))
+    jacobian = field.jacobian(x, None, field.full(field.mode()))
+    closed = (field.mask == 0) & (field.own == 0)
+    assert closed.float().mean() > 0.8
+    assert (jacobian.abs().amax(dim=1)[closed] == 0).all()
+
+
+def test_one_draw_for_a_whole_solution():
+    adata, design, _ = series()
+    model = SparseODE(design, adata.var_names, SERIES)
+    x, t = torch.randn(2, 4, 6), torch.tensor(0.0)
+    once = model.velocity(None, sampled=True)
+    torch.testing.assert_close(once(x, t), once(x, t))
+    anew = SparseODE(design, adata.var_names, replace(SERIES, gates="per_eval")).velocity(None, sampled=True)
+    assert not torch.allclose(anew(x, t), anew(x, t))
+
+
+# ---- construction ------------------------------------------------------------------------------------------------
+
+
+def test_presets_and_configs():
+    adata, design, _ = series()
+    for name, preset in SparseODE.PRESETS.items():
+        model = SparseODE(design, adata.var_names, name)
+        assert model.config == preset.config and model.fit_config == preset.fit and preset.source
+    with pytest.raises(ValueError, match="penalty is 'l3'; expected one of none, l1"):
+        SparseODE.Config(penalty="l3")
+    with pytest.raises(ValueError, match="at most 1"):
+        SparseODE.Config(match_share=0.8, refit_share=0.4)
+
+
+def test_designs_that_do_not_fit():
+    adata, design, _ = series()
+    with pytest.raises(ValueError, match="forecasts along time; give time="):
+        SparseODE(iv.Design.from_adata(adata, covariates=["course"]), adata.var_names)
+    adata.obs["p"] = ["control"] * 100 + ["A"] * (adata.n_obs - 100)
+    perturbed = iv.Design.from_adata(adata, perturbation="p", control="control", time="time")
+    with pytest.raises(ValueError, match="fitted to unperturbed cells"):
+        SparseODE(perturbed, adata.var_names)
+    with pytest.raises(ValueError, match="name 1 genes that the data lack: nope"):
+        SparseODE(design, adata.var_names, replace(SERIES, regulators=("x0", "nope")))
+    with pytest.raises(ValueError, match="holds negative values"):
+        SparseODE(design, adata.var_names).fit(adata[:, :].copy())
+
+
+def test_regulators_and_prior_edges_bind():
+    adata, design, split = series()
+    model = SparseODE(design, adata.var_names, replace(SERIES, regulators=("x1", "x4"), penalty="none"))
+    quietly(model.fit, adata, split, replace(FIT, steps=6))
+    assert set(model.network()["regulator"]) == {"x1", "x4"}
+    prior = (("x0", "x1"), ("x2", "x3"))
+    model = SparseODE(design, adata.var_names, replace(SERIES, prior=prior, penalty="none"))
+    quietly(model.fit, adata, split, replace(FIT, steps=6))
+    edges = model.network()
+    assert set(zip(edges["regulator"], edges["target"], strict=True)) == set(prior)
+
+
+# ---- fitting -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [p for p in SparseODE.PRESETS if p not in ("default", "pathreg-paper")])
+def test_presets_learn(preset):
+    adata, design, split = series()
+    config = replace(SparseODE.PRESETS[preset].config, n_members=1)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, replace(FIT, steps=60))
+    errors = model.history.groupby("stage", sort=False)["train_error"].agg(["first", "last"])
+    assert (errors["last"] < errors["first"]).any()
+    assert model.card["scores"]["sparse_ode"] < model.card["scores"]["initial_state"]
+
+
+def test_same_seed_same_numbers_and_resume(tmp_path):
+    adata, design, split = series()
+    config = replace(SERIES, n_members=1)
+    whole = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, FIT, folder=tmp_path / "whole")
+    again = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, FIT, folder=tmp_path / "again")
+    (tmp_path / "again" / "refit" / "last.safetensors").unlink()  # killed in the second stage
+    resumed = SparseODE(design, adata.var_names, config)
+    quietly(resumed.fit, adata, split, FIT, folder=tmp_path / "again", resume=True)
+    for other in (again, resumed):
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_statistics_are_of_training_cells():
+    adata, design, split = series()
+    changed = adata.copy()
+    changed.X[(split == "test").to_numpy()] += 100
+    config, fit = replace(SERIES, n_members=1), replace(FIT, steps=4)
+    models = [quietly(SparseODE(design, adata.var_names, config).fit, a, split, fit) for a in (adata, changed)]
+    first, second = (m.state_dict() for m in models)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    np.testing.assert_array_equal(models[0].transforms["scale"].mean, models[1].transforms["scale"].mean)
+
+
+def test_constant_genes_are_named(cells):
+    assert cells[0].card["constant_genes"] == ["g7"]
+
+
+def test_plateau_schedule_halves_and_resumes(tmp_path):
+    adata, design, split = series()
+    config = replace(SERIES, n_members=1, match_share=0.0, refit_share=0.0)
+    fit = replace(FIT, steps=50, schedule="plateau", lr=1.0, warmup=0)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, fit, folder=tmp_path)
+    assert model.history["lr"].iloc[-1] < 1.0
+    again = SparseODE(design, adata.var_names, config)
+    quietly(again.fit, adata, split, fit, folder=tmp_path, resume=True)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_save_and_load(fitted, tmp_path):
+    model, adata, split = fitted
+    model.save(tmp_path / "run")
+    again = iv.load(tmp_path / "run")
+    first, second = (m.forecast(adata, [0.5, 2.0, 4.0]) for m in (model, again))
+    np.testing.assert_array_equal(first.X, second.X)
+    np.testing.assert_array_equal(first.layers["upper"], second.layers["upper"])
+    pd.testing.assert_frame_equal(model.network(), again.network())
+    pd.testing.assert_frame_equal(
+        quietly(model.evaluate_forecast, adata, split), quietly(again.evaluate_forecast, adata, split)
+    )
+    np.testing.assert_array_equal(model.knock_out("x1").X, again.knock_out("x1").X)
+
+
+def test_the_caller_keeps_the_cells():
+    adata, design, split = series()
+    before = adata.copy()
+    quietly(SparseODE(design, adata.var_names, replace(SERIES, n_members=1)).fit, adata, split, replace(FIT, steps=4))
+    np.testing.assert_array_equal(adata.X, before.X)
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
+
+
+# ---- recovery ------------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_network_is_recovered(fitted):
+    model, adata, _ = fitted
+    found = dynamics.reading.edge_matrices(model)
+    scores = network.edge_recovery(found["size"].mean(axis=0), adata.varp["regulates"])
+    assert scores["auroc"] > 0.95
+    edges = model.network(n_edges=int(scores["n_edges"]))
+    truth = adata.varp["regulates"]
+    place = {name: i for i, name in enumerate(model.genes)}
+    signs = [truth[place[r], place[t]] for r, t in zip(edges["regulator"], edges["target"], strict=True)]
+    right = [s == sign for s, sign in zip(edges["sign"], signs, strict=True) if sign]
+    assert np.mean(right) > 0.9
+    assert (edges["score"].diff().dropna() <= 0).all() and edges["frequency"].between(0, 1).all()
+    assert set(edges["support"]) == {"forecasts beat baselines"}
+
+
+def test_forecasts_of_new_courses(fitted):
+    model, adata, split = fitted
+    table = model.evaluate_forecast(adata, split)
+    mse = table.groupby("model")["mse"].sum()
+    assert mse["sparse_ode"] < 0.5 * min(mse[["zero", "training_mean", "smoother"]])
+    assert table.attrs["beats_baselines"] and model.card["beats_baselines"] and not model.card["warning"]
+    assert set(table["condition"]) == {"6", "7"}
+
+
+# ---- forecasts -----------------------------------------------------------------------------------------------------
+
+
+def test_forecast_of_cells(cells):
+    model, adata, _ = cells
+    found = model.forecast(adata)
+    assert found.shape == (4 * 30, 8) and list(found.var_names) == list(adata.var_names)
+    assert (found.layers["lower"] <= found.X + 1e-6).all() and (found.X <= found.layers["upper"] + 1e-6).all()
+    assert set(found.obs["lineage"]) == {"a", "b"} and found.obs["scaled_time"].between(0, 1.0001).all()
+    wide, narrow = (model.forecast(adata, level=level) for level in (0.95, 0.5))
+    assert (wide.layers["upper"] - narrow.layers["upper"]).min() > -1e-6
+    assert set(model.forecast(adata, [0.5, 0.9]).obs["pseudotime"].round(6)) == {0.5, 0.9}
+    with pytest.raises(ValueError, match="before the first state"):
+        model.forecast(adata, [-5.0, 1.0])
+    with pytest.raises(ValueError, match="level is 2"):
+        model.forecast(adata, level=2)
+
+
+def test_forecast_of_states(cells):
+    model, adata, _ = cells
+    states = pd.DataFrame(adata.X[:3], columns=adata.var_names)
+    found = model.forecast(states, [0.0, 0.5, 1.0], labels={"lineage": "b"})
+    np.testing.assert_allclose(found.X[::3], adata.X[:3], atol=1e-5)
+    other = model.forecast(states.to_numpy(), [0.0, 0.5, 1.0], labels=pd.DataFrame({"lineage": ["a", "b", "b"]}))
+    np.testing.assert_allclose(found.X[3:], other.X[3:], atol=1e-6)
+    assert not np.allclose(found.X[1:3], other.X[1:3], atol=1e-3)
+    with pytest.raises(ValueError, match="have 3 values"):
+        model.forecast(np.zeros(3))
+    with pytest.raises(ValueError, match="3 first states and 1 rows of labels"):
+        model.forecast(states, labels=pd.DataFrame({"lineage": ["a"]}))
+
+
+def test_a_coarse_grid_is_fine_enough(cells):
+    model, adata, _ = cells
+    coarse = model.forecast(adata).X
+    fine = copied(model, steps=200)
+    np.testing.assert_allclose(coarse, fine.forecast(adata).X, atol=1e-3)
+
+
+def test_later_times_go_on_from_the_last_state():
+    adata, design, _ = series()
+    split = iv.splits.courses(adata.obs, design, later=0.3)
+    model = SparseODE(design, adata.var_names, replace(SERIES, n_members=1))
+    quietly(model.fit, adata, split, FIT)
+    table = quietly(model.evaluate_forecast, adata, split)
+    assert {"last_value", "linear_extrapolation"} <= set(table["model"])
+    assert len(set(table["condition"])) == 8
+
+
+def test_a_model_that_loses_says_so():
+    """Noise around a constant: nobody beats the mean."""
+    rng = np.random.default_rng(0)
+    adata, design, split = series()
+    adata.X = rng.normal(size=adata.shape).astype(np.float32)
+    model = SparseODE(design, adata.var_names, replace(SERIES, n_members=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(adata, split, replace(FIT, steps=6))
+    assert "does not forecast held-out courses better than" in str(caught[-1].message)
+    assert model.card["beats_baselines"] is False and "not supported" in model.card["warning"]
+    assert set(model.network()["support"]) == {"not supported by forecasting"}
+    assert "not supported" in model.knock_out("x0").uns["invirtuo"]["support"]
+    assert model.forecast(adata, [1.0]).uns["invirtuo"]["warning"] == model.card["warning"]
+    json.dumps(model.card)
+
+
+def test_without_held_out_cells_nothing_is_claimed():
+    adata, design, _ = series()
+    model = SparseODE(design, adata.var_names, replace(SERIES, n_members=1)).fit(adata, config=replace(FIT, steps=4))
+    assert model.card["beats_baselines"] is None and set(model.network()["support"]) == {"not checked"}
+    with pytest.raises(ValueError, match="draws no cells; use forecast"):
+        model.predict("test")
+
+
+# ---- interventions -------------------------------------------------------------------------------------------------
+
+
+def test_a_clamped_gene_stays_and_acts_through_open_paths_alone(fitted):
+    model, _, _ = fitted
+    change = model.knock_out(["x1"])
+    np.testing.assert_allclose(change.layers["disturbed"][:, 1], 0.0, atol=1e-5)
+    assert change.var["is_clamped"].tolist() == [False, True, False, False, False, False]
+    again = copied(model)
+    with torch.no_grad():  # x1 may act on x2 alone, which acts on nobody
+        again.field.mask[:, 1] = again.field.own[1]
+        again.field.mask[:, 1, 2] = 1.0
+        again.field.mask[:, 2] = again.field.own[2]
+    change = again.knock_out("x1")
+    untouched = [i for i in range(6) if i not in (1, 2)]
+    assert np.abs(change.X[:, untouched]).max() == 0 < np.abs(change.X[:, 2]).max()
+
+
+def test_overexpression_and_fate(cells):
+    model, adata, _ = cells
+    high = model.overexpress("g1")
+    top = model.unscaled(model.course_values.numpy())[:, 1].max()
+    np.testing.assert_allclose(high.layers["disturbed"][:, 1], top, atol=1e-4)
+    both = model.overexpress(["g1", "g2"], [0.5, 1.0], adata, [0.6, 0.9])
+    np.testing.assert_allclose(both.layers["disturbed"][:, 2], 1.0, atol=1e-5)
+    assert set(both.uns["fate"]["towards"]) == {"a", "b"}
+    np.testing.assert_allclose(both.uns["fate"]["shift"], both.uns["fate"]["distance"] - both.uns["fate"]["disturbed"])
+    np.testing.assert_allclose(both.X, both.layers["disturbed"] - both.layers["undisturbed"], atol=1e-4)
+    with pytest.raises(ValueError, match="gene\\(s\\) nope are not in the model"):
+        model.knock_out("nope")
+    with pytest.raises(ValueError, match="repeat"):
+        model.knock_out(["g1", "g1"])
+
+
+def test_edges_of_a_lineage(cells):
+    model = cells[0]
+    assert not model.network({"lineage": "a"}).equals(model.network({"lineage": "b"}))
+    with pytest.raises(ValueError, match="no training course is"):
+        model.network({"lineage": "c"})
+    sizes = model.sparsity(3, other=["g0"])
+    assert sizes.loc["sd", "features"] == 0 and 0 <= sizes.loc["evaluation", "features"] <= 1
+
+
+def test_pictures(cells):
+    from invirtuo.report import dynamics as pictures
+
+    model, adata, _ = cells
+    for picture in (
+        pictures.forecast(model.forecast(adata), adata, time="pseudotime"),
+        pictures.network(model.network()),
+        pictures.intervention(model.knock_out("g1"), time="pseudotime"),
+    ):
+        assert picture.startswith("data:image/png;base64,") and len(picture) > 5000
+
+
+@pytest.mark.filterwarnings("ignore:sparse_ode does not forecast")
+def test_command_line(run, tmp_path):
+    adata, _, _ = series()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    short = ["--fit-set", "steps=10", "--set", "n_members=1", "--quiet"]
+    columns = ["--time", "time", "--covariate", "course", "--hold-out", "course=7", "--preset", "series"]
+    code, _, err = run("fit", "sparse_ode", tmp_path / "a.h5ad", *columns, *short, "--out", tmp_path / "run")
+    assert code == 0 and "does not forecast held-out courses better" in err
+    words = [
+        ("forecast", tmp_path / "run", tmp_path / "a.h5ad", "--figure", tmp_path / "f.png", "--scores", tmp_path / "s"),
+        ("knock-out", tmp_path / "run", "x1", "x2"),
+        ("overexpress", tmp_path / "run", "x1", "--level", "2", "--times", "1,2"),
+    ]
+    for word in words:
+        assert run(*word, "--quiet", "--out", tmp_path / "out.h5ad")[0] == 0
+    assert iv.files.read_h5ad(tmp_path / "out.h5ad").n_obs == 7 * 2
+    assert run("network", tmp_path / "run", "-n", "5", "--out", tmp_path / "e.csv")[0] == 0
+    assert len(pd.read_csv(tmp_path / "e.csv")) == 5
+    assert run("report", tmp_path / "s", "--out", tmp_path / "r.html")[0] == 0
+    assert "does not forecast held-out courses better" in (tmp_path / "r.html").read_text()
+    code, _, err = run("forecast", tmp_path / "run", tmp_path / "a.h5ad", "--times", "x", "--out", tmp_path / "o.h5ad")
+    assert code == 2 and "expected numbers joined by commas" in err
+    code, _, err = run("generate", tmp_path / "run", "-n", "5", "--out", tmp_path / "o.h5ad")
+    assert code == 2
