@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 
 import invirtuo as iv
 from invirtuo import dynamics
@@ -248,3 +249,25 @@ def test_splits_of_courses():
         iv.splits.courses(obs, design, [{"donor": "e"}])
     with pytest.raises(ValueError, match="cannot hold out by batch"):
         iv.splits.courses(obs, design, [{"batch": "e"}])
+
+
+def test_pseudotime_finds_the_order():
+    rng = np.random.default_rng(0)
+    time = rng.permutation(np.linspace(0, 1, 300))
+    centres = np.linspace(-0.2, 1.2, 25)
+    x = np.log1p(rng.poisson(30 * np.exp(-((time[:, None] - centres) ** 2) / 0.05)).astype(np.float32))
+    obs = pd.DataFrame({"stage": np.where(time < 0.05, "first", "later"), "donor": np.where(time > 2, "b", "a")})
+    obs.index = [f"cell_{i}" for i in range(300)]
+    adata = AnnData(x, obs=obs)
+    found = iv.preprocess.pseudotime(adata, {"stage": "first"}, by="donor")
+    assert "pseudotime" not in adata.obs
+    assert pd.Series(time).corr(found.obs["pseudotime"].reset_index(drop=True), method="spearman") > 0.95
+    from_cell = iv.preprocess.pseudotime(adata, f"cell_{time.argmin()}", column="t")
+    assert from_cell.obs["t"].iloc[time.argmin()] == 0
+    for root, message in (
+        (("nobody"), "no cell 'nobody'"),
+        ({"stage": "x"}, "no cell has stage"),
+        ({"y": "x"}, "column"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iv.preprocess.pseudotime(adata, root)

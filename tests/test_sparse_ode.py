@@ -197,6 +197,8 @@ def test_presets_and_configs():
     for name, preset in SparseODE.PRESETS.items():
         model = SparseODE(design, adata.var_names, name)
         assert model.config == preset.config and model.fit_config == preset.fit and preset.source
+    mine = SparseODE(design, adata.var_names, replace(SERIES, lam=0.07))
+    assert mine.fit_config == SparseODE.PRESETS["default"].fit and mine.config.lam == 0.07
     with pytest.raises(ValueError, match="penalty is 'l3'; expected one of none, l1"):
         SparseODE.Config(penalty="l3")
     with pytest.raises(ValueError, match="at most 1"):

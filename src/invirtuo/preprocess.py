@@ -22,6 +22,7 @@ from invirtuo.checks import (
     some,
 )
 from invirtuo.genes import variable_genes
+from invirtuo.pseudotime import pseudotime
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,6 +37,7 @@ __all__ = [
     "looks_like_counts",
     "normalize",
     "perturbench",
+    "pseudotime",
     "require_counts",
     "require_log",
     "with_embedding",

@@ -171,6 +171,15 @@ class SparseODE(Forecaster):
 
     bandwidth: Tensor
 
+    @classmethod
+    def preset_of(cls, config: Any) -> Preset:
+        """A Config of one's own is fitted as the preset that prepares data like it: with whole courses in a batch."""
+        preset = super().preset_of(config)
+        if isinstance(config, Config) and all(known.config != config for known in cls.PRESETS.values()):
+            like = "pathreg-paper" if config.prepare == "reference" else "default"
+            return replace(preset, fit=cls.PRESETS[like].fit)
+        return preset
+
     def build(self) -> None:
         """Room for the training courses, and the field."""
         config = self.config
