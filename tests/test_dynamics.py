@@ -271,3 +271,23 @@ def test_pseudotime_finds_the_order():
     ):
         with pytest.raises(ValueError, match=message):
             iv.preprocess.pseudotime(adata, root)
+
+
+def test_motion_capture(shared, tmp_path):
+    """Errors of simple forecasts of the published file, validation and test sequences."""
+    adata = dynamics.motion_capture(shared("data/cmu_mocap35.mat"))
+    assert adata.shape == (23 * 300, 50)
+    assert list(np.flatnonzero(adata.var["constant"])) == [24, 25, 31, 32]
+    x = {
+        part: adata[(adata.obs["split"] == part).to_numpy()].X.reshape(-1, 300, 50) for part in ("train", "val", "test")
+    }
+    mean = x["train"].mean(axis=0)
+    for part, zero, first, training, ahead in (
+        ("val", 31.905, 67.250, 38.377, 13.89),
+        ("test", 33.619, 62.976, 38.502, 15.64),
+    ):
+        errors = [x[part], x[part] - x[part][:, :1], x[part] - mean, x[part][:, 10:] - x[part][:, :-10]]
+        np.testing.assert_allclose([(e**2).mean() for e in errors], [zero, first, training, ahead], rtol=1e-3)
+    (tmp_path / "x.mat").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not the file of motion capture"):
+        dynamics.motion_capture(tmp_path / "x.mat")

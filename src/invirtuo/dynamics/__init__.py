@@ -13,6 +13,7 @@ from invirtuo.dynamics.courses import (
     rescaled,
     smoothed,
 )
+from invirtuo.dynamics.mocap import motion_capture
 from invirtuo.dynamics.systems import SYSTEMS, simulate
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "binned",
     "courses",
     "local_fit",
+    "motion_capture",
     "reference",
     "rescaled",
     "simulate",
