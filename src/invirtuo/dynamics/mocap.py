@@ -38,11 +38,12 @@ def motion_capture(path: str | os.PathLike) -> AnnData:
     """
     from anndata import AnnData
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         arrays = loadmat(path, variable_names=["Xtr", "Xval", "Xtest"])
         parts = {"train": arrays["Xtr"], "val": arrays["Xval"], "test": arrays["Xtest"]}
-    except (OSError, KeyError, ValueError, NotImplementedError) as error:
+    except (OSError, KeyError, ValueError, NotImplementedError, MatReadError) as error:
         raise ValueError(f"{path} is not the file of motion capture (Xtr, Xval, Xtest): {error}") from error
     rows, tables = [], []
     for part, x in parts.items():

@@ -137,7 +137,7 @@ _PAPER = Config(
 _PAPER_FIT = replace(
     _FIT, steps=5000, optimizer="adam", weight_decay=0.0, lr=0.01, schedule="plateau", warmup=0, clip=0.0
 )
-_SERIES = Config(space="any", time="global", n_bins=0, jitter=0.0, lam=0.1)
+_SERIES = Config(space="any", time="global", n_bins=0, jitter=0.0, lam=0.2, match_share=0.8, refit_share=0.2)
 _SHARED = replace(_SERIES, field="shared", activation="elu")
 
 
@@ -156,11 +156,11 @@ class SparseODE(Forecaster):
         "series": Preset(_SERIES, _FIT, "ours, for repeated measurements in real time, any scale"),
         "node": Preset(replace(_SERIES, penalty="none"), _FIT, "ours without penalty"),
         "pathreg": Preset(
-            replace(_SHARED, penalty="pathreg", lam=0.01, match_share=0.4, refit_share=0.2),
+            replace(_SHARED, penalty="pathreg", lam=0.002),
             _FIT, "PathReg penalty in our fit",
         ),
         "cnode": Preset(
-            replace(_SHARED, penalty="cnode", lam=0.01, match_share=0.4, refit_share=0.0),
+            replace(_SHARED, penalty="cnode", lam=0.02, refit_share=0.0),
             _FIT, "weight path alone in our fit; arXiv:2106.12430",
         ),
         "ngm": Preset(replace(_SERIES, penalty="group_lasso", lam=0.1), _FIT, "groups of NGM; arXiv:2105.02522"),
