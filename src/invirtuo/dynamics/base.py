@@ -86,6 +86,7 @@ class Forecaster(Model):
             raise ValueError(f"lineage is {config.lineage!r}; the design has {some(design.covariates) or 'none'}")
         self.lineage = config.lineage if config.lineage in design.covariates else None
         self.levels = design.covariates[self.lineage] if self.lineage else ()
+        self.alike = self.lineage or ("lineage" if "lineage" in design.covariates else None)  # for simple forecasts
         self.signed = config.space == "any"
         g = len(self.genes)
         self.register_buffer("course_values", torch.zeros(0, g))
@@ -370,8 +371,8 @@ class Forecaster(Model):
 
         Returns
         -------
-        DataFrame, strongest first: ``regulator``, ``target``; ``score``, mean |df_j / dx_i| in standardised genes;
-        ``sign`` of the mean; ``consistency``, |mean| / mean of absolute values; ``frequency``, share of the ensemble in
+        DataFrame, strongest first: ``regulator``, ``target``; ``score``, mean of ``|df_j / dx_i|`` in standardised genes;
+        ``sign`` of the mean; ``consistency``, size of the mean over the score; ``frequency``, share of the ensemble in
         which the edge is open; ``gate``, probability that it is open; ``support``, whether forecasts of held-out
         courses back it. Edges are predictive dependencies and no proof of regulation.
         """
@@ -485,7 +486,7 @@ class Forecaster(Model):
             bins = self.binned(course)
             at = np.searchsorted(course.time, bins.time).clip(0, len(course.time) - 1)
             mean, lower, upper = self.interval(members, level)
-            forecasts = {self.name: mean} | baselines(train, course, start.x0, alike=self.lineage)
+            forecasts = {self.name: mean} | baselines(train, course, start.x0, alike=self.alike)
             for name, x in forecasts.items():
                 scores = _errors(x, course, bins, at)
                 inside = (bins.values >= lower[at]) & (bins.values <= upper[at])

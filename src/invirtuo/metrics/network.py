@@ -83,7 +83,7 @@ def random_scores(truth: np.ndarray, rng: np.random.Generator, *, degree_matched
 
 
 def correlation_scores(x: np.ndarray, *, later: np.ndarray | None = None) -> np.ndarray:
-    """|Pearson correlation| of (n, d); with `later`, of each variable with later states of all."""
+    """Absolute Pearson correlation of (n, d); with `later`, of each variable with later states of all."""
     y = x if later is None else later
     a, b = (v - v.mean(axis=0) for v in (np.asarray(x, float), np.asarray(y, float)))
     scale = np.sqrt(np.outer((a**2).sum(axis=0), (b**2).sum(axis=0)))

@@ -138,7 +138,7 @@ def lasso_prox(theta: Tensor, weight: Tensor, lam: float, bound: float) -> tuple
     lam
         Penalty on the norms of the rows of theta, times the step.
     bound
-        M: afterwards max |weight_i| <= M norm(theta_i).
+        M: afterwards ``max |weight_i| <= M norm(theta_i)``.
 
     References
     ----------
