@@ -371,7 +371,7 @@ class Forecaster(Model):
 
         Returns
         -------
-        DataFrame, strongest first: ``regulator``, ``target``; ``score``, mean of ``|df_j / dx_i|`` in standardised genes;
+        DataFrame, strongest first: ``regulator``, ``target``; ``score``, mean ``|df_j / dx_i|``, standardised genes;
         ``sign`` of the mean; ``consistency``, size of the mean over the score; ``frequency``, share of the ensemble in
         which the edge is open; ``gate``, probability that it is open; ``support``, whether forecasts of held-out
         courses back it. Edges are predictive dependencies and no proof of regulation.
