@@ -32,7 +32,7 @@ def guided(label: str, *arguments) -> Entry:
 
 ENTRIES = (
     guided("primeflow", "primeflow", None, {"steps": 800}),
-    Entry("primeflow:unet", "primeflow", "small", {"steps": 150}),
+    Entry("primeflow:unet", "primeflow", "small", {"steps": 600}),
     guided("primeflow:mlp", "primeflow", MLP, {"steps": 1200, "lr": 3e-4}),
     guided("fm_pca", "fm_pca", None, {"steps": 1500}),
     Entry("fm_pca:ot", "fm_pca", "ot", {"steps": 1000}),
