@@ -372,7 +372,7 @@ class StateTransition(Model):
         if known not in (None, checkpoint):
             raise ValueError(
                 f"obsm[{self.config.obsm!r}] was made by the encoder {checkpoint or 'of unknown origin'}; this model "
-                f"knows those of {known or 'unknown origin'}. Embed the cells with the same encoder, or make a new model"
+                f"knows those of {known or 'unknown origin'}. Embed the cells with the same one, or make a new model"
             )
         self._encoder = checkpoint
 
