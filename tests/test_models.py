@@ -18,7 +18,8 @@ from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig, validation_losses
 from invirtuo.samplers import SAMPLERS
 
-MODELS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "predict"}  # others: test_count_verbs.py
+# those with other verbs: test_count_verbs.py, test_sparse_ode.py
+MODELS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "predict"}
 SMALL = {  # settings that are small enough to train in seconds; other models are tested with their defaults
     "primeflow": iv.models.PRiMeFlow.Config(
         hidden_dim=32, gene_width=16, n_context=4, cell_width=32, n_blocks=1, n_sinusoids=8, loss_genes=10, steps=6
