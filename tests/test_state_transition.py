@@ -17,7 +17,7 @@ from invirtuo.batch import Batch
 from invirtuo.fit import FitConfig
 from invirtuo.metrics.distribution import energy_distance
 from invirtuo.model import SampleConfig
-from invirtuo.models.state_transition import energy_loss
+from invirtuo.nn import energy_loss
 from invirtuo.nn.attention import SetTransformer, pad, windows
 from invirtuo.samplers import Layout, mapped_sets
 

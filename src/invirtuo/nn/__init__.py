@@ -4,6 +4,7 @@ from invirtuo.nn.anchor import PseudobulkAnchor
 from invirtuo.nn.attention import SetTransformer
 from invirtuo.nn.counts import CountLikelihood, Dispersion, SizeFactor, nb_log_prob, nb_sample
 from invirtuo.nn.embed import ConditionEncoder, one_hots, sinusoids
+from invirtuo.nn.energy import energy_loss
 from invirtuo.nn.gaussian import gaussian_kl, gaussian_sample
 from invirtuo.nn.genewise import GenewiseVelocity
 from invirtuo.nn.mlp import MLP, BatchNormMLP, ModulatedBlock, NormMLP
@@ -30,6 +31,7 @@ __all__ = [
     "SizeFactor",
     "TargetField",
     "UNet1d",
+    "energy_loss",
     "gaussian_kl",
     "gaussian_sample",
     "nb_log_prob",
