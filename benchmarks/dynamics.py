@@ -1,15 +1,18 @@
-"""Sparse neural ODEs: speed, claims on synthetic systems, held-out donors of hematopoiesis.
+"""Sparse neural ODEs: speed, synthetic systems, hematopoiesis, other marrow, motion capture.
 
 python benchmarks/dynamics.py speed
 python benchmarks/dynamics.py synthetic --out docs/results/dynamics
-python benchmarks/dynamics.py cells --data-dir DATA --out docs/results/dynamics
+python benchmarks/dynamics.py PART --data-dir DATA --out docs/results/dynamics
 
-`speed` needs the extra [ode]. Rows are written as they come; a run that was stopped goes on where it was.
+with PART `cells` (held-out donors), `later` (later pseudotime), `penalties` (sparsity against error), `progenitors`
+(CD34+ marrow, Paul15) or `walking` (motion capture). `speed` needs the extra [ode]. `synthetic` and `cells` write rows
+as they come; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import statistics
 import time
 import warnings
@@ -28,6 +31,7 @@ from invirtuo.dynamics.reading import OPEN, edge_matrices
 from invirtuo.flow import trajectory
 from invirtuo.metrics import network
 from invirtuo.nn import SharedField
+from invirtuo.report import dynamics as pictures
 
 SparseODE = iv.models.SparseODE
 SERIES = replace(SparseODE.PRESETS["series"].config, n_members=1, match_share=0.8, refit_share=0.2)
@@ -241,14 +245,184 @@ def by_donor(table: pd.DataFrame) -> pd.DataFrame:
     return table.pivot_table(index="model", columns="donor", values="mse", aggfunc="sum", sort=False)
 
 
+def evaluated(model, adata, split, part: str = "test") -> pd.DataFrame:
+    """The table of errors without the warning, which is in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.evaluate_forecast(adata, split, part)
+
+
+def training_donor(data_dir: str):
+    """Log-normalised cells of hematopoiesis, and the Design."""
+    raw = iv.datasets.load("hematopoiesis", data_dir=data_dir)
+    design = iv.Design.from_adata(raw, covariates=["lineage", "donor"], time="dpt_pseudotime")
+    return iv.preprocess.normalize(raw), design
+
+
+def later(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
+    """Fit on the first three quarters of pseudotime of donor s1d2, judge on the last quarter."""
+    adata, design = training_donor(data_dir)
+    adata = adata[(adata.obs["donor"] == "s1d2").to_numpy()].copy()
+    split = iv.splits.courses(adata.obs, design, later=0.25)
+    model = fit(SparseODE(design, adata.var_names, SparseODE.Config()), adata, split, steps=steps)
+    table = evaluated(model, adata, split)
+    n_cells = adata.obs.loc[split == "test", "lineage"].value_counts()
+    table["n_cells"] = table["lineage"].map(n_cells.to_dict())
+    table.to_csv(out / "later.csv", index=False, float_format="%.5g")
+    return table.pivot_table(index="model", columns="lineage", values="mse", sort=False).assign(
+        sum=lambda t: t.sum(axis=1)
+    )
+
+
+def penalties(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
+    """Weights of the penalty against errors on held-out cells of donor s1d2 and on other donors, one member."""
+    adata, design = training_donor(data_dir)
+    others = [{"donor": d} for d in ("s1d1", "s2d1", "s2d4", "s3d6")]
+    split = iv.splits.courses(adata.obs, design, others, val_fraction=0.2)
+    model = SparseODE(design, adata.var_names, replace(SparseODE.Config(), n_members=1))
+    config = replace(model.fit_config, steps=steps, progress=False, accelerator="cpu")
+    table = iv.dynamics.tradeoff(model, adata, split, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), config)
+    table.to_csv(out / "penalties.csv", index=False, float_format="%.5g")
+    picture = pictures.tradeoff(table)
+    (out / "penalties.png").write_bytes(base64.b64decode(picture.partition(",")[2]))
+    return table
+
+
+# ---- other marrow --------------------------------------------------------------------------------------------------
+
+MARKERS = {
+    "stem": ("AVP", "HLF", "CRHBP", "CD34"),
+    "erythroid": ("GATA1", "KLF1", "CA1", "HBB", "TFRC"),
+    "myeloid": ("MPO", "ELANE", "AZU1", "LYZ", "IRF8"),
+    "lymphoid": ("CD79A", "CD79B", "VPREB1", "DNTT", "IGLL1"),
+}
+
+
+def progenitors(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
+    """CD34+ marrow and Paul15: pseudotime, the 300 most variable genes, held-out cells and samples; one member."""
+    tables = []
+    for name, prepared in (("marrow", marrow), ("paul15", paul15)):
+        adata, design, split = prepared(data_dir)
+        config = replace(SparseODE.Config(), n_members=1)
+        model = fit(SparseODE(design, adata.var_names, config), adata, split, steps=steps)
+        for part in sorted(set(split) - {"train"}):
+            tables.append(evaluated(model, adata, split, part).assign(data=name, part=part))
+            tables[-1]["n_part"] = int((split == part).sum())
+    table = pd.concat(tables, ignore_index=True)
+    table.to_csv(out / "progenitors.csv", index=False, float_format="%.5g")
+    return table.pivot_table(index="model", columns=["data", "part"], values=["mse", "mse_bins"], sort=False)
+
+
+def marrow(data_dir: str):
+    """Lineages by markers, pseudotime of each sample from its stem cells; the second sample is test."""
+    import scanpy
+
+    raw = iv.datasets.load("marrow", data_dir=data_dir)
+    log = iv.preprocess.normalize(raw)
+    for name, genes in MARKERS.items():
+        scanpy.tl.score_genes(log, [g for g in genes if g in log.var_names], score_name=name)
+    lineages = [name for name in MARKERS if name != "stem"]
+    log.obs["lineage"] = log.obs[lineages].idxmax(axis=1)
+    log.obs["stage"] = np.where(log.obs["stem"] > log.obs["stem"].quantile(0.95), "stem", "later")
+    log = iv.preprocess.pseudotime(log, {"stage": "stem"}, by="sample")
+    design = iv.Design.from_adata(log, covariates=["lineage", "sample"], time="pseudotime")
+    split = iv.splits.courses(log.obs, design, {"sample": "Run5"}, val_fraction=0.2)
+    return variable_genes(raw, log, split), design, split
+
+
+def paul15(data_dir: str):
+    """Erythroid cells after MEP and monocytes after GMP, each with its own pseudotime; a fifth of cells is held out."""
+    raw = iv.datasets.load("paul15", data_dir=data_dir)
+    names = {"MEP": "erythroid", "Erythroid": "erythroid", "GMP": "monocyte", "Monocyte": "monocyte"}
+    raw = raw[raw.obs["cell_type"].isin(list(names)).to_numpy()].copy()
+    log = iv.preprocess.normalize(raw)
+    log.obs["lineage"] = log.obs["cell_type"].astype(str).map(names)
+    log.obs["stage"] = np.where(log.obs["cell_type"].isin(["MEP", "GMP"]), "early", "late")
+    log = iv.preprocess.pseudotime(log, {"stage": "early"}, by="lineage")
+    design = iv.Design.from_adata(log, covariates=["lineage"], time="pseudotime")
+    split = iv.splits.courses(log.obs, design, val_fraction=0.2)
+    return variable_genes(raw, log, split), design, split
+
+
+def variable_genes(raw, ordered, split, n: int = 300):
+    """The ordered cells again, with genes that vary among training cells."""
+    counts = raw[ordered.obs_names].copy()
+    counts.obs = ordered.obs.drop(columns="total_counts")
+    return iv.preprocess.normalize(counts, n_genes=n, split=split)
+
+
+# ---- motion capture --------------------------------------------------------------------------------------------------
+
+
+def walking(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
+    """Forecasts of 300 frames of 50 channels from the first frame, or the first three; squared errors per element."""
+    adata = iv.dynamics.motion_capture(Path(data_dir) / "cmu_mocap35.mat")
+    part = adata.obs["split"].to_numpy()
+    x = np.asarray(adata.X, dtype=float)
+    _, _, components = np.linalg.svd(x[part == "train"], full_matrices=False)
+    z = x @ components[:5].T
+    moves = np.gradient(z.reshape(-1, 300, 5), axis=1)
+    moves[:, 0] = moves[:, 1]
+    states = {
+        "50 channels": (x, np.eye(50)),
+        "5 components": (z, components[:5]),
+        "5 components and their changes": (np.c_[z, moves.reshape(-1, 5)], np.r_[components[:5], np.zeros((5, 50))]),
+    }
+    rows = []
+    for seed in range(3):
+        for name, (state, back) in states.items():
+            varies = state[part == "train"].std(axis=0) > 1e-3
+            found = walked(name, state[:, varies], back[varies], adata.obs, x, steps=steps, seed=seed)
+            rows += [row | {"seed": seed} for row in found]
+        table = pd.DataFrame(rows).drop_duplicates(["model", "part", "seed"])
+        table.to_csv(out / "walking.csv", index=False, float_format="%.5g")
+    return table.groupby(["part", "model"], sort=False)[["mse_50", "mse"]].agg(["mean", "std"])
+
+
+def walked(name: str, state: np.ndarray, back: np.ndarray, obs, x: np.ndarray, **settings) -> list[dict]:
+    """Fit to training sequences; errors in the 50 channels over the first 50 frames and over all, with baselines."""
+    cells = anndata.AnnData(state.astype(np.float32), obs=obs.copy())
+    cells.var_names = [f"s{i}" for i in range(cells.n_vars)]
+    design = iv.Design.from_adata(cells, covariates=["sequence"], time="frame")
+    config = replace(SERIES, lam=0.02, steps=75)
+    model = fit(SparseODE(design, cells.var_names, config), cells, obs["split"], **settings)
+    train = model.training_courses()
+    rows = []
+    for part in ("val", "test"):
+        mine = (obs["split"] == part).to_numpy()
+        truth, first = x[mine].reshape(-1, 300, 50), state[mine].reshape(-1, 300, state.shape[1])[:, 0]
+        found = model.forecast(first, np.arange(300.0)).X @ back
+        linear = [iv.dynamics.baselines(train, train[0], x0)["linear_ode"] for x0 in model.scaled(first)]
+        forecasts = {
+            f"sparse_ode, {name}": found.reshape(truth.shape),
+            f"linear ODE, {name}": model.unscaled(np.stack(linear)) @ back,
+            "zero": np.zeros_like(truth),
+            "first frame": np.repeat(truth[:, :1], 300, axis=1),
+            "training mean sequence": x[(obs["split"] == "train").to_numpy()].reshape(-1, 300, 50).mean(axis=0)[None],
+        }
+        for model_name, values in forecasts.items():
+            square = (values - truth) ** 2
+            rows.append({"model": model_name, "part": part, "mse_50": square[:, :50].mean(), "mse": square.mean()})
+    return rows
+
+
+PARTS = {  # steps, function
+    "cells": (600, cells),
+    "later": (600, later),
+    "penalties": (300, penalties),
+    "progenitors": (400, progenitors),
+    "walking": (400, walking),
+}
+
+
 def main() -> None:
-    """Run one of the three parts."""
+    """Run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "synthetic", "cells"])
+    parser.add_argument("part", choices=["speed", "synthetic", *PARTS])
     parser.add_argument("--out", type=Path, default=Path("dynamics"))
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=None, help="600 for cells, 400 for synthetic systems")
+    parser.add_argument("--steps", type=int, default=None, help="of a fit; the default depends on the part")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -259,8 +433,10 @@ def main() -> None:
         table = synthetic(options.out, options.seeds, options.steps or 400)
         print(claims(table).to_string())
     else:
-        table = cells(options.out, options.data_dir, options.steps or 600)
-    print(table.to_string() if options.part == "speed" else f"{len(table)} rows in {options.out}")
+        steps, function = PARTS[options.part]
+        table = function(options.out, options.data_dir, options.steps or steps)
+    whole = options.part not in ("synthetic", "cells")
+    print(table.round(4).to_string() if whole else f"{len(table)} rows in {options.out}")
 
 
 if __name__ == "__main__":

@@ -460,6 +460,45 @@ def test_pictures(cells):
         assert picture.startswith("data:image/png;base64,") and len(picture) > 5000
 
 
+# ---- sparsity against error ----------------------------------------------------------------------------------------
+
+
+def test_tradeoff():
+    from invirtuo.report import dynamics as pictures
+
+    adata, design, _ = series()
+    split = iv.splits.courses(adata.obs, design, ["6", "7"], val_fraction=0.2)
+    model = SparseODE(design, adata.var_names, replace(SERIES, n_members=1))
+    config = replace(FIT, steps=150)
+    table = dynamics.tradeoff(model, adata, split, (0.0, 10.0), config)
+    fits, rest = table[table["lam"].notna()], table[table["lam"].isna()].set_index("model")
+    assert fits["lam"].tolist() == [0.0, 10.0] and set(fits["model"]) == {"sparse_ode"}
+    assert fits["open_inputs"].iloc[0] > 4 and fits["open_inputs"].iloc[1] < 2
+    np.testing.assert_allclose(fits["open_share"], fits["open_inputs"] / 6, rtol=1e-5)
+    assert {"zero", "training_mean", "smoother"} <= set(rest.index)
+    again = SparseODE(design, adata.var_names, replace(model.config, lam=10.0))
+    quietly(again.fit, adata, split, config)
+    for column, part in (("inside", "val"), ("outside", "test")):
+        errors = quietly(again.evaluate_forecast, adata, split, part).groupby("model")["mse"].mean()
+        assert fits[column].iloc[1] == pytest.approx(errors["sparse_ode"])
+        assert rest.loc["smoother", column] == pytest.approx(errors["smoother"])
+    assert len(pictures.tradeoff(table)) > 5000
+    with pytest.raises(ValueError, match="has no fits"):
+        pictures.tradeoff(table[table["lam"].isna()])
+
+
+def test_tradeoffs_that_cannot_be_made():
+    adata, design, split = series()
+    model = SparseODE(design, adata.var_names, SERIES)
+    with pytest.raises(ValueError, match="lams is empty"):
+        dynamics.tradeoff(model, adata, split, ())
+    with pytest.raises(ValueError, match="the split has no val cells; found test, train"):
+        dynamics.tradeoff(model, adata, split, (0.1,))
+    free = SparseODE(design, adata.var_names, replace(SERIES, penalty="none"))
+    with pytest.raises(ValueError, match="no penalty to weigh"):
+        dynamics.tradeoff(free, adata, split, (0.1,), inside="test")
+
+
 @pytest.mark.filterwarnings("ignore:sparse_ode does not forecast")
 def test_command_line(run, tmp_path):
     adata, _, _ = series()

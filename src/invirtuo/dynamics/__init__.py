@@ -15,6 +15,7 @@ from invirtuo.dynamics.courses import (
 )
 from invirtuo.dynamics.mocap import motion_capture
 from invirtuo.dynamics.systems import SYSTEMS, simulate
+from invirtuo.dynamics.tradeoff import tradeoff
 
 __all__ = [
     "BASELINES",
@@ -34,4 +35,5 @@ __all__ = [
     "rescaled",
     "simulate",
     "smoothed",
+    "tradeoff",
 ]

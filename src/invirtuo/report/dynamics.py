@@ -1,4 +1,4 @@
-"""Pictures of dynamics as PNG in a data address: forecasts, networks and interventions."""
+"""Pictures of dynamics as PNG in a data address: forecasts, networks, interventions, sparsity against error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from invirtuo.report.figures import GREY, LINES, PREDICTED, REAL, _clean, _figur
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["forecast", "intervention", "network"]
+__all__ = ["forecast", "intervention", "network", "tradeoff"]
 
 MAX_GENES, MAX_COURSES, MAX_EDGES = 12, 6, 40
 
@@ -118,6 +118,40 @@ def intervention(change: AnnData, *, time: str) -> str:
     lines.legend(frameon=False, fontsize=7)
     for ax in (bars, lines):
         _clean(ax)
+    return _png(figure)
+
+
+def tradeoff(table: pd.DataFrame, lines: Sequence[str] = ("training_mean", "linear_in_time", "smoother")) -> str:
+    """Error against open inputs, in and out of distribution: a dot per weight of the penalty, a line per baseline.
+
+    Parameters
+    ----------
+    table
+        What :func:`invirtuo.dynamics.tradeoff` gave.
+    lines
+        Baselines to draw; those that the table lacks are left out.
+    """
+    fits = table[table["lam"].notna()].sort_values("open_inputs")
+    if fits.empty:
+        raise ValueError("the table has no fits (rows with lam); pass what invirtuo.dynamics.tradeoff returns")
+    figure = _figure(9.5, 3.6)
+    panels = figure.subplots(1, 2)
+    for ax, column, title in zip(panels, ("inside", "outside"), ("held-out cells", "other courses"), strict=True):
+        ax.plot(fits["open_inputs"], fits[column], marker="o", color=LINES[0], label=fits["model"].iloc[0])
+        for row in fits.itertuples():
+            ax.annotate(f"{row.lam:g}", (row.open_inputs, getattr(row, column)), (3, 4), textcoords="offset points",
+                        fontsize=7)  # fmt: skip
+        known = table[table["model"].isin(list(lines))].set_index("model")[column]
+        for color, (name, value) in zip(LINES[1:], known.items(), strict=False):
+            ax.axhline(value, color=color, ls="--", lw=1, label=str(name))
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xlim(0, 2 * max(fits["open_inputs"].max(), 1))
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("open inputs of a target", fontsize=8)
+        _clean(ax)
+    panels[0].set_ylabel("error", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     return _png(figure)
 
 
