@@ -330,6 +330,11 @@ def test_bad_data(two, design, fitted):
         StateEmbedding(design, two.var_names, TINY).embed(two)
     with pytest.raises(ValueError, match="looks like raw counts"):
         fitted.embed(iv.datasets.toy())
+    nameless = two.copy()
+    nameless.obs["dataset"] = nameless.obs["dataset"].astype(object).where(np.arange(two.n_obs) > 3, "?")
+    unknown = iv.Design.from_adata(nameless, covariates=["dataset"], unknown="?")
+    with pytest.raises(ValueError, match="name the data set of every cell"):
+        StateEmbedding(unknown, two.var_names, TINY).fit(nameless, config=PLAN)
     strange = two.copy()
     strange.var_names = [f"x{i}" for i in range(two.n_vars)]
     with pytest.raises(ValueError, match="none of the genes"):

@@ -191,14 +191,10 @@ class StateEmbedding(Model):
         self.decoder = Decoder(self.n_embedding + width + 1)
         if len(levels) > 1:
             self.dataset_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(levels)))
-        for name, kind in {
-            "known": torch.bool,
-            "measured": torch.bool,
-            "rank": torch.int64,
-            "filler": torch.int64,
-        }.items():
-            shape = (len(levels), n_genes) if name == "measured" else (n_genes,)
-            self.register_buffer(name, torch.zeros(shape, dtype=kind))
+        self.register_buffer("known", torch.zeros(n_genes, dtype=torch.bool))
+        self.register_buffer("measured", torch.zeros(len(levels), n_genes, dtype=torch.bool))
+        self.register_buffer("rank", torch.zeros(n_genes, dtype=torch.int64))
+        self.register_buffer("filler", torch.zeros(n_genes, dtype=torch.int64))
         self.register_buffer("weight", torch.ones(n_genes))
         self.register_buffer("vectors", torch.zeros(0 if self.one_hot else n_genes, config.gene_width))
 
@@ -213,6 +209,8 @@ class StateEmbedding(Model):
         self._set_vectors()
         levels = dataset.condition.covariates.get(self.config.dataset)
         rows = dataset.rows("train")
+        if levels is not None and bool((levels < 0).any()):
+            raise ValueError(f"{self.config.dataset!r} is unknown for some cells; name the data set of every cell")
         for level in range(len(self.measured)):
             own = rows if levels is None else rows[levels[torch.from_numpy(rows)].numpy() == level]
             found = np.asarray(dataset.matrix[own].max(axis=0).todense()).ravel() > 0 if len(own) else np.zeros(n_genes)
