@@ -252,7 +252,7 @@ def evaluated(model, adata, split, part: str = "test") -> pd.DataFrame:
         return model.evaluate_forecast(adata, split, part)
 
 
-def training_donor(data_dir: str):
+def hematopoiesis(data_dir: str):
     """Log-normalised cells of hematopoiesis, and the Design."""
     raw = iv.datasets.load("hematopoiesis", data_dir=data_dir)
     design = iv.Design.from_adata(raw, covariates=["lineage", "donor"], time="dpt_pseudotime")
@@ -261,7 +261,7 @@ def training_donor(data_dir: str):
 
 def later(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
     """Fit on the first three quarters of pseudotime of donor s1d2, judge on the last quarter."""
-    adata, design = training_donor(data_dir)
+    adata, design = hematopoiesis(data_dir)
     adata = adata[(adata.obs["donor"] == "s1d2").to_numpy()].copy()
     split = iv.splits.courses(adata.obs, design, later=0.25)
     model = fit(SparseODE(design, adata.var_names, SparseODE.Config()), adata, split, steps=steps)
@@ -276,7 +276,7 @@ def later(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
 
 def penalties(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
     """Weights of the penalty against errors on held-out cells of donor s1d2 and on other donors, one member."""
-    adata, design = training_donor(data_dir)
+    adata, design = hematopoiesis(data_dir)
     others = [{"donor": d} for d in ("s1d1", "s2d1", "s2d4", "s3d6")]
     split = iv.splits.courses(adata.obs, design, others, val_fraction=0.2)
     model = SparseODE(design, adata.var_names, replace(SparseODE.Config(), n_members=1))
