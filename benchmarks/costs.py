@@ -2,9 +2,9 @@
 
     python benchmarks/costs.py --data-dir DATA --threads 2
 
-Kang, 14,000 cells, 2,000 genes, three cell types held out (task kang-celltype); 1,000 cells of each are predicted. Every
-model runs in a process of its own; reading and normalising the data, 10 to 20 seconds, counts. On a busy machine look
-at CPU seconds: with t threads, the wall time of an idle one lies between these and a t-th of them.
+Kang, 14,000 cells, 2,000 genes, three cell types held out (task kang-celltype); 1,000 cells of each are predicted.
+Every model runs in a process of its own; reading and normalising the data, 10 to 20 seconds, counts. On a busy machine
+look at CPU seconds: with t threads, the wall time of an idle one lies between these and a t-th of them.
 """
 
 from __future__ import annotations
