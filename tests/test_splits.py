@@ -558,4 +558,4 @@ def test_file_needs_unique_cells(tmp_path):
 
 
 def test_public_names():
-    assert set(splits.__all__) == {"SPLITS", "from_csv", "from_toml", *SPLITS}
+    assert set(splits.__all__) == {"SPLITS", "courses", "from_csv", "from_toml", *SPLITS}  # courses: a design with time
