@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.checks import some
-from invirtuo.metrics.axes import principal_axes
+from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def rare_recall(
     logged, seen = per_10k(real.X), _labels(real, by, "real")
     scored = per_10k(test[:, genes].X)
     centre, axes = principal_axes(logged, n_pcs)
+    near = projected(scored, centre, axes)
     names = sorted(set(truth))
     n_training, n_test = pd.Series(seen).value_counts(), pd.Series(truth).value_counts()
     rows: list[dict[str, Any]] = []
@@ -71,9 +72,7 @@ def rare_recall(
             x = sparse.vstack([x, per_10k(extra[:, genes].X)], format="csr")
             y = np.concatenate([y, _labels(extra, by, model)])
         for classifier, make in CLASSIFIERS.items():
-            views = (
-                (x, scored) if classifier == "logistic" else (x @ axes - centre @ axes, scored @ axes - centre @ axes)
-            )
+            views = (x, scored) if classifier == "logistic" else (projected(x, centre, axes), near)
             guess = make(seed).fit(views[0], y).predict(views[1])
             found = precision_recall_fscore_support(truth, guess, labels=names, zero_division=0.0)
             for name, *values in zip(names, *found[:3], strict=True):
@@ -129,10 +128,10 @@ def label_probability(
 
     logged, genes = per_10k(real.X), real.var_names
     centre, axes = principal_axes(logged, n_pcs)
-    spread = (logged @ axes - centre @ axes).std(axis=0)
+    spread = projected(logged, centre, axes).std(axis=0)
 
     def seen(cells: AnnData) -> np.ndarray:
-        return (per_10k(cells[:, genes].X) @ axes - centre @ axes) / spread
+        return projected(per_10k(cells[:, genes].X), centre, axes) / spread
 
     judges = {}
     for column in [columns] if isinstance(columns, str) else columns:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import linalg, sparse
 
-__all__ = ["principal_axes"]
+__all__ = ["principal_axes", "projected"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,11 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
     if axes.shape[1] < n_pcs:
         logger.warning("n_pcs=%d, but the real cells have only %d components", n_pcs, axes.shape[1])
     return centre, axes
+
+
+def projected(cells, centre: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """(n, d) coordinates of cells (n, g), sparse or dense, on axes (g, d) through the centre (g,)."""
+    return cells @ axes - centre @ axes
 
 
 def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:

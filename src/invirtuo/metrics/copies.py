@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.checks import some
-from invirtuo.metrics.axes import principal_axes
+from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def copying(
         _check(name, adata, training.var_names, by)
     logged = {name: per_10k(adata[:, training.var_names].X) for name, adata in sides.items()}
     centre, axes = principal_axes(logged["training"], n_pcs)
-    cells = {name: x @ axes - centre @ axes for name, x in logged.items()}
+    cells = {name: projected(x, centre, axes) for name, x in logged.items()}
     label = {name: adata.obs[by].astype(str).to_numpy() for name, adata in sides.items()}
     distance = {name: nearest(x, cells["training"]) for name, x in cells.items() if name != "training"}
     rows = []

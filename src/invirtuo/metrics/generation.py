@@ -15,6 +15,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.spatial.distance import cdist
 
+from invirtuo.metrics.axes import projected
 from invirtuo.metrics.core import metric, view
 from invirtuo.metrics.distribution import axes_of_all
 
@@ -374,5 +375,5 @@ def _distance_blocks(x: np.ndarray, y: np.ndarray, kind: str) -> Iterator[np.nda
 def _spread(pair: Pair) -> np.ndarray:
     """(d,) standard deviation of all real cells on each principal axis."""
     centre, axes = axes_of_all(pair)
-    projected = pair.real_matrix() @ axes - centre @ axes
-    return projected.std(axis=0)
+    coordinates = projected(pair.real_matrix(), centre, axes)
+    return coordinates.std(axis=0)
