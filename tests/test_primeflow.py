@@ -16,6 +16,7 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import EVALUATIONS
 from invirtuo.model import SampleConfig
 from invirtuo.models import PRiMeFlow
+from invirtuo.models.primeflow import Point
 from invirtuo.nn import sinusoids
 
 Config = PRiMeFlow.Config
@@ -73,10 +74,10 @@ class Calls:
         model.velocity.register_forward_pre_hook(self.note)
 
     def note(self, module, arguments):
-        x, _, t, _, is_null, *_ = arguments
-        self.rows.append(len(x))
-        self.times.append(t.clone())
-        self.null.append(0 if is_null is None else int(is_null.sum()))
+        (at,) = arguments
+        self.rows.append(len(at.x))
+        self.times.append(at.t.clone())
+        self.null.append(0 if at.is_null is None else int(at.is_null.sum()))
 
 
 # ---- 1. new models ---------------------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def test_preconditioning_by_hand(interpolant, plan, cells, batch, dataset):
     velocity = db * mean + covariance / variance * residual
     left = (da**2 + (db * sd) ** 2 - covariance**2 / variance).sqrt()
     cell = (residual / variance.sqrt()).float()
-    network = model.velocity(x, cell, t, batch.condition, None, model.anchor(batch.condition), None)
+    network = model.velocity(Point(x, cell, t, batch.condition, None, model.anchor(batch.condition)))
     expected = velocity.float() + left.float() * network
     torch.testing.assert_close(model.evaluate(x, t, batch.condition), expected, atol=1e-4, rtol=1e-3)
     assert float(network.detach().abs().mean()) > 0.05

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,12 +31,14 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, gaussian_velocity, guided, solve
 from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.model import Model, Preset, SampleConfig
-from invirtuo.nn import MLP, ConditionEncoder, GenewiseVelocity, PseudobulkAnchor, UNet1d, sinusoids
+from invirtuo.nn import MLP, ConditionEncoder, GenewiseVelocity, PseudobulkAnchor, SizeFactor, UNet1d, sinusoids
 
 __all__ = ["Config", "PRiMeFlow"]
 
 logger = logging.getLogger(__name__)
 
+NEAREST = 0.05  # share of noise below which an expected end of the path is not turned into a velocity
+ORDERED_BY = 2000  # most cells whose correlations order the genes
 T_BINS = 5  # bins of time in which the validation loss is reported
 
 
@@ -43,7 +48,7 @@ class Config:
 
     velocity: str = "genewise"  # "unet" (the paper), "mlp" (its ablation), "genewise" (ours)
     precondition: bool = True  # remove the closed-form Gaussian velocity of each gene; off in the paper
-    anchor: bool = True  # give every gene its control mean and sd and its expected effect; genewise only
+    anchor: bool = True  # give every gene its control mean and sd and its expected effect; off in the paper
     covariate_scale: float = 0.0  # factor on the covariate one-hots; 1 in the paper, 0 trusts the anchors alone
     hidden_dim: int = 256  # U-Net: base width and input MLPs; MLP: width; genewise: embedding of time and condition
     dropout: float = 0.0
@@ -58,12 +63,20 @@ class Config:
     attention_resolutions: tuple[int, ...] = (16,)  # U-Net: downsampling factors with attention
     film: bool = False  # U-Net: scale and shift instead of adding the embedding
     recompute: bool = False  # U-Net: recompute blocks in the backward pass to save memory
+    gene_order: str = (
+        "file"  # U-Net: "file" (the paper), "random", or "correlation": genes that vary alike are neighbours
+    )
+    patch: int = 1  # U-Net: neighbouring genes that share one position
     gene_width: int = 64  # genewise: width of the network shared by all genes
     n_context: int = 8  # genewise: context numbers per gene
     cell_width: int = 512  # genewise: width of the network that reads the whole cell
     n_blocks: int = 3  # genewise: its residual blocks
     n_sinusoids: int = 32  # genewise: sinusoidal features of a value
     loss_genes: int = 512  # genewise: genes drawn for the loss of each step, 0 for all
+    prediction: str = (
+        "velocity"  # of the network: "velocity" (the paper), or "x1", the end of the path (the same if preconditioned)
+    )
+    depth: bool = False  # tell the network the depth of the cell; when sampling it is drawn from control cells
     prob_unconditional: float = 0.1  # probability that a cell's condition is replaced by the null condition
     interpl_type: str = "linear"  # path: "linear" or "trigonometric"
     sigma: float = 0.0  # constant noise level of the path
@@ -75,10 +88,17 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
-        if self.velocity not in VELOCITIES:
-            raise ValueError(f"velocity is {self.velocity!r}; expected one of {', '.join(VELOCITIES)}")
-        if self.interpl_type not in PATHS:
-            raise ValueError(f"interpl_type is {self.interpl_type!r}; expected one of {', '.join(PATHS)}")
+        choices = {
+            "velocity": VELOCITIES,
+            "interpl_type": PATHS,
+            "prediction": ("velocity", "x1"),
+            "gene_order": ("file", "random", "correlation"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if self.patch < 1:
+            raise ValueError(f"patch is {self.patch}; expected at least 1")
         if not 0 <= self.prob_unconditional < 1:
             raise ValueError(f"prob_unconditional is {self.prob_unconditional}; expected at least 0 and below 1")
 
@@ -91,6 +111,19 @@ class Sizes:
     n_perturbations: int
     levels: tuple[int, ...]
     n_continuous: int
+
+
+class Point(NamedTuple):
+    """Where a velocity network is asked, for n cells."""
+
+    x: Tensor  # (n, g)
+    cell: Tensor  # (n, g), x in the scale in which a cell is read as a whole
+    t: Tensor  # (n,)
+    condition: Condition
+    is_null: Tensor | None = None  # (n,) bool, cells whose condition is the null condition
+    features: Tensor | None = None  # (n, g, f), of the condition for every gene
+    genes: Tensor | None = None  # (m,), numbers of the genes that are asked for; None for all
+    log_depth: Tensor | None = None  # (n,), log of the depth over its training median
 
 
 class _Embedding(nn.Module):
@@ -108,11 +141,15 @@ class _Embedding(nn.Module):
             config.n_layers_conditions,
             config.covariate_scale,
         )
+        self.depth = MLP(1, width, 1, n_out=width) if config.depth else None
 
-    def forward(self, t: Tensor, condition: Condition, is_null: Tensor | None) -> tuple[Tensor, Tensor]:
-        """t (n,) -> embeddings of time and condition, (n, width) each."""
-        time = self.time(sinusoids(t, self.d_time, self.time_scale).to(self.time[0].weight.dtype))
-        return time, self.condition(condition, is_null)
+    def forward(self, at: Point) -> tuple[Tensor, Tensor]:
+        """Embeddings of time (and depth) and of the condition, (n, width) each."""
+        dtype = self.time[0].weight.dtype
+        time = self.time(sinusoids(at.t, self.d_time, self.time_scale).to(dtype))
+        if self.depth is not None:
+            time = time + self.depth(at.log_depth[:, None].to(dtype))
+        return time, self.condition(at.condition, at.is_null)
 
 
 class UNetVelocity(nn.Module):
@@ -124,14 +161,17 @@ class UNetVelocity(nn.Module):
 
     def __init__(self, config: Config, sizes: Sizes):
         super().__init__()
-        d = config.hidden_dim
+        d, self.patch = config.hidden_dim, config.patch
         self.value_scale, self.width = config.value_scale, d
         self.embed = _Embedding(config, sizes, d, 4 * d)
         self.values = MLP(d, d, config.n_layers_gene_expression - 1, n_out=d)
         self.genes = nn.Embedding(sizes.n_genes + 1, d)
         nn.init.normal_(self.genes.weight, std=0.02)
+        self.anchors = nn.Linear(PseudobulkAnchor.n_features, d) if config.anchor else None
+        self.join = nn.Linear(self.patch * d, d) if self.patch > 1 else nn.Identity()
         self.unet = UNet1d(
             d,
+            self.patch,
             width=d,
             mult=config.channel_mult,
             n_res=config.num_res_blocks,
@@ -144,17 +184,27 @@ class UNetVelocity(nn.Module):
             recompute=config.recompute,
         )
         self.n_genes = sizes.n_genes
-        self.length = -(-sizes.n_genes // self.unet.multiple) * self.unet.multiple
+        multiple = self.unet.multiple * self.patch
+        self.length = -(-sizes.n_genes // multiple) * multiple
+        self.register_buffer("order", None if config.gene_order == "file" else torch.arange(sizes.n_genes))
 
-    def forward(self, x: Tensor, cell: Tensor, t: Tensor, condition: Condition, is_null, features, genes) -> Tensor:
-        time, encoded = self.embed(t, condition, is_null)
-        padded = F.pad(x, (0, self.length - self.n_genes))
+    def forward(self, at: Point) -> Tensor:
+        time, encoded = self.embed(at)
         dtype = self.genes.weight.dtype
-        gene = F.pad(torch.arange(self.n_genes, device=x.device), (0, self.length - self.n_genes), value=self.n_genes)
-        h = self.values(sinusoids(padded, self.width, self.value_scale).to(dtype))
-        v = self.unet(h + self.genes(gene).to(h.dtype), (time + encoded).to(h.dtype))
-        v = v.squeeze(2)[:, : self.n_genes].float()
-        return v if genes is None else v.index_select(1, genes)
+        numbers = torch.arange(self.n_genes, device=at.x.device) if self.order is None else self.order
+        h = self.values(sinusoids(self._line(at.x), self.width, self.value_scale).to(dtype))
+        h = h + self.genes(F.pad(numbers, (0, self.length - self.n_genes), value=self.n_genes)).to(h.dtype)
+        if self.anchors is not None:
+            h = h + self.anchors(self._line(at.features).to(h.dtype))
+        h = self.join(h.reshape(len(h), self.length // self.patch, -1))
+        v = self.unet(h, (time + encoded).to(h.dtype)).reshape(len(h), self.length)[:, : self.n_genes].float()
+        v = v if self.order is None else v.index_select(1, self.order.argsort())
+        return v if at.genes is None else v.index_select(1, at.genes)
+
+    def _line(self, values: Tensor) -> Tensor:
+        """Values (n, g, ...) of the genes in the order of the line, padded with zeros to its length."""
+        values = values if self.order is None else values.index_select(1, self.order)
+        return F.pad(values, (*(0, 0) * (values.ndim - 2), 0, self.length - self.n_genes))
 
 
 class MLPVelocity(nn.Module):
@@ -164,7 +214,8 @@ class MLPVelocity(nn.Module):
         super().__init__()
         width, dropout = config.hidden_dim, config.dropout
         self.d_time, self.time_scale = min(width, 256), config.time_scale
-        self.values = MLP(sizes.n_genes, width, config.n_layers_gene_expression, dropout=dropout)
+        n_in = sizes.n_genes * (1 + PseudobulkAnchor.n_features * config.anchor) + config.depth
+        self.values = MLP(n_in, width, config.n_layers_gene_expression, dropout=dropout)
         self.time = MLP(self.d_time, width, config.n_layers_time, dropout=dropout)
         self.condition = ConditionEncoder(
             sizes.n_perturbations,
@@ -178,12 +229,15 @@ class MLPVelocity(nn.Module):
         )
         self.decode = MLP(3 * width, width, config.n_layers_decoding, n_out=sizes.n_genes, dropout=dropout)
 
-    def forward(self, x: Tensor, cell: Tensor, t: Tensor, condition: Condition, is_null, features, genes) -> Tensor:
+    def forward(self, at: Point) -> Tensor:
         dtype = self.values[0].weight.dtype
-        time = self.time(sinusoids(t, self.d_time, self.time_scale).to(dtype))
-        parts = [self.values(cell.to(dtype)), self.condition(condition, is_null), time]
+        cell = [at.cell]
+        cell += [] if at.features is None else [at.features.flatten(1)]
+        cell += [] if at.log_depth is None else [at.log_depth[:, None]]
+        time = self.time(sinusoids(at.t, self.d_time, self.time_scale).to(dtype))
+        parts = [self.values(torch.cat(cell, dim=1).to(dtype)), self.condition(at.condition, at.is_null), time]
         v = self.decode(torch.cat([part.to(time.dtype) for part in parts], dim=1)).float()
-        return v if genes is None else v.index_select(1, genes)
+        return v if at.genes is None else v.index_select(1, at.genes)
 
 
 class GenewiseField(nn.Module):
@@ -205,9 +259,9 @@ class GenewiseField(nn.Module):
             dropout=config.dropout,
         )
 
-    def forward(self, x: Tensor, cell: Tensor, t: Tensor, condition: Condition, is_null, features, genes) -> Tensor:
-        time, encoded = self.embed(t, condition, is_null)
-        return self.field(x, cell, F.silu(time + encoded), features, genes)
+    def forward(self, at: Point) -> Tensor:
+        time, encoded = self.embed(at)
+        return self.field(at.x, at.cell, F.silu(time + encoded), at.features, at.genes)
 
 
 VELOCITIES = {"unet": UNetVelocity, "mlp": MLPVelocity, "genewise": GenewiseField}
@@ -272,13 +326,14 @@ class PRiMeFlow(Model):
         self.register_buffer("gene_mean", torch.zeros(sizes.n_genes))
         self.register_buffer("gene_sd", torch.ones(sizes.n_genes))
         self.register_buffer("smallest", torch.zeros(()))
-        anchored = config.anchor and config.velocity == "genewise"
-        self.anchor = PseudobulkAnchor(len(levels), sizes.n_perturbations, sizes.n_genes) if anchored else None
+        self.anchor = PseudobulkAnchor(len(levels), sizes.n_perturbations, sizes.n_genes) if config.anchor else None
+        self.depth = SizeFactor(empirical=True) if config.depth else None
 
     def prepare(self, dataset: CellDataset) -> None:
-        """Mean and standard deviation of every gene, and the anchors, from training cells."""
+        """What the training cells tell before the first step: moments of the genes, anchors, depths, order of genes."""
         table, mean, variance, n_cells = dataset.pseudobulk("train")
-        values = dataset.matrix[dataset.rows("train")].data
+        rows = dataset.rows("train")
+        values = dataset.matrix[rows].data
         self.smallest = torch.tensor(values[values > 0].min(initial=np.inf))
         if self.config.precondition:
             weight = n_cells[:, None] / n_cells.sum()
@@ -289,6 +344,24 @@ class PRiMeFlow(Model):
         if self.anchor is not None:
             tensors = [torch.from_numpy(array) for array in (mean, variance, n_cells)]
             self.anchor.fit(self.design.encode(table), *tensors)
+        if self.depth is not None:
+            condition = dataset.condition[torch.from_numpy(rows)]
+            control = condition.is_control
+            sizes = dataset.size_factor[torch.from_numpy(rows)][control]
+            self.depth.fit(sizes.clamp_min(1e-3), self._group(condition[control]), self._n_groups)
+        if self.config.gene_order != "file" and isinstance(self.velocity, UNetVelocity):
+            self.velocity.order = _gene_order(self.config.gene_order, dataset)
+
+    @property
+    def _n_groups(self) -> int:
+        return math.prod(len(level) for level in self.design.covariates.values())
+
+    def _group(self, condition: Condition) -> Tensor:
+        """(n,), number of the covariate group of each cell."""
+        number = torch.zeros(len(condition), dtype=torch.int64, device=condition.perturbation.device)
+        for codes, levels in zip(condition.covariates.values(), self.design.covariates.values(), strict=True):
+            number = number * len(levels) + codes
+        return number
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error of the velocity over cells and genes, algorithm 1; in validation also per bin of t."""
@@ -303,7 +376,8 @@ class PRiMeFlow(Model):
         if self.training and 0 < config.loss_genes < g:
             genes = torch.randperm(g, **like)[: config.loss_genes]
             target = target.index_select(1, genes)
-        v = self.evaluate(point.xt, t, batch.condition, is_null if config.prob_unconditional else None, genes)
+        is_null = is_null if config.prob_unconditional else None
+        v = self.evaluate(point.xt, t, batch.condition, is_null, batch.size_factor, genes)
         per_cell = (v - target).square().mean(dim=1)
         losses = {"total": per_cell.mean()}
         if not self.training:
@@ -318,24 +392,36 @@ class PRiMeFlow(Model):
         t: Tensor,
         condition: Condition,
         is_null: Tensor | None = None,
+        size_factor: Tensor | None = None,
         genes: Tensor | None = None,
         network: nn.Module | None = None,
     ) -> Tensor:
-        """The velocity field: x (n, g), t (n,) -> (n, g), or (n, m) for chosen genes."""
-        config = self.config
+        """The velocity field: x (n, g), t (n,), depth (n,) if `config.depth` -> (n, g), or (n, m) for chosen genes."""
+        config, network = self.config, network or self.velocity
         features = None if self.anchor is None else self.anchor(condition, is_null)
+        log_depth = None if self.depth is None else size_factor.clamp_min(1e-3).log()
         take = (lambda z: z) if genes is None else (lambda z: z.index_select(1, genes))
-        if not config.precondition:
-            return (network or self.velocity)(x, x, t, condition, is_null, features, genes)
-        v, scale = gaussian_velocity(x, t, self.gene_mean, self.gene_sd, config.interpl_type, config.sigma)
-        ratio = _standard(x, t, self.gene_mean, self.gene_sd, config)
-        return take(v) + take(scale) * (network or self.velocity)(x, ratio, t, condition, is_null, features, genes)
+        a, b, da, db = COEFFICIENTS[config.interpl_type](t[:, None])
+        cell, centre, scale = x, 0.0, 1.0
+        if config.precondition:
+            variance = a**2 + (b * self.gene_sd) ** 2 + config.sigma**2
+            cell = (x - b * self.gene_mean) / variance.sqrt()  # standardised by the Gaussian it would come from
+            v, spread = gaussian_velocity(x, t, self.gene_mean, self.gene_sd, config.interpl_type, config.sigma)
+            centre, scale = take(v), take(spread)
+        v = network(Point(x, cell, t, condition, is_null, features, genes, log_depth))
+        if config.prediction == "x1" and not config.precondition:  # v stands for the expected end of the path
+            a = a.clamp_min(NEAREST)
+            return da / a * take(x) + (db - da * b / a) * v
+        return centre + scale * v
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Integrate from noise to cells (n, g)."""
         if config.guidance != 1 and self.config.prob_unconditional == 0:
             logger.warning("the null condition of this model was never trained; guidance other than 1 has no meaning")
         noise = torch.randn(len(batch), len(self.genes), generator=generator).to(self.gene_mean.device)
+        depth = None
+        if self.depth is not None:
+            depth = self.depth.sample(self._group(batch.condition).cpu(), generator).to(noise.device)
         network = self.velocity
         if torch.is_autocast_enabled(noise.device.type):  # weights are cast once, not at every evaluation
             network = copy.deepcopy(network).to(torch.bfloat16)
@@ -343,13 +429,14 @@ class PRiMeFlow(Model):
         cells = []
         for start in range(0, len(batch), config.batch_size):
             rows = slice(start, start + config.batch_size)
-            condition = batch.condition[rows]
+            condition, own_depth = batch.condition[rows], None if depth is None else depth[rows]
 
-            def velocity(x: Tensor, t: Tensor, is_null: Tensor, condition=condition) -> Tensor:
+            def velocity(x, t, is_null, condition=condition, depth=own_depth) -> Tensor:
                 repeated = torch.arange(len(x), device=x.device) % len(condition)
-                doubled = condition if len(x) == len(condition) else condition[repeated]
+                if len(x) > len(condition):
+                    condition, depth = condition[repeated], None if depth is None else depth[repeated]
                 time = torch.full((len(x),), float(t), device=x.device)
-                return self.evaluate(x, time, doubled, is_null if is_null.any() else None, network=network)
+                return self.evaluate(x, time, condition, is_null if is_null.any() else None, depth, network=network)
 
             field = guided(velocity, config.guidance, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
@@ -359,7 +446,13 @@ class PRiMeFlow(Model):
         return torch.where(x < self.smallest / 2, 0.0, x) if self.config.hurdle else x
 
 
-def _standard(x: Tensor, t: Tensor, mean: Tensor, sd: Tensor, config: Config) -> Tensor:
-    """The point on the path, standardised by the Gaussian it would come from."""
-    a, b, _, _ = COEFFICIENTS[config.interpl_type](t[:, None])
-    return (x - b * mean) / (a**2 + (b * sd) ** 2 + config.sigma**2).sqrt()
+def _gene_order(kind: str, dataset: CellDataset) -> Tensor:
+    """(g,), numbers of the genes in the order in which a convolution sees them."""
+    n_genes = len(dataset.genes)
+    rng = np.random.default_rng(0)
+    if kind == "random":
+        return torch.from_numpy(rng.permutation(n_genes))
+    rows = dataset.rows("train")
+    x = dataset.dense(np.sort(rng.permutation(rows)[:ORDERED_BY])).numpy()
+    standard = (x - x.mean(0)) / (x.std(0) + 1e-3)
+    return torch.from_numpy(leaves_list(linkage(standard.T, "average")).astype(np.int64))
