@@ -12,7 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from invirtuo.batch import Condition
-from invirtuo.nn import MLP, ConditionEncoder, GenewiseVelocity, ModulatedBlock, PseudobulkAnchor, UNet1d, sinusoids
+from invirtuo.nn import (
+    MLP,
+    ConditionEncoder,
+    GenewiseVelocity,
+    ModulatedBlock,
+    PseudobulkAnchor,
+    UNet1d,
+    sinusoids,
+    with_mean,
+)
 from invirtuo.nn.norm import group_norm_silu
 from invirtuo.nn.unet1d import Attention
 
@@ -569,3 +578,30 @@ def test_anchor_forgets_when_fitted_again():
     anchor(ask(0, [1, 1]))
     anchor.fit(*pseudobulk(IDENTICAL[:8]))
     torch.testing.assert_close(anchor.effect(ask(0, [1, 1])), anchor_of(IDENTICAL[:8]).effect(ask(0, [1, 1])))
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 1.0, 1.4, 2.5])
+def test_with_mean_reaches_the_mean_and_keeps_order_zeros_and_shape(ratio):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 5, generator=generator) + torch.tensor([-1.0, 0.0, 0.5, 1.0, 3.0])
+    values = torch.where(x < 0.25, 0.0, x)
+    target = values.mean(0) * ratio
+    moved = with_mean(x, x, 1.0, target, 0.25)
+    torch.testing.assert_close(moved.mean(0), target, rtol=1e-4, atol=1e-5)
+    order = x.argsort(dim=0)
+    assert (moved.gather(0, order).diff(dim=0) >= -1e-6).all()
+    share, new = (values > 0).float().mean(0), (moved > 0).float().mean(0)
+    assert ((new - share).sign() * (1 if ratio >= 1 else -1) >= 0).all()
+    if ratio == 1:
+        torch.testing.assert_close(moved, values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(with_mean(x[:7], x, 1.0, target, 0.25), moved[:7])
+
+
+def test_with_mean_of_silent_and_full_genes():
+    x = torch.tensor([[0.0, 2.0, 0.1], [0.1, 1.0, 3.0]])
+    moved = with_mean(x, x, 1.0, torch.tensor([1.0, 3.0, 0.0]), 0.5)
+    torch.testing.assert_close(moved, torch.tensor([[0.0, 4.0, 0.0], [0.0, 2.0, 0.0]]))
+    torch.testing.assert_close(with_mean(x, x, 0.0, torch.ones(3), 0.5), torch.where(x < 0.5, 0.0, x))

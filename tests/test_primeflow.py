@@ -16,11 +16,12 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import EVALUATIONS
 from invirtuo.model import SampleConfig
 from invirtuo.models import PRiMeFlow
-from invirtuo.models.primeflow import Point
 from invirtuo.nn import sinusoids
+from invirtuo.nn.velocity import Point
 
 Config = PRiMeFlow.Config
-GENEWISE = Config(hidden_dim=32, gene_width=16, n_context=4, cell_width=32, n_blocks=1, n_sinusoids=8, loss_genes=0)
+GENEWISE = Config(hidden_dim=32, gene_width=16, n_context=4, cell_width=32, n_blocks=1, n_sinusoids=8, loss_genes=0,
+                  calibrate=0.0)  # fmt: skip
 PAPER = replace(PRiMeFlow.PRESETS["srivatsan20"].config, hidden_dim=32, channel_mult=(1, 1, 2), num_heads=2,
                 num_res_blocks=1, attention_resolutions=(4,), dropout=0.0)  # fmt: skip
 ABLATION = replace(PAPER, velocity="mlp", hidden_dim=48)
@@ -376,6 +377,30 @@ def test_hurdle(plan, cells):
     threshold = cells.X.data[cells.X.data > 0].min() / 2
     assert (without < threshold).any() and (without[without > 0] < threshold).any()
     np.testing.assert_array_equal(with_hurdle, np.where(without < threshold, 0, without))
+
+
+def test_calibration(plan, cells):
+    """The mean of a condition that was seen is that of its cells, of one that was not half-way to the anchors'."""
+    split = iv.splits.hold_out(cells.obs, plan, ["t_cell|A"])
+    model = PRiMeFlow(plan, cells.var_names, GENEWISE).fit(cells, split, config=FIT)
+    wanted = pd.DataFrame({"cell_type": ["t_cell", "b_cell"], "perturbation": ["A", "A"]})
+
+    def mean(n_cells: int = 600, **options) -> np.ndarray:
+        return model.predict(wanted, n_cells, precision="fp32", **options).X.reshape(2, n_cells, -1).mean(1)
+
+    free = mean()
+    model.config = replace(model.config, calibrate=0.5)
+    half, few, guided = mean(), model.predict(wanted, 3, precision="fp32"), mean(guidance=1.5)
+    model.config = replace(model.config, calibrate=0.0)
+    estimate, known = model.anchor.estimate(plan.encode(wanted))
+    assert known.tolist() == [1, 2]
+    names, x = plan.names(cells.obs).to_numpy(), cells.X.toarray()
+    own = x[(names == "b_cell|A") & (split == "train").to_numpy()].mean(0)
+    np.testing.assert_allclose(estimate[1].numpy(), own, atol=1e-5)
+    np.testing.assert_allclose(half[1], own, atol=0.15)
+    np.testing.assert_allclose(half[0], (free[0] + estimate[0].numpy()) / 2, atol=0.15)
+    assert few.n_obs == 6  # their mean is not theirs to match: it is taken from more cells
+    np.testing.assert_array_equal(guided, mean(guidance=1.5))
 
 
 def test_learns_a_response_it_never_saw(cells, plan):

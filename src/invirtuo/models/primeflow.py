@@ -15,15 +15,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
@@ -31,13 +30,15 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, gaussian_velocity, guided, solve
 from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.model import Model, Preset, SampleConfig
-from invirtuo.nn import MLP, ConditionEncoder, GenewiseVelocity, PseudobulkAnchor, SizeFactor, UNet1d, sinusoids
+from invirtuo.nn import PseudobulkAnchor, SizeFactor, with_mean
+from invirtuo.nn.velocity import VELOCITIES, Point, Sizes
 
 __all__ = ["Config", "PRiMeFlow"]
 
 logger = logging.getLogger(__name__)
 
 NEAREST = 0.05  # share of noise below which an expected end of the path is not turned into a velocity
+PILOT = 512  # cells of a condition from which the mean of the flow is taken
 ORDERED_BY = 2000  # most cells whose correlations order the genes
 T_BINS = 5  # bins of time in which the validation loss is reported
 
@@ -83,12 +84,13 @@ class Config:
     time_scale: float = 1000.0  # scale of t inside its sinusoids
     value_scale: float = 10.0  # scale of expression inside its sinusoids
     hurdle: bool = True  # set sampled values below half the smallest positive training value to 0; off in the paper
+    calibrate: float = 0.5  # weight of the anchors in the mean of unseen conditions, with hurdle; 0 in the paper
     solver: str = "ab2"  # default solver of predict
     steps: int = 20  # default number of its steps
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
-        choices = {
+        choices: dict[str, Collection[str]] = {
             "velocity": VELOCITIES,
             "interpl_type": PATHS,
             "prediction": ("velocity", "x1"),
@@ -97,174 +99,13 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if not 0 <= self.calibrate <= 1:
+            raise ValueError(f"calibrate is {self.calibrate}; expected between 0 and 1")
         if self.patch < 1:
             raise ValueError(f"patch is {self.patch}; expected at least 1")
         if not 0 <= self.prob_unconditional < 1:
             raise ValueError(f"prob_unconditional is {self.prob_unconditional}; expected at least 0 and below 1")
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a velocity network needs to know of genes and Design."""
-
-    n_genes: int
-    n_perturbations: int
-    levels: tuple[int, ...]
-    n_continuous: int
-
-
-class Point(NamedTuple):
-    """Where a velocity network is asked, for n cells."""
-
-    x: Tensor  # (n, g)
-    cell: Tensor  # (n, g), x in the scale in which a cell is read as a whole
-    t: Tensor  # (n,)
-    condition: Condition
-    is_null: Tensor | None = None  # (n,) bool, cells whose condition is the null condition
-    features: Tensor | None = None  # (n, g, f), of the condition for every gene
-    genes: Tensor | None = None  # (m,), numbers of the genes that are asked for; None for all
-    log_depth: Tensor | None = None  # (n,), log of the depth over its training median
-
-
-class _Embedding(nn.Module):
-    """Time and condition encoders, of one width."""
-
-    def __init__(self, config: Config, sizes: Sizes, d_time: int, width: int):
-        super().__init__()
-        self.d_time, self.time_scale = d_time, config.time_scale
-        self.time = MLP(d_time, width, config.n_layers_time - 1, n_out=width)
-        self.condition = ConditionEncoder(
-            sizes.n_perturbations,
-            list(sizes.levels),
-            sizes.n_continuous,
-            width,
-            config.n_layers_conditions,
-            config.covariate_scale,
-        )
-        self.depth = MLP(1, width, 1, n_out=width) if config.depth else None
-
-    def forward(self, at: Point) -> tuple[Tensor, Tensor]:
-        """Embeddings of time (and depth) and of the condition, (n, width) each."""
-        dtype = self.time[0].weight.dtype
-        time = self.time(sinusoids(at.t, self.d_time, self.time_scale).to(dtype))
-        if self.depth is not None:
-            time = time + self.depth(at.log_depth[:, None].to(dtype))
-        return time, self.condition(at.condition, at.is_null)
-
-
-class UNetVelocity(nn.Module):
-    """The paper's field, equation 3: U-Net over genes on Enc(x_t) + Emb(G), Enc(c), Enc(t).
-
-    Genes are padded on the right to the next length that the U-Net can halve; padded positions share one embedding
-    row, hold 0, and never reach loss or output.
-    """
-
-    def __init__(self, config: Config, sizes: Sizes):
-        super().__init__()
-        d, self.patch = config.hidden_dim, config.patch
-        self.value_scale, self.width = config.value_scale, d
-        self.embed = _Embedding(config, sizes, d, 4 * d)
-        self.values = MLP(d, d, config.n_layers_gene_expression - 1, n_out=d)
-        self.genes = nn.Embedding(sizes.n_genes + 1, d)
-        nn.init.normal_(self.genes.weight, std=0.02)
-        self.anchors = nn.Linear(PseudobulkAnchor.n_features, d) if config.anchor else None
-        self.join = nn.Linear(self.patch * d, d) if self.patch > 1 else nn.Identity()
-        self.unet = UNet1d(
-            d,
-            self.patch,
-            width=d,
-            mult=config.channel_mult,
-            n_res=config.num_res_blocks,
-            attention=config.attention_resolutions,
-            heads=config.num_heads,
-            dropout=config.dropout,
-            d_embedding=4 * d,
-            resample=config.conv_resample,
-            film=config.film,
-            recompute=config.recompute,
-        )
-        self.n_genes = sizes.n_genes
-        multiple = self.unet.multiple * self.patch
-        self.length = -(-sizes.n_genes // multiple) * multiple
-        self.register_buffer("order", None if config.gene_order == "file" else torch.arange(sizes.n_genes))
-
-    def forward(self, at: Point) -> Tensor:
-        time, encoded = self.embed(at)
-        dtype = self.genes.weight.dtype
-        numbers = torch.arange(self.n_genes, device=at.x.device) if self.order is None else self.order
-        h = self.values(sinusoids(self._line(at.x), self.width, self.value_scale).to(dtype))
-        h = h + self.genes(F.pad(numbers, (0, self.length - self.n_genes), value=self.n_genes)).to(h.dtype)
-        if self.anchors is not None:
-            h = h + self.anchors(self._line(at.features).to(h.dtype))
-        h = self.join(h.reshape(len(h), self.length // self.patch, -1))
-        v = self.unet(h, (time + encoded).to(h.dtype)).reshape(len(h), self.length)[:, : self.n_genes].float()
-        v = v if self.order is None else v.index_select(1, self.order.argsort())
-        return v if at.genes is None else v.index_select(1, at.genes)
-
-    def _line(self, values: Tensor) -> Tensor:
-        """Values (n, g, ...) of the genes in the order of the line, padded with zeros to its length."""
-        values = values if self.order is None else values.index_select(1, self.order)
-        return F.pad(values, (*(0, 0) * (values.ndim - 2), 0, self.length - self.n_genes))
-
-
-class MLPVelocity(nn.Module):
-    """The ablation PRiMeFlow-MLP: three input MLPs, concatenated, and a decoding MLP."""
-
-    def __init__(self, config: Config, sizes: Sizes):
-        super().__init__()
-        width, dropout = config.hidden_dim, config.dropout
-        self.d_time, self.time_scale = min(width, 256), config.time_scale
-        n_in = sizes.n_genes * (1 + PseudobulkAnchor.n_features * config.anchor) + config.depth
-        self.values = MLP(n_in, width, config.n_layers_gene_expression, dropout=dropout)
-        self.time = MLP(self.d_time, width, config.n_layers_time, dropout=dropout)
-        self.condition = ConditionEncoder(
-            sizes.n_perturbations,
-            list(sizes.levels),
-            sizes.n_continuous,
-            width,
-            config.n_layers_conditions,
-            config.covariate_scale,
-            activated=True,
-            dropout=dropout,
-        )
-        self.decode = MLP(3 * width, width, config.n_layers_decoding, n_out=sizes.n_genes, dropout=dropout)
-
-    def forward(self, at: Point) -> Tensor:
-        dtype = self.values[0].weight.dtype
-        cell = [at.cell]
-        cell += [] if at.features is None else [at.features.flatten(1)]
-        cell += [] if at.log_depth is None else [at.log_depth[:, None]]
-        time = self.time(sinusoids(at.t, self.d_time, self.time_scale).to(dtype))
-        parts = [self.values(torch.cat(cell, dim=1).to(dtype)), self.condition(at.condition, at.is_null), time]
-        v = self.decode(torch.cat([part.to(time.dtype) for part in parts], dim=1)).float()
-        return v if at.genes is None else v.index_select(1, at.genes)
-
-
-class GenewiseField(nn.Module):
-    """Ours: a denoiser shared by all genes, that knows which gene it is, with cheap global context."""
-
-    def __init__(self, config: Config, sizes: Sizes):
-        super().__init__()
-        self.embed = _Embedding(config, sizes, 64, config.hidden_dim)
-        self.field = GenewiseVelocity(
-            sizes.n_genes,
-            config.hidden_dim,
-            n_features=PseudobulkAnchor.n_features if config.anchor else 0,
-            width=config.gene_width,
-            n_context=config.n_context,
-            cell_width=config.cell_width,
-            n_blocks=config.n_blocks,
-            n_sinusoids=config.n_sinusoids,
-            value_scale=config.value_scale,
-            dropout=config.dropout,
-        )
-
-    def forward(self, at: Point) -> Tensor:
-        time, encoded = self.embed(at)
-        return self.field(at.x, at.cell, F.silu(time + encoded), at.features, at.genes)
-
-
-VELOCITIES = {"unet": UNetVelocity, "mlp": MLPVelocity, "genewise": GenewiseField}
 
 _PAPER = Config(
     velocity="unet",
@@ -275,6 +116,7 @@ _PAPER = Config(
     loss_genes=0,
     prob_unconditional=0.2,
     hurdle=False,
+    calibrate=0.0,
     solver="euler",
     steps=100,
 )
@@ -349,7 +191,7 @@ class PRiMeFlow(Model):
             control = condition.is_control
             sizes = dataset.size_factor[torch.from_numpy(rows)][control]
             self.depth.fit(sizes.clamp_min(1e-3), self._group(condition[control]), self._n_groups)
-        if self.config.gene_order != "file" and isinstance(self.velocity, UNetVelocity):
+        if self.config.gene_order != "file" and self.config.velocity == "unet":
             self.velocity.order = _gene_order(self.config.gene_order, dataset)
 
     @property
@@ -415,35 +257,64 @@ class PRiMeFlow(Model):
         return centre + scale * v
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
-        """Integrate from noise to cells (n, g)."""
+        """Integrate from noise to cells (n, g), and bring their mean nearer to what pseudobulks say of it."""
         if config.guidance != 1 and self.config.prob_unconditional == 0:
             logger.warning("the null condition of this model was never trained; guidance other than 1 has no meaning")
-        noise = torch.randn(len(batch), len(self.genes), generator=generator).to(self.gene_mean.device)
+        calibrates = self.anchor is not None and self.config.hurdle and self.config.calibrate > 0
+        if not calibrates or config.guidance != 1:
+            return self._observed(self._flow(batch.condition, generator, config))
+        x = torch.empty(len(batch), len(self.genes), device=self.gene_mean.device)
+        keys = torch.cat([batch.condition.code, batch.condition.groups, *_columns(batch.condition.continuous)], dim=1)
+        _, members = keys.unique(dim=0, return_inverse=True)
+        for number in range(int(members.max()) + 1):
+            rows = (members == number).nonzero().flatten()
+            drawn = rows.repeat(-(-PILOT // len(rows)))[: max(PILOT, len(rows))]
+            x[rows] = self._calibrated(self._flow(batch.condition[drawn], generator, config), batch.condition[rows])
+        return x
+
+    def _calibrated(self, x: Tensor, condition: Condition) -> Tensor:
+        """The first n of the flow's cells (m, g), for n rows of one condition, with a mean nearer to pseudobulks."""
+        mean, known = self.anchor.estimate(condition[:1])
+        weight = (0.0, self.config.calibrate, 1.0)[int(known)]
+        own = x[: len(condition)]
+        return with_mean(own, x[:PILOT], weight, mean[0], float(self.smallest) / 2) if weight else self._observed(own)
+
+    def _observed(self, x: Tensor) -> Tensor:
+        """No cell has a value between 0 and the smallest count.
+
+        A flow leaves a haze there, which shifts the mean of silent genes by many of their tiny standard errors.
+        """
+        return torch.where(x < self.smallest / 2, 0.0, x) if self.config.hurdle else x
+
+    def _flow(self, condition: Condition, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """Integrate from noise to one cell (n, g) for each condition."""
+        noise = torch.randn(len(condition), len(self.genes), generator=generator).to(self.gene_mean.device)
         depth = None
         if self.depth is not None:
-            depth = self.depth.sample(self._group(batch.condition).cpu(), generator).to(noise.device)
+            depth = self.depth.sample(self._group(condition).cpu(), generator).to(noise.device)
         network = self.velocity
         if torch.is_autocast_enabled(noise.device.type):  # weights are cast once, not at every evaluation
             network = copy.deepcopy(network).to(torch.bfloat16)
         grid = config.grid or config.steps or self.config.steps
         cells = []
-        for start in range(0, len(batch), config.batch_size):
+        for start in range(0, len(condition), config.batch_size):
             rows = slice(start, start + config.batch_size)
-            condition, own_depth = batch.condition[rows], None if depth is None else depth[rows]
+            own, own_depth = condition[rows], None if depth is None else depth[rows]
 
-            def velocity(x, t, is_null, condition=condition, depth=own_depth) -> Tensor:
-                repeated = torch.arange(len(x), device=x.device) % len(condition)
-                if len(x) > len(condition):
-                    condition, depth = condition[repeated], None if depth is None else depth[repeated]
+            def velocity(x, t, is_null, own=own, depth=own_depth) -> Tensor:
+                if len(x) > len(own):  # the guided half beside the other
+                    again = torch.arange(len(x), device=x.device) % len(own)
+                    own, depth = own[again], None if depth is None else depth[again]
                 time = torch.full((len(x),), float(t), device=x.device)
-                return self.evaluate(x, time, condition, is_null if is_null.any() else None, depth, network=network)
+                return self.evaluate(x, time, own, is_null if is_null.any() else None, depth, network=network)
 
             field = guided(velocity, config.guidance, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
-        x = torch.cat(cells)
-        # No cell has a value between 0 and the smallest count. A flow leaves a haze there, which shifts the mean of
-        # silent genes by many of their tiny standard errors.
-        return torch.where(x < self.smallest / 2, 0.0, x) if self.config.hurdle else x
+        return torch.cat(cells)
+
+
+def _columns(values: Mapping[str, Tensor]) -> list[Tensor]:
+    return [value[:, None] for value in values.values()]
 
 
 def _gene_order(kind: str, dataset: CellDataset) -> Tensor:

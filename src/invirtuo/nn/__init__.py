@@ -2,6 +2,7 @@
 
 from invirtuo.nn.anchor import PseudobulkAnchor
 from invirtuo.nn.attention import SetTransformer
+from invirtuo.nn.calibrate import with_mean
 from invirtuo.nn.counts import CountLikelihood, Dispersion, SizeFactor, nb_log_prob, nb_sample
 from invirtuo.nn.embed import ConditionEncoder, one_hots, sinusoids
 from invirtuo.nn.energy import energy_loss
@@ -38,4 +39,5 @@ __all__ = [
     "nb_sample",
     "one_hots",
     "sinusoids",
+    "with_mean",
 ]

@@ -96,6 +96,26 @@ class PseudobulkAnchor(nn.Module):
         expected = (mean + effect).clamp_min(0)
         return torch.stack([mean, self.control_sd[rows], expected, expected - mean], dim=-1)
 
+    def estimate(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """What pseudobulks say of the mean of n conditions.
+
+        Returns
+        -------
+        Means (n, g), not negative, and how they are known (n,): 2 from cells of the condition itself, 1 from the
+        effects of its perturbations elsewhere, 0 not at all.
+        """
+        codes, rows = condition.groups, self._rows(condition.groups)
+        itself = (self.own_codes == codes[:, None]).all(-1) & (self.designs == condition.code[:, None]).all(
+            -1
+        )  # (n, c)
+        effect = self.effect(condition)
+        known = torch.where(condition.is_control & (rows > 0), 2, effect.any(1).long())
+        if itself.shape[1]:
+            observed = itself.any(1)
+            effect = torch.where(observed[:, None], self.effects[itself.long().argmax(1)], effect)
+            known = torch.where(observed, 2, known)
+        return (self.control_mean[rows] + effect).clamp_min(0), known
+
     def effect(self, condition: Condition) -> Tensor:
         """(n, g), expected difference to the control mean; every distinct condition is computed once and kept."""
         codes, multi_hot = condition.groups.cpu(), condition.code.detach().cpu()
