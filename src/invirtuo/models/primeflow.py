@@ -67,7 +67,10 @@ class Config:
     gene_order: str = (
         "file"  # U-Net: "file" (the paper), "random", or "correlation": genes that vary alike are neighbours
     )
+    kernel_size: int = 3  # U-Net: of its convolutions
+    skips: bool = True  # U-Net: long skip connections
     patch: int = 1  # U-Net: neighbouring genes that share one position
+    gene_identity: bool = True  # U-Net, genewise: tell the network which gene is which
     gene_width: int = 64  # genewise: width of the network shared by all genes
     n_context: int = 8  # genewise: context numbers per gene
     cell_width: int = 512  # genewise: width of the network that reads the whole cell
@@ -103,6 +106,8 @@ class Config:
             raise ValueError(f"calibrate is {self.calibrate}; expected between 0 and 1")
         if self.patch < 1:
             raise ValueError(f"patch is {self.patch}; expected at least 1")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
         if not 0 <= self.prob_unconditional < 1:
             raise ValueError(f"prob_unconditional is {self.prob_unconditional}; expected at least 0 and below 1")
 

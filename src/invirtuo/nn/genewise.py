@@ -42,6 +42,8 @@ class GenewiseVelocity(nn.Module):
         Scale of the values inside the sinusoids.
     dropout
         Dropout in the network that reads the whole cell.
+    identity
+        Give every gene an embedding and a read-out of its own; otherwise all genes share one of each.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class GenewiseVelocity(nn.Module):
         n_sinusoids: int = 32,
         value_scale: float = 10.0,
         dropout: float = 0.0,
+        identity: bool = True,
     ):
         super().__init__()
         self.n_sinusoids, self.value_scale = n_sinusoids, value_scale
@@ -65,12 +68,13 @@ class GenewiseVelocity(nn.Module):
         self.context = nn.Parameter(torch.randn(n_genes, n_context, cell_width) / math.sqrt(cell_width))
         self.context_bias = nn.Parameter(torch.zeros(n_genes, n_context))
         self.first = nn.Linear(n_sinusoids + n_features + n_context, width)
-        self.genes = nn.Parameter(torch.randn(n_genes, width) * 0.3)
+        rows = n_genes if identity else 1
+        self.genes = nn.Parameter(torch.randn(rows, width) * 0.3)
         self.shift_first = nn.Linear(d_embedding, width)
         self.second = nn.Linear(width, width)
         self.modulate = nn.Linear(d_embedding, 2 * width)
-        self.read_out = nn.Parameter(torch.zeros(n_genes, width))
-        self.bias_out = nn.Parameter(torch.zeros(n_genes))
+        self.read_out = nn.Parameter(torch.zeros(rows, width))
+        self.bias_out = nn.Parameter(torch.zeros(rows))
 
     def forward(
         self,
@@ -103,7 +107,10 @@ class GenewiseVelocity(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, embedding)
         hidden = F.silu(hidden)
-        take = (lambda x: x) if genes is None else (lambda x: x.index_select(-1 if x.ndim == 1 else 0, genes))
+
+        def take(x: Tensor) -> Tensor:
+            return x if genes is None or len(x) == 1 else x.index_select(0, genes)
+
         context_weight = take(self.context)
         m, n_context, width = context_weight.shape
         context = F.linear(hidden, context_weight.reshape(-1, width), take(self.context_bias).reshape(-1))

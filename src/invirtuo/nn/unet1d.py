@@ -43,6 +43,10 @@ class UNet1d(nn.Module):
         Scale and shift after the second norm instead of adding the embedding. Differs: not in the paper.
     recompute
         Recompute each block in the backward pass: less memory, a third more work.
+    kernel
+        Of the convolutions of stem, blocks and head; 1 leaves mixing to resampling and attention.
+    skips
+        Hand the features of every level on the way down to the way up; otherwise zeros take their place.
 
     References
     ----------
@@ -64,16 +68,19 @@ class UNet1d(nn.Module):
         resample: bool = True,
         film: bool = False,
         recompute: bool = False,
+        kernel: int = 3,
+        skips: bool = True,
     ):
         super().__init__()
         self.n_levels = len(mult)
         self.recompute = recompute
+        self.skips = skips
 
         def res(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, d_embedding, dropout, film)
+            return ResBlock(c_in, c_out, d_embedding, dropout, film, kernel)
 
-        self.stem = Conv3(in_channels, width * mult[0])
-        skips, channels, factor = [width * mult[0]], width * mult[0], 1
+        self.stem = Conv(in_channels, width * mult[0], kernel)
+        waiting, channels, factor = [width * mult[0]], width * mult[0], 1
         self.encoder = nn.ModuleList()
         for level, m in enumerate(mult):
             for _ in range(n_res):
@@ -82,16 +89,16 @@ class UNet1d(nn.Module):
                 if factor in attention:
                     stage.append(Attention(channels, heads))
                 self.encoder.append(nn.ModuleList(stage))
-                skips.append(channels)
+                waiting.append(channels)
             if level < len(mult) - 1:
                 self.encoder.append(nn.ModuleList([Down(channels, resample)]))
-                skips.append(channels)
+                waiting.append(channels)
                 factor *= 2
         self.middle = nn.ModuleList([res(channels, channels), Attention(channels, heads), res(channels, channels)])
         self.decoder = nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for i in range(n_res + 1):
-                stage = [res(channels + skips.pop(), width * m)]
+                stage = [res(channels + waiting.pop(), width * m)]
                 channels = width * m
                 if factor in attention:
                     stage.append(Attention(channels, heads))
@@ -100,7 +107,7 @@ class UNet1d(nn.Module):
                     factor //= 2
                 self.decoder.append(nn.ModuleList(stage))
         self.norm = GroupNormAct(channels)
-        self.head = _zero(Conv3(channels, out_channels))
+        self.head = _zero(Conv(channels, out_channels, kernel))
 
     @property
     def multiple(self) -> int:
@@ -119,7 +126,8 @@ class UNet1d(nn.Module):
             skips.append(h)
         h = self._run(self.middle, h, embedding)
         for stage in self.decoder:
-            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), embedding)
+            skip = skips.pop()
+            h = self._run(stage, torch.cat([h, skip if self.skips else torch.zeros_like(skip)], dim=1), embedding)
         return self.head(self.norm(h)).squeeze(2).transpose(1, 2)
 
     def _run(self, stage: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
@@ -131,11 +139,11 @@ class UNet1d(nn.Module):
         return h
 
 
-class Conv3(nn.Conv2d):
-    """Convolution with kernel 3 along the line, as 1 x 3 in channels-last memory."""
+class Conv(nn.Conv2d):
+    """Convolution with an odd kernel along the line, as 1 x kernel in channels-last memory."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int = 1):
-        super().__init__(c_in, c_out, (1, 3), stride=(1, stride), padding=(0, 1))
+    def __init__(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1):
+        super().__init__(c_in, c_out, (1, kernel), stride=(1, stride), padding=(0, kernel // 2))
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
 
@@ -163,14 +171,14 @@ class GroupNormAct(nn.GroupNorm):
 class ResBlock(nn.Module):
     """Two convolutions with the embedding added (or scaling and shifting) in between; starts as its skip path."""
 
-    def __init__(self, c_in: int, c_out: int, d_embedding: int, dropout: float, film: bool):
+    def __init__(self, c_in: int, c_out: int, d_embedding: int, dropout: float, film: bool, kernel: int = 3):
         super().__init__()
         self.norm_in = GroupNormAct(c_in)
-        self.conv_in = Conv3(c_in, c_out)
+        self.conv_in = Conv(c_in, c_out, kernel)
         self.embed = nn.Linear(d_embedding, c_out * (2 if film else 1))
         self.norm_out = GroupNormAct(c_out, activation=not film)
         self.dropout = Dropout(dropout)
-        self.conv_out = _zero(Conv3(c_out, c_out))
+        self.conv_out = _zero(Conv(c_out, c_out, kernel))
         self.skip = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out)
         self.film = film
 
@@ -208,7 +216,7 @@ class Down(nn.Module):
 
     def __init__(self, channels: int, resample: bool):
         super().__init__()
-        self.op = Conv3(channels, channels, stride=2) if resample else nn.AvgPool2d((1, 2))
+        self.op = Conv(channels, channels, stride=2) if resample else nn.AvgPool2d((1, 2))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.op(x)
@@ -219,7 +227,7 @@ class Up(nn.Module):
 
     def __init__(self, channels: int, resample: bool):
         super().__init__()
-        self.op = Conv3(channels, channels) if resample else nn.Identity()
+        self.op = Conv(channels, channels) if resample else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         n, c, _, m = x.shape

@@ -89,6 +89,8 @@ class UNetVelocity(nn.Module):
         self.values = MLP(d, d, config.n_layers_gene_expression - 1, n_out=d)
         self.genes = nn.Embedding(sizes.n_genes + 1, d)
         nn.init.normal_(self.genes.weight, std=0.02)
+        if not config.gene_identity:
+            nn.init.zeros_(self.genes.weight).requires_grad_(False)
         self.anchors = nn.Linear(PseudobulkAnchor.n_features, d) if config.anchor else None
         self.join = nn.Linear(self.patch * d, d) if self.patch > 1 else nn.Identity()
         self.unet = UNet1d(
@@ -104,6 +106,8 @@ class UNetVelocity(nn.Module):
             resample=config.conv_resample,
             film=config.film,
             recompute=config.recompute,
+            kernel=config.kernel_size,
+            skips=config.skips,
         )
         self.n_genes = sizes.n_genes
         multiple = self.unet.multiple * self.patch
@@ -179,6 +183,7 @@ class GenewiseField(nn.Module):
             n_sinusoids=config.n_sinusoids,
             value_scale=config.value_scale,
             dropout=config.dropout,
+            identity=config.gene_identity,
         )
 
     def forward(self, at: Point) -> Tensor:
