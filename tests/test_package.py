@@ -22,7 +22,7 @@ LAYERS = [
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
         *("checks", "files", "genes", "multimodal", "pseudotime"),
     },
-    {"samplers", "datasets", "fit"},
+    {"samplers", "datasets", "fit", "store"},
     {"dataset"},
     {"model"},
     {"generators", "dynamics"},

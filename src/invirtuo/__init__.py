@@ -13,6 +13,7 @@ _MODULES = (
 _NAMES = {
     "Batch": "batch",
     "CellDataset": "dataset",
+    "CellStore": "store",
     "Condition": "batch",
     "Design": "design",
     "FitConfig": "fit",

@@ -1,35 +1,42 @@
-"""CellDataset: an AnnData and a Design, read batch by batch."""
+"""CellDataset: cells in memory or in files, and a Design, read batch by batch."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
 
-from invirtuo.batch import Batch
+from invirtuo.batch import Batch, Condition
 from invirtuo.design import Design
 from invirtuo.preprocess import TOTAL, check_genes, check_values
 from invirtuo.samplers import Layout, Rows, Sampler
+from invirtuo.store import CellStore
+from invirtuo.store.windows import Stock, ahead, windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["CellDataset", "to_csr"]
+__all__ = ["CellDataset", "opened", "to_csr"]
+
+Dense = Callable[[np.ndarray], torch.Tensor]  # (n,) rows to their (n, g) values
 
 
 class CellDataset:
-    """Cells in memory as CSR, dense only inside a batch. The caller's AnnData is never written to.
+    """Cells in memory as CSR, or in files, dense only inside a batch. The caller's AnnData is never written to.
 
     Parameters
     ----------
     adata
         Cells in the data space of the model (log1p of counts per 10 000, or counts); sparse or dense, view or backed.
+        A :class:`CellStore` stays on disk and is read in windows.
     design
         Which columns of obs mean what.
     split
@@ -53,22 +60,47 @@ class CellDataset:
     True
     """
 
-    def __init__(self, adata: AnnData, design: Design, split: pd.Series | None = None, *, signed: bool = False):
+    def __init__(
+        self, adata: AnnData | CellStore, design: Design, split: pd.Series | None = None, *, signed: bool = False
+    ):
         check_genes(adata)
-        check_values(adata, allow_negative=signed)
+        if not isinstance(adata, CellStore):  # whose values are looked at below, or were when it was written
+            check_values(adata, allow_negative=signed)
         self.design = design
         self.obs = adata.obs
         self.genes = adata.var_names.astype(str).to_numpy()
-        self.matrix = to_csr(adata)
         self.values: torch.Tensor | None = None
-        self.condition = design.encode(adata.obs)
+        self.matrix: Any = adata.X if isinstance(adata, CellStore) else to_csr(adata)
+        self.condition: Any = Conditions(design, adata.obs) if self.on_disk else design.encode(adata.obs)
         self.split = _aligned(split, adata.obs)
-        self.size_factor = torch.from_numpy(_size_factors(adata, self.matrix, self.split == "train"))
+        depth = _stored_depth(adata, signed) if isinstance(adata, CellStore) else _depth(adata, self.matrix)
+        self.size_factor = torch.from_numpy(_size_factors(depth, self.split == "train"))
+        self._layouts: dict[str, Layout] = {}
+        self._stock: Stock | None = None
+        self._kept: dict[tuple, list[Batch]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        paths: str | Path | Sequence[str | Path],
+        design: Design,
+        split: pd.Series | None = None,
+        *,
+        signed: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Cells of files, left on disk; `options` as for :meth:`CellStore.open`."""
+        return cls(opened(paths, design, **options), design, split, signed=signed)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether batches are read from files."""
+        return self.values is None and not sparse.issparse(self.matrix)
 
     def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
         """The same cells with values (n, d) in place of expression (latent vectors), and other depths (n,)."""
         other = copy.copy(self)
-        other.values, other.size_factor = values, size_factor
+        other.values, other.size_factor, other._kept = values, size_factor, {}
         return other
 
     def with_validation(self, share: float) -> Self:
@@ -77,6 +109,7 @@ class CellDataset:
         rows = self.rows("train")
         other.split = self.split.copy()
         other.split[np.random.default_rng(0).permutation(rows)[: int(share * len(rows))]] = "val"
+        other._layouts, other._stock, other._kept = {}, None, {}
         return other
 
     def rows(self, part: str) -> np.ndarray:
@@ -85,25 +118,100 @@ class CellDataset:
 
     def layout(self, part: str = "train") -> Layout:
         """What samplers may know of one part of the split; groups without controls there use those of training."""
-        return Layout.of(self.obs, self.design, self.rows(part), None if part == "train" else self.rows("train"))
+        if part not in self._layouts:
+            spare = None if part == "train" else self.rows("train")
+            self._layouts[part] = Layout.of(self.obs, self.design, self.rows(part), spare)
+        return self._layouts[part]
+
+    def windows(
+        self,
+        sampler: Sampler,
+        seeds: Iterable[int | Sequence[int]],
+        *,
+        part: str = "train",
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> Iterator[tuple[int, Layout, np.random.Generator, Dense]]:
+        """Cells among which samplers draw: all at once where they are in memory, windows of them from files.
+
+        Parameters
+        ----------
+        sampler
+            What will draw: cells that it puts together are read together.
+        seeds
+            A seed for every pass.
+        rank, n_ranks
+            Of several devices each reads its own files' share; cells in memory are for all of them.
+
+        Returns
+        -------
+        For every window the number of the pass, a layout, a generator for the sampler, and what reads rows.
+        """
+        layout = self.layout(part)
+        if not self.on_disk:
+            for number, seed in enumerate(seeds):
+                yield number, layout, np.random.default_rng(seed), self.dense
+            return
+        self._stock = self._stock or Stock(self.matrix.store, self.layout())
+        stock, epochs = self._stock, map(_as_list, seeds)
+        planned = (
+            (number, window)
+            for number, seed in enumerate(epochs)
+            for window in windows(self.matrix.store, layout, stock, sampler, seed, rank=rank, n_ranks=n_ranks)
+        )
+        for number, window in ahead(planned):
+            yield number, window.layout, window.rng, window.dense
 
     def batches(
-        self, sampler: Sampler, batch_size: int, *, part: str = "train", seed: int | Sequence[int] = 0, skip: int = 0
+        self,
+        sampler: Sampler,
+        batch_size: int,
+        *,
+        part: str = "train",
+        seed: int | Sequence[int] = 0,
+        skip: int = 0,
+        rank: int = 0,
+        n_ranks: int = 1,
     ) -> Iterator[Batch]:
-        """Pass once over a part of the split; `skip` leaves out the first batches without reading them."""
-        rng = np.random.default_rng(seed)
-        for i, rows in enumerate(sampler(self.layout(part), batch_size, rng)):
-            if i >= skip:
-                yield self.take(rows)
+        """Pass once over a part of the split; `skip` leaves out the first batches without reading them.
 
-    def take(self, rows: Rows | np.ndarray) -> Batch:
-        """Read some rows as a Batch."""
+        Of several devices (`rank` of `n_ranks`) each gets batches of its own.
+        """
+        number, shares = 0, 1 if self.on_disk else n_ranks
+        for _, layout, rng, dense in self.windows(sampler, [seed], part=part, rank=rank, n_ranks=n_ranks):
+            for rows in sampler(layout, batch_size, rng):
+                if number >= skip * shares and (shares == 1 or number % shares == rank):
+                    yield self.take(rows, dense)
+                number += 1
+
+    def first_batches(
+        self, sampler: Sampler, batch_size: int, n_batches: int, *, part: str, seed: int
+    ) -> Iterable[Batch]:
+        """The same few batches at every call, drawn from all cells of a part; those of files are read once."""
+        key = (
+            getattr(sampler, "func", sampler),
+            str(getattr(sampler, "keywords", "")),
+            batch_size,
+            n_batches,
+            part,
+            seed,
+        )
+        if not self.on_disk:
+            return islice(self.batches(sampler, batch_size, part=part, seed=seed), n_batches)
+        if key not in self._kept:
+            drawn = islice(sampler(self.layout(part), batch_size, np.random.default_rng(seed)), n_batches)
+            self._kept[key] = [self.take(rows) for rows in drawn]
+        return self._kept[key]
+
+    def take(self, rows: Rows | np.ndarray, dense: Dense | None = None) -> Batch:
+        """Read some rows as a Batch, with `dense` where they are in a window."""
         rows = rows if isinstance(rows, Rows) else Rows(np.asarray(rows))
+        dense = dense or self.dense
         index = torch.from_numpy(rows.target.astype(np.int64))
         return Batch(
             condition=self.condition[index],
-            target=self.dense(rows.target),
-            source=None if rows.source is None else self.dense(rows.source),
+            target=dense(rows.target),
+            source=None if rows.source is None else dense(rows.source),
             size_factor=self.size_factor[index],
             index=index,
             set_size=rows.set_size,
@@ -115,6 +223,18 @@ class CellDataset:
             return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
         return torch.from_numpy(self.matrix[rows].toarray())
 
+    def blocks(self, part: str = "train") -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """Pass over the cells of a part in their order: rows and values; all at once where they are in memory."""
+        rows = self.rows(part)
+        if sparse.issparse(self.matrix):
+            yield rows, self.matrix[rows]
+        else:
+            yield from self.matrix.store.blocks(rows)
+
+    def smallest(self, part: str = "train") -> float:
+        """Smallest value above zero of a part; infinity if there is none."""
+        return min((float(x.data[x.data > 0].min(initial=np.inf)) for _, x in self.blocks(part)), default=np.inf)
+
     def pseudobulk(self, part: str = "train") -> tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]:
         """Mean and variance of every condition of a part.
 
@@ -124,32 +244,51 @@ class CellDataset:
         cells (c,), all in float64 and in the order of the condition names.
         """
         rows = self.rows(part)
-        obs = self.obs.iloc[rows]
-        codes, _ = pd.factorize(self.design.names(obs), sort=True)
-        n_conditions = codes.max(initial=-1) + 1
-        counts = np.bincount(codes, minlength=n_conditions)
-        members = sparse.csr_matrix((np.ones(len(rows)), (codes, np.arange(len(rows)))), (n_conditions, len(rows)))
-        x = self.matrix[rows].astype(np.float64)
-        mean = (members @ x).toarray() / counts[:, None]
-        variance = np.maximum((members @ x.multiply(x)).toarray() / counts[:, None] - mean**2, 0)
-        table = obs[self.design.columns].iloc[[np.argmax(codes == i) for i in range(n_conditions)]]
-        return table.reset_index(drop=True), mean, variance, counts
+        table, kind = self.design.kinds(self.obs.iloc[rows])
+        codes, names = pd.factorize(self.design.names(table), sort=True)
+        number = np.zeros(len(self.split), dtype=np.int64)  # of the condition, by row
+        number[rows] = codes[kind]
+        counts = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
+        total, square = np.zeros((2, len(names), len(self.genes)))
+        for own, values in self.blocks(part):
+            places = (number[own], np.arange(len(own)))
+            members = sparse.csr_matrix((np.ones(len(own)), places), (len(names), len(own)))
+            x = values.astype(np.float64)
+            total += (members @ x).toarray()
+            square += (members @ x.multiply(x)).toarray()
+        mean = total / counts[:, None]
+        variance = np.maximum(square / counts[:, None] - mean**2, 0)
+        return table.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True), mean, variance, counts
 
     def overdispersion(self, part: str = "train") -> np.ndarray:
         """(g,) inverse of the dispersion r of counts with variance m + m^2 / r, m = depth x share; by moments."""
-        rows = self.rows(part)
-        x = self.matrix[rows].astype(np.float64)
-        depth = np.asarray(x.sum(axis=1)).ravel()
-        total, square = (np.asarray(y.sum(axis=0)).ravel() for y in (x, x.multiply(x)))
-        share = total / max(depth.sum(), 1.0)
-        expected = share**2 * (depth**2).sum()
-        residual = square - 2 * share * (x.T @ depth) + expected
+        total, square, weighted = np.zeros((3, len(self.genes)))
+        depths, depth_square = 0.0, 0.0
+        for _, values in self.blocks(part):
+            x = values.astype(np.float64)
+            depth = np.asarray(x.sum(axis=1)).ravel()
+            total += np.asarray(x.sum(axis=0)).ravel()
+            square += np.asarray(x.multiply(x).sum(axis=0)).ravel()
+            weighted += x.T @ depth
+            depths, depth_square = depths + depth.sum(), depth_square + (depth**2).sum()
+        share = total / max(depths, 1.0)
+        expected = share**2 * depth_square
+        residual = square - 2 * share * weighted + expected
         return np.divide(np.maximum(residual - total, 0), expected, out=np.zeros_like(expected), where=expected > 0)
 
     def fingerprint(self) -> str:
-        """Short hash of genes, labels and values, to tell one data set from another, however it is stored."""
+        """Short hash of genes, labels and values, to tell one data set from another, however it is stored.
+
+        Files have a hash of their own, in which the memory and the block they are read with count too.
+        """
         digest = hashlib.blake2b(digest_size=8)
         matrix = self.matrix
+        if not sparse.issparse(matrix):
+            table, kind = self.design.kinds(self.obs)
+            for text in (matrix.store.digest(), *self.genes, *self.design.names(table)):
+                digest.update(str(text).encode() + b"\0")
+            digest.update(kind.data)
+            return digest.hexdigest()
         if not matrix.has_canonical_format or not matrix.data.all():
             matrix = matrix.copy()
             matrix.sum_duplicates()
@@ -159,6 +298,45 @@ class CellDataset:
         for text in (*self.genes, *self.design.names(self.obs)):
             digest.update(str(text).encode() + b"\0")
         return digest.hexdigest()
+
+
+class Conditions:
+    """Conditions of the cells of files, each kept once: taking rows gives a :class:`Condition`.
+
+    Parameters
+    ----------
+    design
+        Which columns mean what.
+    obs
+        (n,) labels of the cells.
+    """
+
+    def __init__(self, design: Design, obs: pd.DataFrame):
+        table, kind = design.kinds(obs)
+        self.each, self.kind = design.encode(table), torch.from_numpy(kind)
+
+    def __getitem__(self, rows) -> Condition:
+        return self.each[self.kind[rows].long()]
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of all cells at once, as a :class:`Condition` has it."""
+        if name.startswith("_") or name in ("each", "kind"):
+            raise AttributeError(name)
+        value, kind = getattr(self.each, name), self.kind.long()
+        return {key: column[kind] for key, column in value.items()} if isinstance(value, dict) else value[kind]
+
+
+def opened(cells: Any, design: Design, **options: Any) -> Any:
+    """A path, or several, as a :class:`CellStore` with the columns of a design; anything else as it is."""
+    is_path = isinstance(cells, (str, Path)) or (isinstance(cells, (list, tuple)))
+    return CellStore.open(cells, columns=[*design.columns, TOTAL], **options) if is_path else cells
+
+
+def _as_list(seed: int | Sequence[int]) -> list[int]:
+    return [seed] if isinstance(seed, int) else list(seed)
 
 
 def to_csr(adata: AnnData) -> sparse.csr_matrix:
@@ -189,12 +367,24 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
     return values
 
 
-def _size_factors(adata: AnnData, matrix: sparse.csr_matrix, train: np.ndarray) -> np.ndarray:
-    """Depth of each cell over the median depth of the training cells."""
+def _depth(adata: AnnData, matrix: sparse.csr_matrix) -> np.ndarray:
+    """(n,) depth of each cell in memory."""
     if TOTAL in adata.obs:
-        depth = adata.obs[TOTAL].to_numpy(np.float64)
-    else:
-        counts = adata.layers["counts"] if "counts" in adata.layers else matrix
-        depth = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+        return adata.obs[TOTAL].to_numpy(np.float64)
+    counts = adata.layers["counts"] if "counts" in adata.layers else matrix
+    return np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+
+
+def _stored_depth(store: CellStore, signed: bool) -> np.ndarray:
+    """(n,) depth of each cell in files; files that were not checked when they were written are checked here."""
+    known = store.obs[TOTAL].to_numpy(np.float64) if TOTAL in store.obs else None
+    if known is not None and store.manifest is not None:
+        return known
+    totals = store.scan(signed=signed).totals
+    return totals if known is None else known
+
+
+def _size_factors(depth: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Depth of each cell over the median depth of the training cells."""
     median = np.median(depth[train])
     return (depth / (median if median > 0 else 1.0)).astype(np.float32)

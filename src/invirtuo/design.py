@@ -183,6 +183,19 @@ class Design:
         columns = [_text(obs, column, self.unknown) for column in self.covariates]
         return columns[0].str.cat(columns[1:], sep="|") if len(columns) > 1 else columns[0]
 
+    def kinds(self, obs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+        """Rows of obs that differ in the columns of the Design, and (n,) the number of each row's among them."""
+        for column in self.columns:
+            _check_column(obs, column, "conditions", missing=True)
+        if not self.columns:
+            return obs[self.columns].iloc[:1], np.zeros(len(obs), dtype=np.int32)
+        numbers = [pd.factorize(obs[column], use_na_sentinel=False) for column in self.columns]
+        kind = np.zeros(len(obs), dtype=np.int64)
+        for codes, levels in numbers:
+            kind = pd.factorize(kind * len(levels) + codes)[0]
+        first = np.flatnonzero(~pd.Series(kind).duplicated().to_numpy())
+        return obs[self.columns].iloc[first], kind.astype(np.int32)
+
     def conditions(self, obs: pd.DataFrame, *, control: bool = False) -> pd.DataFrame:
         """Distinct conditions of obs, one row each, sorted by name; control conditions only if asked for."""
         table = self.tidy(obs).drop_duplicates()

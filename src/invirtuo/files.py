@@ -91,12 +91,12 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
     return adata
 
 
-def check_h5ad(path: str | os.PathLike) -> None:
+def check_h5ad(path: str | os.PathLike, *, values: bool = True) -> None:
     """Refuse a file that leads out of itself or whose matrices contradict themselves.
 
     Refused are soft and external links, external storage and virtual datasets (a file from elsewhere could make
     us read any file of this machine), datasets that declare far more than they store, and sparse matrices whose
-    indices leave the matrix.
+    indices leave the matrix. Without `values` matrices are not read; who reads them then checks the indices.
 
     Raises
     ------
@@ -113,12 +113,12 @@ def check_h5ad(path: str | os.PathLike) -> None:
             missing = [name for name in ("obs", "var") if name not in file]
             if missing:
                 raise ValueError(f"{path} is HDF5 but has no {' and no '.join(missing)}; expected an h5ad file")
-            _check_group(file, path, ())
+            _check_group(file, path, (), values)
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}. Copy or download it again") from error
 
 
-def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...]) -> None:
+def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...], values: bool) -> None:
     address = h5py.h5o.get_info(group.id).addr
     if address in above:
         raise ValueError(f"{path}: {group.name} contains itself; write the file again with AnnData")
@@ -130,10 +130,10 @@ def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...]) -> None:
             raise ValueError(f"{path}: {where} is a link to {target}; links are not followed. Store the data itself")
         item = group[name]
         if isinstance(item, h5py.Group):
-            _check_group(item, path, (*above, address))
+            _check_group(item, path, (*above, address), values)
         elif isinstance(item, h5py.Dataset):
             _check_dataset(item, path, where)
-    if group.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
+    if values and group.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
         _check_sparse(group, path)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,18 +212,16 @@ class _Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         rank, n_devices = _rank()
-        sampler, number, epoch = samplers.named(self.model.sampler, self.model.set_size), 0, 0
-        layout = self.dataset.layout("train")
-        while True:
-            n = 0
-            for rows in sampler(layout, self.config.batch_size, np.random.default_rng([self.config.seed, epoch])):
-                n += 1
-                number += 1
-                if number > self.start * n_devices and (number - 1) % n_devices == rank:
-                    yield self.dataset.take(rows)
-            if n == 0:
+        sampler, number = samplers.named(self.model.sampler, self.model.set_size), 0
+        shares = 1 if self.dataset.on_disk else n_devices  # cells in memory are dealt batch by batch, files by blocks
+        seeds = ([self.config.seed, epoch] for epoch in count())
+        for epoch, layout, rng, dense in self.dataset.windows(sampler, seeds, rank=rank, n_ranks=n_devices):
+            if epoch and not number:
                 raise ValueError(f"the sampler {self.model.sampler!r} found no cells to train on")
-            epoch += 1
+            for rows in sampler(layout, self.config.batch_size, rng):
+                number += 1
+                if number > self.start * shares and (shares == 1 or (number - 1) % shares == rank):
+                    yield self.dataset.take(rows, dense)
 
 
 def _rank() -> tuple[int, int]:
@@ -347,7 +346,9 @@ class _Training:
         if facts["model"] != _identity(self.model):
             raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
         if facts["data"] != self.data_hash:
-            raise ValueError(f"the checkpoint {path} was made with other data or another split; fit into a new folder")
+            raise ValueError(
+                f"the checkpoint {path} was made with other data, another split or another way of reading; fit into a new folder"
+            )
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
@@ -480,8 +481,9 @@ def validation_losses(
     with torch.random.fork_rng(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         torch.manual_seed(_seed(config.seed, 2**31, 0))
         sampler = samplers.named(model.sampler, model.set_size)
-        batches = dataset.batches(sampler, config.batch_size, part="val", seed=config.seed)
-        for _, batch in zip(range(config.val_batches), batches, strict=False):
+        for batch in dataset.first_batches(
+            sampler, config.batch_size, config.val_batches, part="val", seed=config.seed
+        ):
             for name, value in model.loss(batch.to(device)).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
                 n_cells[name] = n_cells.get(name, 0) + len(batch)

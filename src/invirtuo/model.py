@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from invirtuo import fit as fitting
 from invirtuo.batch import Batch
 from invirtuo.checks import require_counts, require_log, some
-from invirtuo.dataset import CellDataset
+from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
 from invirtuo.files import writing
 from invirtuo.fit import FitConfig
@@ -35,6 +35,8 @@ from invirtuo.transforms import TRANSFORMS, Transform
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from invirtuo.store import CellStore
 
 __all__ = ["Model", "Preset", "SampleConfig", "config_from", "track"]
 
@@ -186,7 +188,7 @@ class Model(nn.Module):
 
     def fit(
         self,
-        adata: AnnData,
+        adata: AnnData | CellStore | str | Path | Sequence[str | Path],
         split: pd.Series | None = None,
         config: FitConfig | None = None,
         *,
@@ -195,12 +197,13 @@ class Model(nn.Module):
         callbacks: Sequence[Any] = (),
         loggers: Sequence[Any] = (),
     ) -> Self:
-        """Fit to the training cells of an AnnData.
+        """Fit to the training cells of an AnnData, or of files.
 
         Parameters
         ----------
         adata
-            Cells in the data space of the model.
+            Cells in the data space of the model. Paths of files, or a folder of them, or a :class:`CellStore`: cells
+            that stay on disk and are read in windows, in bounded memory.
         split
             "train", "val", "test" per cell, as the functions of `invirtuo.splits` give it; None trains on all cells.
         config
@@ -220,6 +223,7 @@ class Model(nn.Module):
         config = config or self.fit_config
         if not isinstance(config, FitConfig):
             raise ValueError(f"config is a {type(config).__name__}; expected a FitConfig")
+        adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split, signed=self.signed)
@@ -553,11 +557,12 @@ class Model(nn.Module):
 def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
     """What a user of the saved model needs to know of its fit."""
     design = model.design
-    train = dataset.obs.iloc[dataset.rows("train")]
+    kinds = {part: design.kinds(dataset.obs.iloc[dataset.rows(part)])[0] for part in ("train", "val", "test")}
+    train = kinds["train"]
     seen = set(design.names(train))
     held_out = {}
     for part in ("val", "test"):
-        table = design.conditions(dataset.obs.iloc[dataset.rows(part)])
+        table = design.conditions(kinds[part])
         held_out[part] = table[~design.names(table).isin(seen)].to_dict("records")
     labels = [] if design.perturbation is None else train[design.perturbation].astype(str).unique()
     table = design.tidy(train)

@@ -61,6 +61,8 @@ class Layout:
         Name of each group, for messages.
     spare
         Number of a group to the rows of control cells outside `rows`, for groups without control cells of their own.
+    joined
+        Whether spare cells also join the control cells of groups that have some.
     """
 
     rows: np.ndarray
@@ -70,21 +72,29 @@ class Layout:
     time: np.ndarray | None
     group_names: tuple[str, ...]
     spare: Mapping[int, np.ndarray] = field(default_factory=dict)
+    joined: bool = False
 
     @classmethod
     def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray, spare: np.ndarray | None = None) -> Layout:
         """Read the layout of some rows of obs; control cells among the `spare` rows help groups that have none."""
         rows = np.asarray(rows)
-        part = obs.iloc[rows]
-        group, names = pd.factorize(design.groups(part), sort=True)
-        condition, _ = pd.factorize(design.names(part), sort=True)
-        time = part[design.time].to_numpy(float) if design.time else None
+        table, kind = design.kinds(obs.iloc[rows])
+        group, names = pd.factorize(design.groups(table), sort=True)
+        condition, _ = pd.factorize(design.names(table), sort=True)
+        time = table[design.time].to_numpy(float)[kind] if design.time else None
         pools = {}
         if spare is not None:
             others = spare[design.is_control(obs.iloc[spare])]
             groups = design.groups(obs.iloc[others]).to_numpy()
             pools = {g: others[groups == name] for g, name in enumerate(names)}
-        return cls(rows, group, condition, design.is_control(part), time, tuple(map(str, names)), pools)
+        is_control = design.is_control(table)[kind]
+        return cls(rows, group[kind], condition[kind], is_control, time, tuple(map(str, names)), pools)
+
+    def only(self, places: np.ndarray, spare: Mapping[int, np.ndarray]) -> Layout:
+        """The layout of some places of `rows`, as part of a whole whose other controls are the spare ones."""
+        time = None if self.time is None else self.time[places]
+        parts = (self.rows[places], self.group[places], self.condition[places], self.is_control[places], time)
+        return Layout(*parts, self.group_names, spare, joined=True)
 
     def controls(self) -> dict[int, np.ndarray]:
         """Rows of the control cells of every group that has cells.
@@ -95,7 +105,9 @@ class Layout:
             If a group has none.
         """
         pools = {int(g): self.rows[(self.group == g) & self.is_control] for g in np.unique(self.group)}
-        pools = {g: pool if len(pool) else self.spare.get(g, pool) for g, pool in pools.items()}
+        for g, pool in pools.items():
+            if self.joined or not len(pool):
+                pools[g] = np.concatenate([pool, self.spare.get(g, pool[:0])])
         empty = [self.group_names[g] for g, pool in pools.items() if not len(pool)]
         if empty:
             raise ValueError(

@@ -1,0 +1,214 @@
+"""Windows: the parts of a store that are in memory at a time, in random order and mixed from all over the files.
+
+An epoch is a random sequence of windows, a window a random set of blocks of neighbouring rows; samplers run within a
+window. What a window holds follows from labels and the seed alone, so that an epoch is entered anywhere without reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from invirtuo.samplers import Layout, Sampler, courses, mapped_sets, sets, time_pairs
+from invirtuo.store.cells import VALUE, CellStore
+
+__all__ = ["Held", "Stock", "Window", "ahead", "windows"]
+
+STOCK = 2000  # most control cells of a group in the stock
+ROW = 16  # bytes of a row beside its values
+
+
+class Held:
+    """Rows of a store in memory.
+
+    Parameters
+    ----------
+    rows
+        (m,), rising.
+    matrix
+        (m, g), their values.
+    """
+
+    def __init__(self, rows: np.ndarray, matrix: sparse.csr_matrix):
+        self.rows, self.matrix = rows, matrix
+
+    def dense(self, rows: np.ndarray, otherwise: Callable[[np.ndarray], torch.Tensor] | None = None) -> torch.Tensor:
+        """(n, g) values of rows; those that are not held come from `otherwise`."""
+        place = np.searchsorted(self.rows, rows)
+        inside = self.rows.take(place, mode="clip") == rows if len(self.rows) else np.zeros(len(rows), bool)
+        if inside.all():
+            return torch.from_numpy(self.matrix[place].toarray())
+        if otherwise is None:
+            raise ValueError(f"{int((~inside).sum())} of {len(rows)} rows are not in memory; this is a fault of ours")
+        x = torch.empty(len(rows), self.matrix.shape[1])
+        x[torch.from_numpy(inside)] = torch.from_numpy(self.matrix[place[inside]].toarray())
+        x[torch.from_numpy(~inside)] = otherwise(rows[~inside])
+        return x
+
+
+class Stock:
+    """Control cells of every group that are always at hand, for windows with few of them; read at first use.
+
+    Parameters
+    ----------
+    store
+        The files.
+    layout
+        Of the training cells.
+    """
+
+    def __init__(self, store: CellStore, layout: Layout):
+        self.store, self.held = store, None
+        controls = np.flatnonzero(layout.is_control)
+        rng, limit = np.random.default_rng(0), store.memory // 8
+        controls = rng.permutation(controls)
+        groups = layout.group[controls]
+        cost = float(store.lengths[layout.rows[controls]].mean() * VALUE + ROW) if len(controls) else 1.0
+        most = int(np.clip(limit / cost / max(len(np.unique(groups)), 1), 1, STOCK))
+        self.rows = {int(g): np.sort(layout.rows[controls[groups == g][:most]]) for g in np.unique(groups)}
+
+    def dense(self, rows: np.ndarray) -> torch.Tensor:
+        """(n, g) values of control cells of the stock."""
+        if self.held is None:
+            every = np.sort(np.concatenate([*self.rows.values()]))
+            self.held = Held(every, self.store.read(every))
+        return self.held.dense(rows)
+
+
+class Window:
+    """Cells that are in memory together.
+
+    Parameters
+    ----------
+    layout
+        What samplers may know of them.
+    seed
+        Of the sampler.
+    read
+        Reads their values.
+    """
+
+    def __init__(self, layout: Layout, seed: Sequence[int], read: Callable[[], Held], stock: Stock):
+        self.layout, self.seed, self.stock = layout, seed, stock
+        self.following: Window | None = None
+        self.reader: ThreadPoolExecutor | None = None
+        self._read, self._held = read, None
+        self._coming: Future | None = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A new generator for the sampler."""
+        return np.random.default_rng(self.seed)
+
+    def begin(self) -> None:
+        """Begin to read in the background."""
+        if self._coming is None and self.reader is not None:
+            self._coming = self.reader.submit(self._read)
+
+    def dense(self, rows: np.ndarray) -> torch.Tensor:
+        """(n, g) values of rows; waits for them, and lets the next window be read."""
+        if self._held is None:
+            self.begin()
+            self._held = self._read() if self._coming is None else self._coming.result()
+            self._coming = None
+            if self.following is not None:
+                self.following.begin()
+        return self._held.dense(rows, self.stock.dense)
+
+
+def ahead(planned: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Window]]:
+    """Numbered windows, each knowing the one that follows; reading goes on in a thread."""
+    with ThreadPoolExecutor(1, "reading") as reader:
+        now = next(planned, None)
+        while now is not None:
+            following = next(planned, None)
+            now[1].reader = reader
+            if following is not None:
+                now[1].following, following[1].reader = following[1], reader
+            yield now
+            now[1].following = None  # else every window would keep the next alive
+            now = following
+
+
+def windows(
+    store: CellStore,
+    layout: Layout,
+    stock: Stock,
+    sampler: Sampler,
+    seed: Sequence[int],
+    *,
+    rank: int = 0,
+    n_ranks: int = 1,
+) -> Iterator[Window]:
+    """One epoch: all rows of a layout, in windows that fit into the memory of the store.
+
+    Parameters
+    ----------
+    layout
+        Rows (rising) to pass over once.
+    stock
+        Control cells beside them.
+    sampler
+        Cells that it puts together are read together: for sets, cells of a condition.
+    seed
+        Same seed, same windows.
+    rank, n_ranks
+        Of several devices each takes every n-th block.
+
+    Raises
+    ------
+    ValueError
+        If the sampler needs more of a time course than a window may hold.
+    """
+    rng = np.random.default_rng([*seed, 0])
+    order, starts = _blocks(store, layout, sampler, rng, n_ranks)
+    if len(starts) < n_ranks:
+        raise ValueError(f"{len(layout.rows)} cells make {len(starts)} blocks, too few for {n_ranks} devices")
+    cost = np.add.reduceat(store.lengths[layout.rows[order]].astype(np.int64) * VALUE + ROW, starts)
+    ends = np.append(starts[1:], len(order))
+    share = rng.permutation(len(starts))[rank::n_ranks]
+    limit = store.memory * 7 // 16
+    number = np.cumsum(cost[share]) // max(limit, 1)
+    for k, members in enumerate(np.split(share, np.flatnonzero(np.diff(number)) + 1)):
+        places = np.sort(np.concatenate([order[starts[b] : ends[b]] for b in members]))
+        rows = layout.rows[places]
+        spare = {g: pool[~_among(pool, rows)] for g, pool in stock.rows.items()}
+        yield Window(layout.only(places, spare), [*seed, k + 1, rank], partial(_held, store, rows), stock)
+
+
+def _held(store: CellStore, rows: np.ndarray) -> Held:
+    return Held(rows, store.read(rows))
+
+
+def _among(some: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Which of some rows are among rows that rise."""
+    return rows.take(np.searchsorted(rows, some), mode="clip") == some
+
+
+def _blocks(
+    store: CellStore, layout: Layout, sampler: Sampler, rng: np.random.Generator, n_ranks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the layout in the order of blocks, and where blocks begin."""
+    kind = getattr(sampler, "func", sampler)
+    if kind in (courses, time_pairs):
+        raise ValueError(
+            f"the sampler {kind.__name__!r} needs whole time courses and reads from memory only; pass an AnnData"
+        )
+    n, size = len(layout.rows), max(min(store.block, len(layout.rows) // (8 * n_ranks)), 1)
+    if kind not in (sets, mapped_sets):
+        part = np.searchsorted(store.starts, layout.rows, side="right") - 1
+        block = (layout.rows - store.starts[part]) // size
+        starts = np.flatnonzero((np.diff(part, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
+        return np.arange(n), starts
+    set_size = getattr(sampler, "keywords", {}).get("set_size", 64)
+    size = -(-size // set_size) * set_size
+    order = np.lexsort([rng.random(n), layout.condition])
+    condition = layout.condition[order]
+    first = np.flatnonzero(np.diff(condition, prepend=-1) != 0)
+    within = np.arange(n) - np.repeat(first, np.diff(np.append(first, n)))
+    return order, np.flatnonzero(within % size == 0)
