@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import anndata
 import h5py
@@ -14,7 +15,7 @@ import torch
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo.samplers import SAMPLERS, cells, named, pairs, sets
+from invirtuo.samplers import SAMPLERS, cells, named, pairs
 from invirtuo.store.cells import n_bytes
 
 FIT = iv.FitConfig(steps=12, batch_size=32, precision="fp32", accelerator="cpu", progress=False, val_every=6)
@@ -65,7 +66,7 @@ WRITE = {
 def spread(adata, folder, kind="h5ad", edges=(0, 300, 301, 1000)):
     """The cells in three files."""
     folder.mkdir(exist_ok=True)
-    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(edges)):
         suffix = "zarr" if kind == "zarr" else "h5ad"
         WRITE["h5ad" if i == 0 and kind == "other order" else kind](plain(adata[a:b]), folder / f"{i}.{suffix}")
     return folder

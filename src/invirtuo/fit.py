@@ -347,7 +347,8 @@ class _Training:
             raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
         if facts["data"] != self.data_hash:
             raise ValueError(
-                f"the checkpoint {path} was made with other data, another split or another way of reading; fit into a new folder"
+                f"the checkpoint {path} was made with other data, another split or another way of reading; "
+                "fit into a new folder"
             )
 
         def part(name: str) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ class CellStore:
         Parameters
         ----------
         paths
-            ``.h5ad`` files, ``.zarr`` folders, folders of such, or a folder written by ``invirtuo prepare --shuffle-to``.
+            ``.h5ad`` files, ``.zarr`` folders, folders of such, or what ``invirtuo prepare --shuffle-to`` wrote.
         columns
             Columns of obs to hold in memory, where they exist; None holds all that every file has.
         memory
@@ -178,7 +178,7 @@ class CellStore:
             for i in np.flatnonzero(np.diff(bounds)):
                 own = rows[bounds[i] : bounds[i + 1]] - self.starts[i]
                 place = slice(indptr[bounds[i]], indptr[bounds[i + 1]])
-                self._reading(i, own, data[place], indices[place])
+                self._reading(int(i), own, data[place], indices[place])
         return _assembled(data, indices, indptr, self.n_vars, dropped=any(part.is_dense for part in self.parts))
 
     def _reading(self, i: int, rows: np.ndarray, data: np.ndarray, indices: np.ndarray) -> None:
@@ -222,7 +222,8 @@ class CellStore:
                     raise ValueError(
                         f"{self._place(rows, x.data < 0, x)} negative values, as scaled data do; expected values >= 0"
                     )
-                digest.update(x.data), digest.update(x.indices)
+                digest.update(x.data)
+                digest.update(x.indices)
                 low, whole = min(low, float(x.data.min(initial=0))), whole and bool((x.data == np.rint(x.data)).all())
                 totals.append(np.asarray(x.sum(axis=1, dtype=np.float64)).ravel())
             self._scan = Scan(np.concatenate(totals), digest.hexdigest(), low, whole)
@@ -349,7 +350,7 @@ def _united(pieces: list[pd.Series]) -> pd.Categorical:
 
 
 def _columns(own: pd.Index, wanted: pd.Index) -> np.ndarray | None:
-    """(own,) number of each column of a file among the wanted ones, -1 where it is not wanted; None if it is the same."""
+    """(own,) number of each column of a file among the wanted ones, -1 if it is not wanted; None if they are equal."""
     return None if own.equals(wanted) else wanted.get_indexer(own).astype(np.int32)
 
 

@@ -41,6 +41,7 @@ class Part:
         self.is_zarr = self.path.is_dir()
         if not self.is_zarr:
             check_h5ad(self.path, values=False)
+        self.indptr: np.ndarray | None
         self._root: Any = None
         self._read: tuple[Fill, Fill] | None = None
         self._descriptor: int | None = None
@@ -69,17 +70,18 @@ class Part:
         self.is_dense = encoding == "array"
         shape = x.shape if self.is_dense else x.attrs["shape"]
         self.n_obs, self.n_vars = (int(n) for n in shape)
-        self.indptr = None if self.is_dense else np.asarray(x["indptr"][:], dtype=np.int64)
+        self.indptr = None
         if len(self.genes) != self.n_vars:
             raise ValueError(f"X has {self.n_vars} columns and var {len(self.genes)} names")
-        if self.indptr is not None:
-            self._check_pointers(x["data"].shape[0], x["indices"].shape[0])
+        if not self.is_dense:
+            self.indptr = np.asarray(x["indptr"][:], dtype=np.int64)
+            self._check_pointers(self.indptr, x["data"].shape[0], x["indices"].shape[0])
 
-    def _check_pointers(self, n_data: int, n_indices: int) -> None:
-        ends = self.indptr[[0, -1]].tolist() if len(self.indptr) else []
-        if len(self.indptr) != self.n_obs + 1 or ends != [0, n_data] or n_data != n_indices:
+    def _check_pointers(self, indptr: np.ndarray, n_data: int, n_indices: int) -> None:
+        ends = indptr[[0, -1]].tolist() if len(indptr) else []
+        if len(indptr) != self.n_obs + 1 or ends != [0, n_data] or n_data != n_indices:
             raise ValueError(f"X has {n_data} values, {n_indices} indices and an indptr that ends {ends}")
-        if (np.diff(self.indptr) < 0).any():
+        if bool((indptr[1:] < indptr[:-1]).any()):
             raise ValueError("the indptr of X falls")
 
     # ---- opening -----------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ class Part:
 
 def _read_bytes(descriptor: int, buffer: np.ndarray, offset: int) -> None:
     """Fill a buffer from a place of a file."""
-    view, done = memoryview(buffer).cast("B"), 0
+    view, done = memoryview(buffer.data).cast("B"), 0
     while done < len(view):
         n = os.preadv(descriptor, [view[done:]], offset + done)
         if n == 0:

@@ -1,7 +1,8 @@
 """Windows: the parts of a store that are in memory at a time, in random order and mixed from all over the files.
 
 An epoch is a random sequence of windows, a window a random set of blocks of neighbouring rows; samplers run within a
-window. What a window holds follows from labels and the seed alone, so that an epoch is entered anywhere without reading.
+window. What a window holds follows from labels and the seed alone, so that an epoch is entered anywhere
+without reading.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from invirtuo.samplers import Layout, Sampler, courses, mapped_sets, sets, time_pairs
 from invirtuo.store.cells import VALUE, CellStore
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 __all__ = ["Held", "Stock", "Window", "ahead", "windows"]
 
@@ -63,7 +67,8 @@ class Stock:
     """
 
     def __init__(self, store: CellStore, layout: Layout):
-        self.store, self.held = store, None
+        self.store = store
+        self.held: Held | None = None
         controls = np.flatnonzero(layout.is_control)
         rng, limit = np.random.default_rng(0), store.memory // 8
         controls = rng.permutation(controls)
@@ -97,7 +102,8 @@ class Window:
         self.layout, self.seed, self.stock = layout, seed, stock
         self.following: Window | None = None
         self.reader: ThreadPoolExecutor | None = None
-        self._read, self._held = read, None
+        self._read = read
+        self._held: Held | None = None
         self._coming: Future | None = None
 
     @property
