@@ -1,0 +1,168 @@
+"""What a velocity network in gene space needs: networks taken apart, at equal time, equal arithmetic and equal steps.
+
+    python benchmarks/velocity.py --data-dir DATA --out velocity --tasks kang-celltype --seeds 3
+
+Every variant is one run with a constant learning rate; its averaged weights are taken when it has done so many steps,
+so many floating-point operations, and so many CPU seconds. At each mark cells are drawn for the held-out conditions of
+the task and for some that were trained on ("seen"), and judged. Every network gets the same anchors, batches of the
+same size, no calibration. Runs are files in OUT/runs and are not made again; OUT/scores.csv gathers them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from torch.utils.flop_counter import FlopCounterMode
+
+from invirtuo.bench import TASKS
+from invirtuo.files import writing
+from invirtuo.fit import FitConfig
+from invirtuo.metrics import Pair, score
+from invirtuo.models.primeflow import PRiMeFlow
+
+METRICS = ("mmd_gex", "mmd_pca", "variance_ratio", "deg_recall", "cosine_logfc", "rmse_mean", "correlation_error",
+           "zeros_distance")  # fmt: skip
+N_CELLS, N_SEEN, BATCH = 200, 3, 128
+
+SMALL = {"calibrate": 0.0, "loss_genes": 0, "covariate_scale": 0.0, "steps": 20}
+UNET = {**SMALL, "velocity": "unet", "hidden_dim": 16, "channel_mult": (1, 2, 2), "num_heads": 2,
+        "attention_resolutions": (4,)}  # fmt: skip
+MLP = {**SMALL, "velocity": "mlp", "hidden_dim": 384, "n_layers_gene_expression": 2, "n_layers_decoding": 2}
+GENEWISE = {**SMALL, "cell_width": 256, "hidden_dim": 128}
+PLAIN = {"precondition": False}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "unet": {**UNET, **PLAIN},
+    "unet, preconditioned": UNET,
+    "unet, random gene order": {**UNET, **PLAIN, "gene_order": "random"},
+    "unet, correlated genes side by side": {**UNET, **PLAIN, "gene_order": "correlation"},
+    "unet, kernel 1": {**UNET, **PLAIN, "kernel_size": 1},
+    "unet, no long skips": {**UNET, **PLAIN, "skips": False},
+    "unet, no gene identity": {**UNET, **PLAIN, "gene_identity": False},
+    "unet, values as they are": {**UNET, **PLAIN, "value_scale": 0.1},
+    "unet, patches of 4": {**UNET, **PLAIN, "patch": 4},
+    "unet, FiLM": {**UNET, **PLAIN, "film": True},
+    "unet, x1-prediction": {**UNET, **PLAIN, "prediction": "x1"},
+    "mlp": {**MLP, **PLAIN},
+    "mlp, preconditioned": MLP,
+    "mlp, x1-prediction": {**MLP, **PLAIN, "prediction": "x1"},
+    "genewise": GENEWISE,
+    "genewise, not preconditioned": {**GENEWISE, **PLAIN},
+    "genewise, no context": {**GENEWISE, "n_context": 0},
+    "genewise, no gene identity": {**GENEWISE, "gene_identity": False},
+    "genewise, values as they are": {**GENEWISE, "value_scale": 0.1},
+    "genewise, value scale 1": {**GENEWISE, "value_scale": 1.0},
+    "genewise, value scale 100": {**GENEWISE, "value_scale": 100.0},
+    "genewise, depth": {**GENEWISE, "depth": True},
+    "genewise, no anchors": {**GENEWISE, "anchor": False, "covariate_scale": 1.0},
+    "unet, no anchors": {**UNET, **PLAIN, "anchor": False, "covariate_scale": 1.0},
+}
+LR = {"unet": 1e-3, "mlp": 1e-3, "genewise": 2e-3}
+
+
+class Marks(lightning.Callback):
+    """Takes the averaged weights at a number of steps, operations and CPU seconds, and ends the fit at the last."""
+
+    def __init__(self, marks: dict[str, float], flops: float):
+        self.marks, self.flops, self.taken = dict(marks), flops, {}
+
+    def on_train_start(self, trainer, module) -> None:
+        self.began = time.process_time()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        done = {
+            "steps": float(trainer.global_step),
+            "flops": trainer.global_step * self.flops,
+            "seconds": time.process_time() - self.began,
+        }
+        for view in [view for view, mark in self.marks.items() if done[view] >= mark]:
+            del self.marks[view]
+            weights = {name: value.clone() for name, value in module.average.state_dict().items()}
+            self.taken[view] = done, weights
+        trainer.should_stop |= not self.marks
+
+
+def flops_of_a_step(model: PRiMeFlow, adata, design) -> float:
+    """Floating-point operations of the matrix products and convolutions of a training step."""
+    from invirtuo import CellDataset
+
+    batch = CellDataset(adata[:BATCH].copy(), design).take(range(min(BATCH, adata.n_obs)))
+    with FlopCounterMode(display=False) as counter:
+        model.train().loss(batch)["total"].backward()
+    model.zero_grad()
+    return float(counter.get_total_flops())
+
+
+def run(task_name: str, variant: str, seed: int, args: argparse.Namespace) -> pd.DataFrame:
+    """Fit one variant and judge it at its marks."""
+    torch.set_num_threads(1)
+    name = f"{task_name}-{variant}-{seed}".replace(" ", "_").replace(",", "")
+    file = args.out / "runs" / f"{name}.json"
+    if file.exists():
+        return pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
+    task = TASKS[task_name]
+    task = replace(task, n_genes=args.genes) if not task.is_normalised else task
+    adata, design, split = task.load(0, data_dir=args.data_dir)
+    if adata.n_vars > args.genes:
+        adata = adata[:, : args.genes].copy()
+    config = replace(PRiMeFlow.Config(), **VARIANTS[variant])
+    model = PRiMeFlow(design, adata.var_names, config)
+    train = adata[(split == "train").to_numpy()]
+    marks = Marks({"steps": args.steps, "flops": args.flops, "seconds": args.seconds}, 0.0)
+    model.fit(adata, split, FitConfig(steps=1, batch_size=BATCH, val_every=0, progress=False, seed=seed))
+    marks.flops = flops_of_a_step(model, train, design)
+    fit = FitConfig(steps=10**6, batch_size=BATCH, lr=LR[config.velocity], schedule="constant", ema=0.995, clip=1.0,
+                    betas=(0.9, 0.99), val_every=0, progress=False, seed=seed)  # fmt: skip
+    model.fit(adata, split, fit, callbacks=[marks])
+    seen = design.conditions(train.obs)
+    seen = seen[~design.is_control(seen)].head(N_SEEN)
+    held_out = pd.DataFrame(model.card["held_out"]["test"])
+    rows = []
+    for view, (done, weights) in marks.taken.items():
+        model.load_state_dict(weights)
+        for kind, wanted, part in (("held out", held_out, "test"), ("seen", seen, "train")):
+            real = adata[(split == part).to_numpy()].copy()
+            pair = Pair(model.predict(wanted, N_CELLS, seed=seed), real, design, n_pcs=30)
+            scores = score(pair, METRICS)
+            scores = scores[scores["condition"].isin(design.names(wanted))]
+            for metric, value in scores.groupby("metric")["value"].mean().items():
+                rows.append({"task": task_name, "variant": variant, "seed": seed, "view": view, **done,
+                             "conditions": kind, "metric": metric, "value": float(value)})  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file) as path:
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    print(name, {view: round(done["seconds"]) for view, (done, _) in marks.taken.items()}, flush=True)
+    return pd.DataFrame(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir")
+    parser.add_argument("--out", type=Path, default=Path("velocity"))
+    parser.add_argument("--tasks", nargs="*", default=["kang-celltype"])
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--genes", type=int, default=128, help="most genes")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--flops", type=float, default=7e11)
+    parser.add_argument("--seconds", type=float, default=45.0, help="CPU seconds of training")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args(arguments)
+    wanted = [(task, variant, seed) for seed in range(args.seeds) for task in args.tasks for variant in args.variants]
+    tables = Parallel(args.jobs)(delayed(run)(*each, args) for each in wanted)
+    pd.concat(tables, ignore_index=True).to_csv(args.out / "scores.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
