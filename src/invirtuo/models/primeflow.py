@@ -180,8 +180,7 @@ class PRiMeFlow(Model):
         """What the training cells tell before the first step: moments of the genes, anchors, depths, order of genes."""
         table, mean, variance, n_cells = dataset.pseudobulk("train")
         rows = dataset.rows("train")
-        values = dataset.matrix[rows].data
-        self.smallest = torch.tensor(values[values > 0].min(initial=np.inf))
+        self.smallest = torch.tensor(dataset.smallest("train"))
         if self.config.precondition:
             weight = n_cells[:, None] / n_cells.sum()
             overall = (mean * weight).sum(0)
