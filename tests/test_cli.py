@@ -80,6 +80,21 @@ def test_resume_ends_with_the_same_weights(run, files, tmp_path):
     assert all((first[key] == second[key]).all() for key in first)
 
 
+def test_files_on_disk(run, files, tmp_path):
+    raw = ad.read_h5ad(files / "counts.h5ad")
+    (tmp_path / "raw").mkdir()
+    for i in range(3):
+        raw[80 * i : 80 * i + 80].copy().write_h5ad(tmp_path / "raw" / f"{i}.h5ad")
+    code, said, _ = run("prepare", *sorted((tmp_path / "raw").iterdir()), "--shuffle-to", tmp_path / "store",
+                        "--n-genes", 20)  # fmt: skip
+    assert code == 0 and "240 cells x 20 genes, log1p, 1 files" in " ".join(said.split())
+    held_out = ["--hold-out", "monocyte|A", *SET, *FAST]
+    for name, data in {"store": [tmp_path / "store"], "file": [files / "log.h5ad", "--memory", "4 MiB"]}.items():
+        assert run("fit", "primeflow", *data, *COLUMNS, *held_out, "--out", tmp_path / name)[0] == 0
+        assert run("predict", tmp_path / name, "-n", 5, "--quiet", "--out", tmp_path / "p.h5ad")[0] == 0
+        assert ad.read_h5ad(tmp_path / "p.h5ad").n_obs == 5
+
+
 @pytest.mark.parametrize("what", ["models", "metrics", "datasets", "splits", "tasks"])
 def test_list(run, what):
     code, out, _ = run("list", what)
@@ -173,6 +188,11 @@ def test_judge(run, files, tmp_path):
         (["fit", "primeflow", "NONE", *COLUMNS, "--out", "OUT"], "does not exist"),
         (["fit", "primeflow", "CUT", *COLUMNS, "--out", "OUT"], "truncated or damaged"),
         (["prepare", "LOG", "OUT"], "expected raw counts"),
+        (["prepare", "LOG"], "found 1 path(s); several files need --shuffle-to"),
+        (["prepare", "LOG", "LOG", "--shuffle-to", "OUT"], "named twice"),
+        (["prepare", "LOG", "--shuffle-to", "OUT", "--knockdown"], "work in memory; prepare each file"),
+        (["fit", "primeflow", "LOG", "NONE", *COLUMNS, "--out", "OUT"], "does not exist"),
+        (["fit", "primeflow", "LOG", "--memory", "lots", *COLUMNS, "--out", "OUT"], "memory is 'lots'"),
         (["check", "TEXT", *COLUMNS], "not an HDF5 file"),
         (["predict", "MEAN", "--conditions", "UNSEEN", "--out", "OUT"], "perturbation 'Z'"),
         (["predict", "MEAN", "--conditions", "STRANGE", "--out", "OUT"], "neuron"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -16,6 +20,7 @@ from scipy import sparse
 
 import invirtuo as iv
 from invirtuo.samplers import SAMPLERS, cells, named, pairs
+from invirtuo.store import shuffle
 from invirtuo.store.cells import n_bytes
 
 FIT = iv.FitConfig(steps=12, batch_size=32, precision="fp32", accelerator="cpu", progress=False, val_every=6)
@@ -408,3 +413,121 @@ def test_names_of_cells_may_repeat_with_a_split_in_order(whole, plan, split, tmp
     assert dataset.rows("val").tolist() == list(range(300, 600))
     with pytest.raises(ValueError, match="does not name every one"):
         iv.CellDataset(store, plan, split[:300])
+
+
+# ---- shuffled stores -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return iv.datasets.toy(n_cells=1000, n_genes=40)
+
+
+def by_name(store) -> pd.DataFrame:
+    return pd.DataFrame(store.X[:].toarray(), index=store.obs.index, columns=store.var_names)
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "lzf"])
+def test_a_shuffled_store_holds_the_same_cells(raw, whole, plan, tmp_path, compression):
+    source = iv.CellStore.open(spread(raw, tmp_path / "raw"), memory="1 MiB")
+    source.memory = 100_000
+    manifest = shuffle(source, tmp_path / "store", compression=compression)
+    store = iv.CellStore.open(tmp_path / "store")
+    assert len(manifest["files"]) > 3 and store.n_obs == 1000
+    np.testing.assert_allclose(by_name(store).loc[whole.obs_names].to_numpy(), whole.X.toarray(), rtol=1e-6)
+    obs = store.obs.loc[whole.obs_names]
+    assert obs["perturbation"].tolist() == whole.obs["perturbation"].tolist()
+    np.testing.assert_allclose(obs["total_counts"], whole.obs["total_counts"])
+    places = store.obs.index.get_indexer(whole.obs_names)
+    assert abs(np.corrcoef(places, np.arange(1000))[0, 1]) < 0.15
+    part = anndata.read_h5ad(tmp_path / "store" / manifest["files"][1])  # an ordinary file
+    np.testing.assert_array_equal(part.X.toarray(), by_name(store).loc[part.obs_names].to_numpy())
+    assert store.block == 4096
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "store" / "buckets").exists()
+    dataset = iv.CellDataset(store, plan)
+    assert sorted(rows_of(dataset.batches(cells, 32))) == list(range(1000))
+
+
+def test_shuffling_is_of_the_seed(raw, tmp_path):
+    source = iv.CellStore.open(spread(raw, tmp_path / "raw"))
+    one, two, three = (shuffle(source, tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2)))
+    assert one == two and one["digest"] != three["digest"]
+
+
+def test_genes_are_chosen_on_training_cells_in_pieces(raw, tmp_path):
+    names = raw.obs_names
+    split = pd.Series(np.where(np.arange(1000) % 3, "train", "test"), index=names)
+    source = iv.CellStore.open(spread(raw, tmp_path / "raw"), memory="1 MiB")
+    source.memory = 100_000
+    shuffle(source, tmp_path / "store", n_genes=15, keep=["gene_0"], split=split)
+    expected = iv.preprocess.normalize(raw, n_genes=15, keep=["gene_0"], split=split)
+    store = iv.CellStore.open(tmp_path / "store")
+    assert store.var_names.tolist() == expected.var_names.tolist()
+    np.testing.assert_allclose(by_name(store).loc[names].to_numpy(), expected.X.toarray(), rtol=1e-6)
+    np.testing.assert_allclose(store.obs.loc[names, "total_counts"], expected.obs["total_counts"])
+
+
+def test_values_stay_where_they_are_no_counts(whole, raw, tmp_path):
+    logs = iv.CellStore.open(spread(whole, tmp_path / "log"))
+    assert shuffle(logs, tmp_path / "a")["values"] == "as given"
+    stored = by_name(iv.CellStore.open(tmp_path / "a")).loc[whole.obs_names]
+    np.testing.assert_array_equal(stored.to_numpy(), whole.X.toarray())
+    with pytest.raises(ValueError, match="ask for raw counts"):
+        shuffle(logs, tmp_path / "b", n_genes=3)
+    counts = iv.CellStore.open(spread(raw, tmp_path / "raw"))
+    assert shuffle(counts, tmp_path / "c", counts=True)["values"] == "counts"
+    stored = by_name(iv.CellStore.open(tmp_path / "c")).loc[whole.obs_names]
+    np.testing.assert_array_equal(stored.to_numpy(), raw.X.toarray())
+
+
+def test_a_failed_shuffle_leaves_nothing(raw, tmp_path, monkeypatch):
+    source = iv.CellStore.open(spread(raw, tmp_path / "raw"))
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("anndata.io.write_elem", lambda *a: {}["disk full"])
+        shuffle(source, tmp_path / "store")
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+    (tmp_path / "store").mkdir()
+    with pytest.raises(ValueError, match="store exists; give the name of a new folder"):
+        shuffle(source, tmp_path / "store")
+
+
+KILLED = """
+import os, signal, sys
+import invirtuo as iv
+from invirtuo.store import shuffle, shuffled as module
+real = module._Plan._write_file
+def write(self, path, *rest):
+    real(self, path, *rest)
+    os.kill(os.getpid(), signal.SIGKILL)
+module._Plan._write_file = write
+shuffle(iv.CellStore.open(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_a_killed_shuffle_leaves_no_store(raw, tmp_path):
+    folder = spread(raw, tmp_path / "raw")
+    run = subprocess.run([sys.executable, "-c", KILLED, folder, tmp_path / "store"], capture_output=True, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert not (tmp_path / "store").exists()
+    assert len(list(tmp_path.glob(".store.*.part"))) == 1
+    shuffle(iv.CellStore.open(folder), tmp_path / "store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
+
+
+def test_damaged_manifests_are_refused(raw, tmp_path):
+    shuffle(iv.CellStore.open(spread(raw, tmp_path / "raw")), tmp_path / "store")
+    manifest = tmp_path / "store" / "store.json"
+    facts = json.loads(manifest.read_text())
+
+    def expect(message, **changes):
+        manifest.write_text(json.dumps(facts | changes))
+        with pytest.raises(ValueError, match=message):
+            iv.CellStore.open(tmp_path / "store")
+
+    expect("names files outside of its folder", files=["../raw/0.h5ad"])
+    expect("tells of 999 cells, the files hold 1000", n_obs=999)
+    expect("is damaged", files=[])
+    expect("does not exist", files=["00009.h5ad"])
+    manifest.write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        iv.CellStore.open(tmp_path / "store")

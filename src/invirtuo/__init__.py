@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 _MODULES = (
     *("bench", "datasets", "flow", "generators", "metrics", "models", "multimodal"),
-    *("nn", "preprocess", "samplers", "splits", "transforms"),
+    *("nn", "preprocess", "samplers", "splits", "store", "transforms"),
 )
 _NAMES = {
     "Batch": "batch",

@@ -18,9 +18,9 @@ from scipy.interpolate import CubicHermiteSpline
 from invirtuo.checks import some
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["hashed_vectors", "loess", "normalised_variance", "read_vectors", "variable_genes"]
+__all__ = ["hashed_vectors", "loess", "normalised_variance", "read_vectors", "variable_genes", "variable_genes_of"]
 
 CELL = 0.2  # a cell of the loess tree holds at most span * CELL of the points
 MARGIN = 0.005  # by which the box of the tree exceeds the data
@@ -61,13 +61,54 @@ def variable_genes(counts, n_genes: int, *, batch: Sequence | None = None, span:
     n_genes = min(n_genes, counts.shape[1])
     labels = np.zeros(counts.shape[0], dtype=int) if batch is None else np.asarray(batch).astype(str)
     variances = np.stack([normalised_variance(counts[labels == label], span=span) for label in np.unique(labels)])
+    return _most_variable(variances, n_genes)
+
+
+def variable_genes_of(blocks: Callable[[], Iterator], n_genes: int, *, span: float = 0.3) -> np.ndarray:
+    """:func:`variable_genes` of counts that are read block by block, in two passes.
+
+    Parameters
+    ----------
+    blocks
+        Begins a pass over (m, g) blocks of raw counts, sparse, the same cells each time.
+    n_genes
+        How many to choose; all genes when there are not more.
+    span
+        Share of genes that enters each local fit.
+
+    Returns
+    -------
+    (g,) bool
+    """
+    n, total, square = 0, np.zeros(()), np.zeros(())
+    for block in blocks():
+        x = sparse.csr_array(block, dtype=np.float64)
+        n, total, square = n + x.shape[0], total + x.sum(axis=0), square + x.power(2).sum(axis=0)
+    if n < 2:
+        raise ValueError(f"genes are chosen on {n} cells; expected at least 2")
+    mean = total / n
+    variance = np.maximum((square - n * mean**2) / (n - 1), 0.0)
+    deviation, varies = _expected_deviation(mean, variance, span)
+    limit = deviation * np.sqrt(n) + mean
+    total, square = np.zeros_like(mean), np.zeros_like(mean)
+    for block in blocks():
+        x = sparse.csr_array(block, dtype=np.float64, copy=True)
+        x.data = np.minimum(x.data, limit[x.indices])
+        total, square = total + x.sum(axis=0), square + x.power(2).sum(axis=0)
+    squares = n * mean**2 + square - 2 * total * mean
+    normalised = np.where(varies, squares / ((n - 1) * deviation**2), 0.0)
+    return _most_variable(normalised[None], min(n_genes, len(mean)))
+
+
+def _most_variable(variances: np.ndarray, n_genes: int) -> np.ndarray:
+    """(g,) bool, the first genes by the median of their ranks in batches, from (b, g) variances."""
     ranks = np.argsort(np.argsort(-variances, axis=1, kind="stable"), axis=1).astype(float)
     chosen = ranks < n_genes
     ranks[~chosen] = np.nan
-    median = np.full(counts.shape[1], np.inf)
+    median = np.full(variances.shape[1], np.inf)
     median[chosen.any(axis=0)] = np.nanmedian(ranks[:, chosen.any(axis=0)], axis=0)
     order = np.lexsort((-chosen.sum(axis=0), median))
-    mask = np.zeros(counts.shape[1], dtype=bool)
+    mask = np.zeros(variances.shape[1], dtype=bool)
     mask[order[:n_genes]] = True
     return mask
 
@@ -92,14 +133,20 @@ def normalised_variance(counts, *, span: float = 0.3) -> np.ndarray:
         return np.zeros(counts.shape[1])
     mean = counts.sum(axis=0) / n
     variance = np.maximum((counts.power(2).sum(axis=0) - n * mean**2) / (n - 1), 0.0)
-    varies = variance > 1e-12
-    deviation = np.ones(counts.shape[1])
-    if varies.any():
-        deviation[varies] = np.sqrt(10 ** loess(np.log10(mean[varies]), np.log10(variance[varies]), span=span))
+    deviation, varies = _expected_deviation(mean, variance, span)
     limit = deviation * np.sqrt(n) + mean
     counts.data = np.minimum(counts.data, np.repeat(limit, np.diff(counts.indptr)))
     squares = n * mean**2 + counts.power(2).sum(axis=0) - 2 * counts.sum(axis=0) * mean
     return np.where(varies, squares / ((n - 1) * deviation**2), 0.0)
+
+
+def _expected_deviation(mean: np.ndarray, variance: np.ndarray, span: float) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviation that the mean of each gene predicts (1 for genes that do not vary), and which genes vary."""
+    varies = variance > 1e-12
+    deviation = np.ones(len(mean))
+    if varies.any():
+        deviation[varies] = np.sqrt(10 ** loess(np.log10(mean[varies]), np.log10(variance[varies]), span=span))
+    return deviation, varies
 
 
 def loess(x: np.ndarray, y: np.ndarray, *, span: float = 0.3) -> np.ndarray:

@@ -33,7 +33,10 @@ SPLIT_HELP = "Name of a split (`invirtuo list splits`), a file.csv, or a file.to
 
 def fit(
     model: Annotated[str, typer.Argument(help="Name of a model; see `invirtuo list models`.")],
-    data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
+    data: Annotated[
+        list[Path],
+        typer.Argument(help="h5ad file in the data space of the model; several, or a folder, are read from disk."),
+    ],
     out: Out,
     perturbation: Perturbation = None,
     control: Control = None,
@@ -47,20 +50,20 @@ def fit(
     preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the model's Config.")] = None,
     fit_set: Annotated[list[str] | None, typer.Option(help="field=value of the FitConfig.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Leave cells on disk and hold this much, like 256 MiB.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit a model and save it as a folder."""
     from invirtuo.design import Design
-    from invirtuo.files import read_h5ad
     from invirtuo.models import MODELS
 
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
-    adata = read_h5ad(data)
+    adata = _cells(data, memory)
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
     columns["time"] = time
-    design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
+    design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
     parts = _split(adata.obs, design, split, hold_out)
     base = MODELS[model](design, adata.var_names, preset)
     fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
@@ -252,6 +255,16 @@ def embed(
     adata = read_h5ad(data)
     embedded = load(run).embed(adata)
     _write(embedded if key is None else with_embedding(adata, embedded, key), out, quiet)
+
+
+def _cells(data: list[Path], memory: str | None) -> Any:
+    """One file in memory; more of them, a folder, or with a bound of memory, on disk."""
+    from invirtuo.files import read_h5ad
+    from invirtuo.store import CellStore
+
+    if len(data) == 1 and memory is None and not data[0].is_dir():
+        return read_h5ad(data[0])
+    return CellStore.open(data, memory=memory or "256 MiB")
 
 
 def _split(obs, design, split: str | None, hold_out: list[str] | None):

@@ -88,8 +88,9 @@ def check(
 
 
 def prepare(
-    data: Annotated[Path, typer.Argument(help="h5ad file with raw counts.")],
-    out: Annotated[Path, typer.Argument(help="h5ad file to write.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="IN.h5ad OUT.h5ad; with --shuffle-to any number of files or folders.")
+    ],
     n_genes: Annotated[int | None, typer.Option(help="Number of variable genes to keep; all if not given.")] = None,
     size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer that holds the raw counts, if not X.")] = None,
@@ -98,12 +99,30 @@ def prepare(
     perturbation: Annotated[str | None, typer.Option(help="Needed for --knockdown.")] = None,
     control: Annotated[str | None, typer.Option(help="Needed for --knockdown.")] = None,
     covariate: Covariate = None,
+    shuffle_to: Annotated[
+        Path | None, typer.Option(help="Folder to write: the cells of all files in random order, in bounded memory.")
+    ] = None,
+    counts: Annotated[
+        bool, typer.Option("--counts", help="With --shuffle-to: keep raw counts, for count models.")
+    ] = False,
+    memory: Annotated[str, typer.Option(help="With --shuffle-to: what may be in memory.")] = "256 MiB",
+    compression: Annotated[str, typer.Option(help="With --shuffle-to: none, lzf or gzip.")] = "none",
+    seed: Annotated[int, typer.Option(help="With --shuffle-to: of the order.")] = 0,
 ) -> None:
-    """Normalise raw counts to log1p(CP10k), choose genes, filter knock-downs."""
+    """Normalise raw counts to log1p(CP10k), choose genes, filter knock-downs; or shuffle files larger than memory."""
     from invirtuo import preprocess, splits
     from invirtuo.design import Design
     from invirtuo.files import read_h5ad, writing
 
+    if shuffle_to is not None:
+        if knockdown or layer is not None:
+            raise ValueError("--knockdown and --layer work in memory; prepare each file with them, then shuffle these")
+        _shuffle(files, shuffle_to, split, memory, counts=counts, n_genes=n_genes, size_factor=size_factor,
+                 compression=compression, seed=seed)  # fmt: skip
+        return
+    if len(files) != 2:
+        raise ValueError(f"prepare takes IN.h5ad OUT.h5ad, found {len(files)} path(s); several files need --shuffle-to")
+    data, out = files
     adata = read_h5ad(data)
     parts = None if split is None else splits.from_csv(split, adata.obs)
     prepared = preprocess.normalize(adata, n_genes=n_genes, size_factor=size_factor, layer=layer, split=parts)
@@ -115,6 +134,19 @@ def prepare(
     with writing(out) as path:
         prepared.write_h5ad(path, compression="gzip")
     typer.echo(f"{out}: {prepared.n_obs:,} cells x {prepared.n_vars:,} genes")
+
+
+def _shuffle(files: list[Path], out: Path, split: Path | None, memory: str, **options: Any) -> None:
+    """Write a shuffled store."""
+    from invirtuo import CellStore, splits
+    from invirtuo.store import shuffle
+
+    store = CellStore.open(files, memory=memory)
+    parts = None if split is None else splits.from_csv(split, store.obs)
+    made = shuffle(store, out, split=parts, **options)
+    typer.echo(
+        f"{out}: {made['n_obs']:,} cells x {made['n_vars']:,} genes, {made['values']}, {len(made['files'])} files"
+    )
 
 
 def _better(metric: Any) -> str:

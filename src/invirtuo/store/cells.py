@@ -25,6 +25,7 @@ BLOCK = 512  # rows that are read in one piece, where nothing is said
 SHUFFLED_BLOCK = 4096  # the same in shuffled stores, whose neighbours have nothing in common
 OPEN = 256  # files that are kept open at a time
 VALUE = 8  # bytes of a stored value and its column number
+ROW = 16  # bytes of a row beside its values
 STREAM = 1 << 22  # stored values that a pass over a store holds at a time
 
 Paths = str | Path | Sequence[str | Path]

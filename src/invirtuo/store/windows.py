@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from invirtuo.samplers import Layout, Sampler, courses, mapped_sets, sets, time_pairs
-from invirtuo.store.cells import VALUE, CellStore
+from invirtuo.store.cells import ROW, VALUE, CellStore
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Held", "Stock", "Window", "ahead", "windows"]
 
 STOCK = 2000  # most control cells of a group in the stock
-ROW = 16  # bytes of a row beside its values
 
 
 class Held:
