@@ -275,7 +275,13 @@ def test_weight_one_never_evaluates_the_null_branch():
     assert all(mask == [False] * 3 for _, mask in recorder.calls)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+def test_weight_zero_is_the_null_velocity_alone():
+    recorder, x = Recorder(), torch.randn(3, 2, generator=gen())
+    torch.testing.assert_close(flow.guided(recorder, 0.0)(x, torch.tensor(0.5)), x)
+    assert recorder.calls == [(0.5, [True] * 3)]
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_other_weights_make_one_doubled_call(weight):
     recorder, x = Recorder(), torch.randn(3, 2, generator=gen())
     out = flow.guided(recorder, weight)(x, torch.tensor(0.5))
@@ -296,6 +302,24 @@ def test_guidance_without_interval_acts_at_the_last_time_too(solver):
     out = flow.solve(flow.guided(recorder, 2.0), torch.zeros(1, 1), 7, solver)
     assert {len(mask) for _, mask in recorder.calls} == {2}
     torch.testing.assert_close(out, flow.solve(lambda x, t: x + 2, torch.zeros(1, 1), 7, solver))
+
+
+@pytest.mark.parametrize(
+    ("weights", "branches"), [((1, 1), [2]), ((1, 2), [2, 1]), ((3, 3), [2, 0]), ((2, 0.5), [2, 1, 0])]
+)
+def test_nested_guidance(weights, branches):
+    """v_0 + w_1 (v_1 - v_0) + w_2 (v_2 - v_1); branches without weight are not evaluated."""
+    shift, calls = torch.tensor([0.0, 10.0, 100.0]), []
+
+    def velocity(x, t, branch):
+        calls.append(branch.unique_consecutive().tolist())
+        return x + shift[branch][:, None]
+
+    x = torch.randn(4, 2, generator=gen())
+    out = flow.nested(velocity, weights)(x, torch.tensor(0.5))
+    torch.testing.assert_close(out, x + weights[0] * 10 + weights[1] * 90)
+    assert calls == [branches]
+    assert flow.nested(velocity, weights, (0.0, 0.4))(x, torch.tensor(0.5)).equal(x + 100)
 
 
 # ---- coupling --------------------------------------------------------------------------------------------------------

@@ -154,16 +154,43 @@ def test_padding_by_hand(plan, cells, batch):
 @pytest.mark.parametrize("guidance", [1.0, 0.0, 3.0])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_network_calls(kind, guidance, solver, plan, cells, batch, dataset):
-    """One call per evaluation: without null rows at weight 1, with as many null as other rows otherwise."""
+    """One call per evaluation: no null rows at weight 1, none but these at 0, as many as others otherwise."""
     model = filled(plan, cells, CONFIGS[kind], dataset)
     calls = Calls(model)
     config = SampleConfig(guidance=guidance, steps=3, solver=solver, batch_size=8)
     with torch.no_grad():
         model.sample(batch, torch.Generator().manual_seed(0), config)
     sizes = [size for size in (8, 8, 4) for _ in range(3 * EVALUATIONS[solver])]
-    doubled = guidance != 1.0
-    assert calls.rows == [size * (1 + doubled) for size in sizes]
-    assert calls.null == [size * doubled for size in sizes]
+    assert calls.rows == [size * (2 if guidance == 3.0 else 1) for size in sizes]
+    assert calls.null == [size * (guidance != 1.0) for size in sizes]
+
+
+def test_guidance_by_parts(plan, cells, batch, dataset):
+    """Weight on the perturbation alone leaves control cells as they are and never asks for the null condition."""
+    model = filled(plan, cells, GENEWISE, dataset)
+    calls, draw = Calls(model), lambda: torch.Generator().manual_seed(3)
+
+    def sampled(guidance) -> torch.Tensor:
+        with torch.no_grad():
+            return model.sample(batch, draw(), SampleConfig(guidance=guidance, steps=4))
+
+    strong = sampled({"perturbation": 3.0, "covariates": 1.0})
+    assert set(calls.rows) == {40} and set(calls.null) == {0}
+    control, plain = batch.condition.is_control, sampled(1.0)
+    assert control.any() and not control.all()
+    torch.testing.assert_close(strong[control], plain[control], atol=1e-4, rtol=1e-4)
+    assert (strong[~control] - plain[~control]).abs().max() > 0.01
+    both = sampled({"perturbation": 3.0, "covariates": 3.0})
+    torch.testing.assert_close(both, sampled(3.0), atol=1e-4, rtol=1e-4)
+
+
+def test_parts_of_guidance_that_do_not_exist(plan, cells):
+    model = PRiMeFlow(plan, cells.var_names, GENEWISE).fit(cells, config=FIT)
+    wanted = pd.DataFrame({"cell_type": ["t_cell"], "perturbation": ["A"]})
+    with pytest.raises(ValueError, match="cell_type is no part of it; expected perturbation, covariates"):
+        model.predict(wanted, 5, guidance={"cell_type": 2.0})
+    with pytest.raises(ValueError, match="one weight of guidance"):
+        iv.models.PerturbationMean(plan, cells.var_names).fit(cells).predict(wanted, 5, guidance={"perturbation": 2.0})
 
 
 def test_interval(plan, cells, batch, dataset):

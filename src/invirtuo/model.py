@@ -56,7 +56,7 @@ class Preset:
 class SampleConfig:
     """How cells are drawn from a fitted model."""
 
-    guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
+    guidance: float | Mapping[str, float] = 1.0  # weight of classifier-free guidance, or of its parts; 1 is none
     interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts
     steps: int | None = None  # steps of the solver; None: the model's own
     solver: str | None = None  # name in flow.SOLVERS, or dopri5; None: the model's own
@@ -71,8 +71,9 @@ class SampleConfig:
             raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
         if self.solver is not None and self.solver not in (*SOLVERS, "dopri5"):
             raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}, dopri5")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance is {self.guidance}; expected a finite number")
+        weights = self.guidance if isinstance(self.guidance, Mapping) else {"": self.guidance}
+        if not all(math.isfinite(weight) for weight in weights.values()):
+            raise ValueError(f"guidance is {self.guidance}; expected finite numbers")
         if self.grid is not None and ([*self.grid] != sorted({*self.grid}) or self.grid[:1] + self.grid[-1:] != (0, 1)):
             raise ValueError(f"grid is {self.grid}; expected times that rise from 0 to 1")
         for name in ("steps", "batch_size"):
@@ -101,6 +102,7 @@ class Model(nn.Module):
     PRESETS: ClassVar[Mapping[str, Preset]] = {}
     SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
+    guides_by_parts: ClassVar[bool] = False  # whether guidance may weigh perturbation and covariates separately
     takes_features: ClassVar[bool] = False  # whether features of the Design let it predict unseen perturbations
     sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
@@ -280,7 +282,7 @@ class Model(nn.Module):
         conditions: pd.DataFrame | str,
         n_cells: int = 1000,
         *,
-        guidance: float = 1.0,
+        guidance: float | Mapping[str, float] = 1.0,
         steps: int | None = None,
         solver: str | None = None,
         seed: int = 0,
@@ -302,7 +304,9 @@ class Model(nn.Module):
         n_cells
             Cells per condition.
         guidance, interval
-            Weight of classifier-free guidance, and between which times it acts; 1 is no guidance.
+            Weight of classifier-free guidance, and between which times it acts; 1 is no guidance. A model that guides
+            by parts takes ``{"perturbation": 2, "covariates": 1}``: how strongly cells are drawn from the control cells
+            of their covariates towards the perturbation, and from all cells towards their covariates.
         steps, solver, grid
             Steps and name of the solver, or an own time grid; None takes the model's own.
         seed
@@ -337,7 +341,7 @@ class Model(nn.Module):
             raise ValueError(f"n_cells is {n_cells}; expected at least 1")
         table = self._conditions(conditions)
         config = SampleConfig(
-            guidance=guidance,
+            guidance=self._parts(guidance),
             interval=interval,
             steps=steps,
             solver=solver,
@@ -469,6 +473,17 @@ class Model(nn.Module):
             raise ValueError(f"config is a {type(config).__name__}; {cls.name} takes {cls.__name__}.Config or a preset")
         same = [preset.fit for preset in cls.PRESETS.values() if preset.config == config]
         return Preset(config, same[0]) if same else Preset(config)
+
+    def _parts(self, guidance: float | Mapping[str, float]) -> float | dict[str, float]:
+        """The weight of guidance, or both of its parts."""
+        if not isinstance(guidance, Mapping):
+            return guidance
+        parts = {"perturbation": 1.0, "covariates": 1.0}
+        if strange := [name for name in guidance if name not in parts]:
+            raise ValueError(f"guidance: {some(strange)} is no part of it; expected {some(parts)}")
+        if not self.guides_by_parts:
+            raise ValueError(f"{self.name} has one weight of guidance; give it as a number")
+        return parts | {name: float(weight) for name, weight in guidance.items()}
 
     def _check_fitted(self) -> None:
         if not self.card:

@@ -1,7 +1,7 @@
 """Flow matching as functions on tensors: path, solver and guidance know neither networks nor cells."""
 
 from invirtuo.flow.coupling import exact_coupling, plan_pairs, sinkhorn
-from invirtuo.flow.guidance import composed, guided
+from invirtuo.flow.guidance import composed, guided, nested
 from invirtuo.flow.path import PATHS, PathSample, gaussian_velocity, linear_path, trigonometric_path
 from invirtuo.flow.solve import EVALUATIONS, SOLVERS, Trajectory, reversed_time, solve, time_grid, trajectory
 
@@ -16,6 +16,7 @@ __all__ = [
     "gaussian_velocity",
     "guided",
     "linear_path",
+    "nested",
     "plan_pairs",
     "reversed_time",
     "sinkhorn",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["composed", "guided"]
+__all__ = ["composed", "guided", "nested"]
 
 
 def guided(
@@ -24,8 +25,9 @@ def guided(
     Parameters
     ----------
     velocity
-        Takes x (n, g), t (0-dim) and a (n,) bool mask that is True where the condition is replaced by the null
+        Takes x (m, g), t (0-dim) and a (m,) bool mask that is True where the condition is replaced by the null
         condition. For a guided step it is called once with 2 n rows: first the conditional, then the null half.
+        Weight 0 evaluates the null half alone.
     weight
         Guidance weight; 1 is no guidance, 0 the unconditional velocity.
     interval
@@ -35,15 +37,43 @@ def guided(
     ----------
     Ho and Salimans 2022, arXiv:2207.12598, equation 6; interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
     """
+    return nested(lambda x, t, branch: velocity(x, t, branch == 0), [weight], interval)
+
+
+def nested(
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    weights: Sequence[float],
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Velocity v_0 + sum_i w_i (v_i - v_(i-1)) of conditions that each know more than the one before.
+
+    Branches whose coefficient is 0 are left out, the others go through the network in one batch. With equal weights it
+    is :func:`guided`.
+
+    Parameters
+    ----------
+    velocity
+        Takes x (m, g), t (0-dim) and the branch of each row (m,), k to 0; branches come one after the other, each with
+        all rows of the state.
+    weights
+        w_1 to w_k.
+    interval
+        Guide only for interval[0] <= t < interval[1], and take v_k elsewhere; an interval that ends at 1 includes 1.
+
+    References
+    ----------
+    Brooks et al. 2023, arXiv:2211.09800, equation 3, for two conditions.
+    """
     start, end = interval[0], interval[1] if interval[1] < 1 else math.inf
+    levels = [1.0, *weights, 0.0]
+    coefficients = {i: a - b for i, (a, b) in reversed(list(enumerate(pairwise(levels)))) if a != b}
+    alone = {len(weights): 1.0}
 
     def field(x: Tensor, t: Tensor) -> Tensor:
-        n = len(x)
-        keep = torch.zeros(n, dtype=torch.bool, device=x.device)
-        if weight == 1 or not start <= float(t) < end:
-            return velocity(x, t, keep)
-        both = velocity(torch.cat([x, x]), t, torch.cat([keep, ~keep]))
-        return both[n:] + weight * (both[:n] - both[n:])
+        used = coefficients if start <= float(t) < end else alone
+        branch = torch.tensor(list(used), device=x.device).repeat_interleave(len(x))
+        v = velocity(x.repeat(len(used), 1), t, branch).reshape(len(used), *x.shape)
+        return sum(share * part for share, part in zip(used.values(), v, strict=True))
 
     return field
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
-from invirtuo.flow import PATHS, gaussian_velocity, guided, solve
+from invirtuo.flow import PATHS, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import PseudobulkAnchor, SizeFactor, with_mean
@@ -163,6 +163,7 @@ class PRiMeFlow(Model):
     }  # fmt: skip
 
     takes_features = True
+    guides_by_parts = True
 
     def build(self) -> None:
         """Make the velocity network and the statistics that anchor it."""
@@ -262,10 +263,11 @@ class PRiMeFlow(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Integrate from noise to cells (n, g), and bring their mean nearer to what pseudobulks say of it."""
-        if config.guidance != 1 and self.config.prob_unconditional == 0:
+        parts = config.guidance.values() if isinstance(config.guidance, Mapping) else [config.guidance]
+        if any(weight != 1 for weight in parts) and self.config.prob_unconditional == 0:
             logger.warning("the null condition of this model was never trained; guidance other than 1 has no meaning")
         calibrates = self.anchor is not None and self.config.hurdle and self.config.calibrate > 0
-        if not calibrates or config.guidance != 1:
+        if not calibrates or any(weight != 1 for weight in parts):
             return self._observed(self._flow(batch.condition, generator, config))
         x = torch.empty(len(batch), len(self.genes), device=self.gene_mean.device)
         keys = torch.cat([batch.condition.code, batch.condition.groups, *_columns(batch.condition.continuous)], dim=1)
@@ -300,21 +302,35 @@ class PRiMeFlow(Model):
         if torch.is_autocast_enabled(noise.device.type):  # weights are cast once, not at every evaluation
             network = copy.deepcopy(network).to(torch.bfloat16)
         grid = config.grid or config.steps or self.config.steps
+        weights = [config.guidance]  # branches: null condition, condition; or null, its control cells, condition
+        if isinstance(config.guidance, Mapping):
+            weights = [config.guidance["covariates"], config.guidance["perturbation"]]
         cells = []
         for start in range(0, len(condition), config.batch_size):
             rows = slice(start, start + config.batch_size)
             own, own_depth = condition[rows], None if depth is None else depth[rows]
 
-            def velocity(x, t, is_null, own=own, depth=own_depth) -> Tensor:
-                if len(x) > len(own):  # the guided half beside the other
+            def velocity(x, t, branch, own=own, depth=own_depth) -> Tensor:
+                if len(x) > len(own):
                     again = torch.arange(len(x), device=x.device) % len(own)
                     own, depth = own[again], None if depth is None else depth[again]
-                time = torch.full((len(x),), float(t), device=x.device)
-                return self.evaluate(x, time, own, is_null if is_null.any() else None, depth, network=network)
+                if len(weights) > 1:
+                    own = _unperturbed(own, branch == 1)
+                time, null = torch.full((len(x),), float(t), device=x.device), branch == 0
+                return self.evaluate(x, time, own, null if null.any() else None, depth, network=network)
 
-            field = guided(velocity, config.guidance, config.interval)
+            field = nested(velocity, weights, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
         return torch.cat(cells)
+
+
+def _unperturbed(condition: Condition, rows: Tensor) -> Condition:
+    """The conditions, those of some rows (n,) without their perturbation."""
+
+    def without(code: Tensor | None) -> Tensor | None:
+        return None if code is None else torch.where(rows[:, None], 0.0, code)
+
+    return replace(condition, perturbation=without(condition.perturbation), features=without(condition.features))
 
 
 def _columns(values: Mapping[str, Tensor]) -> list[Tensor]:
