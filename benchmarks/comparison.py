@@ -71,10 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--unguided", action="store_true", help="leave out the rows with guidance")
     parser.add_argument("--data-dir")
     parser.add_argument("--out", type=Path, default=Path("comparison"))
     args = parser.parse_args(arguments)
     chosen = [entry for entry in ENTRIES if entry.label in args.models]
+    if args.unguided:
+        chosen = [replace(entry, variants={}) for entry in chosen]
     tasks, entries = [task_of(name) for name in args.tasks], []
     for i, task in enumerate(tasks, start=1):
         search = (delayed(tuned)(entry, task, args.trials, args.out, args.data_dir) for entry in chosen)

@@ -34,7 +34,7 @@ METRICS = ("mmd_gex", "mmd_pca", "variance_ratio", "deg_recall", "cosine_logfc",
            "zeros_distance")  # fmt: skip
 N_CELLS, N_SEEN, BATCH = 200, 3, 128
 
-SMALL = {"calibrate": 0.0, "loss_genes": 0, "covariate_scale": 0.0, "steps": 20}
+SMALL = {"calibrate": 0.0, "loss_genes": 0, "covariate_scale": 0.0}
 UNET = {**SMALL, "velocity": "unet", "hidden_dim": 16, "channel_mult": (1, 2, 2), "num_heads": 2,
         "attention_resolutions": (4,)}  # fmt: skip
 MLP = {**SMALL, "velocity": "mlp", "hidden_dim": 384, "n_layers_gene_expression": 2, "n_layers_decoding": 2}

@@ -89,7 +89,7 @@ class Config:
     hurdle: bool = True  # set sampled values below half the smallest positive training value to 0; off in the paper
     calibrate: float = 0.5  # weight of the anchors in the mean of unseen conditions, with hurdle; 0 in the paper
     solver: str = "ab2"  # default solver of predict
-    steps: int = 20  # default number of its steps
+    steps: int = 10  # default number of its steps
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
