@@ -605,3 +605,37 @@ def test_with_mean_of_silent_and_full_genes():
     moved = with_mean(x, x, 1.0, torch.tensor([1.0, 3.0, 0.0]), 0.5)
     torch.testing.assert_close(moved, torch.tensor([[0.0, 4.0, 0.0], [0.0, 2.0, 0.0]]))
     torch.testing.assert_close(with_mean(x, x, 0.0, torch.ones(3), 0.5), torch.where(x < 0.5, 0.0, x))
+
+
+# ---- the shared network, with and without gradients ------------------------------------------------------------------
+
+
+def random_genewise(**options) -> GenewiseVelocity:
+    generator = torch.Generator().manual_seed(0)
+    network = GenewiseVelocity(300, 16, n_features=2, width=16, cell_width=32, n_blocks=1, **options)
+    for parameter in network.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return network
+
+
+@pytest.mark.parametrize("genes", [None, torch.tensor([7, 0, 299])])
+def test_genewise_in_tiles_is_the_same_network(genes, monkeypatch):
+    monkeypatch.setattr("invirtuo.nn.genewise.TILE", 1000)
+    network, generator = random_genewise(), torch.Generator().manual_seed(1)
+    x, e, f = (torch.randn(*shape, generator=generator) for shape in ((20, 300), (20, 16), (20, 300, 2)))
+    with torch.no_grad():
+        tiled = network(x, x, e, f, genes)
+    torch.testing.assert_close(tiled, network(x, x, e, f, genes).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value_scale", [1.0, 10.0, 100.0])
+def test_tabulated_sinusoids_are_as_exact_as_bf16(value_scale):
+    network, generator = random_genewise(value_scale=value_scale), torch.Generator().manual_seed(1)
+    x, e, f = (torch.randn(*shape, generator=generator) for shape in ((200, 300), (200, 16), (200, 300, 2)))
+    exact = network(4 * x, x, e, f).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = network(4 * x, x, e, f).detach()
+        with torch.no_grad():
+            tabulated = network(4 * x, x, e, f)
+    assert not tabulated.equal(plain)
+    assert (tabulated - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()

@@ -13,6 +13,8 @@ from invirtuo.nn.mlp import ModulatedBlock
 
 __all__ = ["GenewiseVelocity"]
 
+TILE = 32_768  # values that go through the shared network at once without gradients: its activations stay in caches
+
 
 class GenewiseVelocity(nn.Module):
     """Per-gene denoiser with global context.
@@ -107,21 +109,74 @@ class GenewiseVelocity(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, embedding)
         hidden = F.silu(hidden)
-
-        def take(x: Tensor) -> Tensor:
-            return x if genes is None or len(x) == 1 else x.index_select(0, genes)
-
-        context_weight = take(self.context)
-        m, n_context, width = context_weight.shape
-        context = F.linear(hidden, context_weight.reshape(-1, width), take(self.context_bias).reshape(-1))
         own = values if genes is None else values.index_select(1, genes)
-        context = context.view(len(own), m, n_context)
-        parts = [sinusoids(own, self.n_sinusoids, self.value_scale).to(context.dtype), context]
+        if features is not None and genes is not None:
+            features = features.index_select(1, genes)
+        weight = self._chosen(self.context, genes).reshape(-1, hidden.shape[1])
+        bias = self._chosen(self.context_bias, genes).reshape(-1)
+        shift = self.shift_first(embedding)
+        factor, offset = self.modulate(embedding).chunk(2, dim=-1)
+        lookup = None if torch.is_grad_enabled() else self._lookup(own, hidden.dtype)
+        n_rows = len(own) if torch.is_grad_enabled() else max(TILE // own.shape[1], 1)
+        outputs = []
+        for start in range(0, len(own), n_rows):
+            rows = slice(start, start + n_rows)
+            context = F.linear(hidden[rows], weight, bias)
+            given = None if features is None else features[rows]
+            outputs.append(
+                self._per_gene(own[rows], context, given, shift[rows], 1 + factor[rows], offset[rows], genes, lookup)
+            )
+        return torch.cat(outputs) + self._chosen(self.bias_out, genes)
+
+    def _per_gene(self, own, context, features, shift, factor, offset, genes, lookup) -> Tensor:
+        """The network shared by all genes: values (n, m) and context (n, m c) -> (n, m)."""
+        n, m = own.shape
+        inplace, dtype, k = not torch.is_grad_enabled(), context.dtype, self.n_sinusoids
+        rest = context.view(n * m, -1)
         if features is not None:
-            features = features if genes is None else features.index_select(1, genes)
-            parts.append(features.to(context.dtype))
-        z = self.first(torch.cat(parts, dim=-1))
-        z = F.silu(z + take(self.genes).to(z.dtype) + self.shift_first(embedding).to(z.dtype)[:, None])
-        scale, shift = self.modulate(embedding).to(z.dtype)[:, None].chunk(2, dim=-1)
-        z = F.silu(self.second(z) * (1 + scale) + shift)
-        return (z * take(self.read_out).to(z.dtype)).sum(-1).float() + take(self.bias_out)
+            rest = torch.cat([rest, features.reshape(n * m, -1).to(dtype)], dim=1)
+        if lookup is None:
+            waves = sinusoids(own, k, self.value_scale).view(n * m, k).to(dtype)
+            z = self.first(torch.cat([waves, rest], dim=1))
+        else:
+            table, low, resolution = lookup
+            place = ((own.reshape(-1) - low) * resolution + 0.5).int()
+            z = F.embedding(place, table).add_(F.linear(rest, self.first.weight[:, k:]))
+        z = z.view(n, m, -1)
+        who = self._chosen(self.genes, genes).to(z.dtype)
+        z = z.add_(who).add_(shift.to(z.dtype)[:, None]) if inplace else z + (who + shift.to(z.dtype)[:, None])
+        z = F.silu(z, inplace=inplace)
+        # scale and shift of every cell go into its own weights: a pass over all activations less
+        weight = (self.second.weight.to(z.dtype) * factor.to(z.dtype)[:, :, None]).transpose(1, 2)
+        bias = self.second.bias.to(z.dtype) * factor.to(z.dtype) + offset.to(z.dtype)
+        z = F.silu(torch.baddbmm(bias[:, None], z, weight), inplace=inplace)
+        return (z * self._chosen(self.read_out, genes).to(z.dtype)).sum(-1).float()
+
+    def _lookup(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+        """What the first layer makes of a value, tabulated: its rows, the lowest value, rows per unit; bf16 only.
+
+        Between two rows the fastest sinusoid turns by 0.02, half of which is less than bf16 tells apart near 1.
+        """
+        if dtype != torch.bfloat16 or not values.numel():
+            return None
+        resolution = 50.0 * self.value_scale
+        low, high = values.min(), values.max()
+        n_rows = int((high - low) * resolution) + 2
+        if n_rows > values.numel():
+            return None
+        grid = low + torch.arange(n_rows, device=values.device) / resolution
+        weight = self.first.weight[:, : self.n_sinusoids]
+        return (
+            F.linear(
+                sinusoids(grid, self.n_sinusoids, self.value_scale).to(dtype),
+                weight.to(dtype),
+                self.first.bias.to(dtype),
+            ),
+            low,
+            resolution,
+        )
+
+    @staticmethod
+    def _chosen(x: Tensor, genes: Tensor | None) -> Tensor:
+        """Rows of the genes that are asked for; one row stands for all."""
+        return x if genes is None or len(x) == 1 else x.index_select(0, genes)
