@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -66,7 +67,8 @@ class FitConfig:
     checkpoint_every: int = 500  # steps between checkpoints, where a folder is given
     compile: bool = False  # torch.compile the network (GPU)
     accelerator: str = "auto"  # as in lightning.Trainer
-    devices: int | str = 1  # as in lightning.Trainer
+    devices: int | str = 1  # as in lightning.Trainer; several train in step (DDP), each with batches of its own
+    nodes: int = 1  # machines, each with that many devices
     seed: int = 0
     progress: bool = True  # show a progress bar
 
@@ -81,7 +83,7 @@ class FitConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "accumulate", "val_batches", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "val_batches", "checkpoint_every", "nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; expected at least 1")
         for name in ("weight_decay", "warmup", "clip", "val_every", "patience"):
@@ -130,7 +132,7 @@ def run(
         raise ValueError("resume=True needs the folder of the earlier fit; pass folder=")
     folder = None if folder is None else Path(folder)
     for left_over in [] if folder is None else folder.glob(".*.part.*"):  # of a write that was killed
-        left_over.unlink()
+        left_over.unlink(missing_ok=True)
     keep_freed_memory()
     with torch.random.fork_rng():
         return _train(model, dataset, config, folder, resume, list(callbacks), list(loggers))
@@ -149,6 +151,8 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             max_epochs=-1,
             accelerator=config.accelerator,
             devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=_strategy(model, config),
             precision="bf16-mixed" if training.bf16 else "32-true",
             accumulate_grad_batches=config.accumulate,
             callbacks=[*callbacks, *([_bar(config, training.step)] if config.progress else [])],
@@ -164,8 +168,35 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
     return pd.DataFrame(training.history)
 
 
+def _strategy(model: Model, config: FitConfig) -> Any:
+    """How Lightning trains on several devices: DDP; parameters without gradient are looked for where there may be some.
+
+    Raises
+    ------
+    ValueError
+        If this is one of several processes of torchrun and the FitConfig asks for one device.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if not _several(config):
+        if started > 1:
+            raise ValueError(
+                f"torchrun started {started} processes, and FitConfig.devices is 1: each would fit alone. Set devices to "
+                "the processes of a machine, and nodes to the machines"
+            )
+        return "auto"
+    from lightning.pytorch.strategies import DDPStrategy
+
+    return DDPStrategy(find_unused_parameters=type(model).update.__qualname__ != "Model.update")
+
+
+def _several(config: FitConfig) -> bool:
+    return config.devices not in (1, "1") or config.nodes > 1
+
+
 def use_bf16(config: FitConfig | SampleConfig) -> bool:
-    """Whether a fit, or sampling, computes in bf16."""
+    """Whether a fit, or sampling, computes in bf16; several processes on CPUs do not measure, as they might disagree."""
+    if config.precision == "auto" and isinstance(config, FitConfig) and _several(config):
+        return torch.cuda.is_available() and bf16_pays()
     return bf16_pays() if config.precision == "auto" else config.precision == "bf16"
 
 
@@ -224,6 +255,29 @@ class _Stream:
                     yield self.dataset.take(rows, dense)
 
 
+def is_main() -> bool:
+    """Whether this process is the one that writes: the only one, or the first of those that fit together."""
+    return _rank()[0] == 0
+
+
+def _shared(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means of losses over all devices."""
+    if _rank()[1] == 1:
+        return losses
+    values = torch.stack([value.detach().float() for value in losses.values()])
+    torch.distributed.all_reduce(values)
+    return dict(zip(losses, values / _rank()[1], strict=True))
+
+
+def _agreed(value: Any) -> Any:
+    """What the first device says."""
+    if _rank()[1] == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
 def _rank() -> tuple[int, int]:
     """Number of this device, and of how many."""
     distributed = torch.distributed
@@ -255,20 +309,23 @@ class _Training:
         """The model whose weights are validated and kept: the averaged one, if there is one."""
         return self.model if self.average is None else self.average
 
-    def loss(self, batch: Batch, batch_index: int, rank: int) -> dict[str, Tensor]:
-        """Losses of one batch, with the noise of its number."""
+    def loss(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
+        """Losses of one batch, with the noise of its number among the batches of all devices."""
         for group in self.optimizer.param_groups if self.plateau is None else []:
             group["lr"] = learning_rate(self.config, self.step)
-        number = self.step * self.config.accumulate + batch_index % self.config.accumulate
-        torch.manual_seed(_seed(self.config.seed, number, rank))
-        self._losses = self.losses_of(batch, self.step)
-        total = float(self._losses["total"].detach())
+        place, (rank, n_devices) = batch_index % self.config.accumulate, _rank()
+        number = (self.step * self.config.accumulate + place) * n_devices + rank
+        torch.manual_seed(_seed(self.config.seed, number, 0))
+        losses = self.losses_of(batch, self.step)
+        told = {k: v.detach() / self.config.accumulate for k, v in losses.items()}
+        self._losses = {k: v + self._losses[k] for k, v in told.items()} if place else told
+        total = float(losses["total"].detach())
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"the loss of {type(self.model).__name__} is {total} at step {self.step}; "
                 "lower FitConfig.lr or check the scale of the data"
             )
-        return self._losses
+        return losses
 
     def after_step(self, device: torch.device | str, main: bool) -> dict[str, float]:
         """Count a step, average weights, validate, record and save when it is time; gives validation losses."""
@@ -277,14 +334,16 @@ class _Training:
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.model.proximal_step(self.lr)
         if self.plateau is not None:
-            self.plateau.step(float(self._losses["total"].detach()))
+            self.plateau.step(float(_shared(self._losses)["total"]))
         if self.average is not None:
             _move_average(self.average, self.model, min(config.ema, (1 + self.step) / (10 + self.step)))
         last = self.step == config.steps
         validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
         losses = {}
         if validates:
-            losses = validation_losses(self.kept, self.dataset, config, device, bf16=self.bf16)
+            if main:
+                losses = validation_losses(self.kept, self.dataset, config, device, bf16=self.bf16)
+            losses = _agreed(losses)
             if losses and self._improves(losses["total"]) and folder is not None and main:
                 with writing(folder / BEST) as path:
                     save_file({k: v.cpu().contiguous().clone() for k, v in self.kept.state_dict().items()}, path)
@@ -299,7 +358,7 @@ class _Training:
     def _record(self, validation: dict[str, float]) -> None:
         seconds = self.elapsed + time.perf_counter() - self.began
         row = {"step": self.step, "seconds": round(seconds, 3), "lr": self.lr}
-        row |= {f"train_{k}": float(v.detach()) for k, v in self._losses.items()}
+        row |= {f"train_{k}": float(v) for k, v in _shared(self._losses).items()}
         self.history.append(row | {f"val_{k}": v for k, v in validation.items()})
 
     def _improves(self, value: float) -> bool:
@@ -416,7 +475,7 @@ def _lightning_module(training: _Training):
             return training.optimizer
 
         def training_step(self, batch, batch_index):
-            losses = training.loss(batch, batch_index, self.global_rank)
+            losses = training.loss(batch, batch_index)
             self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()})
             return losses["total"]
 
@@ -530,7 +589,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_same(saved: dict[str, Any], config: FitConfig, path: Path) -> None:
     """Refuse to resume with settings that would change the result."""
-    free = {"progress", "checkpoint_every", "accelerator", "devices", "compile"}
+    free = {"progress", "checkpoint_every", "accelerator", "devices", "nodes", "compile"}
     now = json.loads(json.dumps(asdict(config)))
     changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in now.items() if k not in free and saved.get(k) != v]
     if changed:
