@@ -3,6 +3,7 @@
 from invirtuo.bench.classify import label_probability, oversampled, rare_recall
 from invirtuo.bench.compare import compare
 from invirtuo.bench.demo import demo
+from invirtuo.bench.effects import effects
 from invirtuo.bench.entry import Entry
 from invirtuo.bench.imputation import imputation_scores, trivial_answers
 from invirtuo.bench.integration import integration_scores
@@ -20,6 +21,7 @@ __all__ = [
     "benchmark",
     "compare",
     "demo",
+    "effects",
     "imputation_scores",
     "integration_scores",
     "judge",

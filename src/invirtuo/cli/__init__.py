@@ -39,6 +39,7 @@ for _verb in (
     dynamics.network,
     dynamics.knock_out,
     dynamics.overexpress,
+    judging.effects,
     judging.evaluate,
     judging.judge,
     judging.benchmark,

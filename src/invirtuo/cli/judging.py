@@ -16,6 +16,7 @@ from invirtuo.cli.options import (
     Separator,
     pairs,
     print_scores,
+    read_csv,
 )
 
 
@@ -51,6 +52,48 @@ def evaluate(
         scores.to_csv(path, index=False)
     if not quiet:
         print_scores(scores.assign(model=pred.stem))
+
+
+def effects(
+    data: Annotated[
+        Path, typer.Argument(help="h5ad with real cells: controls, and the cells of validation conditions.")
+    ],
+    run: Annotated[list[Path], typer.Option(help="Folder of a fitted model; several (seeds) may be given.")],
+    out: Out,
+    conditions: Annotated[str, typer.Option(help="FILE.csv with one row per condition, or test, or val.")] = "test",
+    level: Annotated[float, typer.Option(help="Share of genes that intervals cover; 0 for no intervals.")] = 0.9,
+    calibration: Annotated[
+        str, typer.Option(help="Held-out conditions that set the width: val, test or FILE.csv.")
+    ] = "val",
+    n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells drawn for each condition.")] = 1000,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of the largest effects to write (.png, .pdf, .svg).")
+    ] = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Predicted effect of each perturbation on each gene, with intervals; writes a tidy CSV."""
+    from invirtuo.bench import effects as effects_
+    from invirtuo.files import read_h5ad, writing
+    from invirtuo.models import load
+    from invirtuo.report.effects import plot_effects
+
+    tables = {name: name if name in ("test", "val") else read_csv(Path(name)) for name in (conditions, calibration)}
+    table = effects_(
+        [load(folder) for folder in run],
+        read_h5ad(data),
+        tables[conditions],
+        level=level or None,
+        calibration=tables[calibration],
+        n_cells=n_cells,
+        seed=seed,
+    )
+    with writing(out) as path:
+        table.to_csv(path, index=False)
+    if plot is not None:
+        plot_effects(table, plot)
+    if not quiet:
+        typer.echo(f"{out}: {table['condition'].nunique()} conditions x {table['gene'].nunique():,} genes")
 
 
 def judge(
