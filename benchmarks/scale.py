@@ -1,11 +1,11 @@
 """Reading cells from disk: cells per second, CPU seconds, peak memory and mixing of one pass, and a fit.
 
-    python benchmarks/scale.py make FOLDER --cells 1000000              # generated cells in 20 files, and a shuffled store
-    python benchmarks/scale.py measure FOLDER --out scale.csv           # every case in a process of its own
-    python benchmarks/scale.py measure FOLDER --rivals /path/to/python  # with scDataset and cell-load in that environment
+    python benchmarks/scale.py make FOLDER --cells 1000000     # generated cells in 20 files, and a shuffled store
+    python benchmarks/scale.py measure FOLDER --out scale.csv  # every case in a process of its own
+    python benchmarks/scale.py measure FOLDER --rivals PYTHON  # with scDataset and cell-load of another environment
 
-Cells are generated: 2,000 genes, 100 to 200 of them above zero in a cell; each file is a plate, sorted by perturbation, as
-files of screens often are. Batches of 512 cells are made dense, float32. On a busy machine look at CPU seconds.
+Cells are generated: 2,000 genes, 100 to 200 of them above zero in a cell; each file is a plate, sorted by perturbation,
+as files of screens often are. Batches of 512 cells are made dense, float32. On a busy machine look at CPU seconds.
 
 `entropy` is the mean entropy of the labels in a batch over its mean in batches of a full shuffle: 1 is perfect mixing.
 """
@@ -28,6 +28,12 @@ from scipy import sparse
 
 N_GENES, N_FILES, N_PERTURBATIONS, BATCH = 2000, 20, 200, 512
 CASES = ("memory", "files", "store", "pairs", "sets", "fit")
+RIVALS = {
+    "scDataset": 262_144,
+    "scDataset, blocks of 512": 184_320,
+    "cell-load": 2048,
+    "cell-load, consecutive": 32_768,
+}
 
 
 def make(folder: Path, n_cells: int) -> None:
@@ -150,22 +156,25 @@ def fit(cells, design, before, started) -> dict:
     return {"case": "fit", "cells": 500 * BATCH, **spent, "peak_gib": peak()}
 
 
-RIVALS = {
-    "scDataset": """
-import sys, anndata, numpy as np
-sys.path.insert(0, sys.argv[3])
-""",
-}
-
-
-def in_a_process(case: str, folder: Path, memory: str) -> dict:
+def in_a_process(command: list, **environment: str) -> dict:
     """Measure a case in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "measure", str(folder), "--case", case, "--memory", memory]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command)], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{case} failed:\n{done.stderr}")
+        return {"case": command[-3], "failed": done.stderr[-500:]}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def commands(args: argparse.Namespace) -> list[list]:
+    """What is run for each case."""
+    own = [sys.executable, "-W", "ignore", __file__, "measure", args.folder, "--memory", args.memory, "--case"]
+    runs = [[*own, case] for case in args.cases]
+    if args.rivals:
+        script = [args.rivals, "-W", "ignore", Path(__file__).with_name("scale_rivals.py")]
+        runs += [[*script, case, args.folder / "files", "--cells", n] for case, n in RIVALS.items()]
+    return runs
 
 
 def main() -> None:
@@ -177,6 +186,7 @@ def main() -> None:
     parser.add_argument("--memory", default="256 MiB")
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--cases", nargs="*", default=CASES)
+    parser.add_argument("--rivals", type=Path, help="Python with scDataset and cell-load.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.verb == "make":
@@ -185,8 +195,8 @@ def main() -> None:
         print(json.dumps(measure(args.case, args.folder, args.memory)))
     else:
         rows = []
-        for case in args.cases:
-            rows.append(in_a_process(case, args.folder, args.memory))
+        for command in commands(args):
+            rows.append(in_a_process(command))
             print(json.dumps(rows[-1]), flush=True)
         if args.out:
             pd.DataFrame(rows).to_csv(args.out, index=False)

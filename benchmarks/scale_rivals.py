@@ -3,9 +3,10 @@
     pip install scDataset==0.3.0 cell-load==0.10.4        # in an environment of their own
 
 No worker processes: these would spread the same CPU seconds. Batches of 512 cells, dense float32; the pass ends after
-`--cells` cells and includes what is read ahead for them, and opening. scDataset reads backed h5ad files through an AnnCollection as in its paper (arXiv:2506.01883), with
-blocks of 16 rows and fetches of 256 batches, or with the blocks and the memory that ours has. cell-load gives sets of 64
-cells with as many control cells, 8 sets at a time.
+`--cells` cells and includes opening and what is read ahead for them. scDataset reads backed h5ad files through an
+AnnCollection, as in its paper (arXiv:2506.01883), in blocks of 16 rows and fetches of 256 batches, or with the blocks
+and the memory that ours has. cell-load gives sets of 64 cells with as many control cells, 8 sets at a time, with and
+without `use_consecutive_loading`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def main() -> None:
     spent, wall = sum(os.times()[:4]) - sum(begun[:4]), time.perf_counter() - started
     print(json.dumps({
         "case": args.case, "cells": n, "cpu_seconds": round(spent, 2),
-        "wall_seconds": round(wall, 2), "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "wall_seconds": round(wall, 2),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "cells_per_cpu_second": round(n / spent), "cells_per_second": round(n / wall)}))  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import invirtuo as iv
 
-CONFIG = iv.FitConfig(steps=12, batch_size=16, precision="fp32", accelerator="cpu", progress=False, val_every=6, ema=0.9,
-                      checkpoint_every=4)  # fmt: skip
+CONFIG = iv.FitConfig(steps=12, batch_size=16, precision="fp32", accelerator="cpu", progress=False, val_every=6,
+                      ema=0.9, checkpoint_every=4)  # fmt: skip
 TINY = {
     "primeflow": iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1),
     "cpa": iv.models.CPA.Config(width=16, n_latent=4, adversary_steps=3, warmup_steps=2, adversary_width=8),
@@ -126,7 +126,7 @@ def test_averaged_weights_are_the_same_on_both(two, name):
 
 
 def test_files_are_read_by_shares(two):
-    first, second = (sum(json.loads((two / f"rows{rank}.json").read_text()), []) for rank in "01")
+    first, second = (np.concatenate(json.loads((two / f"rows{rank}.json").read_text())).tolist() for rank in "01")
     assert len(first) == len(set(first)) and not set(first) & set(second)
 
 

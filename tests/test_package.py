@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "files", "genes", "multimodal", "pseudotime"),
+        *("checks", "files", "genes", "multimodal", "pseudotime", "workers"),
     },
     {"samplers", "datasets", "fit", "store"},
     {"dataset"},

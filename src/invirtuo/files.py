@@ -14,9 +14,10 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pandas as pd
     from anndata import AnnData
 
-__all__ = ["check_h5ad", "read_h5ad", "writing"]
+__all__ = ["check_h5ad", "read_h5ad", "writing", "writing_h5ad"]
 
 BLOCK = 1 << 22  # values read at a time
 INFLATION = 2000  # gzip reaches about 1000
@@ -56,6 +57,25 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_h5ad(path: str | os.PathLike, obs: pd.DataFrame, var: pd.DataFrame, uns: dict) -> Iterator[h5py.File]:
+    """An h5ad with all but X, open to be written to; it appears as `path` on success, and on failure not at all.
+
+    Parameters
+    ----------
+    path
+        The file to write or replace.
+    obs, var, uns
+        What X is to lie beside.
+    """
+    import anndata
+
+    with writing(path) as part:
+        anndata.AnnData(None, obs=obs, var=var, uns=uns).write_h5ad(part)
+        with h5py.File(part, "r+") as file:
+            yield file
 
 
 def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:

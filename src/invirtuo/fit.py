@@ -180,8 +180,8 @@ def _strategy(model: Model, config: FitConfig) -> Any:
     if not _several(config):
         if started > 1:
             raise ValueError(
-                f"torchrun started {started} processes, and FitConfig.devices is 1: each would fit alone. Set devices to "
-                "the processes of a machine, and nodes to the machines"
+                f"torchrun started {started} processes, and FitConfig.devices is 1: each would fit alone. Set devices "
+                "to the processes of a machine, and nodes to the machines"
             )
         return "auto"
     from lightning.pytorch.strategies import DDPStrategy
@@ -194,7 +194,7 @@ def _several(config: FitConfig) -> bool:
 
 
 def use_bf16(config: FitConfig | SampleConfig) -> bool:
-    """Whether a fit, or sampling, computes in bf16; several processes on CPUs do not measure, as they might disagree."""
+    """Whether a fit, or sampling, computes in bf16; several processes on CPUs might disagree and do not measure."""
     if config.precision == "auto" and isinstance(config, FitConfig) and _several(config):
         return torch.cuda.is_available() and bf16_pays()
     return bf16_pays() if config.precision == "auto" else config.precision == "bf16"

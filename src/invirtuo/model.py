@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -27,13 +27,15 @@ from invirtuo.batch import Batch
 from invirtuo.checks import require_counts, require_log, some
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
-from invirtuo.files import writing
+from invirtuo.files import read_h5ad, writing, writing_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.flow import SOLVERS
 from invirtuo.samplers import Sampler
 from invirtuo.transforms import TRANSFORMS, Transform
+from invirtuo.workers import n_workers, over_ray
 
 if TYPE_CHECKING:
+    import h5py
     from anndata import AnnData
 
     from invirtuo.store import CellStore
@@ -276,7 +278,6 @@ class Model(nn.Module):
 
     # ---- using -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def predict(
         self,
         conditions: pd.DataFrame | str,
@@ -292,6 +293,9 @@ class Model(nn.Module):
         clamp_min: float | None = None,
         precision: str = "auto",
         batch_size: int = 256,
+        out: str | Path | None = None,
+        engine: str = "local",
+        n_jobs: int | None = None,
         progress: bool = False,
     ) -> AnnData:
         """Draw cells for conditions.
@@ -319,13 +323,19 @@ class Model(nn.Module):
             "fp32", "bf16" or "auto".
         batch_size
             Cells in the network at once.
+        out
+            h5ad to write while cells are drawn; memory then does not grow with their number.
+        engine, n_jobs
+            "local" draws in this process. "ray" spreads conditions over the Ray cluster of this session or of
+            ``RAY_ADDRESS``, or over `n_jobs` processes of this machine: the same cells; those of a lost worker are
+            drawn again.
         progress
             Show a progress bar.
 
         Returns
         -------
         AnnData with the columns of the Design in obs, X in the model's data space (float32), and
-        ``uns["invirtuo"]``: how it was made.
+        ``uns["invirtuo"]``: how it was made. With `out` it reads from the file (backed).
 
         Raises
         ------
@@ -334,6 +344,8 @@ class Model(nn.Module):
         """
         import anndata
 
+        if engine not in ("local", "ray"):
+            raise ValueError(f"engine is {engine!r}; expected local or ray")
         if self.verb in ("embed", "forecast"):
             raise ValueError(f"{self.name} is made to {self.verb} and does not predict populations; call {self.verb}")
         self._check_fitted()
@@ -350,30 +362,57 @@ class Model(nn.Module):
             precision=precision,
             batch_size=batch_size,
         )
-        pool = self._pool(controls)
-        fitting.keep_freed_memory()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.eval().to(device)
-        bf16 = fitting.use_bf16(config)
-        cells = []
-        for i in track(range(len(table)), "predicting", progress):
-            name = self.design.names(table.iloc[[i]]).iloc[0]
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{name}".encode()))
-            batch = Batch(self.design.encode(table.iloc[[i] * n_cells]))
-            if self.needs_source:
-                source = _draw(pool, self.design.groups(table.iloc[[i]]).iloc[0], n_cells, generator)
-                batch = Batch(batch.condition, source=source)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x = self.sample(batch.to(device), generator, config).float().cpu()
-            cells.append(x if clamp_min is None else x.clamp_min(clamp_min))
-        self.cpu()
+        request = _Request(table, n_cells, seed, config, self._pool(controls))
+        cells = track(self._drawn(request, engine, n_jobs), "predicting", progress, len(table))
         obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:
             obs[column] = obs[column].astype("category")
-        predicted = anndata.AnnData(torch.cat(cells).numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(self.genes)))
-        predicted.uns["invirtuo"] = self._provenance(seed, config)
-        return predicted
+        var, uns = pd.DataFrame(index=pd.Index(self.genes)), {"invirtuo": self._provenance(seed, config)}
+        shape = (len(obs), len(self.genes))
+        if out is not None:
+            with writing_h5ad(out, obs, var, uns) as file:
+                _fill(_stored(file, shape), cells, n_cells)
+            return read_h5ad(out, backed=True)
+        return anndata.AnnData(_fill(np.empty(shape, np.float32), cells, n_cells), obs=obs, var=var, uns=uns)
+
+    def _drawn(self, request: _Request, engine: str, n_jobs: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and cells (n, g) of every condition of a request, as they come."""
+        fitting.keep_freed_memory()
+        if engine == "local":
+            yield from self._conditions_drawn(range(len(request.table)), request)
+            return
+        threads = torch.get_num_threads()
+        workers, n = n_jobs or n_workers(threads), len(request.table)
+        precision = "bf16" if fitting.use_bf16(request.config) else "fp32"  # as here, not as measured there
+        request = replace(request, config=replace(request.config, precision=precision))
+        size = min(max(n // (4 * workers), 1), 8)  # conditions of a task: the model is sent with each
+        tasks = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        options = {"threads": threads, "n_jobs": n_jobs, "retries": 3, "at_once": 2 * workers}
+        for number, cells in over_ray(_on_worker, tasks, self, request, threads, **options):
+            if isinstance(cells, Exception):
+                first = request.table.iloc[tasks[number][0]].to_dict()
+                raise RuntimeError(f"the worker that drew {first} and what follows ended: {cells}") from cells
+            yield from zip(tasks[number], cells, strict=True)
+
+    @torch.no_grad()
+    def _conditions_drawn(self, places: Iterable[int], request: _Request) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and cells of some conditions; each depends on the seed and its name alone."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        table, config, n_cells = request.table, request.config, request.n_cells
+        self.eval().to(device)
+        bf16 = fitting.use_bf16(config)
+        for i in places:
+            name = self.design.names(table.iloc[[i]]).iloc[0]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed}|{name}".encode()))
+            batch = Batch(self.design.encode(table.iloc[[i] * n_cells]))
+            if self.needs_source:
+                source = _draw(request.pool, self.design.groups(table.iloc[[i]]).iloc[0], n_cells, generator)
+                batch = Batch(batch.condition, source=source)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                x = self.sample(batch.to(device), generator, config).float().cpu()
+            yield i, (x if config.clamp_min is None else x.clamp_min(config.clamp_min)).numpy()
+        self.cpu()
 
     def generate(self, *_: Any, **__: Any) -> AnnData:
         """Draw cells as counts; only count models can."""
@@ -386,8 +425,13 @@ class Model(nn.Module):
     # ---- saving ------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write config, design, transforms, weights, history and card into a folder; nothing is pickled."""
+        """Write config, design, transforms, weights, history and card into a folder; nothing is pickled.
+
+        Of several processes that fitted together only the first writes.
+        """
         folder = Path(folder)
+        if not fitting.is_main():
+            return
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; a model is saved as a folder, give another name")
         folder.mkdir(parents=True, exist_ok=True)
@@ -569,6 +613,39 @@ class Model(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class _Request:
+    """Cells to draw: of which conditions, how many of each, and how."""
+
+    table: pd.DataFrame
+    n_cells: int
+    seed: int
+    config: SampleConfig
+    pool: Mapping[str, sparse.csr_matrix]
+
+
+def _on_worker(places: Sequence[int], model: Model, request: _Request, threads: int) -> list[np.ndarray]:
+    """Cells of some conditions, drawn in a process of a cluster."""
+    torch.set_num_threads(threads)
+    return [cells for _, cells in model._conditions_drawn(places, request)]
+
+
+def _stored(file: h5py.File, shape: tuple[int, int]) -> h5py.Dataset:
+    """X of an h5ad, to be filled: dense, compressed, in pieces of about 1 MiB."""
+    pieces = (min(max((1 << 18) // max(shape[1], 1), 1), shape[0]), shape[1])
+    file.pop("X", None)
+    x = file.create_dataset("X", shape, np.float32, chunks=pieces, compression="gzip", compression_opts=1)
+    x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    return x
+
+
+def _fill(x: Any, cells: Iterable[tuple[int, np.ndarray]], n_cells: int) -> Any:
+    """Put the cells of every condition where they belong."""
+    for i, values in cells:
+        x[i * n_cells : (i + 1) * n_cells] = values
+    return x
+
+
 def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
     """What a user of the saved model needs to know of its fit."""
     design = model.design
@@ -656,10 +733,10 @@ def _write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def track(items, label: str, progress: bool):
+def track(items, label: str, progress: bool, total: int | None = None):
     """The items, with a progress bar if it is wanted."""
     if not progress:
         return items
     from rich.progress import track as bar
 
-    return bar(items, description=label)
+    return bar(items, description=label, total=total)

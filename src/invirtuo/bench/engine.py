@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 from invirtuo.bench.cell import Cell, Record, failed, launch
+from invirtuo.workers import n_workers, over_ray
 
 __all__ = ["ENGINES", "local", "ray"]
 
@@ -34,40 +34,15 @@ def ray(cells: Sequence[Cell], n_jobs: int | None = None) -> Iterator[tuple[Cell
 
     A machine of the cluster needs this package and, for named data sets, the same data folder.
     """
-    try:
-        import ray as cluster
-    except ImportError as error:
-        raise ValueError("engine 'ray' needs the package ray: pip install 'invirtuo[ray]'") from error
-    from ray.exceptions import RayError
-
-    n_jobs, threads = n_jobs or _n_jobs(cells), max((cell.threads for cell in cells), default=1)
-    started = not cluster.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        cluster.init(log_to_driver=False)
-    elif started:
-        cluster.init(num_cpus=n_jobs * threads, include_dashboard=False, log_to_driver=False)
-    n_gpus = 1 if cluster.cluster_resources().get("GPU") else 0
-    remote = cluster.remote(num_cpus=threads, num_gpus=n_gpus, max_retries=0)(launch)
-    try:
-        running = {remote.remote(cell): cell for cell in cells}
-        while running:
-            done, _ = cluster.wait(list(running), num_returns=1)
-            cell = running.pop(done[0])
-            try:
-                yield cell, cluster.get(done[0])
-            except RayError as error:
-                yield cell, failed(cell, f"the worker ended: {str(error).splitlines()[0]}", str(error))
-    finally:
-        if started:
-            cluster.shutdown()
+    threads = max((cell.threads for cell in cells), default=1)
+    for number, record in over_ray(launch, cells, threads=threads, n_jobs=n_jobs):
+        if isinstance(record, Exception):
+            record = failed(cells[number], f"the worker ended: {str(record).splitlines()[0]}", str(record))
+        yield cells[number], record
 
 
 def _n_jobs(cells: Sequence[Cell]) -> int:
-    import torch
-
-    threads = max((cell.threads for cell in cells), default=1)
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if torch.cuda.is_available() else max(1, available // threads)
+    return n_workers(max((cell.threads for cell in cells), default=1))
 
 
 ENGINES: dict[str, Callable[..., Iterator[tuple[Cell, Record]]]] = {"local": local, "ray": ray}

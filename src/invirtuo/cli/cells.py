@@ -56,6 +56,7 @@ def fit(
 ) -> None:
     """Fit a model and save it as a folder."""
     from invirtuo.design import Design
+    from invirtuo.fit import is_main
     from invirtuo.models import MODELS
 
     if model not in MODELS:
@@ -72,7 +73,7 @@ def fit(
     fitted.save(out)
     if warning := fitted.card.get("warning"):
         typer.echo(f"invirtuo: warning: {warning}", err=True)
-    if not quiet:
+    if not quiet and is_main():
         typer.echo(f"saved: {out}")
 
 
@@ -90,28 +91,33 @@ def predict(
     seed: int = 0,
     controls: Annotated[Path | None, typer.Option(help="h5ad with control cells to start from.")] = None,
     clamp_min: Annotated[float | None, typer.Option(help="Raise values below this to it.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: conditions spread over a Ray cluster.")] = "local",
+    n_jobs: Annotated[int | None, typer.Option(help="Processes of --engine ray without a cluster.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw cells for conditions from a fitted model."""
-    from invirtuo.files import read_h5ad, writing
+    """Draw cells for conditions from a fitted model, written while they are drawn."""
+    from invirtuo.files import read_h5ad
     from invirtuo.models import load
 
     wanted = conditions if conditions in ("test", "val") else read_csv(Path(conditions))
-    predicted = load(run).predict(
+    weight = _guidance(guidance)
+    made = load(run).predict(
         wanted,
         n_cells=n_cells,
-        guidance=1.0 if guidance is None else _guidance(guidance),
+        guidance=1.0 if weight is None else weight,
         steps=steps,
         solver=solver,
         seed=seed,
         controls=None if controls is None else read_h5ad(controls),
         clamp_min=clamp_min,
+        out=out,
+        engine=engine,
+        n_jobs=n_jobs,
         progress=not quiet,
     )
-    with writing(out) as path:
-        predicted.write_h5ad(path, compression="gzip")
     if not quiet:
-        typer.echo(f"{out}: {predicted.n_obs:,} cells")
+        typer.echo(f"{out}: {made.n_obs:,} cells")
+    made.file.close()
 
 
 def generate(

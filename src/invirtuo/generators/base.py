@@ -252,21 +252,26 @@ class CountGenerator(Model):
         conditions: pd.DataFrame | str,
         n_cells: int = 1000,
         *,
-        guidance: float = 1.0,
+        guidance: float | Mapping[str, float] = 1.0,
         steps: int | None = None,
         solver: str | None = None,
         seed: int = 0,
+        out: str | Path | None = None,
+        engine: str = "local",
         progress: bool = False,
         **_: Any,
     ) -> AnnData:
         """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of :meth:`Model.predict`."""
+        if engine != "local":
+            raise ValueError(f"engine is {engine!r}; {self.name} draws counts in one process: leave engine out")
         self._check_fitted()
         table = self._conditions(conditions)
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; expected at least 1")
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         weight = guidance if self.guided else None
-        return self.generate(labels=rows, guidance=weight, steps=steps, solver=solver, seed=seed, progress=progress)
+        options = {"steps": steps, "solver": solver, "seed": seed, "out": out, "progress": progress}
+        return self.generate(labels=rows, guidance=weight, **options)
 
     @property
     def _table(self) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from invirtuo.files import writing
+from invirtuo.files import writing_h5ad
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -55,22 +55,18 @@ def assembled(blocks: list[Block], obs, var, uns, output: str, latent: bool) -> 
 
 def write_cells(path: Path, obs, var, uns, blocks: Iterator[Block], chunk_size: int, latent: bool) -> None:
     """Write cells as they come; the file appears when all are there."""
-    import anndata
-    import h5py
     from anndata.io import sparse_dataset, write_elem
 
     vectors: list[np.ndarray] = []
-    with writing(path) as part:
-        anndata.AnnData(None, obs=obs, var=var, uns={"invirtuo": uns}).write_h5ad(part)
-        with h5py.File(part, "r+") as file:
-            for counts in _gathered(blocks, chunk_size, vectors if latent else None):
-                if "X" in file and "data" in file["X"]:
-                    sparse_dataset(file["X"]).append(counts)
-                else:
-                    counts.indptr = counts.indptr.astype(np.int64)  # later chunks may need it
-                    write_elem(file, "X", counts, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
-            if vectors:
-                write_elem(file, "obsm/z", np.concatenate(vectors))
+    with writing_h5ad(path, obs, var, {"invirtuo": uns}) as file:
+        for counts in _gathered(blocks, chunk_size, vectors if latent else None):
+            if "X" in file and "data" in file["X"]:
+                sparse_dataset(file["X"]).append(counts)
+            else:
+                counts.indptr = counts.indptr.astype(np.int64)  # later chunks may need it
+                write_elem(file, "X", counts, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+        if vectors:
+            write_elem(file, "obsm/z", np.concatenate(vectors))
 
 
 def _gathered(blocks: Iterator[Block], chunk_size: int, vectors: list | None) -> Iterator[sparse.csr_matrix]:

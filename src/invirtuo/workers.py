@@ -1,0 +1,87 @@
+"""Work spread over processes of a Ray cluster: items in, results as they come, and lost workers replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["n_workers", "over_ray"]
+
+
+def over_ray(
+    work: Callable,
+    items: Sequence[Any],
+    *shared: Any,
+    threads: int = 1,
+    n_jobs: int | None = None,
+    retries: int = 0,
+    at_once: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Call ``work(item, *shared)`` on the Ray cluster of this session or of ``RAY_ADDRESS``; without one, on a new one.
+
+    Parameters
+    ----------
+    work
+        A function that the machines of the cluster can import or unpickle.
+    items
+        What to work on.
+    shared
+        Sent to each machine once.
+    threads
+        Cores of a worker; where the cluster has GPUs, one of them too.
+    n_jobs
+        Workers of a new cluster; None: as many as there are cores for.
+    retries
+        How often an item whose worker was lost is begun anew.
+    at_once
+        Most items under way, so that results that wait do not fill the memory; None: all.
+
+    Returns
+    -------
+    Number of an item and its result, or the ``RayError`` with which it ended, as they come.
+
+    Raises
+    ------
+    ValueError
+        If the package ray is missing.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("engine 'ray' needs the package ray: pip install 'invirtuo[ray]'") from error
+    from ray.exceptions import RayError
+
+    started = not ray.is_initialized()
+    if started and os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    elif started:
+        ray.init(num_cpus=(n_jobs or n_workers(threads)) * threads, include_dashboard=False, log_to_driver=False)
+    n_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=threads, num_gpus=n_gpus, max_retries=retries)(work)
+    try:
+        sent = [ray.put(thing) for thing in shared]
+        waiting = list(range(len(items)))[::-1]
+        running: dict[Any, int] = {}
+        while waiting or running:
+            while waiting and (at_once is None or len(running) < at_once):
+                number = waiting.pop()
+                running[remote.remote(items[number], *sent)] = number
+            done, _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(done[0])
+            try:
+                result = ray.get(done[0])
+            except RayError as error:
+                result = error
+            yield number, result
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def n_workers(threads: int) -> int:
+    """Workers that this machine has cores for; one where there is a GPU."""
+    import torch
+
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if torch.cuda.is_available() else max(1, available // threads)

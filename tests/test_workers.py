@@ -1,0 +1,112 @@
+"""Formula tests of prediction in pieces: written while it is drawn, and over Ray, with a lost worker, the same cells."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import invirtuo as iv
+from invirtuo.model import Model
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where to note that a worker was lost; "" loses none."""
+
+    mark: str = ""
+
+
+class Fragile(Model):
+    """Draws noise; its first worker process dies in the middle of the work."""
+
+    name = "fragile"
+    Config = Setting
+
+    def sample(self, batch, generator, config):
+        import torch
+
+        mark = Path(self.config.mark)
+        if self.config.mark and os.getpid() != int(mark.read_text()) and not mark.with_suffix(".lost").exists():
+            mark.with_suffix(".lost").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.randn(len(batch.condition), len(self.genes), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return iv.preprocess.normalize(iv.datasets.toy(n_cells=300, n_genes=12))
+
+
+@pytest.fixture(scope="module")
+def plan(cells):
+    return iv.Design.from_adata(cells, perturbation="perturbation", control="control", covariates=["cell_type"])
+
+
+@pytest.fixture(scope="module")
+def model(cells, plan):
+    config = iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1)
+    fit = iv.FitConfig(steps=5, batch_size=32, progress=False, accelerator="cpu")
+    return iv.models.PRiMeFlow(plan, cells.var_names, config).fit(cells, config=fit)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    return pytest.importorskip("ray", reason="needs ray")
+
+
+def same(first, second) -> None:
+    np.testing.assert_array_equal(np.asarray(first.X[:]), np.asarray(second.X[:]))
+    pd.testing.assert_frame_equal(first.obs, second.obs)
+    assert first.uns["invirtuo"].keys() == second.uns["invirtuo"].keys()
+
+
+def test_written_while_drawn(model, plan, cells, tmp_path):
+    wanted = plan.conditions(cells.obs)
+    expected = model.predict(wanted, 7, seed=3)
+    backed = model.predict(wanted, 7, seed=3, out=tmp_path / "p.h5ad")
+    assert backed.isbacked
+    same(backed, expected)
+    backed.file.close()
+    read = anndata.read_h5ad(tmp_path / "p.h5ad")
+    same(read, expected)
+    assert read.var_names.tolist() == expected.var_names.tolist()
+
+
+def test_a_failed_prediction_leaves_the_old_file(model, plan, cells, tmp_path, monkeypatch):
+    (tmp_path / "p.h5ad").write_text("old")
+    monkeypatch.setattr(type(model), "sample", lambda *a: {}["no memory"])
+    with pytest.raises(KeyError):
+        model.predict(plan.conditions(cells.obs), 7, out=tmp_path / "p.h5ad")
+    assert (tmp_path / "p.h5ad").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_ray_draws_the_same_cells(ray, model, plan, cells, tmp_path):
+    wanted = plan.conditions(cells.obs)
+    expected = model.predict(wanted, 7, seed=3)
+    same(model.predict(wanted, 7, seed=3, engine="ray", n_jobs=2), expected)
+    backed = model.predict(wanted, 7, seed=3, engine="ray", n_jobs=1, out=tmp_path / "p.h5ad")
+    same(backed, expected)
+    backed.file.close()
+
+
+def test_a_lost_worker_is_replaced(ray, plan, cells, tmp_path):
+    mark = tmp_path / "mark"
+    mark.write_text(str(os.getpid()))
+    fragile, calm = (Fragile(plan, cells.var_names, Setting(m)).fit(cells) for m in (str(mark), ""))
+    wanted = plan.conditions(cells.obs)
+    made = fragile.predict(wanted, 5, engine="ray", n_jobs=1)
+    assert mark.with_suffix(".lost").exists()
+    np.testing.assert_array_equal(made.X, calm.predict(wanted, 5).X)
+
+
+def test_unknown_engines_are_refused(model, plan, cells):
+    with pytest.raises(ValueError, match="engine is 'abacus'; expected local or ray"):
+        model.predict(plan.conditions(cells.obs), 3, engine="abacus")
