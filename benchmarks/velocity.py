@@ -5,7 +5,8 @@
 Every variant is one run with a constant learning rate; its averaged weights are taken when it has done so many steps,
 so many floating-point operations, and so many CPU seconds. At each mark cells are drawn for the held-out conditions of
 the task and for some that were trained on ("seen"), and judged. Every network gets the same anchors, batches of the
-same size, no calibration. Runs are files in OUT/runs and are not made again; OUT/scores.csv gathers them.
+same size, no calibration. Runs are files in OUT/runs and are not made again; OUT/scores.csv gathers them, a picture
+for each task shows them.
 """
 
 from __future__ import annotations
@@ -145,6 +146,35 @@ def run(task_name: str, variant: str, seed: int, args: argparse.Namespace) -> pd
     return pd.DataFrame(rows)
 
 
+def draw(table: pd.DataFrame, path: Path, metric: str = "mmd_gex") -> None:
+    """Dots for every seed, a row for each variant, a column for each view, one colour for each network."""
+    from matplotlib.figure import Figure
+
+    colours = {"unet": "#0072b2", "mlp": "#e69f00", "genewise": "#d55e00"}
+    chosen = table[table["metric"] == metric]
+    at_time = chosen[(chosen["view"] == "seconds") & (chosen["conditions"] == "held out")]
+    order = at_time.groupby("variant")["value"].mean().sort_values(ascending=False).index
+    titles = {"seconds": "equal CPU time", "flops": "equal arithmetic", "steps": "equal steps"}
+    figure = Figure(figsize=(11, 0.27 * len(order) + 1.2), layout="constrained")
+    for axes, (view, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+        for row, variant in enumerate(order):
+            own = chosen[(chosen["variant"] == variant) & (chosen["view"] == view)]
+            for kind, marker in (("held out", "o"), ("seen", "|")):
+                values = own.loc[own["conditions"] == kind, "value"]
+                axes.plot(values, [row] * len(values), marker, color=colours[variant.split(",")[0]], markersize=5)
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xticks([x for x in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low < x < high], minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(f"{metric} (o unseen, | seen conditions)", fontsize=8)
+        axes.grid(axis="x", color="0.9")
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+    with writing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,7 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     wanted = [(task, variant, seed) for seed in range(args.seeds) for task in args.tasks for variant in args.variants]
     tables = Parallel(args.jobs)(delayed(run)(*each, args) for each in wanted)
-    pd.concat(tables, ignore_index=True).to_csv(args.out / "scores.csv", index=False)
+    table = pd.concat(tables, ignore_index=True)
+    table.to_csv(args.out / "scores.csv", index=False)
+    for task, rows in table.groupby("task"):
+        draw(rows, args.out / f"{task}.png")
 
 
 if __name__ == "__main__":
