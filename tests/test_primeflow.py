@@ -430,6 +430,42 @@ def test_calibration(plan, cells):
     np.testing.assert_array_equal(guided, mean(guidance=1.5))
 
 
+@pytest.mark.parametrize("kind", ["genewise", "unet"])
+def test_groups_that_were_never_seen(kind, cells):
+    """A cell type that no cell of the fit has is known by its control cells, and known groups are as before."""
+    new = (cells.obs["cell_type"] == "t_cell").to_numpy()
+    plan = iv.Design.from_adata(cells[~new], perturbation="perturbation", control="control", covariates=["cell_type"])
+    settings = {} if kind == "genewise" else {"anchor": True, "covariate_scale": 0.0, "hurdle": True}
+    model = PRiMeFlow(plan, cells.var_names, replace(CONFIGS[kind], calibrate=0.5, **settings))
+    model.fit(cells[~new].copy(), config=FIT)
+    wanted = pd.DataFrame({"cell_type": ["t_cell", "b_cell"], "perturbation": ["A", "A"]})
+    with pytest.raises(ValueError, match="t_cell"):
+        model.predict(wanted, 5)
+    wider = model.with_controls(cells)
+    assert wider.design.covariates["cell_type"][-1] == "t_cell" and model.with_controls(cells[~new]) is model
+    both = model.predict(wanted, 300, controls=cells, precision="fp32")
+    names = plan.names(both.obs).to_numpy()
+    alone = model.predict(wanted[1:], 300, precision="fp32")
+    np.testing.assert_allclose(both.X[names == "b_cell|A"], alone.X, atol=1e-5)
+    group, x = wider.design.encode(wanted[:1]), cells.X.toarray()
+    control = x[new & plan.is_control(cells.obs)]
+    features = wider.anchor(group)[0]
+    np.testing.assert_allclose(features[:, 0], control.mean(0), atol=1e-5)
+    np.testing.assert_allclose(features[:, 1], control.std(0), atol=1e-4)
+    assert features[:, 3].abs().sum() > 0  # the effect of A elsewhere
+
+
+def test_groups_that_cannot_be_learned_of(cells):
+    new = (cells.obs["cell_type"] == "t_cell").to_numpy()
+    plan = iv.Design.from_adata(cells[~new], perturbation="perturbation", control="control", covariates=["cell_type"])
+    control = plan.is_control(cells.obs)
+    model = PRiMeFlow(plan, cells.var_names, PAPER).fit(cells[~new].copy(), config=FIT)
+    with pytest.raises(ValueError, match="Only models with anchor=True"):
+        model.with_controls(cells)
+    with pytest.raises(ValueError, match="holds no control cells"):
+        model.with_controls(cells[~control])
+
+
 def test_learns_a_response_it_never_saw(cells, plan):
     """A in t cells: the mean is nearer to the truth than the control mean is, and the spread is that of cells."""
     adata = iv.preprocess.normalize(iv.datasets.toy(n_cells=900, n_genes=N_GENES))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -221,6 +221,14 @@ class Design:
         continuous = {self.time: torch.from_numpy(_numeric(obs, self.time).to_numpy(np.float32))} if self.time else {}
         features = torch.from_numpy(multi_hot @ np.array(self.features, np.float32)) if self.features else None
         return Condition(torch.from_numpy(multi_hot), covariates, continuous, features)
+
+    def with_levels(self, obs: pd.DataFrame) -> Self:
+        """The same Design with the covariate levels of obs that are new to it, behind the known ones."""
+        for name in self.covariates:
+            _check_column(obs, name, "covariates", missing=self.unknown is not None)
+        found = {name: _levels(obs, name, self.unknown) for name in self.covariates}
+        levels = {name: (*known, *sorted(set(found[name]) - set(known))) for name, known in self.covariates.items()}
+        return replace(self, covariates=levels)
 
     def _multi_hot(self, obs: pd.DataFrame) -> np.ndarray:
         """(n, p) single perturbations of every row."""

@@ -316,7 +316,8 @@ class Model(nn.Module):
         seed
             Same seed, same cells, whatever the batch size and the other conditions.
         controls
-            Control cells to start from, for models that need them; None takes those of the fitted data.
+            Control cells to start from, for models that need them; None takes those of the fitted data. For models that
+            know covariates by their control cells (`with_controls`) they may be of groups that were never seen.
         clamp_min
             Raise values below this to it (0 for expression); None leaves them.
         precision
@@ -351,7 +352,8 @@ class Model(nn.Module):
         self._check_fitted()
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; expected at least 1")
-        table = self._conditions(conditions)
+        model = self if controls is None else self.with_controls(controls)
+        table = model._conditions(conditions)
         config = SampleConfig(
             guidance=self._parts(guidance),
             interval=interval,
@@ -362,8 +364,8 @@ class Model(nn.Module):
             precision=precision,
             batch_size=batch_size,
         )
-        request = _Request(table, n_cells, seed, config, self._pool(controls))
-        cells = track(self._drawn(request, engine, n_jobs), "predicting", progress, len(table))
+        request = _Request(table, n_cells, seed, config, model._pool(controls))
+        cells = track(model._drawn(request, engine, n_jobs), "predicting", progress, len(table))
         obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:
@@ -375,6 +377,10 @@ class Model(nn.Module):
                 _fill(_stored(file, shape), cells, n_cells)
             return read_h5ad(out, backed=True)
         return anndata.AnnData(_fill(np.empty(shape, np.float32), cells, n_cells), obs=obs, var=var, uns=uns)
+
+    def with_controls(self, controls: AnnData) -> Self:
+        """The model, or a copy that also knows the covariate groups of these control cells, if it can learn of them."""
+        return self
 
     def _drawn(self, request: _Request, engine: str, n_jobs: int | None) -> Iterator[tuple[int, np.ndarray]]:
         """Number and cells (n, g) of every condition of a request, as they come."""

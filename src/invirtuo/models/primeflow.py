@@ -18,6 +18,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -30,8 +31,11 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.model import Model, Preset, SampleConfig
-from invirtuo.nn import PseudobulkAnchor, SizeFactor, with_mean
+from invirtuo.nn import ConditionEncoder, PseudobulkAnchor, SizeFactor, with_mean
 from invirtuo.nn.velocity import VELOCITIES, Point, Sizes
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 __all__ = ["Config", "PRiMeFlow"]
 
@@ -209,6 +213,49 @@ class PRiMeFlow(Model):
         for codes, levels in zip(condition.covariates.values(), self.design.covariates.values(), strict=True):
             number = number * len(levels) + codes
         return number
+
+    def with_controls(self, controls: AnnData) -> Self:
+        """A copy that also knows the covariate groups of these control cells, which need not have been seen in the fit.
+
+        With anchors and without one-hots of covariates (`covariate_scale = 0`) all that the network knows of a group is
+        the mean and standard deviation of its control cells, and how alike they are to those of groups in which the
+        perturbation was seen.
+
+        Parameters
+        ----------
+        controls
+            Control cells in log space with the columns of the Design, others among them are not looked at. Groups that
+            had control cells in the fit keep those.
+
+        Raises
+        ------
+        ValueError
+            If there are no control cells, or groups are new and the model has no anchors, one-hots of covariates, or
+            depths.
+        """
+        self._check_fitted()
+        controls = controls[self.design.is_control(controls.obs)]
+        if not controls.n_obs:
+            raise ValueError(f"controls= holds no control cells; expected cells labelled {self.design.control!r}")
+        design = self.design.with_levels(controls.obs)
+        if design == self.design and (self.anchor is None or self.anchor.knows(design.encode(controls.obs)).all()):
+            return self
+        if self.anchor is None or self.config.covariate_scale or self.config.depth:
+            raise ValueError(
+                "controls= holds covariate groups that this model was not fitted to. Only models with anchor=True, "
+                "covariate_scale=0 and depth=False learn of groups by their control cells"
+            )
+        self._check_space(controls)
+        table, *moments = CellDataset(self._with_genes(controls), design).pseudobulk()
+        new, state = type(self)(design, self.genes, self.config), self.state_dict()
+        for name, module in new.named_modules():
+            if isinstance(module, ConditionEncoder):
+                state[f"{name}.mlp.0.weight"] = module.widened(self.get_submodule(name))
+        new.load_state_dict(state)
+        new.anchor.add_groups(design.encode(table), *(torch.from_numpy(array) for array in moments))
+        groups = {name: sorted({*levels, *table[name].astype(str)}) for name, levels in self.card["covariates"].items()}
+        new.card = self.card | {"covariates": groups}
+        return new.eval()
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error of the velocity over cells and genes, algorithm 1; in validation also per bin of t."""

@@ -86,6 +86,22 @@ class PseudobulkAnchor(nn.Module):
         self._expected.clear()
         self.bandwidth = self._choose_bandwidth()
 
+    def knows(self, condition: Condition) -> Tensor:
+        """(n,) bool, whether the group of each condition has control cells of its own."""
+        return self._rows(condition.groups) > 0
+
+    def add_groups(self, condition: Condition, mean: Tensor, variance: Tensor, n_cells: Tensor) -> None:
+        """Learn of further groups from the pseudobulk of their control cells; arguments as for :meth:`fit`."""
+        codes = condition.groups
+        new = ~self.knows(condition) & condition.is_control
+        for group in codes[new].unique(dim=0):
+            rows = new & (codes == group).all(1)
+            m, v = _pooled(mean[rows], variance[rows], n_cells[rows])
+            self.codes = torch.cat([self.codes, group[None]])
+            self.control_mean = torch.cat([self.control_mean, m.float()[None]])
+            self.control_sd = torch.cat([self.control_sd, v.sqrt().float()[None]])
+        self._expected.clear()
+
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
         """Features (n, g, 4) of n conditions; null rows hold the statistics of all control cells and no effect."""
         rows, effect = self._rows(condition.groups), self.effect(condition)

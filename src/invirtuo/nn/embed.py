@@ -81,7 +81,7 @@ class ConditionEncoder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.levels = levels
+        self.levels, self.n_continuous = levels, n_continuous
         self.covariate_scale = covariate_scale
         n_in = n_perturbations + sum(levels) + n_continuous
         if activated:
@@ -89,6 +89,18 @@ class ConditionEncoder(nn.Module):
         else:
             self.mlp = MLP(n_in, width, n_layers - 1, n_out=width, dropout=dropout)
         self.null = nn.Parameter(torch.zeros(width))
+
+    def widened(self, narrower: ConditionEncoder) -> Tensor:
+        """First weights (width, n_in) of an encoder that lacks the last levels of some covariates; theirs are 0."""
+        new, old = torch.zeros_like(next(self.mlp.parameters())), next(narrower.mlp.parameters()).detach()
+        n_code = new.shape[1] - sum(self.levels) - self.n_continuous
+        to, start = n_code, n_code
+        new[:, :n_code] = old[:, :n_code]
+        for wide, narrow in zip(self.levels, narrower.levels, strict=True):
+            new[:, to : to + narrow] = old[:, start : start + narrow]
+            to, start = to + wide, start + narrow
+        new[:, to:] = old[:, start:]
+        return new
 
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
         """Encode n conditions; rows where `is_null` (n,) is True become the null condition. Gives (n, width)."""
