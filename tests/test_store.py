@@ -294,6 +294,38 @@ def test_models_fit_from_files(name, whole, plan, split, folder):
                                       one.predict(plan.conditions(whole.obs)[:2], 5).X)  # fmt: skip
 
 
+def test_count_models_fit_from_files(raw, tmp_path):
+    plan = iv.Design.from_adata(raw, covariates=["cell_type"])
+    config = iv.models.CFGen.Config(n_latent=4, hidden_rna=(16,), hidden=16, embedding=8, n_blocks=1)
+    counts = iv.CellStore.open(spread(raw, tmp_path / "raw"))
+    shuffle(counts, tmp_path / "store", counts=True)
+    for cells_of in (counts, tmp_path / "store"):
+        model = iv.models.CFGen(plan, raw.var_names, config).fit(cells_of, config=FIT)
+        assert model.generate(7).X.sum() > 0
+    memory = iv.models.CFGen(plan, raw.var_names, config).fit(raw, config=FIT)
+    assert {tuple(row.values()) for row in model.card["labels"]} == {tuple(r.values()) for r in memory.card["labels"]}
+    broken = spread(iv.preprocess.normalize(raw), tmp_path / "log")
+    with pytest.raises(ValueError, match="expected raw counts"):
+        iv.models.CFGen(plan, raw.var_names, config).fit(broken, config=FIT)
+    empty = raw.copy()
+    empty.X.data[empty.X.indptr[3] : empty.X.indptr[4]] = 0
+    with pytest.raises(ValueError, match="1 training cells have no counts; remove them"):
+        iv.models.CFGen(plan, raw.var_names, config).fit(spread(empty, tmp_path / "empty"), config=FIT)
+
+
+def test_embeddings_and_transitions_fit_from_files(whole, plan, split, folder):
+    sizes = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2}
+    se = iv.models.StateEmbedding.Config(**sizes, gene_vectors="random", gene_width=8, n_dataset=2, length=8)
+    st = iv.models.StateTransition.Config(**sizes, set_size=16)
+    for kind, config, data in (("state_embedding", se, plan), ("state_transition", st, plan)):
+        disk, memory = (iv.models.MODELS[kind](data, whole.var_names, config) for _ in range(2))
+        disk.prepare(iv.CellDataset.open(folder, data, split))
+        memory.prepare(iv.CellDataset(plain(whole), data, split))
+        for key, value in memory.named_buffers():
+            assert torch.equal(dict(disk.named_buffers())[key], value), key
+        assert np.isfinite(disk.fit(folder, split, FIT).history["train_total"]).all()
+
+
 def test_validation_cells_are_those_of_memory(whole, plan, split, folder):
     model = iv.models.LinearAdditive(plan, whole.var_names)
     disk, memory = iv.CellDataset.open(folder, plan, split), iv.CellDataset(plain(whole), plan, split)

@@ -1,4 +1,4 @@
-"""Formula tests of prediction in pieces: written while it is drawn, and over Ray, with a lost worker, the same cells."""
+"""Formula tests of prediction in pieces: written while drawn, and over Ray, with a lost worker, the same cells."""
 
 from __future__ import annotations
 

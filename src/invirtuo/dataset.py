@@ -231,6 +231,15 @@ class CellDataset:
         else:
             yield from self.matrix.store.blocks(rows)
 
+    def totals(self, rows: np.ndarray, n_columns: int | None = None) -> np.ndarray:
+        """(n,) float32 sums of rows (rising) over the first columns; None: over all."""
+        if sparse.issparse(self.matrix):
+            pieces = iter([(rows, self.matrix[rows])])
+        else:
+            pieces = self.matrix.store.blocks(rows)
+        sums = [x[:, :n_columns].sum(axis=1) if n_columns else x.sum(axis=1) for _, x in pieces]
+        return np.concatenate([np.asarray(total, dtype=np.float32).ravel() for total in sums])
+
     def smallest(self, part: str = "train") -> float:
         """Smallest value above zero of a part; infinity if there is none."""
         return min((float(x.data[x.data > 0].min(initial=np.inf)) for _, x in self.blocks(part)), default=np.inf)

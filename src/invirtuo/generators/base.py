@@ -23,7 +23,7 @@ from torch import Tensor
 from invirtuo import fit as fitting
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import check_values, looks_like_counts, require_counts, some
-from invirtuo.dataset import CellDataset
+from invirtuo.dataset import CellDataset, opened
 from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
@@ -32,6 +32,7 @@ from invirtuo.metrics.copies import copying
 from invirtuo.model import Model, SampleConfig, track
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
+from invirtuo.store import CellStore
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -96,8 +97,12 @@ class CountGenerator(Model):
     ) -> Self:
         """Fit to the training cells of an AnnData with raw counts in X, or in ``layers["counts"]``.
 
-        Cells without counts are left out, and counted in the log. Arguments as :meth:`Model.fit`.
+        Cells without counts are left out, and counted in the log; in files they are an error. Arguments as
+        :meth:`Model.fit`.
         """
+        adata = opened(adata, self.design)
+        if isinstance(adata, CellStore):
+            return super().fit(adata, split, config, **options)
         adata = counted(adata)
         check_values(adata)
         filled = self._depths(adata[:, self.genes] if list(adata.var_names) != self.genes else adata) > 0
@@ -112,8 +117,11 @@ class CountGenerator(Model):
         """Learn the distribution of the depth of training cells."""
         rows = dataset.rows("train")
         _, column = self._depth_kind()
-        groups = self._groups(dataset.condition[torch.from_numpy(rows)])
-        self.depth.fit(self._size(dataset, rows), groups, len(self.design.covariates[column]) if column else 0)
+        groups = self._groups(dataset.condition)[torch.from_numpy(rows)]
+        size = self._size(dataset, rows)
+        if not bool((size > 0).all()):
+            raise ValueError(f"{int((size <= 0).sum())} training cells have no counts; remove them from the files")
+        self.depth.fit(size, groups, len(self.design.covariates[column]) if column else 0)
 
     def facts(self, dataset: CellDataset) -> dict[str, Any]:
         """Combinations of labels among the training cells, with their numbers."""
@@ -130,9 +138,7 @@ class CountGenerator(Model):
         return np.asarray(x.sum(axis=1), dtype=np.float64).ravel()
 
     def _size(self, dataset: CellDataset, rows: np.ndarray) -> Tensor:
-        x = dataset.matrix[rows]
-        x = x[:, : self.n_counted] if self.n_counted else x
-        return torch.from_numpy(np.asarray(x.sum(axis=1), dtype=np.float32).ravel())
+        return torch.from_numpy(dataset.totals(rows, self.n_counted))
 
     def _groups(self, condition: Condition) -> Tensor:
         """(n,) group whose depth is drawn for each cell, -1 for all cells."""
@@ -162,6 +168,11 @@ class CountGenerator(Model):
 
     def _check_space(self, adata: AnnData) -> None:
         require_counts(adata)
+        if isinstance(adata, CellStore):
+            whole = adata.scan().whole if adata.manifest is None else adata.manifest.get("values") == "counts"
+            if not whole:
+                raise ValueError("the files hold values that are not whole numbers; prepare them with --counts")
+            return
         values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X)
         broken = int((values != np.rint(values)).sum())
         if broken:

@@ -211,13 +211,14 @@ class StateEmbedding(Model):
         rows = dataset.rows("train")
         if levels is not None and bool((levels < 0).any()):
             raise ValueError(f"{self.config.dataset!r} is unknown for some cells; name the data set of every cell")
-        for level in range(len(self.measured)):
-            own = rows if levels is None else rows[levels[torch.from_numpy(rows)].numpy() == level]
-            found = np.asarray(dataset.matrix[own].max(axis=0).todense()).ravel() > 0 if len(own) else np.zeros(n_genes)
-            self.measured[level] = torch.from_numpy(found.astype(bool)) & self.known
+        of_level = np.zeros(len(dataset.split), np.int64) if levels is None else levels.numpy()
+        n_cells = np.zeros((len(self.measured), n_genes), np.int64)  # that express a gene, by data set
+        for own, x in dataset.blocks("train"):
+            for level in np.unique(of_level[own]):
+                n_cells[level] += np.asarray((x[of_level[own] == level] > 0).sum(axis=0)).ravel()
+        self.measured.copy_(torch.from_numpy(n_cells > 0) & self.known)
         if self.config.order == "specific":
-            n_cells = np.asarray((dataset.matrix[rows] > 0).sum(axis=0)).ravel()
-            self.weight.copy_(torch.from_numpy(np.log1p(len(rows) / np.maximum(n_cells, 1))))
+            self.weight.copy_(torch.from_numpy(np.log1p(len(rows) / np.maximum(n_cells.sum(0), 1))))
         by_name = np.argsort(np.array(self.genes), kind="stable")
         self.rank[torch.from_numpy(by_name)] = torch.arange(n_genes, 0, -1)
         self.filler.copy_(torch.from_numpy(np.random.default_rng(0).permutation(n_genes) + 1))
