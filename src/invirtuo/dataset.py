@@ -19,7 +19,7 @@ from invirtuo.design import Design
 from invirtuo.preprocess import TOTAL, check_genes, check_values
 from invirtuo.samplers import Layout, Rows, Sampler
 from invirtuo.store import CellStore
-from invirtuo.store.windows import Stock, ahead, windows
+from invirtuo.store.windows import Held, Stock, ahead, windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -77,7 +77,7 @@ class CellDataset:
         self.size_factor = torch.from_numpy(_size_factors(depth, self.split == "train"))
         self._layouts: dict[str, Layout] = {}
         self._stock: Stock | None = None
-        self._kept: dict[tuple, list[Batch]] = {}
+        self._kept: dict[tuple, tuple[list[Rows], Held]] = {}
 
     @classmethod
     def open(
@@ -199,9 +199,13 @@ class CellDataset:
         if not self.on_disk:
             return islice(self.batches(sampler, batch_size, part=part, seed=seed), n_batches)
         if key not in self._kept:
-            drawn = islice(sampler(self.layout(part), batch_size, np.random.default_rng(seed)), n_batches)
-            self._kept[key] = [self.take(rows) for rows in drawn]
-        return self._kept[key]
+            drawn = sampler(self.layout(part), batch_size, np.random.default_rng(seed))
+            batches = list(islice(drawn, n_batches))
+            wanted = [part for rows in batches for part in (rows.target, rows.source) if part is not None]
+            needed = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
+            self._kept[key] = batches, Held(needed, self.matrix.store.read(needed))
+        batches, held = self._kept[key]
+        return (self.take(rows, held.dense) for rows in batches)
 
     def take(self, rows: Rows | np.ndarray, dense: Dense | None = None) -> Batch:
         """Read some rows as a Batch, with `dense` where they are in a window."""

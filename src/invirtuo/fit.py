@@ -509,7 +509,7 @@ def _bar(config: FitConfig, start: int):
         """Shows steps done, time left and the loss."""
 
         def on_train_start(self, trainer, module):
-            self.progress = Progress(*columns)
+            self.progress = Progress(*columns, disable=not trainer.is_global_zero)
             self.task = self.progress.add_task("fitting", total=config.steps, completed=start, loss=float("nan"))
             self.progress.start()
 

@@ -680,14 +680,15 @@ def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, An
 def _control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, sparse.csr_matrix]:
     """Training control cells of every group, at most `limit` of each, chosen by a fixed seed."""
     rows = dataset.rows("train")
-    obs = dataset.obs.iloc[rows]
-    groups = dataset.design.groups(obs).to_numpy()
-    control = dataset.design.is_control(obs)
+    design = dataset.design
+    table, kind = design.kinds(dataset.obs.iloc[rows])
+    number, names = pd.factorize(design.groups(table), sort=True)
+    group, control = number[kind], design.is_control(table)[kind]
     rng = np.random.default_rng(0)
     pool = {}
-    for group in np.unique(groups[control]):
-        members = rows[(groups == group) & control]
-        pool[str(group)] = dataset.matrix[np.sort(rng.permutation(members)[:limit])]
+    for g in np.unique(group[control]):
+        members = rows[(group == g) & control]
+        pool[str(names[g])] = dataset.matrix[np.sort(rng.permutation(members)[:limit])]
     return pool
 
 

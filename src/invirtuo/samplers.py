@@ -84,8 +84,9 @@ class Layout:
         time = table[design.time].to_numpy(float)[kind] if design.time else None
         pools = {}
         if spare is not None:
-            others = spare[design.is_control(obs.iloc[spare])]
-            groups = design.groups(obs.iloc[others]).to_numpy()
+            known, of_known = design.kinds(obs.iloc[spare])
+            control = design.is_control(known)[of_known]
+            others, groups = spare[control], design.groups(known).to_numpy()[of_known[control]]
             pools = {g: others[groups == name] for g, name in enumerate(names)}
         is_control = design.is_control(table)[kind]
         return cls(rows, group[kind], condition[kind], is_control, time, tuple(map(str, names)), pools)
