@@ -563,3 +563,13 @@ def test_damaged_manifests_are_refused(raw, tmp_path):
     manifest.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         iv.CellStore.open(tmp_path / "store")
+
+
+def test_a_file_that_is_cut_while_it_is_read(raw, plan, tmp_path):
+    shuffle(iv.CellStore.open(spread(raw, tmp_path / "raw")), tmp_path / "store")
+    store = iv.CellStore.open(tmp_path / "store")
+    dataset = iv.CellDataset(store, plan)
+    path = store.parts[0].path
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="00000.h5ad is truncated or damaged"):
+        list(dataset.batches(cells, 32))
