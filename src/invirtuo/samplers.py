@@ -131,11 +131,14 @@ def cells(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator
 def pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
     """Every perturbed cell once, each with a random control cell of the same covariates."""
     controls = layout.controls()
+    sizes = np.zeros(max(controls, default=-1) + 1, dtype=np.int64)
+    sizes[list(controls)] = [len(pool) for pool in controls.values()]
+    first, pooled = np.cumsum(sizes) - sizes, np.concatenate([*controls.values()]) if controls else layout.rows
     targets = rng.permutation(np.flatnonzero(~layout.is_control))
     for start in range(0, len(targets), batch_size):
         target = targets[start : start + batch_size]
-        source = np.array([controls[g][rng.integers(len(controls[g]))] for g in layout.group[target]])
-        yield Rows(layout.rows[target], source)
+        group = layout.group[target]
+        yield Rows(layout.rows[target], pooled[first[group] + rng.integers(sizes[group])])
 
 
 def sets(layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size: int = 64) -> Iterator[Rows]:
