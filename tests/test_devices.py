@@ -52,7 +52,9 @@ KILLED = """
 import lightning
 class Kill(lightning.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        killed = here.Path(sys.argv[2], "killed")
+        if batch_idx == 6 and os.environ["RANK"] == "1" and not killed.exists():
+            killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 here.fitted("plain", 2, sys.argv[2], resume=True, callbacks=[Kill()])
 """
@@ -79,10 +81,10 @@ def fitted(name: str, devices: int, out: str | Path, **options):
     return model
 
 
-def torchrun(body: str, *arguments: object, restarts: int = 0) -> None:
+def torchrun(body: str, *arguments: object) -> None:
     script = Path(str(arguments[0])) / "script.py"
     script.write_text(CODE.format(body=body))
-    options = ["--standalone", "--nproc-per-node", 2, "--max-restarts", restarts]
+    options = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 0]
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *options, script]
     command = [*map(str, command), str(Path(__file__).parent), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -131,7 +133,10 @@ def test_files_are_read_by_shares(two):
 
 
 def test_a_killed_worker_changes_nothing(two, tmp_path):
-    torchrun(KILLED, tmp_path, restarts=1)
+    with pytest.raises(AssertionError, match="SIGKILL|exitcode"):
+        torchrun(KILLED, tmp_path)
+    assert (tmp_path / "killed").exists()
+    torchrun(KILLED, tmp_path)
     pd.testing.assert_frame_equal(history(tmp_path / "plain"), history(two / "plain"))
     first, second = (load_file(out / "plain" / "last.safetensors") for out in (two, tmp_path))
     assert first.keys() == second.keys()
