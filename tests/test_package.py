@@ -24,6 +24,7 @@ LAYERS = [
     },
     {"samplers", "datasets", "fit", "store"},
     {"dataset"},
+    {"drawing"},
     {"model"},
     {"generators", "dynamics"},
     {"models"},

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -27,15 +25,13 @@ from invirtuo.batch import Batch
 from invirtuo.checks import require_counts, require_log, some
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
+from invirtuo.drawing import Request, SampleConfig, control_pool, drawn, filled, stored
 from invirtuo.files import read_h5ad, writing, writing_h5ad
 from invirtuo.fit import FitConfig
-from invirtuo.flow import SOLVERS
 from invirtuo.samplers import Sampler
 from invirtuo.transforms import TRANSFORMS, Transform
-from invirtuo.workers import n_workers, over_ray
 
 if TYPE_CHECKING:
-    import h5py
     from anndata import AnnData
 
     from invirtuo.store import CellStore
@@ -52,35 +48,6 @@ class Preset:
     config: Any
     fit: FitConfig = field(default_factory=FitConfig)
     source: str = ""
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How cells are drawn from a fitted model."""
-
-    guidance: float | Mapping[str, float] = 1.0  # weight of classifier-free guidance, or of its parts; 1 is none
-    interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts
-    steps: int | None = None  # steps of the solver; None: the model's own
-    solver: str | None = None  # name in flow.SOLVERS, or dopri5; None: the model's own
-    grid: tuple[float, ...] | None = None  # times of the steps, instead of `steps` uniform ones
-    clamp_min: float | None = None  # raise values below this to it; None leaves them
-    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where it is measured to be faster
-    batch_size: int = 256  # cells in the network at once; does not change the numbers
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
-        if self.solver is not None and self.solver not in (*SOLVERS, "dopri5"):
-            raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}, dopri5")
-        weights = self.guidance if isinstance(self.guidance, Mapping) else {"": self.guidance}
-        if not all(math.isfinite(weight) for weight in weights.values()):
-            raise ValueError(f"guidance is {self.guidance}; expected finite numbers")
-        if self.grid is not None and ([*self.grid] != sorted({*self.grid}) or self.grid[:1] + self.grid[-1:] != (0, 1)):
-            raise ValueError(f"grid is {self.grid}; expected times that rise from 0 to 1")
-        for name in ("steps", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
 
 
 class Model(nn.Module):
@@ -235,7 +202,7 @@ class Model(nn.Module):
         self.card = {}  # a fit that fails leaves an unfitted model
         self.prepare(dataset)
         if self.needs_source:
-            self._controls = _control_pool(dataset)
+            self._controls = control_pool(dataset)
         if any(p.requires_grad for p in self.parameters()):
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
@@ -364,8 +331,8 @@ class Model(nn.Module):
             precision=precision,
             batch_size=batch_size,
         )
-        request = _Request(table, n_cells, seed, config, model._pool(controls))
-        cells = track(model._drawn(request, engine, n_jobs), "predicting", progress, len(table))
+        request = Request(table, n_cells, seed, config, model._pool(controls))
+        cells = track(drawn(model, request, engine, n_jobs), "predicting", progress, len(table))
         obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:
@@ -374,51 +341,13 @@ class Model(nn.Module):
         shape = (len(obs), len(self.genes))
         if out is not None:
             with writing_h5ad(out, obs, var, uns) as file:
-                _fill(_stored(file, shape), cells, n_cells)
+                filled(stored(file, shape), cells, n_cells)
             return read_h5ad(out, backed=True)
-        return anndata.AnnData(_fill(np.empty(shape, np.float32), cells, n_cells), obs=obs, var=var, uns=uns)
+        return anndata.AnnData(filled(np.empty(shape, np.float32), cells, n_cells), obs=obs, var=var, uns=uns)
 
     def with_controls(self, controls: AnnData) -> Self:
         """The model, or a copy that also knows the covariate groups of these control cells, if it can learn of them."""
         return self
-
-    def _drawn(self, request: _Request, engine: str, n_jobs: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        """Number and cells (n, g) of every condition of a request, as they come."""
-        fitting.keep_freed_memory()
-        if engine == "local":
-            yield from self._conditions_drawn(range(len(request.table)), request)
-            return
-        threads = torch.get_num_threads()
-        workers, n = n_jobs or n_workers(threads), len(request.table)
-        precision = "bf16" if fitting.use_bf16(request.config) else "fp32"  # as here, not as measured there
-        request = replace(request, config=replace(request.config, precision=precision))
-        size = min(max(n // (4 * workers), 1), 8)  # conditions of a task: the model is sent with each
-        tasks = [range(i, min(i + size, n)) for i in range(0, n, size)]
-        options = {"threads": threads, "n_jobs": n_jobs, "retries": 3, "at_once": 2 * workers}
-        for number, cells in over_ray(_on_worker, tasks, self, request, threads, **options):
-            if isinstance(cells, Exception):
-                first = request.table.iloc[tasks[number][0]].to_dict()
-                raise RuntimeError(f"the worker that drew {first} and what follows ended: {cells}") from cells
-            yield from zip(tasks[number], cells, strict=True)
-
-    @torch.no_grad()
-    def _conditions_drawn(self, places: Iterable[int], request: _Request) -> Iterator[tuple[int, np.ndarray]]:
-        """Number and cells of some conditions; each depends on the seed and its name alone."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        table, config, n_cells = request.table, request.config, request.n_cells
-        self.eval().to(device)
-        bf16 = fitting.use_bf16(config)
-        for i in places:
-            name = self.design.names(table.iloc[[i]]).iloc[0]
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed}|{name}".encode()))
-            batch = Batch(self.design.encode(table.iloc[[i] * n_cells]))
-            if self.needs_source:
-                source = _draw(request.pool, self.design.groups(table.iloc[[i]]).iloc[0], n_cells, generator)
-                batch = Batch(batch.condition, source=source)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x = self.sample(batch.to(device), generator, config).float().cpu()
-            yield i, (x if config.clamp_min is None else x.clamp_min(config.clamp_min)).numpy()
-        self.cpu()
 
     def generate(self, *_: Any, **__: Any) -> AnnData:
         """Draw cells as counts; only count models can."""
@@ -603,7 +532,7 @@ class Model(nn.Module):
             return self._controls
         self._check_space(controls)
         dataset = CellDataset(self._with_genes(controls), self.design)
-        return _control_pool(dataset)
+        return control_pool(dataset)
 
     def _provenance(self, seed: int, config: SampleConfig) -> dict[str, Any]:
         return {
@@ -617,39 +546,6 @@ class Model(nn.Module):
             "perturbation": self.design.perturbation or "",
             "control": self.design.control or "",
         }
-
-
-@dataclass(frozen=True)
-class _Request:
-    """Cells to draw: of which conditions, how many of each, and how."""
-
-    table: pd.DataFrame
-    n_cells: int
-    seed: int
-    config: SampleConfig
-    pool: Mapping[str, sparse.csr_matrix]
-
-
-def _on_worker(places: Sequence[int], model: Model, request: _Request, threads: int) -> list[np.ndarray]:
-    """Cells of some conditions, drawn in a process of a cluster."""
-    torch.set_num_threads(threads)
-    return [cells for _, cells in model._conditions_drawn(places, request)]
-
-
-def _stored(file: h5py.File, shape: tuple[int, int]) -> h5py.Dataset:
-    """X of an h5ad, to be filled: dense, compressed, in pieces of about 1 MiB."""
-    pieces = (min(max((1 << 18) // max(shape[1], 1), 1), shape[0]), shape[1])
-    file.pop("X", None)
-    x = file.create_dataset("X", shape, np.float32, chunks=pieces, compression="gzip", compression_opts=1)
-    x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    return x
-
-
-def _fill(x: Any, cells: Iterable[tuple[int, np.ndarray]], n_cells: int) -> Any:
-    """Put the cells of every condition where they belong."""
-    for i, values in cells:
-        x[i * n_cells : (i + 1) * n_cells] = values
-    return x
 
 
 def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
@@ -675,32 +571,6 @@ def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, An
         "covariates": {name: sorted(set(table[name]) - {design.unknown}) for name in design.covariates},
         "held_out": held_out,
     }
-
-
-def _control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, sparse.csr_matrix]:
-    """Training control cells of every group, at most `limit` of each, chosen by a fixed seed."""
-    rows = dataset.rows("train")
-    design = dataset.design
-    table, kind = design.kinds(dataset.obs.iloc[rows])
-    number, names = pd.factorize(design.groups(table), sort=True)
-    group, control = number[kind], design.is_control(table)[kind]
-    rng = np.random.default_rng(0)
-    pool = {}
-    for g in np.unique(group[control]):
-        members = rows[(group == g) & control]
-        pool[str(names[g])] = dataset.matrix[np.sort(rng.permutation(members)[:limit])]
-    return pool
-
-
-def _draw(pool: Mapping[str, sparse.csr_matrix], group: str, n: int, generator: torch.Generator) -> Tensor:
-    """n control cells of a group; each is used once before any is used again."""
-    if group not in pool:
-        raise ValueError(
-            f"no control cells for the covariates {group!r}; known: {some(pool)}. Pass them with controls="
-        )
-    cells = pool[group]
-    rows = torch.cat([torch.randperm(cells.shape[0], generator=generator) for _ in range(-(-n // cells.shape[0]))])[:n]
-    return torch.from_numpy(cells[rows.numpy()].toarray())
 
 
 def config_from(cls: type, values: Mapping[str, Any]) -> Any:
