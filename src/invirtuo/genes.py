@@ -13,7 +13,6 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scipy.interpolate import CubicHermiteSpline
 
 from invirtuo.checks import some
 
@@ -174,6 +173,8 @@ def loess(x: np.ndarray, y: np.ndarray, *, span: float = 0.3) -> np.ndarray:
     n_near = min(max(int(len(x) * span + 1e-5), 3), len(x))
     knots = _knots(x_sorted, int(len(x) * span * CELL))
     fits = [_local_fit(x_sorted, y_sorted, knot, n_near) for knot in knots]
+    from scipy.interpolate import CubicHermiteSpline  # slow to import
+
     return CubicHermiteSpline(knots, [value for value, _ in fits], [slope for _, slope in fits])(x)
 
 

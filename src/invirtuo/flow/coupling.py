@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 __all__ = ["exact_coupling", "plan_pairs", "sinkhorn"]
@@ -30,6 +29,8 @@ def exact_coupling(x0: Tensor, x1: Tensor) -> Tensor:
     if len(x0) != len(x1):
         raise ValueError(f"exact coupling needs equally many sources and targets, found {len(x0)} and {len(x1)}")
     cost = torch.cdist(x0.double(), x1.double()).square()
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     return torch.as_tensor(columns, device=x1.device)
 

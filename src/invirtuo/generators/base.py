@@ -28,7 +28,6 @@ from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
 from invirtuo.generators.output import Block, assembled, in_rows, write_cells
-from invirtuo.metrics.copies import copying
 from invirtuo.model import Model, SampleConfig, track
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
@@ -471,6 +470,8 @@ class CountGenerator(Model):
         both.obs["is_generated"] = np.arange(both.n_obs) >= real.n_obs
         both.uns["invirtuo"] = made.uns["invirtuo"] | {"augmented": json.dumps(counts), "by": by}
         if check_copies:
+            from invirtuo.metrics import copying  # imports all of SciPy's optimisation and statistics
+
             others = None if train.all() else every[~train]
             both.uns["invirtuo"]["copying"] = copying(made, real, others, by=by)
         return both

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import leaves_list, linkage
 from torch import Tensor, nn
 
 from invirtuo.batch import Batch, Condition
@@ -390,6 +389,8 @@ def _gene_order(kind: str, dataset: CellDataset) -> Tensor:
     rng = np.random.default_rng(0)
     if kind == "random":
         return torch.from_numpy(rng.permutation(n_genes))
+    from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
+
     rows = dataset.rows("train")
     x = dataset.dense(np.sort(rng.permutation(rows)[:ORDERED_BY])).numpy()
     standard = (x - x.mean(0)) / (x.std(0) + 1e-3)
