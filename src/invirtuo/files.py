@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-__all__ = ["check_h5ad", "read_h5ad", "writing", "writing_h5ad"]
+__all__ = ["bytes_by_row", "check_h5ad", "read_h5ad", "writing", "writing_h5ad"]
 
 BLOCK = 1 << 22  # values read at a time
 INFLATION = 2000  # gzip reaches about 1000
@@ -109,6 +109,22 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
             f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again"
         )
     return adata
+
+
+def bytes_by_row(path: str | os.PathLike) -> int:
+    """Bytes that X takes in memory; 0 if it is not stored by rows (CSR or dense), or not there.
+
+    Raises
+    ------
+    ValueError
+        As :func:`check_h5ad`.
+    """
+    check_h5ad(path, values=False)
+    with h5py.File(path, "r") as file:
+        x = file.get("X")
+        if isinstance(x, h5py.Group) and x.attrs.get("encoding-type") == "csr_matrix":
+            return sum(x[name].nbytes for name in ("data", "indices") if name in x)
+        return x.nbytes if isinstance(x, h5py.Dataset) else 0
 
 
 def check_h5ad(path: str | os.PathLike, *, values: bool = True) -> None:

@@ -21,8 +21,8 @@ from invirtuo.cli.options import (
 
 
 def evaluate(
-    pred: Annotated[Path, typer.Argument(help="h5ad with predicted cells.")],
-    real: Annotated[Path, typer.Argument(help="h5ad with real cells, controls among them.")],
+    pred: Annotated[Path, typer.Argument(help="h5ad or zarr with predicted cells, or a folder of files or a store.")],
+    real: Annotated[Path, typer.Argument(help="The same of real cells, controls among them.")],
     out: Out,
     perturbation: Perturbation = None,
     control: Control = None,
@@ -39,15 +39,18 @@ def evaluate(
 ) -> None:
     """Score predicted cells against real cells; writes a tidy CSV."""
     import invirtuo
-    from invirtuo.files import read_h5ad, writing
+    from invirtuo.files import writing
+    from invirtuo.metrics.cells import of_side
+    from invirtuo.metrics.streamed import opened
 
-    reality = read_h5ad(real)
+    layers = _layers(layer)
+    reality = opened(real, layer=of_side(layers, "real"))
     design = invirtuo.Design.from_adata(
-        reality, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+        reality.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
     )
     names = metrics.split(",") if metrics else None
-    options = {"n_pcs": n_pcs, "controls": controls, "scale": scale, "layer": _layers(layer)}
-    scores = invirtuo.evaluate(read_h5ad(pred), reality, design, names, **options)
+    options = {"n_pcs": n_pcs, "controls": controls, "scale": scale, "layer": layers}
+    scores = invirtuo.evaluate(pred, reality, design, names, **options)
     with writing(out) as path:
         scores.to_csv(path, index=False)
     if not quiet:

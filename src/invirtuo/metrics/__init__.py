@@ -20,12 +20,10 @@ from invirtuo.metrics.embedding import label_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
-
-    from anndata import AnnData
 
     from invirtuo.design import Design
     from invirtuo.metrics.cells import Layer, Scale
+    from invirtuo.metrics.streamed import Source
 
 __all__ = [
     "METRICS",
@@ -79,8 +77,8 @@ ABSENT = ("de_direction_match", "de_recall", "de_spearman_lfc")  # no value, not
 
 
 def evaluate(
-    pred: AnnData | str | Path,
-    real: AnnData | str | Path,
+    pred: Source,
+    real: Source,
     design: Design,
     metrics: Sequence[str] | str | None = None,
     *,
@@ -94,7 +92,8 @@ def evaluate(
     Parameters
     ----------
     pred, real
-        AnnData or path of an h5ad file, from anyone; X holds log1p-normalised expression. Genes are matched by name.
+        AnnData, backed or not, a :class:`~invirtuo.CellStore`, or the path of an h5ad or zarr, of a folder of them, or
+        a list of paths; from anyone. X holds log1p-normalised expression. Genes are matched by name.
         `real` needs control cells in every scored covariate group; those of `pred` are not looked at unless `controls`
         is "pred".
     design
@@ -126,6 +125,15 @@ def evaluate(
     ------
     ValueError
         If the files cannot be compared; the message says why and what to do.
+
+    Notes
+    -----
+    An h5ad named by its path stays on disk if its X takes more than 512 MiB and is not stored by columns; backed files,
+    zarr, folders, lists and stores always do. Then only `obs` is in memory, and the cells of one condition at a time
+    (dense where a metric takes distances); each condition is read once or more for each metric. Nothing is sampled:
+    moments of many cells and principal axes come from passes over all cells. Scores are those of the same cells in
+    memory; a store reads values as CSR in float32, and for other files and for more than 2,048 genes "the same" is up
+    to rounding. Cells of a condition that lie scattered in a compressed file are slow to read: shuffle it to a store.
     """
     chosen = choose(metrics, design)
     pair = Pair(pred, real, design, n_pcs=n_pcs, controls=controls, scale=scale, layer=layer)
@@ -133,7 +141,7 @@ def evaluate(
 
 
 def noise_floor(
-    real: AnnData | str | Path,
+    real: Source,
     design: Design,
     metrics: Sequence[str] | str | None = None,
     *,
@@ -164,7 +172,7 @@ def noise_floor(
 
 
 def ceiling(
-    real: AnnData | str | Path,
+    real: Source,
     design: Design,
     metrics: Sequence[str] | str | None = "cell_eval",
     *,

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from scipy import linalg, sparse
+from scipy import linalg
+
+from invirtuo.metrics.streamed import Streamed
 
 __all__ = ["principal_axes", "projected"]
 
@@ -24,7 +26,8 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     cells
-        (n, g), sparse or dense.
+        (n, g), sparse, dense or streamed from disk: in one pass for the mean and one for the scatter matrix of up to
+        2,048 genes; the axes of more genes take some ten passes or more.
     n_pcs
         Number of axes. Fewer are returned, with a warning, if the cells do not have as many.
 
@@ -39,7 +42,8 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
     d = min(n_pcs, n - 1, g - 1)
     if d < 1:
         raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
-    centre = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
+    streamed = isinstance(cells, Streamed)
+    centre = cells.mean() if streamed else np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
     way = _axes_of_few_genes if g <= FEW else _axes_of_few_cells if n <= FEW else _axes_of_many_genes
     variances, axes = way(cells, centre, d)
     axes = axes[:, variances > 1e-12 * variances.max()]  # directions without variance are arbitrary
@@ -51,7 +55,7 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def projected(cells, centre: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """(n, d) coordinates of cells (n, g), sparse or dense, on axes (g, d) through the centre (g,)."""
+    """(n, d) coordinates of cells (n, g), sparse, dense or streamed, on axes (g, d) through the centre (g,)."""
     return cells @ axes - centre @ axes
 
 
@@ -61,7 +65,7 @@ def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, n
     scatter = np.zeros((g, g))
     for start in range(0, n, BLOCK):
         block = cells[start : start + BLOCK]
-        shifted = (block.toarray() if sparse.issparse(block) else block) - centre
+        shifted = _dense(block) - centre
         scatter += shifted.T @ shifted
     variances, axes = linalg.eigh(scatter, subset_by_index=[g - d, g - 1])
     return variances[::-1], axes[:, ::-1]
@@ -69,7 +73,7 @@ def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, n
 
 def _axes_of_few_cells(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
     """By the eigenvectors of the products of cells (n, n)."""
-    shifted = (cells.toarray() if sparse.issparse(cells) else cells) - centre
+    shifted = _dense(cells) - centre
     n = len(shifted)
     variances, weights = linalg.eigh(shifted @ shifted.T, subset_by_index=[n - d, n - 1])
     axes, _ = linalg.qr(shifted.T @ weights[:, ::-1], mode="economic")
@@ -84,7 +88,8 @@ def _axes_of_many_genes(
     Ends when the residual of each axis is below `tolerance` of the largest variance, which makes the variances exact to
     its square. Blocks read sparse cells once for several vectors, a restarted iteration once for each.
     """
-    cells = cells.astype(np.float64, copy=False)
+    if not isinstance(cells, Streamed):
+        cells = cells.astype(np.float64, copy=False)
     bounds = np.linspace(0, cells.shape[0], torch.get_num_threads() + 1).astype(int)
     parts = [cells[slice(*rows)] for rows in itertools.pairwise(bounds)]
     block = linalg.qr(np.random.default_rng(0).standard_normal((cells.shape[1], width)), mode="economic")[0]
@@ -106,8 +111,14 @@ def _axes_of_many_genes(
 
 def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
     """(g, k) product of the scatter matrix of some cells around a centre with a block of vectors."""
+    if isinstance(cells, Streamed):
+        return np.sum([_scatter_of(part, centre, block) for part in cells.blocks()], axis=0)
     along = cells @ block - centre @ block
     return cells.T @ along - np.outer(centre, along.sum(axis=0))
+
+
+def _dense(cells) -> np.ndarray:
+    return cells.toarray() if hasattr(cells, "toarray") else cells
 
 
 def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

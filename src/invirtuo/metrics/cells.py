@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,14 +12,14 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.checks import some
-from invirtuo.files import read_h5ad
+from invirtuo.metrics.streamed import BLOCK, Held, Streamed, opened
+from invirtuo.store.cells import CellStore, DiskMatrix
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from anndata import AnnData
 
     from invirtuo.design import Design
+    from invirtuo.metrics.streamed import Source
 
 __all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "of_side", "per_10k"]
 
@@ -31,7 +31,6 @@ Layer = str | Mapping[str, str | None] | None
 MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, most raw count tables are;
 FEW, ABSURD = 1e-2, 100.0  # but a model may overshoot in this share of the values above 0, and up to here
 FRACTION = 1e-3  # how far a count may lie from a whole number
-BLOCK = 4096  # cells read at a time in whole-file passes
 DEPTH = 1e4  # total count to which :func:`per_10k` brings each cell
 
 
@@ -41,7 +40,7 @@ class Cells:
     def __init__(
         self,
         name: str,
-        source: AnnData | str | Path,
+        source: Source,
         design: Design,
         genes: np.ndarray | None = None,
         layer: str | None = None,
@@ -49,7 +48,8 @@ class Cells:
         self.name = name
         self.layer = layer
         self.where = "X" if layer is None else repr(layer)
-        self.adata = _open(name, source, layer)
+        self.adata = _checked(name, opened(source, layer=layer), layer)
+        self.held = Held(self.adata) if self.adata is not source and self.adata.isbacked else None
         self.matrix, names = _values(name, self.adata, layer)
         obs = _checked_obs(name, self.adata.obs, design)
         control = design.is_control(obs)
@@ -124,7 +124,12 @@ class Cells:
         in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
         return block if in_order else block[:, self.columns]
 
-    @property
+    def matrix_of(self, rows: np.ndarray):
+        """Like :meth:`read`; of a file on disk many rows are not read but streamed."""
+        on_disk = self.matrix is None or isinstance(self.matrix, DiskMatrix)
+        return Streamed(self.read, rows, len(self.genes)) if on_disk and len(rows) > BLOCK else self.read(rows)
+
+    @cached_property
     def size_factors(self) -> np.ndarray:
         """(n,) depth of each cell over the median depth of the file, as scanpy's normalize_total; 1 for empty cells."""
         depths = self.depths.astype(np.float32)
@@ -132,7 +137,9 @@ class Cells:
         return np.where(factors == 0, np.float32(1), factors)
 
     def _stored(self, rows: np.ndarray):
-        return self.adata[rows].X if self.matrix is None else self.matrix[rows]
+        if self.matrix is None:
+            return self.adata[rows].X  # type: ignore[index]
+        return _in_rows(self.matrix[rows]) if isinstance(self.matrix, DiskMatrix) else self.matrix[rows]
 
     def _look_at_values(self) -> None:
         """Check that all are finite; range, share above any log1p value, whether all are whole, depth of each cell."""
@@ -182,20 +189,24 @@ def of_side(layer: Layer, side: Side) -> str | None:
     return layer
 
 
-def _open(name: str, source: AnnData | str | Path, layer: str | None) -> AnnData:
-    if isinstance(source, str | os.PathLike):
-        source = read_h5ad(source)
+def _checked(name: str, source: AnnData | CellStore, layer: str | None) -> AnnData | CellStore:
+    if isinstance(source, CellStore) and layer is not None:
+        raise ValueError(
+            f"{name}: layer={layer!r}, but of a store only X is read; put the values into X, or pass one h5ad file"
+        )
     if source.n_obs == 0 or (layer is None and (source.n_vars == 0 or source.X is None)):
         held = [*source.layers, *source.obsm]
         raise ValueError(
-            f"{name}: expected cells and genes with log1p expression in X; found {source.shape}"
+            f"{name}: expected cells and genes with log1p expression in X; found {(source.n_obs, source.n_vars)}"
             + ("" if source.n_obs == 0 or not held else f". If it stands in {some(held)}, name it with layer=")
         )
     return source
 
 
-def _values(name: str, adata: AnnData, layer: str | None) -> tuple[Any, pd.Index]:
+def _values(name: str, adata: AnnData | CellStore, layer: str | None) -> tuple[Any, pd.Index]:
     """X, a layer or an entry of obsm as CSR or dense (None where X stays on disk), and the names of its genes."""
+    if isinstance(adata, CellStore):
+        return adata.X, adata.var_names
     names = adata.var_names.astype(str)
     if layer is None:
         return _matrix(adata), names

@@ -25,12 +25,10 @@ from scipy import sparse
 from invirtuo.checks import some
 from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, of_side
 from invirtuo.metrics.rank import ranks
+from invirtuo.metrics.streamed import Streamed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from anndata import AnnData
-
+    from invirtuo.metrics.streamed import Source
 from invirtuo.design import Design
 
 __all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
@@ -182,13 +180,14 @@ class Pair:
     """A predicted and a real file, condition by condition; what several metrics need is computed once.
 
     Genes are matched by name and kept in alphabetical order, so that the order of cells and genes in the files never
-    matters. Cells become dense one condition at a time.
+    matters. Cells become dense one condition at a time; those on disk are read condition by condition, as often as
+    they are needed, and released.
 
     Parameters
     ----------
     pred, real
-        AnnData (dense, CSR or CSC, in memory, backed, or a view) or the path of an h5ad file; X holds log1p-normalised
-        expression, in both on the same scale.
+        AnnData (dense, CSR or CSC, in memory, backed, or a view), CellStore, or path, see
+        :func:`invirtuo.metrics.evaluate`; X holds log1p-normalised expression, in both on the same scale.
     design
         Says which columns of obs hold perturbation and covariates.
     n_pcs
@@ -207,8 +206,8 @@ class Pair:
 
     def __init__(
         self,
-        pred: AnnData | str | Path,
-        real: AnnData | str | Path,
+        pred: Source,
+        real: Source,
         design: Design,
         *,
         n_pcs: int = 30,
@@ -226,7 +225,7 @@ class Pair:
     @classmethod
     def halves(
         cls,
-        real: AnnData | str | Path,
+        real: Source,
         design: Design,
         *,
         n_pcs: int = 30,
@@ -255,7 +254,7 @@ class Pair:
     @classmethod
     def equal_halves(
         cls,
-        real: AnnData | str | Path,
+        real: Source,
         design: Design,
         *,
         n_pcs: int = 30,
@@ -286,7 +285,7 @@ class Pair:
         pair._skip(dict.fromkeys(single, "only one cell"))
         return pair
 
-    def against(self, pred: AnnData | str | Path) -> Pair:
+    def against(self, pred: Source) -> Pair:
         """Another prediction of the same real data; what was computed of the real data is not computed again."""
         real = self._cells["real"]
         pair = type(self).__new__(type(self))
@@ -348,11 +347,14 @@ class Pair:
 
     def moments(self, side: Side, condition: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Mean (g,), variance (g,) with n - 1 (NaN for one cell), and number of cells of a condition."""
-        return self.once(("moments", side, condition), lambda: _moments(self.stored(side, condition)))
+        cells = self._cells[side]
+        return self.once(("moments", side, condition), lambda: _moments(cells.matrix_of(cells.rows[condition])))
 
     def control_moments(self, side: Side, group: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Like `moments`, of the control cells that this side is compared with."""
-        return self.of_control("moments of control", side, group, _moments)
+        key = ("moments of control", self._control_side[side], group)
+        cells, rows = self._controls(side, group)
+        return self.once(key, lambda: _moments(cells.matrix_of(rows)))
 
     def of_control(self, name: str, side: Side, group: str, compute: Callable):
         """What a function makes of the control cells that this side is compared with, kept under a name."""
@@ -370,8 +372,8 @@ class Pair:
         return self.conditions.at[condition, "_group"]
 
     def real_matrix(self):
-        """All real cells, scored or not, (n, g) CSR or dense, genes in alphabetical order."""
-        return self._cells["real"].read(np.arange(self._cells["real"].n_cells))
+        """All real cells, scored or not, (n, g) CSR, dense or streamed from disk, genes in alphabetical order."""
+        return self._cells["real"].matrix_of(np.arange(self._cells["real"].n_cells))
 
     def seeded_order(self, side: Side, condition: str) -> np.ndarray:
         """Positions of the cells of a condition in a random order that does not depend on their order in the file.
@@ -391,7 +393,7 @@ class Pair:
         """The real cells outside of every `scored_half`, and the control cells; form as of `real_matrix`."""
         cells = self._cells["real"]
         others = [np.delete(rows, self.scored_half(name)) for name, rows in cells.rows.items()]
-        return cells.read(np.sort(np.concatenate([*others, *cells.controls.values()])))
+        return cells.matrix_of(np.sort(np.concatenate([*others, *cells.controls.values()])))
 
     @property
     def file_order(self) -> np.ndarray:
@@ -429,6 +431,11 @@ class Pair:
 
     def stored_control(self, side: Side, group: str):
         """Like `control_cells`, CSR or dense as the file holds them."""
+        cells, rows = self._controls(side, group)
+        return cells.read(rows)
+
+    def _controls(self, side: Side, group: str) -> tuple[Cells, np.ndarray]:
+        """The file and the rows of the control cells that this side is compared with."""
         cells = self._cells[self._control_side[side]]
         rows = cells.controls.get(group)
         if rows is None and self.design.perturbation is None:
@@ -442,7 +449,7 @@ class Pair:
                 f"obs[{self.design.perturbation!r}]); groups with controls: {some(cells.controls) or 'none'}. "
                 "Add them, or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
             )
-        return cells.read(rows)
+        return cells, rows
 
 
 @dataclass(frozen=True)
@@ -466,7 +473,9 @@ def _dense(block) -> np.ndarray:
 
 
 def _moments(block) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean and variance of each gene by two passes, also for CSR without making it dense."""
+    """Mean and variance of each gene by two passes, also for CSR without making it dense, and for cells on disk."""
+    if isinstance(block, Streamed):
+        return block.moments()
     n, g = block.shape
     if not sparse.issparse(block):
         mean = block.mean(axis=0, dtype=np.float64)

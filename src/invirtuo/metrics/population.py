@@ -11,6 +11,7 @@ import numpy as np
 from scipy import sparse, stats
 
 from invirtuo.metrics.core import metric, view
+from invirtuo.metrics.streamed import Streamed
 
 if TYPE_CHECKING:
     from invirtuo.metrics.core import Pair, Side
@@ -143,6 +144,9 @@ def c2st(pred: np.ndarray, real: np.ndarray) -> float:
 
 def _most_variable(cells) -> np.ndarray:
     """Positions of the genes with the largest variance over all real cells, sorted."""
+    if isinstance(cells, Streamed):
+        variance = cells.squared().mean() - cells.mean() ** 2
+        return np.sort(np.argsort(-variance, kind="stable")[:N_VARIABLE])
     mean = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
     square = cells.multiply(cells) if sparse.issparse(cells) else np.square(cells)
     variance = np.asarray(square.mean(axis=0, dtype=np.float64)).ravel() - mean**2
