@@ -1,4 +1,4 @@
-"""Reading cells from disk: cells per second, CPU seconds, peak memory and mixing of one pass, and a fit.
+"""Reading cells from disk: cells per second, CPU seconds, peak memory and mixing of one pass, a fit, and scores.
 
     python benchmarks/scale.py make FOLDER --cells 1000000     # generated cells in 20 files, and a shuffled store
     python benchmarks/scale.py measure FOLDER --out scale.csv  # every case in a process of its own
@@ -27,7 +27,8 @@ import pandas as pd
 from scipy import sparse
 
 N_GENES, N_FILES, N_PERTURBATIONS, BATCH = 2000, 20, 200, 512
-CASES = ("memory", "files", "store", "pairs", "sets", "fit")
+CASES = ("memory", "files", "store", "pairs", "sets", "fit", "evaluate")
+SCORES = ("mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean")
 RIVALS = {
     "scDataset": 262_144,
     "scDataset, blocks of 512": 184_320,
@@ -125,6 +126,8 @@ def measure(case: str, folder: Path, memory: str) -> dict:
 
     torch.set_num_threads(1)
     before, started = os.times(), time.perf_counter()
+    if case == "evaluate":
+        return evaluate(folder, before, started)
     cells, design = dataset(case, folder, memory)
     if case == "fit":
         return fit(cells, design, before, started)
@@ -154,6 +157,17 @@ def fit(cells, design, before, started) -> dict:
     model.fit(cells, split, config)
     spent = cpu(before) | {"wall_seconds": round(time.perf_counter() - started, 2)}
     return {"case": "fit", "cells": 500 * BATCH, **spent, "peak_gib": peak()}
+
+
+def evaluate(folder: Path, before, started) -> dict:
+    """Score the cells of the shuffled store, as predictions, against those of the files."""
+    import invirtuo as iv
+
+    design = iv.Design(perturbation="perturbation", control="control", covariates=("cell_line",))
+    scores = iv.evaluate(folder / "store", folder / "files", design, list(SCORES))
+    spent = cpu(before) | {"wall_seconds": round(time.perf_counter() - started, 2)}
+    cells = int(scores.loc[scores["metric"] == SCORES[0], "n_real"].sum())
+    return {"case": "evaluate", "cells": cells, "conditions": len(scores) // len(SCORES), **spent, "peak_gib": peak()}
 
 
 def in_a_process(command: list, **environment: str) -> dict:
