@@ -113,6 +113,17 @@ def test_scores_of_other_storage_agree_to_rounding(form, pred, real, design, sma
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["path", "store"])
+def test_values_stored_in_pieces_count_once(form, pred, real, design, small, tmp_path):
+    """A matrix may hold a place twice; the values add up, from disk as in memory."""
+    halves = real.X.copy()
+    halves = sparse.csr_matrix((np.repeat(halves.data / 2, 2), np.repeat(halves.indices, 2), halves.indptr * 2))
+    twice = anndata.AnnData(halves, obs=real.obs, var=real.var)
+    expected = iv.evaluate(pred, real, design, NAMES, n_pcs=8)
+    found = iv.evaluate(pred, SAME_BITS[form](twice, tmp_path), design, NAMES, n_pcs=8)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
 def test_dense_files_have_the_bits_of_dense_memory(pred, real, design, small, tmp_path):
     expected = iv.evaluate(dense(pred), dense(real), design, NAMES, n_pcs=8)
     found = iv.evaluate(pred=dense(pred), real=h5ad(dense(real), tmp_path), design=design, metrics=NAMES, n_pcs=8)

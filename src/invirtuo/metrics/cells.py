@@ -138,7 +138,7 @@ class Cells:
 
     def _stored(self, rows: np.ndarray):
         if self.matrix is None:
-            return self.adata[rows].X  # type: ignore[index]
+            return _in_rows(self.adata[rows].X)  # type: ignore[index]
         return _in_rows(self.matrix[rows]) if isinstance(self.matrix, DiskMatrix) else self.matrix[rows]
 
     def _look_at_values(self) -> None:
