@@ -20,9 +20,9 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "files", "genes", "multimodal", "pseudotime", "workers"),
+        *("checks", "files", "genes", "multimodal", "pseudotime", "store", "workers"),
     },
-    {"samplers", "datasets", "fit", "store"},
+    {"samplers", "datasets", "fit", "windows"},
     {"dataset"},
     {"drawing"},
     {"model"},

@@ -19,7 +19,7 @@ from invirtuo.design import Design
 from invirtuo.preprocess import TOTAL, check_genes, check_values
 from invirtuo.samplers import Layout, Rows, Sampler
 from invirtuo.store import CellStore
-from invirtuo.store.windows import Held, Stock, ahead, windows
+from invirtuo.windows import Held, Stock, ahead, windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
