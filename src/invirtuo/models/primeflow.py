@@ -309,11 +309,11 @@ class PRiMeFlow(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Integrate from noise to cells (n, g), and bring their mean nearer to what pseudobulks say of it."""
-        parts = config.guidance.values() if isinstance(config.guidance, Mapping) else [config.guidance]
-        if any(weight != 1 for weight in parts) and self.config.prob_unconditional == 0:
+        is_guided = any(weight != 1 for weight in _weights(config.guidance))
+        if is_guided and self.config.prob_unconditional == 0:
             logger.warning("the null condition of this model was never trained; guidance other than 1 has no meaning")
         calibrates = self.anchor is not None and self.config.hurdle and self.config.calibrate > 0
-        if not calibrates or any(weight != 1 for weight in parts):
+        if is_guided or not calibrates:
             return self._observed(self._flow(batch.condition, generator, config))
         x = torch.empty(len(batch), len(self.genes), device=self.gene_mean.device)
         keys = torch.cat([batch.condition.code, batch.condition.groups, *_columns(batch.condition.continuous)], dim=1)
@@ -348,9 +348,7 @@ class PRiMeFlow(Model):
         if torch.is_autocast_enabled(noise.device.type):  # weights are cast once, not at every evaluation
             network = copy.deepcopy(network).to(torch.bfloat16)
         grid = config.grid or config.steps or self.config.steps
-        weights = [config.guidance]  # branches: null condition, condition; or null, its control cells, condition
-        if isinstance(config.guidance, Mapping):
-            weights = [config.guidance["covariates"], config.guidance["perturbation"]]
+        weights = _weights(config.guidance)
         cells = []
         for start in range(0, len(condition), config.batch_size):
             rows = slice(start, start + config.batch_size)
@@ -368,6 +366,11 @@ class PRiMeFlow(Model):
             field = nested(velocity, weights, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
         return torch.cat(cells)
+
+
+def _weights(guidance: float | Mapping[str, float]) -> list[float]:
+    """Weights of the branches behind the null condition: the condition; or its control cells, then the condition."""
+    return [guidance["covariates"], guidance["perturbation"]] if isinstance(guidance, Mapping) else [guidance]
 
 
 def _unperturbed(condition: Condition, rows: Tensor) -> Condition:

@@ -116,8 +116,9 @@ class GenewiseVelocity(nn.Module):
         bias = self._chosen(self.context_bias, genes).reshape(-1)
         shift = self.shift_first(embedding)
         factor, offset = self.modulate(embedding).chunk(2, dim=-1)
-        lookup = None if torch.is_grad_enabled() else self._lookup(own, hidden.dtype)
-        n_rows = len(own) if torch.is_grad_enabled() else max(TILE // own.shape[1], 1)
+        in_tiles = not torch.is_grad_enabled() and own.device.type == "cpu"  # an accelerator wants one large piece
+        lookup = self._lookup(own, hidden.dtype) if in_tiles else None
+        n_rows = max(TILE // own.shape[1], 1) if in_tiles else len(own)
         outputs = []
         for start in range(0, len(own), n_rows):
             rows = slice(start, start + n_rows)

@@ -46,6 +46,14 @@ class Point(NamedTuple):
     log_depth: Tensor | None = None  # (n,), log of the depth over its training median
 
 
+def _condition_encoder(config: Any, sizes: Sizes, width: int, **options: Any) -> ConditionEncoder:
+    """The encoder of conditions that all networks have, of their own width."""
+    levels, depth = list(sizes.levels), config.n_layers_conditions
+    return ConditionEncoder(
+        sizes.n_perturbations, levels, sizes.n_continuous, width, depth, config.covariate_scale, **options
+    )
+
+
 class _Embedding(nn.Module):
     """Time and condition encoders, of one width."""
 
@@ -53,14 +61,7 @@ class _Embedding(nn.Module):
         super().__init__()
         self.d_time, self.time_scale = d_time, config.time_scale
         self.time = MLP(d_time, width, config.n_layers_time - 1, n_out=width)
-        self.condition = ConditionEncoder(
-            sizes.n_perturbations,
-            list(sizes.levels),
-            sizes.n_continuous,
-            width,
-            config.n_layers_conditions,
-            config.covariate_scale,
-        )
+        self.condition = _condition_encoder(config, sizes, width)
         self.depth = MLP(1, width, 1, n_out=width) if config.depth else None
 
     def forward(self, at: Point) -> tuple[Tensor, Tensor]:
@@ -143,16 +144,7 @@ class MLPVelocity(nn.Module):
         n_in = sizes.n_genes * (1 + PseudobulkAnchor.n_features * config.anchor) + config.depth
         self.values = MLP(n_in, width, config.n_layers_gene_expression, dropout=dropout)
         self.time = MLP(self.d_time, width, config.n_layers_time, dropout=dropout)
-        self.condition = ConditionEncoder(
-            sizes.n_perturbations,
-            list(sizes.levels),
-            sizes.n_continuous,
-            width,
-            config.n_layers_conditions,
-            config.covariate_scale,
-            activated=True,
-            dropout=dropout,
-        )
+        self.condition = _condition_encoder(config, sizes, width, activated=True, dropout=dropout)
         self.decode = MLP(3 * width, width, config.n_layers_decoding, n_out=sizes.n_genes, dropout=dropout)
 
     def forward(self, at: Point) -> Tensor:
