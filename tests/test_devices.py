@@ -44,7 +44,7 @@ for name in here.FITS:
     model = here.fitted(name, 2, sys.argv[2])
     model.save(sys.argv[2] + "/" + name + "/saved")
 dataset = here.iv.CellDataset.open(sys.argv[3], here.experiment()[1])
-stream = here.iv.fit._Stream(dataset, model, here.CONFIG, 0)
+stream = here.iv.fit.Stream(dataset, model, here.CONFIG, 0)
 seen = [batch.index.tolist() for _, batch in zip(range(5), stream)]
 here.Path(sys.argv[2], "rows" + os.environ["RANK"] + ".json").write_text(here.json.dumps(seen))
 """

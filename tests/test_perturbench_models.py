@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import invirtuo as iv
-from invirtuo.fit import FitConfig
-from invirtuo.fit import _seed as seed_of_step
+from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.model import SampleConfig
 from invirtuo.nn import NormMLP
 
@@ -273,7 +272,7 @@ def test_cpa_one_adam_equals_two(cells):
     for epoch in range(3):
         for batch in dataset.batches(iv.samplers.cells, 64, seed=[config.seed, epoch]):
             if step < config.steps:
-                torch.manual_seed(seed_of_step(config.seed, step, 0))
+                torch.manual_seed(noise_seed(config.seed, step, 0))
                 by_two.zero_grad()
                 by_two.update(batch, step)["total"].backward()
                 optimizers[step >= 2 and step % 3 > 0].step()

@@ -1,0 +1,73 @@
+"""Several devices that train one model: how Lightning joins them, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from invirtuo.fit.config import FitConfig
+
+if TYPE_CHECKING:
+    from invirtuo.model import Model
+
+__all__ = ["agreed", "is_main", "place", "several", "shared", "strategy"]
+
+
+def strategy(model: Model, config: FitConfig) -> Any:
+    """How Lightning trains on several devices: DDP; parameters without gradient are looked for where there may be some.
+
+    Raises
+    ------
+    ValueError
+        If this is one of several processes of torchrun and the FitConfig asks for one device.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if not several(config):
+        if started > 1:
+            raise ValueError(
+                f"torchrun started {started} processes, and FitConfig.devices is 1: each would fit alone. Set devices "
+                "to the processes of a machine, and nodes to the machines"
+            )
+        return "auto"
+    from lightning.pytorch.strategies import DDPStrategy
+
+    return DDPStrategy(find_unused_parameters=type(model).update.__qualname__ != "Model.update")
+
+
+def several(config: FitConfig) -> bool:
+    """Whether a fit asks for more than one device."""
+    return config.devices not in (1, "1") or config.nodes > 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: the only one, or the first of those that fit together."""
+    return place()[0] == 0
+
+
+def shared(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means of losses over all devices."""
+    if place()[1] == 1:
+        return losses
+    values = torch.stack([value.detach().float() for value in losses.values()])
+    torch.distributed.all_reduce(values)
+    return dict(zip(losses, values / place()[1], strict=True))
+
+
+def agreed(value: Any) -> Any:
+    """What the first device says."""
+    if place()[1] == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def place() -> tuple[int, int]:
+    """Number of this device, and of how many."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()

@@ -1,0 +1,164 @@
+"""The one place where the Lightning Trainer lives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from invirtuo.fit.checkpoint import LAST
+from invirtuo.fit.config import FitConfig
+from invirtuo.fit.devices import strategy
+from invirtuo.fit.machine import keep_freed_memory
+from invirtuo.fit.stream import Stream
+from invirtuo.fit.training import Training
+
+if TYPE_CHECKING:
+    from invirtuo.dataset import CellDataset
+    from invirtuo.model import Model
+
+__all__ = ["run"]
+
+
+def run(
+    model: Model,
+    dataset: CellDataset,
+    config: FitConfig,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
+) -> pd.DataFrame:
+    """Train a model on a dataset and leave the kept weights in it.
+
+    Parameters
+    ----------
+    folder
+        Where checkpoints and history.csv go; None writes nothing.
+    resume
+        Go on from the last checkpoint in `folder`, if there is one.
+    callbacks, loggers
+        Handed to the Lightning Trainer.
+
+    Returns
+    -------
+    The history: one row per record, with step, seconds, lr, losses, and validation losses.
+
+    Raises
+    ------
+    ValueError
+        If `resume` is asked for without a folder, or the checkpoint belongs to another model or configuration.
+    FloatingPointError
+        If the loss is not finite.
+    """
+    if resume and folder is None:
+        raise ValueError("resume=True needs the folder of the earlier fit; pass folder=")
+    folder = None if folder is None else Path(folder)
+    for left_over in [] if folder is None else folder.glob(".*.part.*"):  # of a write that was killed
+        left_over.unlink(missing_ok=True)
+    keep_freed_memory()
+    with torch.random.fork_rng():
+        return _train(model, dataset, config, folder, resume, list(callbacks), list(loggers))
+
+
+def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool, callbacks, loggers) -> pd.DataFrame:
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it only runs the loop here
+    training = Training(model, dataset, config, folder)
+    if resume and folder is not None and (folder / LAST).exists():
+        training.restore(folder / LAST)
+    if training.step < config.steps and not training.stopped:
+        trainer = lightning.Trainer(
+            max_steps=config.steps - training.step,
+            max_epochs=-1,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=strategy(model, config),
+            precision="bf16-mixed" if training.bf16 else "32-true",
+            accumulate_grad_batches=config.accumulate,
+            callbacks=[*callbacks, *([bar(config, training.step)] if config.progress else [])],
+            logger=loggers or False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            log_every_n_steps=10,
+        )
+        stream = Stream(dataset, model, config, training.step * config.accumulate)
+        trainer.fit(shell(training), train_dataloaders=stream)
+    training.finish()
+    return pd.DataFrame(training.history)
+
+
+def shell(training: Training):
+    """The shell that Lightning drives; made in a function so that importing this file does not import lightning."""
+    import lightning
+
+    config = training.config
+
+    class Shell(lightning.LightningModule):
+        """Hands batches and steps on to the training."""
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.average = training.model, training.average  # moved to the device together
+
+        def configure_optimizers(self):
+            return training.optimizer
+
+        def training_step(self, batch, batch_index):
+            losses = training.loss(batch, batch_index)
+            self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()})
+            return losses["total"]
+
+        def on_before_optimizer_step(self, optimizer):
+            if config.clip:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+
+        def on_train_batch_end(self, outputs, batch, batch_index):
+            if (batch_index + 1) % config.accumulate == 0:
+                losses = training.after_step(self.device, self.trainer.is_global_zero)
+                self.log_dict({f"val_{k}": v for k, v in losses.items()})
+                self.trainer.should_stop |= training.stopped
+
+    return Shell()
+
+
+def bar(config: FitConfig, start: int):
+    """A progress bar over optimiser steps, with the loss; it knows the steps of an earlier, resumed fit."""
+    import lightning
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("fitting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+    )
+
+    class Bar(lightning.Callback):
+        """Shows steps done, time left and the loss."""
+
+        def on_train_start(self, trainer, module):
+            self.progress = Progress(*columns, disable=not trainer.is_global_zero)
+            self.task = self.progress.add_task("fitting", total=config.steps, completed=start, loss=float("nan"))
+            self.progress.start()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+            loss = float(outputs["loss"].detach()) * config.accumulate
+            self.progress.update(self.task, completed=start + trainer.global_step, loss=loss)
+
+        def on_train_end(self, trainer, module):
+            self.progress.stop()
+
+        def on_exception(self, trainer, module, exception):
+            self.progress.stop()
+
+    return Bar()

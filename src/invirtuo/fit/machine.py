@@ -1,0 +1,60 @@
+"""What this machine does best: whether bf16 pays, and memory that is kept."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from invirtuo.fit.config import FitConfig
+from invirtuo.fit.devices import several
+
+if TYPE_CHECKING:
+    from invirtuo.drawing import SampleConfig
+
+__all__ = ["bf16_pays", "keep_freed_memory", "use_bf16"]
+
+
+def use_bf16(config: FitConfig | SampleConfig) -> bool:
+    """Whether a fit, or sampling, computes in bf16; several processes on CPUs might disagree and do not measure."""
+    if config.precision == "auto" and isinstance(config, FitConfig) and several(config):
+        return torch.cuda.is_available() and bf16_pays()
+    return bf16_pays() if config.precision == "auto" else config.precision == "bf16"
+
+
+@cache
+def bf16_pays() -> bool:
+    """Whether matrix products in bf16 are at least 1.3 times faster than in fp32 on this machine, measured once."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(384, 384, dtype=dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        return sorted(times)[3]
+
+    return seconds(torch.float32) > 1.3 * seconds(torch.bfloat16)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Ask the C library to keep freed memory instead of handing every large tensor back to the system.
+
+    Otherwise each large activation is mapped and zeroed page by page anew: a fifth of a U-Net's training step on a CPU.
+    Done once, when work begins, and only where the C library is glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, 1 << 30)
+    mallopt(m_top_pad, 1 << 26)

@@ -1,0 +1,206 @@
+"""One model in training: optimiser, averaged weights, validation, history, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from invirtuo.files import writing
+from invirtuo.fit.checkpoint import BEST, LAST, check_same, data_hash, identity, read
+from invirtuo.fit.config import FitConfig, learning_rate
+from invirtuo.fit.devices import agreed, place, shared
+from invirtuo.fit.machine import use_bf16
+from invirtuo.fit.stream import noise_seed
+from invirtuo.fit.validation import validation_losses
+
+if TYPE_CHECKING:
+    from invirtuo.batch import Batch
+    from invirtuo.dataset import CellDataset
+    from invirtuo.model import Model
+
+__all__ = ["Training"]
+
+logger = logging.getLogger(__name__)
+
+
+class Training:
+    """One model in training: optimiser, averaged weights, validation, history, checkpoints."""
+
+    def __init__(self, model: Model, dataset: CellDataset, config: FitConfig, folder: Path | None):
+        self.model, self.dataset, self.config, self.folder = model, dataset, config, folder
+        self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+        self.optimizer = make_optimizer(model, config)
+        self.plateau = _plateau(self.optimizer) if config.schedule == "plateau" else None
+        self.bf16 = use_bf16(config)
+        self.data_hash = data_hash(dataset)
+        self.losses_of = torch.compile(model.update) if config.compile else model.update
+        self.step, self.lr = 0, config.lr
+        self.history: list[dict[str, float]] = []
+        self.best, self.waited, self.stopped = math.inf, 0, False
+        self.best_weights: dict[str, Tensor] | None = None
+        self.began, self.elapsed = time.perf_counter(), 0.0
+        self._losses: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> Model:
+        """The model whose weights are validated and kept: the averaged one, if there is one."""
+        return self.model if self.average is None else self.average
+
+    def loss(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
+        """Losses of one batch, with the noise of its number among the batches of all devices."""
+        for group in self.optimizer.param_groups if self.plateau is None else []:
+            group["lr"] = learning_rate(self.config, self.step)
+        turn, (rank, n_devices) = batch_index % self.config.accumulate, place()
+        number = (self.step * self.config.accumulate + turn) * n_devices + rank
+        torch.manual_seed(noise_seed(self.config.seed, number, 0))
+        losses = self.losses_of(batch, self.step)
+        told = {k: v.detach() / self.config.accumulate for k, v in losses.items()}
+        self._losses = {k: v + self._losses[k] for k, v in told.items()} if turn else told
+        total = float(losses["total"].detach())
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss of {type(self.model).__name__} is {total} at step {self.step}; "
+                "lower FitConfig.lr or check the scale of the data"
+            )
+        return losses
+
+    def after_step(self, device: torch.device | str, main: bool) -> dict[str, float]:
+        """Count a step, average weights, validate, record and save when it is time; gives validation losses."""
+        config, folder = self.config, self.folder
+        self.step += 1
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.model.proximal_step(self.lr)
+        if self.plateau is not None:
+            self.plateau.step(float(shared(self._losses)["total"]))
+        if self.average is not None:
+            _move_average(self.average, self.model, min(config.ema, (1 + self.step) / (10 + self.step)))
+        last = self.step == config.steps
+        validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
+        losses = {}
+        if validates:
+            if main:
+                losses = validation_losses(self.kept, self.dataset, config, device, bf16=self.bf16)
+            losses = agreed(losses)
+            if losses and self._improves(losses["total"]) and folder is not None and main:
+                with writing(folder / BEST) as path:
+                    save_file({k: v.cpu().contiguous().clone() for k, v in self.kept.state_dict().items()}, path)
+        if validates or last or self.step % 20 == 0 or self.step == 1:
+            self._record(losses)
+        if folder is not None and main and (last or self.stopped or self.step % config.checkpoint_every == 0):
+            self.save(folder / LAST)
+            with writing(folder / "history.csv") as path:
+                pd.DataFrame(self.history).to_csv(path, index=False)
+        return losses
+
+    def _record(self, validation: dict[str, float]) -> None:
+        seconds = self.elapsed + time.perf_counter() - self.began
+        row = {"step": self.step, "seconds": round(seconds, 3), "lr": self.lr}
+        row |= {f"train_{k}": float(v) for k, v in shared(self._losses).items()}
+        self.history.append(row | {f"val_{k}": v for k, v in validation.items()})
+
+    def _improves(self, value: float) -> bool:
+        if value < self.best:
+            self.best, self.waited = value, 0
+            if self.config.keep == "best":
+                self.best_weights = {k: v.clone() for k, v in self.kept.state_dict().items()}
+            return True
+        self.waited += 1
+        self.stopped = bool(self.config.patience) and self.waited >= self.config.patience
+        return False
+
+    def save(self, path: Path) -> None:
+        """Write everything that :meth:`restore` needs into one safetensors file."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for number, state in optimizer["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
+        facts = {
+            "config": asdict(self.config),
+            "model": identity(self.model),
+            "data": self.data_hash,
+            "bf16": self.bf16,
+            "step": self.step,
+            "best": self.best,
+            "waited": self.waited,
+            "stopped": self.stopped,
+            "seconds": self.elapsed + time.perf_counter() - self.began,
+            "history": self.history,
+            "optimizer": optimizer["param_groups"],
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
+        }
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        with writing(path) as partial:
+            save_file(tensors, partial, metadata={"invirtuo": json.dumps(facts)})
+
+    def restore(self, path: Path) -> None:
+        """Take up the state of a checkpoint, after checking that it belongs to this fit."""
+        facts, tensors = read(path)
+        check_same(facts["config"], self.config, path)
+        if facts["model"] != identity(self.model):
+            raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
+        if facts["data"] != self.data_hash:
+            raise ValueError(
+                f"the checkpoint {path} was made with other data, another split or another way of reading; "
+                "fit into a new folder"
+            )
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+
+        self.model.load_state_dict(part("model"))
+        if self.average is not None:
+            self.average.load_state_dict(part("average"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for k, value in part("optimizer").items():
+            number, name = k.split(".", 1)
+            state.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]})
+        for parameter, values in self.optimizer.state.items():  # the fused step needs the memory layout of the weights
+            values |= {k: torch.empty_like(parameter).copy_(v) for k, v in values.items() if v.ndim}
+        if self.plateau is not None:
+            self.plateau.load_state_dict(facts["plateau"])
+        self.best_weights = part("best") or None
+        self.bf16 = facts["bf16"]  # as measured when the fit began
+        self.step, self.best, self.waited = facts["step"], facts["best"], facts["waited"]
+        self.stopped, self.history, self.elapsed = facts["stopped"], facts["history"], facts["seconds"]
+        logger.info("resumed from %s at step %d", path, self.step)
+
+    def finish(self) -> None:
+        """Leave the kept weights in the model, on the CPU."""
+        weights = self.best_weights or self.kept.state_dict()
+        self.model.to("cpu")
+        self.model.load_state_dict({k: v.cpu() for k, v in weights.items()})
+
+
+def make_optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
+
+
+def _plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """Halves the learning rate after 20 steps without a new lowest loss, as the public code of PathReg does."""
+    kind = torch.optim.lr_scheduler.ReduceLROnPlateau
+    return kind(optimizer, factor=0.5, patience=20, threshold=1e-6, min_lr=1e-16, eps=0.0)
+
+
+@torch.no_grad()
+def _move_average(average: Model, model: Model, decay: float) -> None:
+    still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # of other stages
+    pairs = zip(average.state_dict().values(), model.state_dict().items(), strict=True)
+    floating = [(old, new) for old, (name, new) in pairs if old.is_floating_point() and name not in still]
+    torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - decay)

@@ -1,0 +1,43 @@
+"""Losses on validation cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from invirtuo import samplers
+from invirtuo.fit.config import FitConfig
+from invirtuo.fit.machine import use_bf16
+from invirtuo.fit.stream import noise_seed
+
+if TYPE_CHECKING:
+    from invirtuo.dataset import CellDataset
+    from invirtuo.model import Model
+
+__all__ = ["validation_losses"]
+
+
+@torch.no_grad()
+def validation_losses(
+    model: Model, dataset: CellDataset, config: FitConfig, device="cpu", *, bf16: bool | None = None
+) -> dict[str, float]:
+    """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells."""
+    if not len(dataset.rows("val")):
+        return {}
+    was_training = model.training
+    model.eval()
+    totals: dict[str, float] = {}
+    n_cells: dict[str, int] = {}
+    bf16 = use_bf16(config) if bf16 is None else bf16
+    with torch.random.fork_rng(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        torch.manual_seed(noise_seed(config.seed, 2**31, 0))
+        sampler = samplers.named(model.sampler, model.set_size)
+        for batch in dataset.first_batches(
+            sampler, config.batch_size, config.val_batches, part="val", seed=config.seed
+        ):
+            for name, value in model.loss(batch.to(device)).items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
+                n_cells[name] = n_cells.get(name, 0) + len(batch)
+    model.train(was_training)
+    return {name: value / n_cells[name] for name, value in totals.items()}
