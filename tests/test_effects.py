@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 import invirtuo as iv
 from invirtuo.bench import effects
-from invirtuo.bench.effects import _factor
 from invirtuo.cli import app
+from invirtuo.model.effects import _factor
 from invirtuo.report.effects import plot_effects
 
 
@@ -63,6 +63,42 @@ def test_several_models_are_averaged_and_their_spread_widens_intervals(adata, de
     agree = (one["effect"] - alone["effect"]).abs().rank()
     width = (two["high"] - two["low"]).rank()
     assert np.corrcoef(agree, width)[0, 1] > 0.5
+
+
+def test_predict_gives_the_same_intervals_beside_its_cells(adata, model, tmp_path):
+    table = effects(model, adata, n_cells=400)
+    plain, made = model.predict("test", 400), model.predict("test", 400, effect_level=0.9)
+    model.save(tmp_path / "run")
+    again = iv.load(tmp_path / "run").predict("test", 400, effect_level=0.9, out=tmp_path / "predicted.h5ad")
+    np.testing.assert_array_equal(plain.X, made.X)
+    assert "effect" not in plain.varm and list(made.uns["invirtuo"]["conditions"]) == ["t_cell|A"]
+    for name, column in (("effect", "effect"), ("effect_low", "low"), ("effect_high", "high")):
+        np.testing.assert_allclose(made.varm[name][:, 0], table[column], atol=1e-5)
+        np.testing.assert_array_equal(again.varm[name], made.varm[name])
+
+
+def test_predict_gives_intervals_of_unseen_groups(adata, design):
+    known = adata[(adata.obs["cell_type"] != "t_cell").to_numpy()].copy()
+    known.obs["cell_type"] = known.obs["cell_type"].cat.remove_unused_categories()
+    plan = iv.Design.from_adata(known, perturbation="perturbation", control="control", covariates=["cell_type"])
+    split = pd.Series("train", known.obs_names).mask(plan.names(known.obs) == "b_cell|B", "val")
+    fit = iv.FitConfig(steps=2, batch_size=16, progress=False)
+    config = iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1)
+    new = iv.models.PRiMeFlow(plan, known.var_names, config).fit(known, split, fit)
+    wanted = pd.DataFrame({"perturbation": ["A"], "cell_type": ["t_cell"]})
+    made = new.predict(wanted, 20, controls=adata, effect_level=0.5)
+    names = design.names(adata.obs)
+    control = adata[(names == "t_cell|control").to_numpy()].X.toarray().mean(0)
+    np.testing.assert_allclose(made.varm["effect"][:, 0], made.X.mean(0) - control, atol=1e-5)
+    assert (made.varm["effect_low"] <= made.varm["effect_high"]).all()
+
+
+def test_predict_without_validation_conditions_says_so(adata, design, model):
+    with pytest.raises(ValueError, match="expected a share between 0 and 1"):
+        model.predict("test", 5, effect_level=90)
+    bare = iv.models.PerturbationMean(design, adata.var_names).fit(adata)
+    with pytest.raises(ValueError, match="held out for validation, and there are none"):
+        bare.predict(design.conditions(adata.obs), 5, effect_level=0.9)
 
 
 def test_factor():

@@ -24,7 +24,6 @@ LAYERS = [
     },
     {"samplers", "datasets", "fit", "windows"},
     {"dataset"},
-    {"drawing"},
     {"model"},
     {"generators", "dynamics"},
     {"models"},

@@ -227,9 +227,9 @@ class CellDataset:
             return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
         return torch.from_numpy(self.matrix[rows].toarray())
 
-    def blocks(self, part: str = "train") -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Pass over the cells of a part in their order: rows and values; all at once where they are in memory."""
-        rows = self.rows(part)
+    def blocks(self, part: str | np.ndarray = "train") -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """Pass over the cells of a part, or some rows (rising): rows and values; at once where they are in memory."""
+        rows = self.rows(part) if isinstance(part, str) else part
         if sparse.issparse(self.matrix):
             yield rows, self.matrix[rows]
         else:
@@ -237,33 +237,29 @@ class CellDataset:
 
     def totals(self, rows: np.ndarray, n_columns: int | None = None) -> np.ndarray:
         """(n,) float32 sums of rows (rising) over the first columns; None: over all."""
-        if sparse.issparse(self.matrix):
-            pieces = iter([(rows, self.matrix[rows])])
-        else:
-            pieces = self.matrix.store.blocks(rows)
-        sums = [x[:, :n_columns].sum(axis=1) if n_columns else x.sum(axis=1) for _, x in pieces]
+        sums = [x[:, :n_columns].sum(axis=1) if n_columns else x.sum(axis=1) for _, x in self.blocks(rows)]
         return np.concatenate([np.asarray(total, dtype=np.float32).ravel() for total in sums])
 
     def smallest(self, part: str = "train") -> float:
         """Smallest value above zero of a part; infinity if there is none."""
         return min((float(x.data[x.data > 0].min(initial=np.inf)) for _, x in self.blocks(part)), default=np.inf)
 
-    def pseudobulk(self, part: str = "train") -> tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]:
-        """Mean and variance of every condition of a part.
+    def pseudobulk(self, part: str | np.ndarray = "train") -> tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]:
+        """Mean and variance of every condition of a part, or of some rows (rising).
 
         Returns
         -------
         Table of the conditions (columns of the Design), their means (c, g), variances (c, g; ddof 0) and numbers of
         cells (c,), all in float64 and in the order of the condition names.
         """
-        rows = self.rows(part)
+        rows = self.rows(part) if isinstance(part, str) else part
         table, kind = self.design.kinds(self.obs.iloc[rows])
         codes, names = pd.factorize(self.design.names(table), sort=True)
         number = np.zeros(len(self.split), dtype=np.int64)  # of the condition, by row
         number[rows] = codes[kind]
         counts = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
         total, square = np.zeros((2, len(names), len(self.genes)))
-        for own, values in self.blocks(part):
+        for own, values in self.blocks(rows):
             places = (number[own], np.arange(len(own)))
             members = sparse.csr_matrix((np.ones(len(own)), places), (len(names), len(own)))
             x = values.astype(np.float64)

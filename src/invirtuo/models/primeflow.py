@@ -253,7 +253,7 @@ class PRiMeFlow(Model):
         new.load_state_dict(state)
         new.anchor.add_groups(design.encode(table), *(torch.from_numpy(array) for array in moments))
         groups = {name: sorted({*levels, *table[name].astype(str)}) for name, levels in self.card["covariates"].items()}
-        new.card = self.card | {"covariates": groups}
+        new.card, new._pseudobulks = self.card | {"covariates": groups}, self._pseudobulks
         return new.eval()
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:

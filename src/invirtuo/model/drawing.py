@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import h5py
 
     from invirtuo.dataset import CellDataset
-    from invirtuo.model import Model
+    from invirtuo.model.base import Model
 
-__all__ = ["Request", "SampleConfig", "control_pool", "drawn", "filled", "stored"]
+__all__ = ["Request", "SampleConfig", "control_pool", "drawn", "filled", "means_of", "stored"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,13 @@ def filled(x: Any, cells: Iterable[tuple[int, np.ndarray]], n_cells: int) -> Any
     for i, values in cells:
         x[i * n_cells : (i + 1) * n_cells] = values
     return x
+
+
+def means_of(cells: Iterable[tuple[int, np.ndarray]], means: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Hand the cells on, and put the mean of every condition into a row of (c, g)."""
+    for i, values in cells:
+        means[i] = values.mean(axis=0, dtype=np.float64)
+        yield i, values
 
 
 def control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, sparse.csr_matrix]:

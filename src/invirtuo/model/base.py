@@ -6,18 +6,14 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from scipy import sparse
 from torch import Tensor, nn
 
 from invirtuo import fit as fitting
@@ -25,18 +21,21 @@ from invirtuo.batch import Batch
 from invirtuo.checks import require_counts, require_log, some
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
-from invirtuo.drawing import Request, SampleConfig, control_pool, drawn, filled, stored
-from invirtuo.files import read_h5ad, writing, writing_h5ad
+from invirtuo.files import read_h5ad, writing_h5ad
 from invirtuo.fit import FitConfig
+from invirtuo.model import saving
+from invirtuo.model.drawing import Request, SampleConfig, control_pool, drawn, filled, means_of, stored
+from invirtuo.model.effects import Calibration, Pseudobulks
 from invirtuo.samplers import Sampler
-from invirtuo.transforms import TRANSFORMS, Transform
+from invirtuo.transforms import Transform
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scipy import sparse
 
     from invirtuo.store import CellStore
 
-__all__ = ["Model", "Preset", "SampleConfig", "config_from", "track"]
+__all__ = ["Model", "Preset", "track"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,7 @@ class Model(nn.Module):
     stage: str = ""  # the part that is being trained, while `fit` runs and the model has stages
 
     history: pd.DataFrame
+    _pseudobulks: Pseudobulks | None
 
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         super().__init__()
@@ -101,6 +101,7 @@ class Model(nn.Module):
         self.history = pd.DataFrame()
         self.card: dict[str, Any] = {}
         self._controls: dict[str, sparse.csr_matrix] = {}
+        self._pseudobulks = None
         self.build()
         self.eval()
 
@@ -218,8 +219,17 @@ class Model(nn.Module):
                     )
                 runs.append(history.assign(stage=stage) if stage else history)
             self.history = pd.concat(runs, ignore_index=True)
-        self.card = _card(self, dataset, config) | self.facts(dataset)
+        self.card = saving.card(self, dataset, config) | self.facts(dataset)
+        self._pseudobulks = self._observe(dataset) if self.verb == "predict" else None
         return self.eval()
+
+    def _observe(self, dataset: CellDataset) -> Pseudobulks:
+        """Means of the control cells, and of the conditions that were held out for validation."""
+        design, held_out = self.design, pd.DataFrame(self.card["held_out"]["val"], columns=self.design.columns)
+        table, kind = design.kinds(dataset.obs)
+        wanted = design.is_control(table) | design.names(table).isin(design.names(held_out)).to_numpy()
+        rows = np.flatnonzero(wanted[kind] & np.isin(dataset.split, ("train", "val")))
+        return Pseudobulks.of(dataset, rows, len(self.genes))
 
     @contextmanager
     def _training(self, stage: str) -> Iterator[None]:
@@ -260,6 +270,7 @@ class Model(nn.Module):
         clamp_min: float | None = None,
         precision: str = "auto",
         batch_size: int = 256,
+        effect_level: float | None = None,
         out: str | Path | None = None,
         engine: str = "local",
         n_jobs: int | None = None,
@@ -291,6 +302,10 @@ class Model(nn.Module):
             "fp32", "bf16" or "auto".
         batch_size
             Cells in the network at once.
+        effect_level
+            Also give the effect on every gene with an interval, which shall cover this share of all genes. Intervals
+            are conformal and calibrated on the conditions that the split of the fit held out for validation, drawn
+            in the same way (`invirtuo.effects`): they hold for conditions that are like those.
         out
             h5ad to write while cells are drawn; memory then does not grow with their number.
         engine, n_jobs
@@ -303,12 +318,15 @@ class Model(nn.Module):
         Returns
         -------
         AnnData with the columns of the Design in obs, X in the model's data space (float32), and
-        ``uns["invirtuo"]``: how it was made. With `out` it reads from the file (backed).
+        ``uns["invirtuo"]``: how it was made. With `out` it reads from the file (backed). With `effect_level` varm holds
+        ``effect``, ``effect_low`` and ``effect_high``, (g, c): change of the mean to the control cells of the same
+        covariates; conditions in the order of obs, and named in ``uns["invirtuo"]["conditions"]``.
 
         Raises
         ------
         ValueError
-            If the model is not fitted, or a condition has an unknown perturbation or covariate.
+            If the model is not fitted, a condition has an unknown perturbation or covariate, or intervals are asked
+            for and the fit held out no conditions for validation.
         """
         import anndata
 
@@ -332,18 +350,27 @@ class Model(nn.Module):
             batch_size=batch_size,
         )
         request = Request(table, n_cells, seed, config, model._pool(controls))
-        cells = track(drawn(model, request, engine, n_jobs), "predicting", progress, len(table))
+        calibration = None if effect_level is None else Calibration(model, effect_level, controls)
+        means = np.empty((len(table), len(self.genes)))
+        cells = track(means_of(drawn(model, request, engine, n_jobs), means), "predicting", progress, len(table))
         obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:
             obs[column] = obs[column].astype("category")
         var, uns = pd.DataFrame(index=pd.Index(self.genes)), {"invirtuo": self._provenance(seed, config)}
+        if calibration is not None:
+            uns["invirtuo"] |= {"effect_level": effect_level, "conditions": model.design.names(table).to_numpy(str)}
+
         shape = (len(obs), len(self.genes))
         if out is not None:
             with writing_h5ad(out, obs, var, uns) as file:
                 filled(stored(file, shape), cells, n_cells)
+                if calibration is not None:
+                    anndata.io.write_elem(file, "varm", calibration.intervals(request, means))
             return read_h5ad(out, backed=True)
-        return anndata.AnnData(filled(np.empty(shape, np.float32), cells, n_cells), obs=obs, var=var, uns=uns)
+        x = filled(np.empty(shape, np.float32), cells, n_cells)
+        varm = None if calibration is None else calibration.intervals(request, means)
+        return anndata.AnnData(x, obs=obs, var=var, uns=uns, varm=varm)
 
     def with_controls(self, controls: AnnData) -> Self:
         """The model, or a copy that also knows the covariate groups of these control cells, if it can learn of them."""
@@ -364,25 +391,8 @@ class Model(nn.Module):
 
         Of several processes that fitted together only the first writes.
         """
-        folder = Path(folder)
-        if not fitting.is_main():
-            return
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; a model is saved as a folder, give another name")
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{k}/{type(t).__name__}/{n}": a for k, t in self.transforms.items() for n, a in t.state().items()}
-        for group, x in self._controls.items():
-            arrays |= {f"controls/{group}/{part}": getattr(x, part) for part in ("data", "indices", "indptr")}
-        facts = {"model": self.name, "preset": self.preset, "config": asdict(self.config), "genes": self.genes}
-        _write_text(folder / "design.json", self.design.to_json())
-        _write_text(folder / "card.json", json.dumps(self.card, indent=2))
-        with writing(folder / "transforms.npz") as path:
-            np.savez_compressed(path, **arrays)
-        with writing(folder / "history.csv") as path:
-            self.history.to_csv(path, index=False)
-        with writing(folder / "weights.safetensors") as path:
-            save_file({k: v.contiguous().clone() for k, v in self.state_dict().items()}, path)
-        _write_text(folder / "config.json", json.dumps(facts, indent=2))
+        if fitting.is_main():
+            saving.save(self, Path(folder))
 
     @classmethod
     def restore(cls, folder: str | Path) -> Self:
@@ -393,48 +403,7 @@ class Model(nn.Module):
         ValueError
             If a file is missing, damaged, or contradicts the others.
         """
-        folder = Path(folder)
-        with _reading(folder / "config.json") as path:
-            facts = json.loads(path.read_text())
-            genes, preset, config = facts["genes"], facts["preset"], config_from(cls.Config, facts["config"])
-        with _reading(folder / "design.json") as path:
-            design = Design.from_json(path.read_text())
-        model = cls(design, genes, config)
-        model.preset = preset
-        with _reading(folder / "card.json") as path:
-            model.card = json.loads(path.read_text())
-        history = folder / "history.csv"
-        model.history = pd.read_csv(history) if history.exists() and history.stat().st_size > 2 else pd.DataFrame()
-        with _reading(folder / "transforms.npz") as path, path.open("rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            model._load_arrays({key: arrays[key] for key in arrays.files})
-        with _reading(folder / "weights.safetensors") as path:
-            tensors = load_file(path)
-            model._size_buffers(tensors)
-            model.load_state_dict(tensors)
-        return model.eval()
-
-    def _load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        states: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-        for key, array in arrays.items():
-            head, rest = key.split("/", 1)
-            middle, tail = rest.rsplit("/", 1)
-            states.setdefault((head, middle), {})[tail] = array
-        for (head, middle), state in states.items():
-            if head == "controls":
-                shape = (len(state["indptr"]) - 1, self.n_columns)
-                cells = sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape)
-                cells.check_format(full_check=True)  # indices out of bounds would read foreign memory
-                self._controls[middle] = cells
-            else:
-                self.transforms[head] = TRANSFORMS[middle].load(state)
-
-    def _size_buffers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give buffers that have no rows before a fit the number of rows that was saved."""
-        for key, buffer in list(self.named_buffers()):
-            if buffer.ndim and not len(buffer) and key in tensors and tensors[key].shape[1:] == buffer.shape[1:]:
-                path, _, name = key.rpartition(".")
-                setattr(self.get_submodule(path), name, torch.empty_like(tensors[key]))
+        return saving.restore(cls, Path(folder))
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
@@ -546,68 +515,6 @@ class Model(nn.Module):
             "perturbation": self.design.perturbation or "",
             "control": self.design.control or "",
         }
-
-
-def _card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
-    """What a user of the saved model needs to know of its fit."""
-    design = model.design
-    kinds = {part: design.kinds(dataset.obs.iloc[dataset.rows(part)])[0] for part in ("train", "val", "test")}
-    train = kinds["train"]
-    seen = set(design.names(train))
-    held_out = {}
-    for part in ("val", "test"):
-        table = design.conditions(kinds[part])
-        held_out[part] = table[~design.names(table).isin(seen)].to_dict("records")
-    labels = [] if design.perturbation is None else train[design.perturbation].astype(str).unique()
-    table = design.tidy(train)
-    return {
-        "model": model.name,
-        "version": version("invirtuo"),
-        "seed": config.seed,
-        "fit": asdict(config),
-        "data_hash": dataset.fingerprint(),
-        "n_cells": {part: len(dataset.rows(part)) for part in ("train", "val", "test")},
-        "perturbations": sorted({part for label in labels for part in design.parts(label)}),
-        "covariates": {name: sorted(set(table[name]) - {design.unknown}) for name in design.covariates},
-        "held_out": held_out,
-    }
-
-
-def config_from(cls: type, values: Mapping[str, Any]) -> Any:
-    """A Config from JSON: lists become tuples, unknown fields are an error."""
-    known = {f.name for f in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(
-            f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {', '.join(sorted(known))}"
-        )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Path]:
-    """Turn whatever goes wrong while a file of a saved model is read into one clear error."""
-    trouble = (
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        BadZipFile,
-        SafetensorError,
-    )
-    try:
-        yield path
-    except trouble as error:
-        reason = " ".join(str(error).split())[:300] if path.exists() else "it is missing"
-        raise ValueError(f"{path} is damaged: {reason}; save the model again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with writing(path) as partial:
-        partial.write_text(text)
 
 
 def track(items, label: str, progress: bool, total: int | None = None):
