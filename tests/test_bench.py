@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -25,7 +26,7 @@ def comparison(toy, design, tmp_path):
         Entry("none", "no_change"),
     ]
 
-    def run(name: str) -> pd.DataFrame:
+    def run(name: str, split: pd.Series = split) -> pd.DataFrame:
         return compare(adata, design, split, entries, tmp_path / name, n_cells=30, about={"title": "toy"})
 
     return run
@@ -54,6 +55,22 @@ def test_everything_a_report_needs(comparison, tmp_path):
     page = iv.report(folder, folder / "report.html").read_text()
     assert "noise_floor" in page
     assert iv.load(folder / "models" / "flow").name == "primeflow"
+
+
+def test_effects_have_intervals_where_conditions_are_held_out_for_validation(comparison, toy, design, tmp_path):
+    comparison("a")
+    plain = pd.read_csv(tmp_path / "a" / "effects.csv")
+    assert plain["low"].isna().all() and plain["real"].notna().all()
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"], val_fraction=0.0)
+    comparison("b", split.mask(design.names(toy.obs) == "b_cell|B", "val"))
+    table = pd.read_csv(tmp_path / "b" / "effects.csv")
+    assert set(table["condition"]) == {"monocyte|A"} and (table["low"] <= table["high"]).all()
+    predicted = ad.read_h5ad(tmp_path / "b" / "predicted.h5ad")
+    width = predicted.varm["effect_high"] - predicted.varm["effect_low"]
+    np.testing.assert_allclose(table["high"] - table["low"], width[:, 0], atol=1e-6)
+    np.testing.assert_allclose(table["effect"] + table["control"], predicted.X.mean(0), atol=1e-5)
+    page = iv.report(tmp_path / "b", tmp_path / "report.html").read_text()
+    assert "cover 90% of all genes" in page
 
 
 def test_same_seed_same_table(comparison):

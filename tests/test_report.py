@@ -176,6 +176,20 @@ def test_panels_from_npz(results):
     assert sum(tag == "img" for tag, _ in render(results)[1].tags) == 2
 
 
+def test_effects_are_drawn_with_how_often_intervals_hold(results):
+    assert "Effects" not in render(results)[1].text
+    table = pd.DataFrame({"condition": "T|A", "gene": list("abcd"), "effect": [1.0, -2.0, 0.5, 0.0]})
+    table = table.assign(low=table["effect"] - 0.5, high=table["effect"] + 0.5, real=[1.2, -1.0, 0.6, 0.1])
+    table.to_csv(results / "effects.csv", index=False)
+    (results / "run.json").write_text(json.dumps({"effect level": 0.9}))
+    page = render(results)[1]
+    assert "cover 90% of all genes" in page.text and "75% of the changes seen lie within" in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 3
+    table.drop(columns=["low", "high"]).to_csv(results / "effects.csv", index=False)
+    text = render(results)[1].text
+    assert "largest predicted changes" in text and "lie within" not in text
+
+
 def test_tasks_have_sections_and_seeds_a_spread(results, scores):
     seeds = [scores.assign(seed=seed, value=scores["value"] * (1 + seed / 10)) for seed in range(3)]
     both = pd.concat([part.assign(task=task) for task in ("transfer", "combine") for part in seeds])
@@ -611,6 +625,7 @@ def test_spread_shows_mean_and_percentiles():
         ("panels.csv", "x,y\n1,2\n", "panels.csv lacks the columns pc1, pc2, kind"),
         ("panels.npz", "no archive", "panels.npz is not a readable npz"),
         ("history.csv", "a\n1\n", "history.csv lacks the columns step"),
+        ("effects.csv", "a\n1\n", "effects.csv lacks the columns condition, gene"),
     ],
 )
 def test_damaged_results(results, name, content, message):

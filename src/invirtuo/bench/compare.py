@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
@@ -31,6 +32,7 @@ __all__ = ["compare", "panels"]
 
 logger = logging.getLogger(__name__)
 
+EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
 PANEL_CELLS = 400  # cells of one kind drawn in one panel
 
 
@@ -59,8 +61,9 @@ def compare(
     entries
         What to compare.
     out
-        Folder for ``scores.csv``, ``predicted.h5ad`` (of the first entry), ``history.csv``, ``panels.csv``,
-        ``run.json`` and the fitted models.
+        Folder for ``scores.csv``, ``predicted.h5ad`` and ``effects.csv`` (of the first entry), ``history.csv``,
+        ``panels.csv``, ``run.json`` and the fitted models. Effects have intervals if the split holds out conditions
+        for validation.
     part
         Which held-out part is predicted and scored.
     metrics, n_cells, n_pcs
@@ -84,7 +87,8 @@ def compare(
         logger.info("fitting %s", entry.label)
         model.fit(adata, split=split, config=fit)
         fitted = time.perf_counter()
-        predicted = model.predict(part, n_cells=n_cells, seed=seed, **entry.predict)
+        level = EFFECT_LEVEL if model.card["held_out"]["val"] and entry is entries[0] else None
+        predicted = model.predict(part, n_cells=n_cells, seed=seed, effect_level=level, **entry.predict)
         done = time.perf_counter()
         pair = Pair(predicted, real, design, n_pcs=n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, metrics).assign(model=entry.label))
@@ -98,9 +102,13 @@ def compare(
     write_table(out / "scores.csv", scores)
     write_table(out / "history.csv", pd.concat(histories, ignore_index=True))
     write_table(out / "panels.csv", panels(adata, real, predictions, design, seed))
+    main = predictions[entries[0].label]
+    write_table(out / "effects.csv", effects_of(main, adata, design))
     with writing(out / "predicted.h5ad") as path:
-        predictions[entries[0].label].write_h5ad(path, compression="gzip")
+        main.write_h5ad(path, compression="gzip")
     facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "models": runs, "software": software()}
+    if "effect" in main.varm:
+        facts["effect level"] = EFFECT_LEVEL
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts, indent=2))
     return scores

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.model import Model
 
-__all__ = ["effects", "tabulate"]
+__all__ = ["effects", "effects_of", "tabulate"]
 
 
 def effects(
@@ -82,7 +82,7 @@ def effects(
             )
         known_means = _means(models, known, n_cells, seed)
     effect, half = bounds(seen, design, wanted, _means(models, wanted, n_cells, seed), known, known_means, level)
-    return tabulate(design, genes, wanted, seen, (effect, effect - half, effect + half))
+    return tabulate(design, genes, wanted, seen, effect, half)
 
 
 def tabulate(
@@ -90,7 +90,8 @@ def tabulate(
     genes: Sequence[str],
     table: pd.DataFrame,
     seen: Pseudobulks,
-    predicted: tuple[np.ndarray, np.ndarray, np.ndarray],
+    effect: np.ndarray,
+    half: np.ndarray,
 ) -> pd.DataFrame:
     """Effects as a tidy table.
 
@@ -100,8 +101,8 @@ def tabulate(
         The c conditions.
     seen
         Real cells.
-    predicted
-        Effects and their lower and upper bounds, (c, g) each.
+    effect, half
+        (c, g) each: effects, and half-widths of their intervals.
 
     Returns
     -------
@@ -112,8 +113,35 @@ def tabulate(
     rows = table.loc[table.index.repeat(n_genes), design.columns].reset_index(drop=True)
     front = {"condition": np.repeat(design.names(table).to_numpy(), n_genes), "gene": np.tile(genes, len(table))}
     control, real = seen.of_control(design, table)[0], seen.effect(design, table)
-    columns = zip(("control", "effect", "low", "high", "real"), (control, *predicted, real), strict=True)
-    return rows.assign(**front, **{name: values.ravel() for name, values in columns})
+    numbers = {"control": control, "effect": effect, "low": effect - half, "high": effect + half, "real": real}
+    return rows.assign(**front, **{name: values.ravel() for name, values in numbers.items()})
+
+
+def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFrame:
+    """Effects of cells that `Model.predict` drew, with intervals as wide as it gave them, beside those of real cells.
+
+    Parameters
+    ----------
+    predicted
+        Cells, and with ``effect_level`` the bounds of effects in varm.
+    adata
+        Real cells, with control cells of every covariate group.
+
+    Returns
+    -------
+    As :func:`tabulate` gives it.
+    """
+    seen = Pseudobulks.of(CellDataset(adata, design))
+    names = design.names(predicted.obs)
+    first = ~names.duplicated().to_numpy()
+    table = predicted.obs.loc[first, design.columns].reset_index(drop=True)
+    codes = pd.factorize(names)[0]
+    means = np.stack([np.asarray(predicted.X[codes == i].mean(axis=0)).ravel() for i in range(len(table))])
+    effect = means - seen.of_control(design, table)[0]
+    half = np.full_like(effect, np.nan)
+    if "effect" in predicted.varm:
+        half = (predicted.varm["effect"] - predicted.varm["effect_low"]).T
+    return tabulate(design, list(predicted.var_names), table, seen, effect, half)
 
 
 def _means(models: Sequence[Model], table: pd.DataFrame, n_cells: int, seed: int) -> np.ndarray:

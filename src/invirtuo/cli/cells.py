@@ -91,6 +91,10 @@ def predict(
     seed: int = 0,
     controls: Annotated[Path | None, typer.Option(help="h5ad with control cells to start from.")] = None,
     clamp_min: Annotated[float | None, typer.Option(help="Raise values below this to it.")] = None,
+    effect_level: Annotated[
+        float | None,
+        typer.Option(help="Also give effects with intervals that cover this share of genes, for example 0.9."),
+    ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: conditions spread over a Ray cluster.")] = "local",
     n_jobs: Annotated[int | None, typer.Option(help="Processes of --engine ray without a cluster.")] = None,
     quiet: Quiet = False,
@@ -110,6 +114,7 @@ def predict(
         seed=seed,
         controls=None if controls is None else read_h5ad(controls),
         clamp_min=clamp_min,
+        effect_level=effect_level,
         out=out,
         engine=engine,
         n_jobs=n_jobs,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.report.figures import GREY, LINES, PREDICTED, REAL, _clean, _figure, _png
+from invirtuo.report.figures import GREY, LINES, PREDICTED, REAL, _clean, _figure, as_png
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -55,7 +55,7 @@ def forecast(
         _clean(ax)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=MAX_COURSES, frameon=False, fontsize=8)
-    return _png(figure)
+    return as_png(figure)
 
 
 def network(edges: pd.DataFrame) -> str:
@@ -87,7 +87,7 @@ def network(edges: pd.DataFrame) -> str:
     ax.set_ylabel("regulator", fontsize=8)
     _clean(ax)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return _png(figure)
+    return as_png(figure)
 
 
 def intervention(change: AnnData, *, time: str) -> str:
@@ -118,7 +118,7 @@ def intervention(change: AnnData, *, time: str) -> str:
     lines.legend(frameon=False, fontsize=7)
     for ax in (bars, lines):
         _clean(ax)
-    return _png(figure)
+    return as_png(figure)
 
 
 def tradeoff(table: pd.DataFrame, lines: Sequence[str] = ("training_mean", "linear_in_time", "smoother")) -> str:
@@ -152,7 +152,7 @@ def tradeoff(table: pd.DataFrame, lines: Sequence[str] = ("training_mean", "line
     panels[0].set_ylabel("error", fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _courses(obs: pd.DataFrame, time: str, columns: Sequence[str] | None = None) -> pd.Series:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from invirtuo.report.figures import PREDICTED, REAL
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["plot_effects"]
+__all__ = ["coverage", "effects_figure", "plot_effects"]
 
 MAX_CONDITIONS = 12
 
@@ -36,10 +38,17 @@ def plot_effects(table: pd.DataFrame, out: str | os.PathLike, *, n_genes: int = 
     ValueError
         If columns are missing.
     """
-    from matplotlib.figure import Figure
-
     if missing := [name for name in ("condition", "gene", "effect", "low", "high", "real") if name not in table]:
         raise ValueError(f"the table has no column {', '.join(missing)}; expected one made by bench.effects")
+    figure = effects_figure(table, n_genes)
+    with writing(out) as path:
+        figure.savefig(path, dpi=150, format=os.path.splitext(out)[1].removeprefix(".") or "png")
+
+
+def effects_figure(table: pd.DataFrame, n_genes: int) -> Figure:
+    """A panel for each of the first 12 conditions, at most three in a row."""
+    from matplotlib.figure import Figure
+
     conditions = list(dict.fromkeys(table["condition"]))[:MAX_CONDITIONS]
     columns = min(len(conditions), 3)
     rows = -(-len(conditions) // columns)
@@ -51,8 +60,13 @@ def plot_effects(table: pd.DataFrame, out: str | os.PathLike, *, n_genes: int = 
     for panel in axes[len(conditions) :]:
         panel.set_visible(False)
     axes[0].legend(fontsize=8, frameon=False)
-    with writing(out) as path:
-        figure.savefig(path, dpi=150, format=os.path.splitext(out)[1].removeprefix(".") or "png")
+    return figure
+
+
+def coverage(table: pd.DataFrame) -> float:
+    """Share of the effects seen that lie in their intervals; NaN without intervals or real cells."""
+    known = table.dropna(subset=["low", "high", "real"])
+    return float(known["real"].between(known["low"], known["high"]).mean()) if len(known) else math.nan
 
 
 def _panel(axes: Axes, table: pd.DataFrame, n_genes: int) -> None:

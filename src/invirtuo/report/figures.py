@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "panels", "populations"]
+__all__ = ["as_png", "curves", "panels", "populations"]
 
 # Okabe & Ito: told apart by colour-blind readers, on paper and on a dark page
 GREY, REAL, PREDICTED = "#c4c8cc", "#0072b2", "#d55e00"
@@ -51,7 +51,7 @@ def panels(table: pd.DataFrame) -> tuple[str, int, str]:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9, markerscale=4)
     left_out = [(len(conditions) - len(rows), "conditions"), (len(models) - len(columns), "models")]
     note = " and ".join(f"{n} more {what}" for n, what in left_out if n > 0)
-    return _png(figure), len(columns), f"{note} not drawn" if note else ""
+    return as_png(figure), len(columns), f"{note} not drawn" if note else ""
 
 
 def curves(history: pd.DataFrame) -> str:
@@ -85,7 +85,7 @@ def curves(history: pd.DataFrame) -> str:
     for ax in axes[len(names) :]:
         ax.set_axis_off()
     axes[0].legend(frameon=False, fontsize=8)
-    return _png(figure)
+    return as_png(figure)
 
 
 def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
@@ -124,7 +124,7 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
         row[0].set_ylabel(name, fontsize=9)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9, markerscale=6)
-    return _png(figure), len(models)
+    return as_png(figure), len(models)
 
 
 def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
@@ -161,7 +161,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> str:
+def as_png(figure: Figure) -> str:
+    """The figure as a data address."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -13,6 +13,7 @@ import pandas as pd
 __all__ = [
     "read_comparisons",
     "read_costs",
+    "read_effects",
     "read_history",
     "read_panels",
     "read_populations",
@@ -73,6 +74,12 @@ def read_populations(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     if genes is None or cells is None or not (genes["model"] != "real").any():
         return None
     return genes, cells
+
+
+def read_effects(path: Path) -> pd.DataFrame | None:
+    """Predicted effects gene by gene, with intervals and what was seen, if there are any."""
+    table = _optional(path, ("condition", "gene"), (), ("effect", "low", "high", "real"))
+    return None if table is None or table["effect"].isna().all() else table
 
 
 def read_history(path: Path) -> pd.DataFrame | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from invirtuo import __version__
 from invirtuo.files import writing
 from invirtuo.report import benchmark, folder
-from invirtuo.report.figures import curves, panels, populations
+from invirtuo.report.effects import coverage, effects_figure
+from invirtuo.report.figures import as_png, curves, panels, populations
 from invirtuo.report.tables import BASELINES, FLOOR, condition_tables, headline, score_table
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_report"]
 
+GENES = 12  # largest effects of a condition that are drawn
 MAX_CELLS = 5000  # numbers in the tables by condition of a benchmark; beyond, the charts must do
 
 
@@ -33,14 +36,15 @@ def write_report(
     results
         Folder with ``scores.csv`` (columns ``condition``, ``metric``, ``value``, ``model``; optionally ``seed``,
         ``task``, ``direction``). Shown if present: ``panels.npz`` or ``panels.csv`` (``pc1``, ``pc2``, ``kind``,
-        ``model``, ``condition``), ``history.csv`` (``step``, ``model``, one column per quantity) and ``run.json``
-        (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor`` and ``notes`` have a place
-        of their own, anything else is listed); of generated populations ``genes.csv`` (``model``, ``gene``, ``mean``,
-        ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark has more: ``costs.csv``
-        (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters), ``comparisons.csv``
-        (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``, ``n_conditions``), and in
-        ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or "higher" is better). With
-        these, or with several tasks, the page also compares models over tasks.
+        ``model``, ``condition``), ``history.csv`` (``step``, ``model``, one column per quantity), ``effects.csv``
+        (``condition``, ``gene``, ``effect``, ``low``, ``high``, ``real``; `invirtuo.bench.effects`) and ``run.json``
+        (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor``, ``effect level`` and
+        ``notes`` have a place of their own, anything else is listed); of generated populations ``genes.csv``
+        (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
+        has more: ``costs.csv`` (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters),
+        ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
+        ``n_conditions``), and in ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or
+        "higher" is better). With these, or with several tasks, the page also compares models over tasks.
     out
         The page to write; an existing one is replaced only when the new one is complete.
     title
@@ -81,6 +85,7 @@ def write_report(
             panels=picture,
             panels_columns=n_columns,
             panels_note=left_out,
+            effects=_effects(folder.read_effects(path / "effects.csv"), run),
             populations=structure,
             populations_columns=n_origins,
             curves=curves(history) if history is not None else "",
@@ -146,6 +151,20 @@ def _benchmark(
         "costs": benchmark.costs_section(costs, tables) if costs is not None else None,
         "failures": benchmark.failures(costs) if costs is not None else [],
         "lost": _lost(costs, tables),
+    }
+
+
+def _effects(table: pd.DataFrame | None, run: dict[str, Any]) -> dict[str, Any] | None:
+    """Picture of the largest effects, its number of columns, and how often intervals hold."""
+    if table is None:
+        return None
+    share, level = coverage(table), run.get("effect level")
+    return {
+        "picture": as_png(effects_figure(table, GENES)),
+        "columns": min(table["condition"].nunique(), 3),
+        "n_genes": GENES,
+        "level": f"{level:.0%}" if isinstance(level, int | float) else "",
+        "covered": "" if math.isnan(share) else f"{share:.0%}",
     }
 
 
