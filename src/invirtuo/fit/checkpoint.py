@@ -1,26 +1,128 @@
-"""Checkpoints: safetensors + JSON, and whether one belongs to a fit."""
+"""Checkpoints: safetensors + JSON, in one file or with a file of rows for every device; whether one belongs to a fit.
+
+``last.safetensors`` holds the facts and all whole tensors. Of tensors that are sharded every device writes its rows to
+a file of its own first; the facts name these files, so that a checkpoint is complete when ``last.safetensors`` takes
+its name, and the earlier one until then.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from invirtuo.files import writing
 from invirtuo.fit.config import FitConfig
+from invirtuo.fit.devices import agreed, barrier, is_main, place
+from invirtuo.fit.sharding import is_sharded, local, own_rows
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
     from invirtuo.model import Model
 
-__all__ = ["BEST", "LAST", "check_same", "data_hash", "identity", "read"]
+__all__ = ["BEST", "LAST", "Checkpoint", "check_same", "data_hash", "identity", "write"]
 
 LAST = "last.safetensors"  # everything that a resumed fit needs
 BEST = "best.safetensors"  # weights with the lowest validation loss so far
+
+
+def write(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint in place of the last one; if tensors are sharded, every device must take part."""
+    rows = {k: local(v) for k, v in tensors.items() if is_sharded(v)}
+    rank, n_devices = place()
+    names = []
+    if rows:
+        name = agreed(uuid.uuid4().hex[:8])  # of this writing alone: no file of an earlier one is touched
+        names = [f"last-{name}-{i:05d}-of-{n_devices:05d}.safetensors" for i in range(1, n_devices + 1)]
+        _save(folder / names[rank], rows)
+        barrier()
+    if is_main():
+        told = {**facts, "shards": names, "shapes": {k: list(tensors[k].shape) for k in rows}}
+        _save(folder / LAST, {k: v for k, v in tensors.items() if k not in rows}, invirtuo=json.dumps(told))
+        for old in set(folder.glob("last-*-of-*.safetensors")) - {folder / name for name in names}:
+            old.unlink(missing_ok=True)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], **about: str) -> None:
+    with writing(path) as partial:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata=about)
+
+
+class Checkpoint:
+    """A checkpoint to read from, however many devices wrote it.
+
+    Raises
+    ------
+    ValueError
+        If a file of it is missing or damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._reading(path.name):
+            main = safe_open(path, framework="pt")
+            self.facts = json.loads(main.metadata()["invirtuo"])
+            self._shapes = {k: main.get_slice(k).get_shape() for k in main.keys()}
+        self._pieces = {k: [(main, shape[0] if shape else 1)] for k, shape in self._shapes.items()}
+        shapes = self.facts.get("shapes", {})
+        self._shapes |= shapes
+        self._pieces |= {k: [] for k in shapes}
+        for name in self.facts.get("shards", []):
+            with self._reading(name):
+                file = safe_open(path.with_name(name), framework="pt")
+                for k in shapes:
+                    self._pieces[k].append((file, file.get_slice(k).get_shape()[0]))
+        for k, shape in shapes.items():
+            if (found := sum(n for _, n in self._pieces[k])) != shape[0]:
+                raise ValueError(self._damaged(f"{k} has {found} of {shape[0]} rows"))
+
+    def keys(self, part: str) -> list[str]:
+        """Names of the tensors of a part: "model", "average", "optimizer", "best"."""
+        return [k.removeprefix(part + ".") for k in self._shapes if k.startswith(part + ".")]
+
+    def fill(self, target: Tensor, key: str) -> Tensor:
+        """Put a tensor, or the rows of it that belong on this device, into the place that is kept for it."""
+        shape, own = self._shapes.get(key), local(target)
+        if shape is None or tuple(shape) != tuple(target.shape):
+            raise ValueError(self._damaged(f"{key} has shape {shape}, expected {tuple(target.shape)}"))
+        rows = own_rows(shape[0], *place()) if is_sharded(target) else None
+        with torch.no_grad():
+            if own.numel():
+                own.copy_(self._rows(key, rows))
+        return target
+
+    def _rows(self, key: str, wanted: slice | None) -> Tensor:
+        """Some rows of a tensor, from the files that hold them."""
+        pieces = self._pieces[key]
+        if wanted is None and len(pieces) == 1:
+            return pieces[0][0].get_tensor(key)
+        wanted, start, parts = wanted or slice(0, self._shapes[key][0]), 0, []
+        for file, n in pieces:
+            first, last = max(wanted.start - start, 0), min(wanted.stop - start, n)
+            if first < last:
+                parts.append(file.get_slice(key)[first:last])
+            start += n
+        return torch.cat(parts)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, TypeError, KeyError, IndexError, json.JSONDecodeError) as error:
+            raise ValueError(self._damaged(str(error), name)) from error
+
+    def _damaged(self, reason: str, name: str = LAST) -> str:
+        return f"the checkpoint {self.path.with_name(name)} is damaged ({reason}); remove it and fit again"
 
 
 def identity(model: Model) -> dict[str, Any]:
@@ -38,22 +140,24 @@ def data_hash(dataset: CellDataset) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts and tensors of a checkpoint."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["invirtuo"]), {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}); remove it and fit again") from error
-
-
 def check_same(saved: dict[str, Any], config: FitConfig, path: Path) -> None:
-    """Refuse to resume with settings that would change the result."""
-    free = {"progress", "checkpoint_every", "accelerator", "devices", "nodes", "compile"}
+    """Refuse to resume with settings that would change the result.
+
+    Other devices may go on; if they are fewer or more, `accumulate` may change so that a step has as many batches.
+    """
+    free = {"progress", "checkpoint_every", "accelerator", "devices", "nodes", "strategy", "compile"}
     now = json.loads(json.dumps(asdict(config)))
+    if _batches(saved) == _batches(now) is not None:
+        free |= {"accumulate"}
     changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in now.items() if k not in free and saved.get(k) != v]
     if changed:
         raise ValueError(
             f"the checkpoint {path} was made with another FitConfig ({'; '.join(changed)}); "
             "resume with the same settings or fit into a new folder"
         )
+
+
+def _batches(config: dict[str, Any]) -> int | None:
+    """Batches of an optimiser step on all devices, if the number of these is known beforehand."""
+    devices = str(config.get("devices", 1))
+    return int(devices) * config.get("nodes", 1) * config["accumulate"] if devices.isdigit() else None

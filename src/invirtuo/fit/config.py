@@ -31,8 +31,9 @@ class FitConfig:
     checkpoint_every: int = 500  # steps between checkpoints, where a folder is given
     compile: bool = False  # torch.compile the network (GPU)
     accelerator: str = "auto"  # as in lightning.Trainer
-    devices: int | str = 1  # as in lightning.Trainer; several train in step (DDP), each with batches of its own
+    devices: int | str = 1  # as in lightning.Trainer; several train in step, each with batches of its own
     nodes: int = 1  # machines, each with that many devices
+    strategy: str = "ddp"  # of several devices: "ddp" holds all weights on each, "fsdp" a part of them
     seed: int = 0
     progress: bool = True  # show a progress bar
 
@@ -43,6 +44,7 @@ class FitConfig:
             "schedule": ("cosine", "constant", "plateau"),
             "precision": ("auto", "fp32", "bf16"),
             "keep": ("last", "best"),
+            "strategy": ("ddp", "fsdp"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

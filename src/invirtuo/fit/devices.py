@@ -11,13 +11,17 @@ from torch import Tensor
 from invirtuo.fit.config import FitConfig
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from invirtuo.model import Model
 
-__all__ = ["agreed", "is_main", "place", "several", "shared", "strategy"]
+__all__ = ["agreed", "barrier", "devices_of", "is_main", "place", "several", "shared", "strategy"]
 
 
 def strategy(model: Model, config: FitConfig) -> Any:
-    """How Lightning trains on several devices: DDP; parameters without gradient are looked for where there may be some.
+    """How Lightning trains on several devices.
+
+    Under DDP, parameters without gradient are looked for where there may be some.
 
     Raises
     ------
@@ -32,9 +36,18 @@ def strategy(model: Model, config: FitConfig) -> Any:
                 "to the processes of a machine, and nodes to the machines"
             )
         return "auto"
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+    if config.strategy == "fsdp":
+        return ModelParallelStrategy()
     return DDPStrategy(find_unused_parameters=type(model).update.__qualname__ != "Model.update")
+
+
+def devices_of(strategy: Any) -> DeviceMesh:
+    """All devices that Lightning joined, in a row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(strategy.root_device.type, (strategy.world_size,))
 
 
 def several(config: FitConfig) -> bool:
@@ -63,6 +76,12 @@ def agreed(value: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box)
     return box[0]
+
+
+def barrier() -> None:
+    """Wait for all devices."""
+    if place()[1] > 1:
+        torch.distributed.barrier()
 
 
 def place() -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from invirtuo.fit.checkpoint import LAST
 from invirtuo.fit.config import FitConfig
-from invirtuo.fit.devices import strategy
+from invirtuo.fit.devices import devices_of, several, strategy
 from invirtuo.fit.machine import keep_freed_memory
 from invirtuo.fit.stream import Stream
 from invirtuo.fit.training import Training
@@ -73,7 +73,11 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
     training = Training(model, dataset, config, folder)
     if resume and folder is not None and (folder / LAST).exists():
         training.restore(folder / LAST)
-    if training.step < config.steps and not training.stopped:
+    goes_on = training.step < config.steps and not training.stopped
+    shards = goes_on and several(config) and config.strategy == "fsdp"  # once Lightning has joined the devices
+    if not shards:
+        training.begin()
+    if goes_on:
         trainer = lightning.Trainer(
             max_steps=config.steps - training.step,
             max_epochs=-1,
@@ -83,7 +87,7 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             strategy=strategy(model, config),
             precision="bf16-mixed" if training.bf16 else "32-true",
             accumulate_grad_batches=config.accumulate,
-            callbacks=[*callbacks, *([bar(config, training.step)] if config.progress else [])],
+            callbacks=[*callbacks, *([_bar(config, training.step)] if config.progress else [])],
             logger=loggers or False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -91,12 +95,12 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             log_every_n_steps=10,
         )
         stream = Stream(dataset, model, config, training.step * config.accumulate)
-        trainer.fit(shell(training), train_dataloaders=stream)
+        trainer.fit(_shell(training, shards=shards), train_dataloaders=stream)
     training.finish()
     return pd.DataFrame(training.history)
 
 
-def shell(training: Training):
+def _shell(training: Training, *, shards: bool):
     """The shell that Lightning drives; made in a function so that importing this file does not import lightning."""
     import lightning
 
@@ -107,7 +111,13 @@ def shell(training: Training):
 
         def __init__(self):
             super().__init__()
-            self.model, self.average = training.model, training.average  # moved to the device together
+            if not shards:
+                self.model, self.average = training.model, training.average  # moved to the device together
+
+        def configure_model(self):
+            if shards:
+                training.begin(devices_of(self.trainer.strategy))
+                self.model, self.average = training.model, training.average
 
         def configure_optimizers(self):
             return training.optimizer
@@ -130,7 +140,7 @@ def shell(training: Training):
     return Shell()
 
 
-def bar(config: FitConfig, start: int):
+def _bar(config: FitConfig, start: int):
     """A progress bar over optimiser steps, with the loss; it knows the steps of an earlier, resumed fit."""
     import lightning
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
@@ -17,14 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from invirtuo.files import writing
-from invirtuo.fit.checkpoint import BEST, LAST, check_same, data_hash, identity, read
+from invirtuo.fit.checkpoint import BEST, Checkpoint, check_same, data_hash, identity, write
 from invirtuo.fit.config import FitConfig, learning_rate
 from invirtuo.fit.devices import agreed, place, shared
 from invirtuo.fit.machine import use_bf16
+from invirtuo.fit.sharding import Losses, let_go, local, sharded, whole
 from invirtuo.fit.stream import noise_seed
 from invirtuo.fit.validation import validation_losses
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from invirtuo.batch import Batch
     from invirtuo.dataset import CellDataset
     from invirtuo.model import Model
@@ -38,24 +40,48 @@ class Training:
     """One model in training: optimiser, averaged weights, validation, history, checkpoints."""
 
     def __init__(self, model: Model, dataset: CellDataset, config: FitConfig, folder: Path | None):
-        self.model, self.dataset, self.config, self.folder = model, dataset, config, folder
-        self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
-        self.optimizer = make_optimizer(model, config)
-        self.plateau = _plateau(self.optimizer) if config.schedule == "plateau" else None
+        self.given, self.dataset, self.config, self.folder = model, dataset, config, folder
         self.bf16 = use_bf16(config)
         self.data_hash = data_hash(dataset)
-        self.losses_of = torch.compile(model.update) if config.compile else model.update
         self.step, self.lr = 0, config.lr
         self.history: list[dict[str, float]] = []
         self.best, self.waited, self.stopped = math.inf, 0, False
         self.best_weights: dict[str, Tensor] | None = None
         self.began, self.elapsed = time.perf_counter(), 0.0
+        self._checkpoint: Checkpoint | None = None
         self._losses: dict[str, Tensor] = {}
 
+    def begin(self, mesh: DeviceMesh | None = None) -> None:
+        """Make averaged weights and optimiser, in the state of the checkpoint; with a mesh, sharded over its devices.
+
+        What is sharded is a copy: the model that was given gets its weights at the end.
+        """
+        config, self.is_sharded = self.config, mesh is not None
+        self.trained = Losses(self.given, compiled=config.compile)
+        self.averaged = Losses(copy.deepcopy(self.given).requires_grad_(False)) if config.ema else None
+        if mesh is not None:
+            self.trained = sharded(Losses(copy.deepcopy(self.given), compiled=config.compile), mesh)
+            self.averaged = self.averaged and sharded(self.averaged, mesh)
+        self.optimizer = _optimizer(self.model, config)
+        self.plateau = _plateau(self.optimizer) if config.schedule == "plateau" else None
+        if self._checkpoint is not None:
+            self._load(self._checkpoint)
+            self._checkpoint = None
+
     @property
-    def kept(self) -> Model:
-        """The model whose weights are validated and kept: the averaged one, if there is one."""
-        return self.model if self.average is None else self.average
+    def model(self) -> Model:
+        """The model whose weights are trained."""
+        return self.trained.model
+
+    @property
+    def average(self) -> Model | None:
+        """The model of averaged weights, if they are wanted."""
+        return None if self.averaged is None else self.averaged.model
+
+    @property
+    def kept(self) -> Losses:
+        """Losses of the model whose weights are validated and kept: the averaged one, if there is one."""
+        return self.averaged or self.trained
 
     def loss(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         """Losses of one batch, with the noise of its number among the batches of all devices."""
@@ -64,7 +90,7 @@ class Training:
         turn, (rank, n_devices) = batch_index % self.config.accumulate, place()
         number = (self.step * self.config.accumulate + turn) * n_devices + rank
         torch.manual_seed(noise_seed(self.config.seed, number, 0))
-        losses = self.losses_of(batch, self.step)
+        losses = self.trained(batch, self.step)
         told = {k: v.detach() / self.config.accumulate for k, v in losses.items()}
         self._losses = {k: v + self._losses[k] for k, v in told.items()} if turn else told
         total = float(losses["total"].detach())
@@ -89,19 +115,36 @@ class Training:
         validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
         losses = {}
         if validates:
-            if main:
-                losses = validation_losses(self.kept, self.dataset, config, device, bf16=self.bf16)
-            losses = agreed(losses)
-            if losses and self._improves(losses["total"]) and folder is not None and main:
-                with writing(folder / BEST) as path:
-                    save_file({k: v.cpu().contiguous().clone() for k, v in self.kept.state_dict().items()}, path)
+            losses = agreed(self._validate(device) if main or self.is_sharded else {})
+            if losses and self._improves(losses["total"]) and folder is not None and (main or self.is_sharded):
+                self._save_best(folder / BEST, main)
         if validates or last or self.step % 20 == 0 or self.step == 1:
             self._record(losses)
-        if folder is not None and main and (last or self.stopped or self.step % config.checkpoint_every == 0):
-            self.save(folder / LAST)
-            with writing(folder / "history.csv") as path:
-                pd.DataFrame(self.history).to_csv(path, index=False)
+        if folder is not None and (last or self.stopped or self.step % config.checkpoint_every == 0):
+            if main or self.is_sharded:
+                self.save(folder)
+            if main:
+                with writing(folder / "history.csv") as path:
+                    pd.DataFrame(self.history).to_csv(path, index=False)
         return losses
+
+    def _validate(self, device: torch.device | str) -> dict[str, float]:
+        config, kept = self.config, self.kept
+        losses = validation_losses(kept.model, self.dataset, config, device, bf16=self.bf16, losses_of=kept)
+        if self.is_sharded:
+            let_go(kept)
+        return losses
+
+    def _kept_weights(self) -> dict[str, Tensor]:
+        """The weights to keep so far, whole and on the CPU; if they are sharded, every device must ask."""
+        weights = self.kept.model.state_dict()
+        return {k: (whole(v) if self.is_sharded else v).cpu() for k, v in weights.items()}
+
+    def _save_best(self, path: Path, main: bool) -> None:
+        weights = self._kept_weights()
+        if main:
+            with writing(path) as partial:
+                save_file({k: v.contiguous().clone() for k, v in weights.items()}, partial)
 
     def _record(self, validation: dict[str, float]) -> None:
         seconds = self.elapsed + time.perf_counter() - self.began
@@ -113,14 +156,14 @@ class Training:
         if value < self.best:
             self.best, self.waited = value, 0
             if self.config.keep == "best":
-                self.best_weights = {k: v.clone() for k, v in self.kept.state_dict().items()}
+                self.best_weights = {k: v.clone() for k, v in self.kept.model.state_dict().items()}
             return True
         self.waited += 1
         self.stopped = bool(self.config.patience) and self.waited >= self.config.patience
         return False
 
-    def save(self, path: Path) -> None:
-        """Write everything that :meth:`restore` needs into one safetensors file."""
+    def save(self, folder: Path) -> None:
+        """Write everything that :meth:`restore` needs; if weights are sharded, every device writes its own."""
         optimizer = self.optimizer.state_dict()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:
@@ -130,7 +173,7 @@ class Training:
         tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
         facts = {
             "config": asdict(self.config),
-            "model": identity(self.model),
+            "model": identity(self.given),
             "data": self.data_hash,
             "bf16": self.bf16,
             "step": self.step,
@@ -142,51 +185,54 @@ class Training:
             "optimizer": optimizer["param_groups"],
             "plateau": None if self.plateau is None else self.plateau.state_dict(),
         }
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        with writing(path) as partial:
-            save_file(tensors, partial, metadata={"invirtuo": json.dumps(facts)})
+        write(folder, facts, tensors)
 
     def restore(self, path: Path) -> None:
-        """Take up the state of a checkpoint, after checking that it belongs to this fit."""
-        facts, tensors = read(path)
+        """Take up a checkpoint, after checking that it belongs to this fit; :meth:`begin` reads its tensors."""
+        checkpoint = self._checkpoint = Checkpoint(path)
+        facts = checkpoint.facts
         check_same(facts["config"], self.config, path)
-        if facts["model"] != identity(self.model):
+        if facts["model"] != identity(self.given):
             raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
         if facts["data"] != self.data_hash:
             raise ValueError(
                 f"the checkpoint {path} was made with other data, another split or another way of reading; "
                 "fit into a new folder"
             )
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-
-        self.model.load_state_dict(part("model"))
-        if self.average is not None:
-            self.average.load_state_dict(part("average"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for k, value in part("optimizer").items():
-            number, name = k.split(".", 1)
-            state.setdefault(int(number), {})[name] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]})
-        for parameter, values in self.optimizer.state.items():  # the fused step needs the memory layout of the weights
-            values |= {k: torch.empty_like(parameter).copy_(v) for k, v in values.items() if v.ndim}
-        if self.plateau is not None:
-            self.plateau.load_state_dict(facts["plateau"])
-        self.best_weights = part("best") or None
         self.bf16 = facts["bf16"]  # as measured when the fit began
         self.step, self.best, self.waited = facts["step"], facts["best"], facts["waited"]
         self.stopped, self.history, self.elapsed = facts["stopped"], facts["history"], facts["seconds"]
         logger.info("resumed from %s at step %d", path, self.step)
 
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Weights, averages and state of the optimiser, of this device."""
+        for name, value in self.model.state_dict().items():
+            checkpoint.fill(value, f"model.{name}")
+        for name, value in {} if self.average is None else self.average.state_dict().items():
+            checkpoint.fill(value, f"average.{name}")
+        if checkpoint.keys("best"):
+            like = self.kept.model.state_dict().items()
+            self.best_weights = {k: checkpoint.fill(torch.empty_like(v), f"best.{k}") for k, v in like}
+        self.optimizer.load_state_dict({"state": {}, "param_groups": checkpoint.facts["optimizer"]})
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for key in checkpoint.keys("optimizer"):
+            number, name = key.split(".", 1)
+            parameter = parameters[int(number)]
+            value = torch.zeros((), device=parameter.device) if name == "step" else torch.empty_like(parameter).detach()
+            self.optimizer.state[parameter][name] = checkpoint.fill(value, f"optimizer.{key}")
+        if self.plateau is not None:
+            self.plateau.load_state_dict(checkpoint.facts["plateau"])
+
     def finish(self) -> None:
-        """Leave the kept weights in the model, on the CPU."""
-        weights = self.best_weights or self.kept.state_dict()
-        self.model.to("cpu")
-        self.model.load_state_dict({k: v.cpu() for k, v in weights.items()})
+        """Leave the kept weights in the model that was given, on the CPU, on every device."""
+        if self.best_weights is not None:
+            self.kept.model.load_state_dict(self.best_weights)
+        weights = self._kept_weights()
+        self.given.to("cpu")
+        self.given.load_state_dict(weights)
 
 
-def make_optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
+def _optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     parameters = [p for p in model.parameters() if p.requires_grad]
     return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
@@ -202,5 +248,5 @@ def _plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.Reduc
 def _move_average(average: Model, model: Model, decay: float) -> None:
     still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # of other stages
     pairs = zip(average.state_dict().values(), model.state_dict().items(), strict=True)
-    floating = [(old, new) for old, (name, new) in pairs if old.is_floating_point() and name not in still]
+    floating = [(local(old), local(new)) for old, (name, new) in pairs if old.is_floating_point() and name not in still]
     torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +21,18 @@ __all__ = ["validation_losses"]
 
 @torch.no_grad()
 def validation_losses(
-    model: Model, dataset: CellDataset, config: FitConfig, device="cpu", *, bf16: bool | None = None
+    model: Model,
+    dataset: CellDataset,
+    config: FitConfig,
+    device="cpu",
+    *,
+    bf16: bool | None = None,
+    losses_of: Callable | None = None,
 ) -> dict[str, float]:
-    """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells."""
+    """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells.
+
+    `losses_of` stands in for ``model.loss``.
+    """
     if not len(dataset.rows("val")):
         return {}
     was_training = model.training
@@ -36,7 +46,7 @@ def validation_losses(
         for batch in dataset.first_batches(
             sampler, config.batch_size, config.val_batches, part="val", seed=config.seed
         ):
-            for name, value in model.loss(batch.to(device)).items():
+            for name, value in (losses_of or model.loss)(batch.to(device)).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
                 n_cells[name] = n_cells.get(name, 0) + len(batch)
     model.train(was_training)

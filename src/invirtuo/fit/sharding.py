@@ -1,0 +1,106 @@
+"""Weights sharded over devices: PyTorch's `fully_shard` (FSDP2), every parameter a DTensor split along its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    from invirtuo.batch import Batch
+    from invirtuo.model import Model
+
+__all__ = ["Losses", "is_sharded", "let_go", "local", "own_rows", "sharded", "units", "whole"]
+
+UNIT = 1 << 20  # parameters that make a block a unit: gathered for its own forward and backward pass alone
+
+
+class Losses(nn.Module):
+    """Losses of a model as a forward pass, around which sharded weights are gathered and let go."""
+
+    def __init__(self, model: Model, *, compiled: bool = False):
+        super().__init__()
+        self.model = model
+        self._compiled = torch.compile(model.update) if compiled else None
+
+    def forward(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
+        """Losses of the optimiser step of that number; without one, those of validation."""
+        if step is None:
+            return self.model.loss(batch)
+        return (self._compiled or self.model.update)(batch, step)
+
+
+def sharded(losses: Losses, mesh: DeviceMesh) -> Losses:
+    """Shard the weights of the model of `losses`, in place.
+
+    Sharded weights are fp32 and computed with under autocast, as whole ones: the numbers are those of DDP.
+
+    Raises
+    ------
+    ValueError
+        If the model takes proximal steps, which look at whole parameters.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    model = losses.model
+    if type(model).proximal_step.__qualname__ != "Model.proximal_step":
+        raise ValueError(
+            f"{model.name} takes proximal steps on whole parameters, which FitConfig.strategy 'fsdp' spreads over "
+            "devices; use 'ddp'"
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # shards are rows; convolutions order their weights as they like
+    for block in [] if type(model).update.__qualname__ != "Model.update" else units(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(losses, mesh=mesh)
+    return losses
+
+
+def units(module: nn.Module) -> Iterator[nn.Module]:
+    """Large blocks that are gathered by themselves: what stands in lists and sequences, which is called by `forward`.
+
+    All other parameters are gathered once for the whole step. Models that override `update` have no units: they take
+    gradients within a step, or use parameters of a block without calling it.
+    """
+    for child in module.children():
+        large = sum(p.numel() for p in child.parameters()) >= UNIT
+        if isinstance(module, nn.ModuleList | nn.Sequential) and large and not isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from units(child)
+
+
+def let_go(losses: Losses) -> None:
+    """Drop gathered weights after a forward pass without a backward pass, which would do it."""
+    cast("FSDPModule", losses).reshard()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the rows of a tensor are spread over devices."""
+    return hasattr(tensor, "to_local")  # a DTensor, without importing what one device does not need
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that lie on this device; other tensors as they are."""
+    return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a sharded tensor, and what the first device has of others; every device must ask."""
+    if is_sharded(tensor):
+        return cast("DTensor", tensor).full_tensor()
+    tensor = tensor.clone()
+    torch.distributed.broadcast(tensor, 0)
+    return tensor
+
+
+def own_rows(n_rows: int, rank: int, n_devices: int) -> slice:
+    """Rows of a sharded tensor that lie on a device: equal pieces, of which the last may be shorter or empty."""
+    size = -(-n_rows // n_devices)
+    return slice(min(rank * size, n_rows), min((rank + 1) * size, n_rows))
