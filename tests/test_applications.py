@@ -201,7 +201,7 @@ def test_trivial_answers(cells):
     np.testing.assert_allclose(
         found["mean of the class x depth"][a], share * x[a].sum(1, keepdims=True) / 0.9, rtol=1e-4
     )
-    with pytest.raises(ValueError, match="there is no column 'type' in obs"):
+    with pytest.raises(ValueError, match="the data has no column 'type' in obs"):
         trivial_answers(masked, "type")
 
 

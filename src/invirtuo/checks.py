@@ -22,6 +22,7 @@ __all__ = [
     "check",
     "check_genes",
     "check_values",
+    "labels",
     "looks_like_counts",
     "matrix",
     "require_counts",
@@ -262,6 +263,19 @@ def _condition_findings(obs: pd.DataFrame, design: Design) -> list[tuple[str, st
         text = f"{len(few)} conditions have fewer than {FEW_CELLS} cells: {some(few.index)}; their scores are noise"
         found.append(("warning", "conditions", text))
     return found
+
+
+def labels(adata: AnnData, by: str, name: str = "the data") -> np.ndarray:
+    """(n,) labels of the cells as text.
+
+    Raises
+    ------
+    ValueError
+        If obs has no such column.
+    """
+    if by not in adata.obs:
+        raise ValueError(f"{name} has no column {by!r} in obs; found {some(adata.obs.columns)}")
+    return adata.obs[by].astype(str).to_numpy()
 
 
 def some(values, limit: int = 5) -> str:

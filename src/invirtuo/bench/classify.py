@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.checks import labels, some
 from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k
 
@@ -58,8 +58,8 @@ def rare_recall(
     from sklearn.metrics import precision_recall_fscore_support
 
     sides = {REAL: None, **added}
-    genes, truth = real.var_names, _labels(test, by, "test")
-    logged, seen = per_10k(real.X), _labels(real, by, "real")
+    genes, truth = real.var_names, labels(test, by, "test")
+    logged, seen = per_10k(real.X), labels(real, by, "real")
     scored = per_10k(test[:, genes].X)
     centre, axes = principal_axes(logged, n_pcs)
     near = projected(scored, centre, axes)
@@ -70,7 +70,7 @@ def rare_recall(
         x, y = logged, seen
         if extra is not None:
             x = sparse.vstack([x, per_10k(extra[:, genes].X)], format="csr")
-            y = np.concatenate([y, _labels(extra, by, model)])
+            y = np.concatenate([y, labels(extra, by, model)])
         for classifier, make in CLASSIFIERS.items():
             views = (x, scored) if classifier == "logistic" else (projected(x, centre, axes), near)
             guess = make(seed).fit(views[0], y).predict(views[1])
@@ -89,7 +89,7 @@ def oversampled(real: AnnData, by: str, counts: Mapping[str, int], *, seed: int 
     """Copies of real cells, drawn with replacement: `counts` of each class."""
     import anndata
 
-    rng, label = np.random.default_rng(seed), _labels(real, by, "real")
+    rng, label = np.random.default_rng(seed), labels(real, by, "real")
     if strange := sorted(set(counts) - set(label)):
         raise ValueError(f"counts: {some(strange)} do not occur in {by!r}; known: {some(sorted(set(label)))}")
     rows = np.concatenate([rng.choice(np.flatnonzero(label == name), n) for name, n in counts.items()])
@@ -136,7 +136,7 @@ def label_probability(
     judges = {}
     for column in [columns] if isinstance(columns, str) else columns:
         judge = MLPClassifier((128, 128), early_stopping=True, random_state=seed, max_iter=100)
-        judges[column] = judge.fit(seen(real), _labels(real, column, "real"))
+        judges[column] = judge.fit(seen(real), labels(real, column, "real"))
 
     def probabilities(cells: AnnData) -> dict[str, pd.DataFrame]:
         x = seen(cells)
@@ -163,9 +163,3 @@ def _logistic(seed: int):
 
 
 CLASSIFIERS: dict[str, Callable[[int], Any]] = {"knn": _knn, "logistic": _logistic}
-
-
-def _labels(adata: AnnData, by: str, name: str) -> np.ndarray:
-    if by not in adata.obs:
-        raise ValueError(f"{name} has no column {by!r} in obs; found {some(adata.obs.columns)}")
-    return adata.obs[by].astype(str).to_numpy()

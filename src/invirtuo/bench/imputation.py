@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.checks import labels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -72,11 +72,9 @@ def trivial_answers(masked: AnnData, by: str, *, masked_fraction: float = 0.0) -
     -------
     Name to (n, g) means.
     """
-    if by not in masked.obs:
-        raise ValueError(f"there is no column {by!r} in obs; found {some(masked.obs.columns)}")
     x = sparse.csr_matrix(masked.X, dtype=np.float64)
     kept = 1 - masked_fraction
-    names, group = np.unique(masked.obs[by].astype(str), return_inverse=True)
+    names, group = np.unique(labels(masked, by), return_inverse=True)
     members = sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), (len(names), len(group)))
     depth = np.asarray(x.sum(axis=1)).ravel()
     share = (members @ x).toarray() / np.maximum(members @ depth, 1.0)[:, None]

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.checks import some
-from invirtuo.metrics.streamed import BLOCK, Held, Streamed, opened
+from invirtuo.metrics.streamed import BLOCK, Closing, Streamed, opened
 from invirtuo.store.cells import CellStore, DiskMatrix
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Cells:
         self.layer = layer
         self.where = "X" if layer is None else repr(layer)
         self.adata = _checked(name, opened(source, layer=layer), layer)
-        self.held = Held(self.adata) if self.adata is not source and self.adata.isbacked else None
+        self.closing = Closing(self.adata) if self.adata is not source and self.adata.isbacked else None
         self.matrix, names = _values(name, self.adata, layer)
         obs = _checked_obs(name, self.adata.obs, design)
         control = design.is_control(obs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.checks import labels, some
 from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k
 
@@ -110,7 +110,6 @@ def _compared(made: np.ndarray, real: np.ndarray) -> dict[str, float]:
 
 
 def _check(name: str, adata: AnnData, genes: pd.Index, by: str) -> None:
-    if by not in adata.obs:
-        raise ValueError(f"{name} has no column {by!r} in obs; found {some(adata.obs.columns)}")
+    labels(adata, by, name)
     if missing := [gene for gene in genes if gene not in adata.var_names]:
         raise ValueError(f"{name} lacks {len(missing)} genes of the training cells: {some(missing)}")

@@ -17,7 +17,7 @@ from invirtuo.store.cells import CellStore
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["BLOCK", "Held", "Source", "Streamed", "opened"]
+__all__ = ["BLOCK", "Closing", "Source", "Streamed", "opened"]
 
 Source: TypeAlias = "AnnData | CellStore | str | Path | Sequence[str | Path]"
 IN_MEMORY = 512 << 20  # bytes of X, beyond which a file that is named by its path stays on disk
@@ -111,7 +111,7 @@ def opened(source: Source, *, layer: str | None = None) -> AnnData | CellStore:
     return CellStore.open(source) if isinstance(source, list | tuple) else source
 
 
-class Held:
+class Closing:
     """Closes a file that was opened here, when the last that reads it is gone; AnnData waits for garbage collection."""
 
     def __init__(self, adata: AnnData | CellStore):
