@@ -1,28 +1,37 @@
-"""Fits on two devices (gloo, CPU): as one device with twice the accumulation; a killed worker; files read by shares."""
+"""Fits on two devices (gloo, CPU), whole and sharded: as one device with twice the accumulation; killed workers;
+checkpoints that other devices go on from; files read by shares.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import invirtuo as iv
+from invirtuo.fit import sharding
+from invirtuo.fit.checkpoint import Checkpoint
 
 CONFIG = iv.FitConfig(steps=12, batch_size=16, precision="fp32", accelerator="cpu", progress=False, val_every=6,
                       ema=0.9, checkpoint_every=4)  # fmt: skip
 TINY = {
-    "primeflow": iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1),
+    "primeflow": iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=2),
     "cpa": iv.models.CPA.Config(width=16, n_latent=4, adversary_steps=3, warmup_steps=2, adversary_width=8),
     "linear_additive": None,
+    "cfgen": iv.models.CFGen.Config(hidden_rna=(16,), n_latent=4, hidden=16, embedding=8, n_blocks=1),
 }
 FITS = {
     "plain": ("primeflow", {}),
@@ -30,6 +39,13 @@ FITS = {
     "bf16": ("primeflow", {"accumulate": 2, "precision": "bf16"}),
     "plateau": ("linear_additive", {"schedule": "plateau"}),
     "two objectives": ("cpa", {}),
+    "sharded": ("primeflow", {"accumulate": 2, "keep": "best", "strategy": "fsdp"}),
+    "sharded bf16": ("primeflow", {"precision": "bf16", "strategy": "fsdp"}),
+    "sharded, two objectives, no average": ("cpa", {"strategy": "fsdp", "ema": 0.0}),
+}
+ALIKE = {  # batch norm sees the cells of a device, so that two are not one
+    "batch norm": ("cfgen", {"keep": "best"}),
+    "batch norm, sharded": ("cfgen", {"keep": "best", "strategy": "fsdp"}),
 }
 CODE = """
 import os, signal, sys
@@ -40,23 +56,45 @@ import test_devices as here
 {body}
 """
 EVERY = """
-for name in here.FITS:
+for name in here.FITS | here.ALIKE:
     model = here.fitted(name, 2, sys.argv[2])
     model.save(sys.argv[2] + "/" + name + "/saved")
+here.fitted("sharded", 2, sys.argv[2] + "/from one", resume=True)
+try:
+    here.fitted("sharded", 2, sys.argv[2] + "/again", callbacks=[here.Stop()])
+except KeyError:
+    if os.environ["RANK"] == "0":
+        for name in ("ddp", "one"):
+            here.shutil.copytree(sys.argv[2] + "/again", sys.argv[2] + "/to " + name)
+    torch.distributed.barrier()
+here.fitted("sharded", 2, sys.argv[2] + "/again", resume=True)
+here.fitted("sharded", 2, sys.argv[2] + "/to ddp", resume=True, strategy="ddp")
 dataset = here.iv.CellDataset.open(sys.argv[3], here.experiment()[1])
 stream = here.iv.fit.Stream(dataset, model, here.CONFIG, 0)
 seen = [batch.index.tolist() for _, batch in zip(range(5), stream)]
 here.Path(sys.argv[2], "rows" + os.environ["RANK"] + ".json").write_text(here.json.dumps(seen))
 """
 KILLED = """
-import lightning
-class Kill(lightning.Callback):
+class Kill(here.lightning.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         killed = here.Path(sys.argv[2], "killed")
         if batch_idx == 6 and os.environ["RANK"] == "1" and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 here.fitted("plain", 2, sys.argv[2], resume=True, callbacks=[Kill()])
+"""
+WRITING = """
+save, n_saved = here.iv.fit.checkpoint._save, 0
+def killed_in_writing(path, tensors, **about):  # after its rows of step 8 are there, before the checkpoint is
+    global n_saved
+    save(path, tensors, **about)
+    n_saved += 1
+    killed = here.Path(sys.argv[2], "killed")
+    if n_saved == 2 and os.environ["RANK"] == "1" and not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+here.iv.fit.checkpoint._save = killed_in_writing
+here.fitted("sharded", 2, sys.argv[2], resume=True)
 """
 
 
@@ -67,11 +105,12 @@ def experiment():
     return cells, plan, pd.Series(np.where(np.arange(192) < 160, "train", "val"), index=cells.obs_names)
 
 
-def fitted(name: str, devices: int, out: str | Path, **options):
+def fitted(name: str, devices: int, out: str | Path, strategy: str | None = None, **options):
     """A model fitted on one device, or its share on two; what each process averaged is written."""
     cells, plan, split = experiment()
-    kind, settings = FITS[name]
+    kind, settings = (FITS | ALIKE)[name]
     config = replace(CONFIG, devices=devices, **settings)
+    config = replace(config, strategy=strategy or config.strategy)
     if devices == 1:
         config = replace(config, accumulate=2 * config.accumulate)
     model = iv.models.MODELS[kind](plan, cells.var_names, TINY[kind])
@@ -92,6 +131,14 @@ def torchrun(body: str, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+class Stop(lightning.Callback):
+    """Ends a fit with an error, after its first checkpoint."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 6 * trainer.accumulate_grad_batches:
+            raise KeyError("stopped")
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes leave behind."""
@@ -101,7 +148,10 @@ def two(tmp_path_factory):
     (out / "cells").mkdir()
     for i in range(3):
         cells[64 * i : 64 * i + 64].copy().write_h5ad(out / "cells" / f"{i}.h5ad")
+    with pytest.raises(KeyError, match="stopped"):
+        fitted("sharded", 1, out / "from one", callbacks=[Stop()])
     torchrun(EVERY, out, out / "cells")
+    fitted("sharded", 1, out / "to one", resume=True)
     return out
 
 
@@ -109,22 +159,35 @@ def history(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "history.csv").drop(columns="seconds")
 
 
+def tolerance(name: str) -> dict[str, float]:
+    return {"atol": 2e-2, "rtol": 5e-2} if "bf16" in name else {"atol": 1e-5, "rtol": 1e-4}
+
+
+def assert_close(first: dict, second: dict, name: str) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(value, second[key], **tolerance(name))
+
+
 @pytest.mark.parametrize("name", FITS)
 def test_two_devices_are_one_with_twice_the_batches(two, tmp_path, name):
     alone = fitted(name, 1, tmp_path)
-    tolerance = {"atol": 2e-2, "rtol": 5e-2} if name == "bf16" else {"atol": 1e-5, "rtol": 1e-4}
-    pd.testing.assert_frame_equal(history(two / name), history(tmp_path / name), **tolerance)
+    pd.testing.assert_frame_equal(history(two / name), history(tmp_path / name), **tolerance(name))
     saved = iv.load(two / name / "saved")  # written by the first process, read on one device
     assert saved.card["fit"]["devices"] == 2
-    for key, value in alone.state_dict().items():
-        torch.testing.assert_close(saved.state_dict()[key], value, **tolerance)
+    assert_close(alone.state_dict(), saved.state_dict(), name)
     conditions = alone.design.conditions(experiment()[0].obs)
     assert np.isfinite(saved.predict(conditions, 3).X).all()
 
 
-@pytest.mark.parametrize("name", FITS)
-def test_averaged_weights_are_the_same_on_both(two, name):
+@pytest.mark.parametrize("name", FITS | ALIKE)
+def test_kept_weights_are_the_same_on_both(two, name):
     assert json.loads((two / f"{name}-0.json").read_text()) == json.loads((two / f"{name}-1.json").read_text())
+
+
+def test_sharding_changes_no_statistics(two):
+    whole, sharded = (iv.load(two / name / "saved").state_dict() for name in ALIKE)
+    assert_close(whole, sharded, "batch norm")
 
 
 def test_files_are_read_by_shares(two):
@@ -142,6 +205,114 @@ def test_a_killed_worker_changes_nothing(two, tmp_path):
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+# ---- sharded checkpoints ---------------------------------------------------------------------------------------------
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, put together by hand from the rows of the devices."""
+    tensors = load_file(folder / "last.safetensors")
+    with safe_open(folder / "last.safetensors", framework="pt") as file:
+        names = json.loads(file.metadata()["invirtuo"])["shards"]
+    pieces = [load_file(folder / name) for name in names]
+    return tensors | {k: torch.cat([piece[k] for piece in pieces]) for k in (pieces[0] if pieces else {})}
+
+
+def test_every_device_writes_its_rows(two):
+    folder = two / "sharded"
+    shards = sorted(folder.glob("last-*"))
+    assert [path.name[-24:] for path in shards] == [f"0000{i}-of-00002.safetensors"[-24:] for i in (1, 2)]
+    first, second = (sum(tensor.numel() for tensor in load_file(path).values()) for path in shards)
+    assert 0.8 < first / second < 1.3
+    assert load_file(folder / "last.safetensors").keys().isdisjoint(load_file(shards[0]))
+    assert {key.split(".")[0] for key in load_file(shards[0])} == {"model", "average", "optimizer", "best"}
+
+
+def test_a_checkpoint_of_the_same_devices_changes_nothing(two):
+    pd.testing.assert_frame_equal(history(two / "again" / "sharded"), history(two / "sharded"), check_exact=True)
+    first, second = state(two / "again" / "sharded"), state(two / "sharded")
+    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("folder", ["from one", "to one", "to ddp"])
+def test_other_devices_go_on_from_a_checkpoint(two, folder):
+    assert len(list((two / folder / "sharded").glob("last-*"))) == (2 if folder == "from one" else 0)
+    pd.testing.assert_frame_equal(history(two / folder / "sharded"), history(two / "sharded"), **tolerance("sharded"))
+    assert_close(state(two / folder / "sharded"), state(two / "sharded"), "sharded")
+
+
+@pytest.mark.parametrize("n_devices", [1, 2, 3, 5, 8])
+def test_rows_for_any_number_of_devices(two, n_devices):
+    checkpoint, expected = Checkpoint(two / "sharded" / "last.safetensors"), state(two / "sharded")
+    for key, value in expected.items():
+        if value.ndim:
+            pieces = torch.chunk(value, n_devices)  # how `fully_shard` deals rows
+            for rank in range(n_devices):
+                rows = sharding.own_rows(len(value), rank, n_devices)
+                piece = pieces[rank] if rank < len(pieces) else value[:0]
+                assert torch.equal(value[rows], piece)
+                assert not len(piece) or torch.equal(checkpoint.rows(key, rows), piece)
+
+
+def test_a_kill_while_a_checkpoint_is_written_changes_nothing(two, tmp_path):
+    with pytest.raises(AssertionError, match="SIGKILL|exitcode"):
+        torchrun(WRITING, tmp_path)
+    assert (tmp_path / "killed").exists()
+    assert Checkpoint(tmp_path / "sharded" / "last.safetensors").facts["step"] == 4
+    assert len(list((tmp_path / "sharded").glob("last-*"))) > 2  # all of step 4, and some of step 8
+    torchrun(WRITING, tmp_path)
+    pd.testing.assert_frame_equal(history(tmp_path / "sharded"), history(two / "sharded"))
+    first, second = (state(out / "sharded") for out in (two, tmp_path))
+    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+    assert len(list((tmp_path / "sharded").glob("last-*"))) == 2
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut short", "of too few rows"])
+def test_damaged_shards(two, tmp_path, fault):
+    shutil.copytree(two / "sharded", tmp_path / "sharded")
+    second = max((tmp_path / "sharded").glob("last-*"))
+    if fault == "missing":
+        second.unlink()
+    elif fault == "cut short":
+        second.write_bytes(second.read_bytes()[:-10])
+    else:
+        save_file({k: v[:0] for k, v in load_file(second).items()}, second)
+    with pytest.raises(
+        ValueError, match=r"the checkpoint .*last.*safetensors is damaged \(.*\); remove it and fit again"
+    ):
+        fitted("sharded", 1, tmp_path, resume=True)
+
+
+# ---- what is refused, what is gathered by itself ---------------------------------------------------------------------
+
+
+def test_other_batches_of_a_step_are_refused(two, tmp_path):
+    shutil.copytree(two / "sharded", tmp_path / "sharded")
+    cells, plan, split = experiment()
+    model = iv.models.PRiMeFlow(plan, cells.var_names, TINY["primeflow"])
+    with pytest.raises(ValueError, match="accumulate: 2 -> 3"):
+        model.fit(cells, split, replace(CONFIG, keep="best", accumulate=3), folder=tmp_path / "sharded", resume=True)
+
+
+def test_proximal_steps_are_refused():
+    class Shrunk(iv.models.LinearAdditive):
+        def proximal_step(self, lr):
+            pass
+
+    cells, plan, split = experiment()
+    model = Shrunk(plan, cells.var_names)
+    with pytest.raises(ValueError, match="linear_additive takes proximal steps.*use 'ddp'"):
+        model.fit(cells, split, replace(CONFIG, devices=2, strategy="fsdp"))
+
+
+def test_large_blocks_are_units(monkeypatch):
+    monkeypatch.setattr(sharding, "UNIT", 100)
+    block = nn.Sequential(nn.Linear(10, 10), nn.Linear(2, 2))
+    inner = nn.ModuleList([nn.Linear(20, 5), nn.Linear(2, 2)])
+    model = nn.Module()
+    model.blocks, model.lone, model.stack = nn.ModuleList([block, inner]), nn.Linear(50, 50), nn.Sequential(block[0])
+    assert list(sharding.units(model)) == [block, inner[0], block[0]]
 
 
 def test_processes_that_would_fit_alone_are_refused(monkeypatch, tmp_path):

@@ -98,10 +98,10 @@ class Checkpoint:
         rows = own_rows(shape[0], *place()) if is_sharded(target) else None
         with torch.no_grad():
             if own.numel():
-                own.copy_(self._rows(key, rows))
+                own.copy_(self.rows(key, rows))
         return target
 
-    def _rows(self, key: str, wanted: slice | None) -> Tensor:
+    def rows(self, key: str, wanted: slice | None) -> Tensor:
         """Some rows of a tensor, from the files that hold them."""
         pieces = self._pieces[key]
         if wanted is None and len(pieces) == 1:

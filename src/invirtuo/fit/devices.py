@@ -26,7 +26,8 @@ def strategy(model: Model, config: FitConfig) -> Any:
     Raises
     ------
     ValueError
-        If this is one of several processes of torchrun and the FitConfig asks for one device.
+        If this is one of several processes of torchrun and the FitConfig asks for one device; if weights are to be
+        sharded and the model takes proximal steps.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if not several(config):
@@ -39,6 +40,11 @@ def strategy(model: Model, config: FitConfig) -> Any:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     if config.strategy == "fsdp":
+        if type(model).proximal_step.__qualname__ != "Model.proximal_step":
+            raise ValueError(
+                f"{model.name} takes proximal steps on whole parameters, which FitConfig.strategy 'fsdp' spreads over "
+                "devices; use 'ddp'"
+            )
         return ModelParallelStrategy()
     return DDPStrategy(find_unused_parameters=type(model).update.__qualname__ != "Model.update")
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from invirtuo.fit.devices import place
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
@@ -40,20 +42,10 @@ def sharded(losses: Losses, mesh: DeviceMesh) -> Losses:
     """Shard the weights of the model of `losses`, in place.
 
     Sharded weights are fp32 and computed with under autocast, as whole ones: the numbers are those of DDP.
-
-    Raises
-    ------
-    ValueError
-        If the model takes proximal steps, which look at whole parameters.
     """
     from torch.distributed.fsdp import fully_shard
 
     model = losses.model
-    if type(model).proximal_step.__qualname__ != "Model.proximal_step":
-        raise ValueError(
-            f"{model.name} takes proximal steps on whole parameters, which FitConfig.strategy 'fsdp' spreads over "
-            "devices; use 'ddp'"
-        )
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # shards are rows; convolutions order their weights as they like
     for block in [] if type(model).update.__qualname__ != "Model.update" else units(model):
@@ -95,8 +87,9 @@ def whole(tensor: Tensor) -> Tensor:
     """All rows of a sharded tensor, and what the first device has of others; every device must ask."""
     if is_sharded(tensor):
         return cast("DTensor", tensor).full_tensor()
-    tensor = tensor.clone()
-    torch.distributed.broadcast(tensor, 0)
+    if place()[1] > 1:
+        tensor = tensor.clone()
+        torch.distributed.broadcast(tensor, 0)
     return tensor
 
 

@@ -116,7 +116,7 @@ class Training:
         losses = {}
         if validates:
             losses = agreed(self._validate(device) if main or self.is_sharded else {})
-            if losses and self._improves(losses["total"]) and folder is not None and (main or self.is_sharded):
+            if losses and self._improves(losses["total"]) and folder is not None:
                 self._save_best(folder / BEST, main)
         if validates or last or self.step % 20 == 0 or self.step == 1:
             self._record(losses)
@@ -136,9 +136,8 @@ class Training:
         return losses
 
     def _kept_weights(self) -> dict[str, Tensor]:
-        """The weights to keep so far, whole and on the CPU; if they are sharded, every device must ask."""
-        weights = self.kept.model.state_dict()
-        return {k: (whole(v) if self.is_sharded else v).cpu() for k, v in weights.items()}
+        """The weights to keep so far, whole and on the CPU, with the buffers of the first device; all must ask."""
+        return {k: whole(v).cpu() for k, v in self.kept.model.state_dict().items()}
 
     def _save_best(self, path: Path, main: bool) -> None:
         weights = self._kept_weights()
