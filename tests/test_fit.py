@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,33 @@ def test_same_seed_same_weights(cells, plan):
         results.append(weights(model))
     assert_equal(results[0], results[1])
     assert not torch.equal(results[0]["velocity.field.genes"], results[2]["velocity.field.genes"])
+
+
+MLP = iv.models.PRiMeFlow.Config(velocity="mlp", precondition=False, anchor=False, hidden_dim=16)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_networks_learn_the_same(cells, plan):
+    plain, compiled = (iv.models.PRiMeFlow(plan, cells.var_names, MLP) for _ in range(2))
+    plain.fit(cells, config=replace(CONFIG, steps=4))
+    compiled.fit(cells, config=replace(CONFIG, steps=4, compile=True))
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+    assert compiled.velocity._compiled_call_impl is None
+
+
+def test_without_a_compiler_networks_are_not_compiled(cells, plan, tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_fit as here; cells, plan, _ = here.experiment();"
+        "model = here.iv.models.PRiMeFlow(plan, cells.var_names, here.MLP);"
+        "model.fit(cells, config=here.replace(here.CONFIG, steps=4, compile=True)).save(sys.argv[2])"
+    )
+    nothing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | nothing, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "the network is not compiled" in done.stderr, done.stderr
+    plain = iv.models.PRiMeFlow(plan, cells.var_names, MLP).fit(cells, config=replace(CONFIG, steps=4))
+    assert_equal(weights(plain), weights(iv.load(tmp_path / "run")))
 
 
 def test_bf16(cells, plan, split):

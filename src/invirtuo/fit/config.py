@@ -29,7 +29,7 @@ class FitConfig:
     patience: int = 0  # validations without improvement until an early stop; 0 never stops early
     keep: str = "last"  # weights kept at the end: "last", or "best" by validation loss
     checkpoint_every: int = 500  # steps between checkpoints, where a folder is given
-    compile: bool = False  # torch.compile the network (GPU)
+    compile: bool = False  # torch.compile the networks, where there is a compiler; pays in long fits
     accelerator: str = "auto"  # as in lightning.Trainer
     devices: int | str = 1  # as in lightning.Trainer; several train in step, each with batches of its own
     nodes: int = 1  # machines, each with that many devices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Losses", "is_sharded", "let_go", "local", "own_rows", "sharded", "units", "whole"]
 
+logger = logging.getLogger(__name__)
+
 UNIT = 1 << 20  # parameters that make a block a unit: gathered for its own forward and backward pass alone
 
 
@@ -29,13 +32,32 @@ class Losses(nn.Module):
     def __init__(self, model: Model, *, compiled: bool = False):
         super().__init__()
         self.model = model
-        self._compiled = torch.compile(model.update) if compiled else None
+        self._compiled = [block for block in model.children() if any(True for _ in block.parameters())] * compiled
+        for block in self._compiled:
+            block.compile()
 
     def forward(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
         """Losses of the optimiser step of that number; without one, those of validation."""
         if step is None:
             return self.model.loss(batch)
-        return (self._compiled or self.model.update)(batch, step)
+        if not self._compiled:
+            return self.model.update(batch, step)
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        state = torch.get_rng_state()
+        try:
+            return self.model.update(batch, step)
+        except BackendCompilerFailed as error:
+            logger.warning("the network is not compiled: %s", str(error).split("\n", 1)[0])
+            self.plain()
+            torch.set_rng_state(state)
+            return self.model.update(batch, step)
+
+    def plain(self) -> None:
+        """Undo the compilation."""
+        for block in self._compiled:
+            block._compiled_call_impl = None
+        self._compiled = []
 
 
 def sharded(losses: Losses, mesh: DeviceMesh) -> Losses:

@@ -227,6 +227,7 @@ class Training:
         if self.best_weights is not None:
             self.kept.model.load_state_dict(self.best_weights)
         weights = self._kept_weights()
+        self.trained.plain()
         self.given.to("cpu")
         self.given.load_state_dict(weights)
 
