@@ -726,6 +726,7 @@ def test_fit_of_an_atlas_from_the_shell(run, files, tmp_path):
     [
         (["generate", "cfgen", "-n", "0"], "n_cells is 0"),
         (["generate", "cfgen"], "n_cells is None"),
+        (["generate", "cfgen", "-n", "5", "--engine", "abacus"], "engine is 'abacus'; expected local or ray"),
         (["generate", "cfgen", "-n", "5", "--where", "cell_type"], "expected attribute=value"),
         (["generate", "cfgen", "-n", "5", "--where", "cell_type=neuron"], "neuron do not occur"),
         (["generate", "cfgen", "-n", "5", "--guidance", "cell_type=high"], "--guidance cell_type=high"),

@@ -75,24 +75,29 @@ seen = [batch.index.tolist() for _, batch in zip(range(5), stream)]
 here.Path(sys.argv[2], "rows" + os.environ["RANK"] + ".json").write_text(here.json.dumps(seen))
 """
 KILLED = """
-class Kill(here.lightning.Callback):
+out, rank = here.Path(sys.argv[2]), os.environ["RANK"]
+def die(mark):
+    if rank == "1" and not (out / mark).exists():
+        (out / mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Kill(here.lightning.Callback):  # in the middle of a fit
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        killed = here.Path(sys.argv[2], "killed")
-        if batch_idx == 6 and os.environ["RANK"] == "1" and not killed.exists():
-            killed.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-here.fitted("plain", 2, sys.argv[2], resume=True, callbacks=[Kill()])
-"""
-WRITING = """
+        if batch_idx == 6:
+            die("killed")
+
 save, n_saved = here.iv.fit.checkpoint._save, 0
 def killed_in_writing(path, tensors, **about):  # after its rows of step 8 are there, before the checkpoint is
     global n_saved
     save(path, tensors, **about)
     n_saved += 1
-    killed = here.Path(sys.argv[2], "killed")
-    if n_saved == 2 and os.environ["RANK"] == "1" and not killed.exists():
-        killed.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    if n_saved == 2:
+        die("killed in writing")
+
+if (out / "killed in writing").exists() and rank == "0":
+    step = here.Checkpoint(out / "sharded" / "last.safetensors").facts["step"]
+    (out / "found.json").write_text(here.json.dumps([step, len(list((out / "sharded").glob("last-*")))]))
+here.fitted("plain", 2, sys.argv[2], resume=True, callbacks=[Kill()])
 here.iv.fit.checkpoint._save = killed_in_writing
 here.fitted("sharded", 2, sys.argv[2], resume=True)
 """
@@ -120,13 +125,14 @@ def fitted(name: str, devices: int, out: str | Path, strategy: str | None = None
     return model
 
 
-def torchrun(body: str, *arguments: object) -> None:
+def torchrun(body: str, *arguments: object, restarts: int = 0) -> None:
     script = Path(str(arguments[0])) / "script.py"
     script.write_text(CODE.format(body=body))
-    options = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 0]
+    options = ["--standalone", "--nproc-per-node", 2, "--max-restarts", restarts]
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *options, script]
     command = [*map(str, command), str(Path(__file__).parent), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/scale.md
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -195,16 +201,17 @@ def test_files_are_read_by_shares(two):
     assert len(first) == len(set(first)) and not set(first) & set(second)
 
 
-def test_a_killed_worker_changes_nothing(two, tmp_path):
-    with pytest.raises(AssertionError, match="SIGKILL|exitcode"):
-        torchrun(KILLED, tmp_path)
+def test_killed_workers_change_nothing(two, tmp_path):
+    """One is killed in a fit, then, begun anew in place, another while a sharded checkpoint is written."""
+    torchrun(KILLED, tmp_path, restarts=2)
     assert (tmp_path / "killed").exists()
-    torchrun(KILLED, tmp_path)
-    pd.testing.assert_frame_equal(history(tmp_path / "plain"), history(two / "plain"))
-    first, second = (load_file(out / "plain" / "last.safetensors") for out in (two, tmp_path))
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
+    step, n_shards = json.loads((tmp_path / "found.json").read_text())
+    assert step == 4 and n_shards > 2  # all of step 4, and some of step 8
+    assert len(list((tmp_path / "sharded").glob("last-*"))) == 2
+    for name in ("plain", "sharded"):
+        pd.testing.assert_frame_equal(history(tmp_path / name), history(two / name), check_exact=True)
+        first, second = state(two / name), state(tmp_path / name)
+        assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 # ---- sharded checkpoints ---------------------------------------------------------------------------------------------
@@ -253,19 +260,6 @@ def test_rows_for_any_number_of_devices(two, n_devices):
                 piece = pieces[rank] if rank < len(pieces) else value[:0]
                 assert torch.equal(value[rows], piece)
                 assert not len(piece) or torch.equal(checkpoint.rows(key, rows), piece)
-
-
-def test_a_kill_while_a_checkpoint_is_written_changes_nothing(two, tmp_path):
-    with pytest.raises(AssertionError, match="SIGKILL|exitcode"):
-        torchrun(WRITING, tmp_path)
-    assert (tmp_path / "killed").exists()
-    assert Checkpoint(tmp_path / "sharded" / "last.safetensors").facts["step"] == 4
-    assert len(list((tmp_path / "sharded").glob("last-*"))) > 2  # all of step 4, and some of step 8
-    torchrun(WRITING, tmp_path)
-    pd.testing.assert_frame_equal(history(tmp_path / "sharded"), history(two / "sharded"))
-    first, second = (state(out / "sharded") for out in (two, tmp_path))
-    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
-    assert len(list((tmp_path / "sharded").glob("last-*"))) == 2
 
 
 @pytest.mark.parametrize("fault", ["missing", "cut short", "of too few rows"])

@@ -14,6 +14,7 @@ import pytest
 
 import invirtuo as iv
 from invirtuo.model import Model
+from invirtuo.workers import over_ray
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,91 @@ def test_a_lost_worker_is_replaced(ray, plan, cells, tmp_path):
     np.testing.assert_array_equal(made.X, calm.predict(wanted, 5).X)
 
 
-def test_unknown_engines_are_refused(model, plan, cells):
+def test_unknown_engines_are_refused(model, generator, plan, cells):
     with pytest.raises(ValueError, match="engine is 'abacus'; expected local or ray"):
         model.predict(plan.conditions(cells.obs), 3, engine="abacus")
+    with pytest.raises(ValueError, match="engine is 'abacus'; expected local or ray"):
+        generator.generate(3, engine="abacus")
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+class FragileCounts(iv.models.IndependentNB):
+    """Its first worker process dies in the middle of the work."""
+
+    Config = Setting
+
+    def likelihood(self, batch, weights, generator, config):
+        mark = Path(self.config.mark)
+        if self.config.mark and os.getpid() != int(mark.read_text()) and not mark.with_suffix(".lost").exists():
+            mark.with_suffix(".lost").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().likelihood(batch, weights, generator, config)
+
+
+@pytest.fixture(scope="module")
+def cluster(ray):
+    """A cluster of this session, which is used and left running."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return iv.datasets.toy(n_cells=300, n_genes=12)
+
+
+@pytest.fixture(scope="module")
+def generator(counts):
+    design = iv.Design.from_adata(counts, covariates=["cell_type", "batch"])
+    config = iv.models.CFGen.Config(hidden_rna=(16,), n_latent=4, hidden=16, embedding=8, n_blocks=1, steps=2)
+    fit = iv.FitConfig(steps=8, batch_size=64, progress=False, accelerator="cpu", val_every=0, precision="fp32")
+    return iv.models.CFGen(design, counts.var_names, config).fit(counts, config=fit)
+
+
+def same_counts(first, second) -> None:
+    x, y = (made.to_memory().X if made.isbacked else made.X for made in (first, second))
+    np.testing.assert_array_equal(x.toarray(), y.toarray())
+    pd.testing.assert_frame_equal(first.obs, second.obs, check_categorical=False)
+
+
+def test_ray_generates_the_same_counts(cluster, generator, tmp_path):
+    weights = {"cell_type": np.linspace(0.5, 2.0, 6000).tolist(), "batch": 1.0}
+    options = {"prior": "uniform", "guidance": weights, "latent": True, "seed": 4}
+    expected = generator.generate(6000, output="both", **options)
+    made = generator.generate(6000, output="both", **options, engine="ray", n_jobs=2)
+    same_counts(made, expected)
+    np.testing.assert_array_equal(made.layers["mean"], expected.layers["mean"])
+    np.testing.assert_array_equal(made.obsm["z"], expected.obsm["z"])
+    backed = generator.generate(6000, **options, engine="ray", n_jobs=1, out=tmp_path / "g.h5ad", chunk_size=1000)
+    assert backed.isbacked
+    same_counts(backed, expected)
+    backed.file.close()
+    table = expected.obs[["cell_type", "batch"]].drop_duplicates()[:2]
+    same_counts(generator.predict(table, 600, engine="ray", n_jobs=1), generator.predict(table, 600))
+
+
+def test_a_lost_worker_of_counts_is_replaced(cluster, counts, tmp_path):
+    design = iv.Design.from_adata(counts, covariates=["cell_type"])
+    mark = tmp_path / "mark"
+    mark.write_text(str(os.getpid()))
+    fragile, calm = (FragileCounts(design, counts.var_names, Setting(m)).fit(counts) for m in (str(mark), ""))
+    made = fragile.generate(2000, engine="ray", n_jobs=1)
+    assert mark.with_suffix(".lost").exists()
+    same_counts(made, calm.generate(2000))
+
+
+def test_results_in_order_wait_for_earlier_ones(cluster):
+    def work(seconds):
+        import time
+
+        time.sleep(seconds)
+        return seconds
+
+    items = [1.0, 0.0, 0.1, 0.0, 0.1]
+    ordered = list(over_ray(work, items, n_jobs=2, at_once=3, in_order=True))
+    assert ordered == list(enumerate(items))
+    assert sorted(over_ray(work, items, n_jobs=2)) == ordered

@@ -17,6 +17,7 @@ def over_ray(
     n_jobs: int | None = None,
     retries: int = 0,
     at_once: int | None = None,
+    in_order: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """Call ``work(item, *shared)`` on the Ray cluster of this session or of ``RAY_ADDRESS``; without one, on a new one.
 
@@ -36,6 +37,8 @@ def over_ray(
         How often an item whose worker was lost is begun anew.
     at_once
         Most items under way, so that results that wait do not fill the memory; None: all.
+    in_order
+        Give results in the order of the items; those that wait for an earlier one count as under way.
 
     Returns
     -------
@@ -61,19 +64,23 @@ def over_ray(
     remote = ray.remote(num_cpus=threads, num_gpus=n_gpus, max_retries=retries)(work)
     try:
         sent = [ray.put(thing) for thing in shared]
-        waiting = list(range(len(items)))[::-1]
         running: dict[Any, int] = {}
-        while waiting or running:
-            while waiting and (at_once is None or len(running) < at_once):
-                number = waiting.pop()
-                running[remote.remote(items[number], *sent)] = number
+        ready: dict[int, Any] = {}
+        begun = given = 0
+        while given < len(items):
+            while begun < len(items) and (at_once is None or begun - given < at_once):
+                running[remote.remote(items[begun], *sent)] = begun
+                begun += 1
             done, _ = ray.wait(list(running), num_returns=1)
             number = running.pop(done[0])
             try:
-                result = ray.get(done[0])
+                ready[number] = ray.get(done[0])
             except RayError as error:
-                result = error
-            yield number, result
+                ready[number] = error
+            while given in ready or (ready and not in_order):
+                number = given if in_order else next(iter(ready))
+                yield number, ready.pop(number)
+                given += 1
     finally:
         if started:
             ray.shutdown()

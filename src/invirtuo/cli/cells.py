@@ -141,6 +141,8 @@ def generate(
     steps: Steps = None,
     solver: Solver = None,
     seed: int = 0,
+    engine: Annotated[str, typer.Option(help="local, or ray: cells spread over a Ray cluster.")] = "local",
+    n_jobs: Annotated[int | None, typer.Option(help="Processes of --engine ray without a cluster.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw cells as counts from a fitted generator, written while they are drawn."""
@@ -155,6 +157,8 @@ def generate(
         solver=solver,
         seed=seed,
         out=out,
+        engine=engine,
+        n_jobs=n_jobs,
         progress=not quiet,
     )
     if not quiet:

@@ -11,8 +11,9 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -20,14 +21,14 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from invirtuo import fit as fitting
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import check_values, looks_like_counts, require_counts, some
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig
+from invirtuo.generators.drawing import Request, drawn, seeded
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
-from invirtuo.generators.output import Block, assembled, in_rows, write_cells
+from invirtuo.generators.output import assembled, write_cells
 from invirtuo.model import Model, SampleConfig, track
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
@@ -40,19 +41,9 @@ __all__ = ["CountGenerator", "Guidance", "counted", "seeded"]
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 512  # cells that are computed together, whatever is asked for: a cell depends on the seed and its number alone
 STRONG = 3.0  # weights of guidance above this make cells alike (CFGen, table 11)
 
 Guidance = float | Mapping[str, float | Sequence[float]] | None
-
-
-class _Request(NamedTuple):
-    """Cells to draw: labels and depths, one row each, weights of guidance (n, k) or (1, k)."""
-
-    labels: pd.DataFrame
-    size: Tensor
-    weights: Tensor
-    seed: int
 
 
 class CountGenerator(Model):
@@ -196,6 +187,8 @@ class CountGenerator(Model):
         seed: int = 0,
         out: str | Path | None = None,
         chunk_size: int = 8192,
+        engine: str = "local",
+        n_jobs: int | None = None,
         progress: bool = False,
     ) -> AnnData:
         """Draw cells.
@@ -228,6 +221,10 @@ class CountGenerator(Model):
             h5ad to write while cells are drawn; memory then does not grow with their number. Needs output="counts".
         chunk_size
             Cells between two writes.
+        engine, n_jobs
+            "local" draws in this process. "ray" spreads the cells over the Ray cluster of this session or of
+            ``RAY_ADDRESS``, or over `n_jobs` processes of this machine: the same cells; those of a lost worker are
+            drawn again.
 
         Returns
         -------
@@ -240,6 +237,8 @@ class CountGenerator(Model):
             If the model is not fitted, or a label, attribute or option is not known.
         """
         self._check_fitted()
+        if engine not in ("local", "ray"):
+            raise ValueError(f"engine is {engine!r}; expected local or ray")
         if output not in ("counts", "mean", "both"):
             raise ValueError(f"output is {output!r}; expected counts, mean or both")
         if out is not None and output != "counts":
@@ -247,9 +246,10 @@ class CountGenerator(Model):
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}; expected at least 1")
         given = self._given(n_cells, where, labels)
-        request = self._request(given, prior, guidance, size_factor, seed)
         config = SampleConfig(steps=steps, solver=solver)
-        blocks = self._blocks(request, config, means=output != "counts", progress=progress)
+        request = self._request(given, prior, guidance, size_factor, seed)
+        request = replace(request, config=config, means=output != "counts")
+        blocks = track(drawn(self, request, engine, n_jobs), "generating", progress, len(request))
         obs = self._generated_obs(request, given.columns)
         uns = self._provenance(seed, config) | {"guidance": json.dumps(_told(guidance)), "prior": prior}
         if out is not None:
@@ -268,12 +268,11 @@ class CountGenerator(Model):
         seed: int = 0,
         out: str | Path | None = None,
         engine: str = "local",
+        n_jobs: int | None = None,
         progress: bool = False,
         **_: Any,
     ) -> AnnData:
         """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of :meth:`Model.predict`."""
-        if engine != "local":
-            raise ValueError(f"engine is {engine!r}; {self.name} draws counts in one process: leave engine out")
         self._check_fitted()
         table = self._conditions(conditions)
         if n_cells < 1:
@@ -281,7 +280,7 @@ class CountGenerator(Model):
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         weight = guidance if self.guided else None
         options = {"steps": steps, "solver": solver, "seed": seed, "out": out, "progress": progress}
-        return self.generate(labels=rows, guidance=weight, **options)
+        return self.generate(labels=rows, guidance=weight, engine=engine, n_jobs=n_jobs, **options)
 
     @property
     def _table(self) -> pd.DataFrame:
@@ -318,12 +317,12 @@ class CountGenerator(Model):
                 f"known: {some(trained, 50)}"
             )
 
-    def _request(self, given: pd.DataFrame, prior: Prior, guidance: Guidance, size_factor: Any, seed: int) -> _Request:
+    def _request(self, given: pd.DataFrame, prior: Prior, guidance: Guidance, size_factor: Any, seed: int) -> Request:
         """Complete labels, depths and weights."""
         labels = draw(self._table, given, np.random.default_rng([seed, 1]), prior=prior, unknown=self.design.unknown)
         weights = self._weights(guidance, len(labels))
         size = self._sizes(labels, size_factor, seed)
-        return _Request(labels, size, weights, seed)
+        return Request(labels, size, weights, seed)
 
     def _sizes(self, labels: pd.DataFrame, size_factor: Any, seed: int) -> Tensor:
         if size_factor is None:
@@ -355,22 +354,6 @@ class CountGenerator(Model):
             )
         return weights[:1] if bool((weights == weights[:1]).all()) else weights
 
-    def _blocks(self, request: _Request, config: SampleConfig, *, means: bool, progress: bool) -> Iterator[Block]:
-        """Draw BLOCK cells at a time; what is random in a block depends on the seed and its number."""
-        fitting.keep_freed_memory()
-        starts = range(0, len(request.labels), BLOCK)
-        with self.on_device() as device:
-            for start in track(starts, "generating", progress):
-                rows = slice(start, start + BLOCK)
-                batch = Batch(self.design.encode(request.labels.iloc[rows]), size_factor=request.size[rows]).to(device)
-                weights = (request.weights[rows] if len(request.weights) > 1 else request.weights).to(device)
-                generator = torch.Generator(device).manual_seed(seeded(request.seed, 3, start // BLOCK))
-                with torch.no_grad():
-                    cells, z = self.likelihood(batch, weights, generator, config)
-                    counts = cells.sample(generator)
-                mean = cells.mean.float().cpu().numpy() if means else None
-                yield Block(in_rows(counts), mean, None if z is None else z.float().cpu().numpy())
-
     @contextmanager
     def on_device(self) -> Iterator[torch.device]:
         """Move the model to the GPU, if there is one, and back."""
@@ -381,7 +364,7 @@ class CountGenerator(Model):
         finally:
             self.cpu()
 
-    def _generated_obs(self, request: _Request, given: Sequence[str]) -> pd.DataFrame:
+    def _generated_obs(self, request: Request, given: Sequence[str]) -> pd.DataFrame:
         """Labels that the cells were made for, and their depths."""
         used = (request.weights != 0).any(dim=0).tolist()
         names = [name for name, use in zip(self.design.attributes, used, strict=True) if use or name in given]
@@ -491,8 +474,3 @@ def _told(guidance: Guidance) -> Any:
     if not isinstance(guidance, Mapping):
         return guidance
     return {name: float(np.mean(weight)) for name, weight in guidance.items()}
-
-
-def seeded(*numbers: int) -> int:
-    """A seed that depends on all the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
