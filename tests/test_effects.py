@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 import invirtuo as iv
 from invirtuo.bench import effects
 from invirtuo.cli import app
-from invirtuo.model.effects import _factor
+from invirtuo.model.effects import _factor, bounds
+from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.report.effects import plot_effects
 
 
@@ -101,8 +102,28 @@ def test_predict_without_validation_conditions_says_so(adata, design, model):
         bare.predict(design.conditions(adata.obs), 5, effect_level=0.9)
 
 
+def test_intervals_are_as_wide_as_errors_are_large():
+    """Errors that grow with the effect, half of the genes nearly known: coverage holds for large effects, too."""
+    rng, g = np.random.default_rng(0), 4000
+    effect = rng.normal(size=(40, g)) * (np.arange(g) % 20 == 0) * 3
+    error = rng.normal(size=(40, g)) * (0.02 + 0.3 * np.abs(effect))
+    table = pd.DataFrame({"perturbation": [f"p{i}" for i in range(40)], "cell_type": "x"})
+    plan = iv.Design.from_adata(
+        pd.concat([table, pd.DataFrame({"perturbation": ["control"], "cell_type": ["x"]})]),
+        perturbation="perturbation", control="control", covariates=["cell_type"],
+    )  # fmt: skip
+    seen = Pseudobulks(("x",), np.ones((1, g)), np.ones((1, g)), tuple(plan.names(table)), 1 + effect + error)
+    known, new = table.iloc[:20], table.iloc[20:].reset_index(drop=True)
+    guess, half = bounds(seen, plan, new, 1 + effect[None, 20:], known, 1 + effect[None, :20], 0.9)
+    np.testing.assert_allclose(guess, effect[20:], atol=1e-9)
+    inside = np.abs(error[20:]) <= half
+    large = np.abs(effect[20:]) > 1
+    assert abs(inside.mean() - 0.9) < 0.01 and abs(inside[large].mean() - 0.9) < 0.03
+    assert half[large].mean() > 10 * half[effect[20:] == 0].mean()
+
+
 def test_factor():
-    error, scale = np.array([[1.0, 2.0, 3.0, 9.0, 5.0]]), np.array([[1.0, 1.0, 1.0, 1.0, 0.0]])
+    error, scale = np.array([1.0, 2.0, 3.0, 9.0, 5.0]), np.array([1.0, 1.0, 1.0, 1.0, 0.0])
     assert _factor(error, scale, 0.5) == 3.0  # ceil(.5 * 5) = third smallest; the gene that cannot vary is left out
     assert _factor(error, scale, 0.99) == 9.0
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.dataset import CellDataset
-from invirtuo.model.effects import Pseudobulks, bounds
+from invirtuo.model.effects import bounds
+from invirtuo.model.pseudobulks import Pseudobulks
 
 if TYPE_CHECKING:
     from anndata import AnnData

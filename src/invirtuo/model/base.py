@@ -25,7 +25,8 @@ from invirtuo.files import read_h5ad, writing_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.model import saving
 from invirtuo.model.drawing import Request, SampleConfig, control_pool, drawn, filled, means_of, stored
-from invirtuo.model.effects import Calibration, Pseudobulks
+from invirtuo.model.effects import Calibration
+from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.samplers import Sampler
 from invirtuo.transforms import Transform
 

@@ -1,24 +1,24 @@
 """Effects of perturbations, gene by gene, and how far the truth may lie from a prediction of them.
 
-Intervals are split conformal: half-widths are q s, where s joins what is known of the size of an error (the spread of
-several models' predictions, a share of the gene's standard deviation among control cells, a share of the predicted
-effect), and q is the smallest factor that covers the wanted share of all genes of calibration conditions, which no
-model was fitted to. Scaled residuals: Lei et al. 2018, arXiv:1604.04173, section 5.2.
+Intervals are split conformal with scaled residuals (Lei et al. 2018, arXiv:1604.04173, section 5.2): half-widths are
+q s. What is known of the size of an error (the spread of the gene among control cells, the predicted effect, the
+expected expression, the spread of several models) becomes the scale s by quantile regression, and q is the smallest
+factor that covers the wanted share of genes of calibration conditions, which no model was fitted to. Genes with
+large predicted effects have a q of their own, since few of them would hardly count among all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.model.drawing import Request, drawn, means_of
+from invirtuo.model.pseudobulks import Pseudobulks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,85 +26,12 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.model.base import Model
 
-__all__ = ["Calibration", "Pseudobulks", "bounds"]
+__all__ = ["Calibration", "bounds"]
 
 CALIBRATION_CELLS = 1000  # most cells that are drawn of a calibration condition
-VARIES = 0.1  # share of the standard deviation of a gene among control cells that counts as an error of its effect
-GROWS = 0.3  # share of the predicted effect that does: errors grow with effects
-
-
-@dataclass(frozen=True)
-class Pseudobulks:
-    """Means of real cells: of the control cells of every covariate group, with their spread, and of conditions.
-
-    `control` (k, g), `sd` (k, g) have a row for each of `groups`; `mean` (c, g) one for each of `conditions` (names).
-    """
-
-    groups: tuple[str, ...]
-    control: np.ndarray
-    sd: np.ndarray
-    conditions: tuple[str, ...]
-    mean: np.ndarray
-
-    @classmethod
-    def of(cls, dataset: CellDataset, rows: np.ndarray | None = None, n_genes: int | None = None) -> Self:
-        """From all cells of a dataset, or some rows (rising), and its first genes."""
-        design = dataset.design
-        table, mean, variance, n_cells = dataset.pseudobulk(np.arange(len(dataset.obs)) if rows is None else rows)
-        mean, variance = mean[:, :n_genes], variance[:, :n_genes]
-        control, groups = design.is_control(table), design.groups(table).to_numpy(dtype=str)
-        names = tuple(np.unique(groups[control]))
-        pooled = [_pooled(mean[own], variance[own], n_cells[own]) for own in (control & (groups == g) for g in names)]
-        return cls(
-            names,
-            np.array([m for m, _ in pooled], np.float32).reshape(-1, mean.shape[1]),
-            np.array([v**0.5 for _, v in pooled], np.float32).reshape(-1, mean.shape[1]),
-            tuple(design.names(table)[~control]),
-            mean[~control].astype(np.float32),
-        )
-
-    def state(self) -> dict[str, np.ndarray]:
-        """As arrays, to be saved."""
-        names = {"groups": np.array(self.groups, dtype=str), "conditions": np.array(self.conditions, dtype=str)}
-        return {**names, "control": self.control, "sd": self.sd, "mean": self.mean}
-
-    @classmethod
-    def load(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """From what :meth:`state` gave."""
-        groups, conditions = (tuple(state[name].tolist()) for name in ("groups", "conditions"))
-        return cls(groups, state["control"], state["sd"], conditions, state["mean"])
-
-    def with_groups(self, other: Self) -> Self:
-        """The same, and the groups of others that are new."""
-        new = [i for i, group in enumerate(other.groups) if group not in self.groups]
-        return type(self)(
-            (*self.groups, *(other.groups[i] for i in new)),
-            np.concatenate([self.control, other.control[new]]),
-            np.concatenate([self.sd, other.sd[new]]),
-            self.conditions,
-            self.mean,
-        )
-
-    def of_control(self, design: Design, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (c, g) of the control cells of each condition of a table.
-
-        Raises
-        ------
-        ValueError
-            If a group has no control cells.
-        """
-        groups = design.groups(table)
-        if missing := sorted(set(groups) - set(self.groups)):
-            raise ValueError(
-                f"there are no control cells of {some(missing)}, and effects are differences to them; pass such cells"
-            )
-        rows = [self.groups.index(group) for group in groups]
-        return self.control[rows].astype(np.float64), self.sd[rows].astype(np.float64)
-
-    def effect(self, design: Design, table: pd.DataFrame) -> np.ndarray:
-        """(c, g) difference of a condition's mean to its control cells'; NaN for conditions without cells."""
-        means = pd.DataFrame(self.mean.astype(np.float64), index=pd.Index(self.conditions, dtype=object))
-        return means.reindex(design.names(table)).to_numpy() - self.of_control(design, table)[0]
+LARGE = 0.95  # quantile of predicted effects above which genes are calibrated by themselves
+MOST_GENES = 3000  # for the regression; all count for q
+LEAST = 0.01  # smallest scale, in standard deviations of the gene among control cells
 
 
 class Calibration:
@@ -184,32 +111,49 @@ def bounds(
     -------
     (c, g) and (c, g), NaN without a level.
     """
-    effect, scale = _estimate(observed, design, table, means)
-    if level is None:
+    effect, told = _told(observed, design, table, means)
+    if level is None or known is None or known_means is None:
         return effect, np.full_like(effect, np.nan)
-    guess, known_scale = _estimate(observed, design, known, known_means)
-    return effect, _factor(np.abs(observed.effect(design, known) - guess), known_scale, level) * scale
+    guess, known_told = _told(observed, design, known, known_means)
+    error = np.abs(observed.effect(design, known) - guess)
+    weights = _regressed(error, known_told, level)
+    scale, known_scale = _scale(told, weights), _scale(known_told, weights)
+    edge, half = np.quantile(np.abs(guess), LARGE), np.zeros_like(effect)
+    for large in (True, False):
+        own, new = (np.abs(guess) >= edge) == large, (np.abs(effect) >= edge) == large
+        half[new] = _factor(error[own], known_scale[own], level) * scale[new]
+    return effect, half
 
 
-def _estimate(observed: Pseudobulks, design: Design, table, means) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the models' effects, and the scale of their errors, (c, g) each."""
+def _told(observed: Pseudobulks, design: Design, table, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the models' effects (c, g), and what tells the size of their errors (c, g, 4)."""
     control, sd = observed.of_control(design, table)
-    spread = np.std(means, axis=0, ddof=1) if len(means) > 1 else 0.0
-    effect = np.mean(means, axis=0) - control
-    return effect, np.sqrt(spread**2 + (VARIES * sd) ** 2 + (GROWS * effect) ** 2)
+    mean = np.mean(means, axis=0)
+    spread = np.std(means, axis=0, ddof=1) if len(means) > 1 else np.zeros_like(mean)
+    effect = mean - control
+    return effect, np.stack([sd, np.abs(effect), np.sqrt(np.maximum(mean, 0)), spread], axis=-1)
+
+
+def _regressed(error: np.ndarray, told: np.ndarray, level: float) -> np.ndarray:
+    """(4,) weights by which the quantile of errors (c, g) grows with what tells it."""
+    from sklearn.linear_model import QuantileRegressor
+
+    x, y = told.reshape(-1, told.shape[-1]), error.ravel()
+    rows = np.flatnonzero(np.isfinite(y) & (x[:, 0] > 0))
+    rows = np.random.default_rng(0).permutation(rows)[:MOST_GENES]
+    if not len(rows):
+        return np.zeros(x.shape[1])
+    return QuantileRegressor(quantile=level, alpha=0, fit_intercept=False).fit(x[rows], y[rows]).coef_
+
+
+def _scale(told: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.maximum(told @ weights, LEAST * told[..., 0])
 
 
 def _factor(error: np.ndarray, scale: np.ndarray, level: float) -> float:
     """Smallest factor by which the scale covers a share of the errors; genes that cannot vary are left out."""
-    ratio = np.sort((error / np.where(scale > 0, scale, np.nan)).ravel())
+    ratio = np.sort(error / np.where(scale > 0, scale, np.nan))
     ratio = ratio[np.isfinite(ratio)]
     if not len(ratio):
         return 0.0
     return float(ratio[min(math.ceil(level * (len(ratio) + 1)), len(ratio)) - 1])
-
-
-def _pooled(mean: np.ndarray, variance: np.ndarray, n_cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance (g,) of the cells of several conditions together."""
-    weight = (n_cells / n_cells.sum())[:, None]
-    centre = (weight * mean).sum(0)
-    return centre, (weight * (variance + (mean - centre) ** 2)).sum(0)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from invirtuo.design import Design
 from invirtuo.files import writing
-from invirtuo.model.effects import Pseudobulks
+from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.transforms import TRANSFORMS
 
 if TYPE_CHECKING:

@@ -1,0 +1,99 @@
+"""Means of real cells, from which effects are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import pandas as pd
+
+from invirtuo.checks import some
+
+if TYPE_CHECKING:
+    from invirtuo.dataset import CellDataset
+    from invirtuo.design import Design
+
+__all__ = ["Pseudobulks"]
+
+
+@dataclass(frozen=True)
+class Pseudobulks:
+    """Means of real cells: of the control cells of every covariate group, with their spread, and of conditions.
+
+    `control` (k, g), `sd` (k, g) have a row for each of `groups`; `mean` (c, g) one for each of `conditions` (names).
+    """
+
+    groups: tuple[str, ...]
+    control: np.ndarray
+    sd: np.ndarray
+    conditions: tuple[str, ...]
+    mean: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: CellDataset, rows: np.ndarray | None = None, n_genes: int | None = None) -> Self:
+        """From all cells of a dataset, or some rows (rising), and its first genes."""
+        design = dataset.design
+        table, mean, variance, n_cells = dataset.pseudobulk(np.arange(len(dataset.obs)) if rows is None else rows)
+        mean, variance = mean[:, :n_genes], variance[:, :n_genes]
+        control, groups = design.is_control(table), design.groups(table).to_numpy(dtype=str)
+        names = tuple(np.unique(groups[control]))
+        pooled = [_pooled(mean[own], variance[own], n_cells[own]) for own in (control & (groups == g) for g in names)]
+        return cls(
+            names,
+            np.array([m for m, _ in pooled], np.float32).reshape(-1, mean.shape[1]),
+            np.array([v**0.5 for _, v in pooled], np.float32).reshape(-1, mean.shape[1]),
+            tuple(design.names(table)[~control]),
+            mean[~control].astype(np.float32),
+        )
+
+    def state(self) -> dict[str, np.ndarray]:
+        """As arrays, to be saved."""
+        names = {"groups": np.array(self.groups, dtype=str), "conditions": np.array(self.conditions, dtype=str)}
+        return {**names, "control": self.control, "sd": self.sd, "mean": self.mean}
+
+    @classmethod
+    def load(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """From what :meth:`state` gave."""
+        groups, conditions = (tuple(state[name].tolist()) for name in ("groups", "conditions"))
+        return cls(groups, state["control"], state["sd"], conditions, state["mean"])
+
+    def with_groups(self, other: Self) -> Self:
+        """The same, and the groups of others that are new."""
+        new = [i for i, group in enumerate(other.groups) if group not in self.groups]
+        return type(self)(
+            (*self.groups, *(other.groups[i] for i in new)),
+            np.concatenate([self.control, other.control[new]]),
+            np.concatenate([self.sd, other.sd[new]]),
+            self.conditions,
+            self.mean,
+        )
+
+    def of_control(self, design: Design, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (c, g) of the control cells of each condition of a table.
+
+        Raises
+        ------
+        ValueError
+            If a group has no control cells.
+        """
+        groups = design.groups(table)
+        if missing := sorted(set(groups) - set(self.groups)):
+            raise ValueError(
+                f"there are no control cells of {some(missing)}, and effects are differences to them; pass such cells"
+            )
+        rows = [self.groups.index(group) for group in groups]
+        return self.control[rows].astype(np.float64), self.sd[rows].astype(np.float64)
+
+    def effect(self, design: Design, table: pd.DataFrame) -> np.ndarray:
+        """(c, g) difference of a condition's mean to its control cells'; NaN for conditions without cells."""
+        means = pd.DataFrame(self.mean.astype(np.float64), index=pd.Index(self.conditions, dtype=object))
+        return means.reindex(design.names(table)).to_numpy() - self.of_control(design, table)[0]
+
+
+def _pooled(mean: np.ndarray, variance: np.ndarray, n_cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (g,) of the cells of several conditions together."""
+    weight = (n_cells / n_cells.sum())[:, None]
+    centre = (weight * mean).sum(0)
+    return centre, (weight * (variance + (mean - centre) ** 2)).sum(0)
