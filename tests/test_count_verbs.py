@@ -437,6 +437,25 @@ def test_empty_cells_are_left_out_and_counted(name, cells, design, split, caplog
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
+def test_moments_of_files_are_those_of_memory(cells, design, split, tmp_path, monkeypatch):
+    """Read in pieces: equal to the bit, since sums of counts are whole numbers."""
+    parts = [cells[i : i + 100].copy() for i in (0, 100, 200)]
+    (tmp_path / "whole").mkdir()
+    for i, part in enumerate(parts):
+        part.write_h5ad(tmp_path / "whole" / f"{i}.h5ad")
+    monkeypatch.setattr("invirtuo.store.cells.STREAM", 500)  # values
+    store = iv.CellStore.open(tmp_path / "whole")
+    assert len(list(iv.CellDataset(store, design, split).blocks("train"))) > 1
+    disk, memory = (new("independent_nb", design, cells.var_names).fit(data, split) for data in (store, cells))
+    for key, value in memory.state_dict().items():
+        assert torch.equal(disk.state_dict()[key], value), key
+    assert same(disk.generate(100), memory.generate(100))
+    parts[0].X.data[parts[0].X.indptr[2] : parts[0].X.indptr[3]] = 0
+    parts[0].write_h5ad(tmp_path / "empty.h5ad")
+    with pytest.raises(ValueError, match="1 training cells have no counts; remove them"):
+        new("independent_nb", design, cells.var_names).fit(iv.CellStore.open(tmp_path / "empty.h5ad"), split[:100])
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_class_of_one_cell(name, cells):
     lonely = cells.copy()

@@ -37,7 +37,7 @@ from invirtuo.store import CellStore
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["CountGenerator", "Guidance", "counted", "seeded"]
+__all__ = ["CountGenerator", "Guidance", "check_depths", "counted", "seeded"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ class CountGenerator(Model):
         _, column = self._depth_kind()
         groups = self._groups(dataset.condition)[torch.from_numpy(rows)]
         size = self._size(dataset, rows)
-        if not bool((size > 0).all()):
-            raise ValueError(f"{int((size <= 0).sum())} training cells have no counts; remove them from the files")
+        check_depths(size)
         self.depth.fit(size, groups, len(self.design.covariates[column]) if column else 0)
 
     def facts(self, dataset: CellDataset) -> dict[str, Any]:
@@ -467,6 +466,12 @@ def counted(adata: AnnData) -> AnnData:
     if "counts" not in adata.layers or looks_like_counts(adata.X):
         return adata
     return anndata.AnnData(adata.layers["counts"], obs=adata.obs, var=adata.var[[]])
+
+
+def check_depths(size: Tensor) -> None:
+    """Refuse training cells without counts; `fit` leaves them out where cells are in memory."""
+    if not bool((size > 0).all()):
+        raise ValueError(f"{int((size <= 0).sum())} training cells have no counts; remove them from the files")
 
 
 def _told(guidance: Guidance) -> Any:

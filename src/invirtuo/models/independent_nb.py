@@ -21,7 +21,7 @@ from torch import Tensor
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
-from invirtuo.generators import CountGenerator
+from invirtuo.generators import CountGenerator, check_depths
 from invirtuo.model import SampleConfig
 from invirtuo.nn import CountLikelihood, SizeFactor
 
@@ -51,23 +51,31 @@ class IndependentNB(CountGenerator):
         self.register_buffer("labels", torch.zeros(0, len(self.design.covariates) + len(self.design.perturbations) + 1))
 
     def prepare(self, dataset: CellDataset) -> None:
-        """Moments of the training cells."""
+        """Moments of the training cells, in one pass over them; of cells on disk only a window is in memory."""
         rows = dataset.rows("train")
-        codes = _codes(dataset.condition[torch.from_numpy(rows)])
-        self.labels, group = torch.unique(codes, dim=0, return_inverse=True)
-        size = self._size(dataset, rows)
-        self.depth.fit(size, group, len(self.labels))
-        n = len(self.labels)
-        members = sparse.csr_matrix((np.ones(len(rows)), (group.numpy(), np.arange(len(rows)))), (n, len(rows)))
-        x, depth = dataset.matrix[rows].astype(np.float64), size.double().numpy()
-        total = (members @ x).toarray()
-        share = total / (members @ depth)[:, None]
-        depth_square = (members @ depth**2)[:, None]
-        square = (members @ x.multiply(x)).toarray()
-        weighted = (members @ x.multiply(depth[:, None]).tocsr()).toarray()
-        residual = square - 2 * share * weighted + share**2 * depth_square
-        excess = np.maximum(residual - total, 0.0)
-        expected = share**2 * depth_square
+        table, kind = self.design.kinds(dataset.obs.iloc[rows])
+        self.labels, group = torch.unique(_codes(self.design.encode(table)), dim=0, return_inverse=True)
+        number = np.zeros(len(dataset.split), dtype=np.int64)  # of the class, by row
+        number[rows] = group.numpy()[kind]
+        total, square, weighted = np.zeros((3, len(self.labels), len(self.genes)))
+        size = np.zeros(len(dataset.split))
+        for own, values in dataset.blocks(rows):
+            members = sparse.csr_matrix((np.ones(len(own)), (number[own], np.arange(len(own)))), (len(total), len(own)))
+            x = values.astype(np.float64)
+            size[own] = np.asarray(x.sum(axis=1)).ravel()
+            total += (members @ x).toarray()
+            square += (members @ x.multiply(x)).toarray()
+            weighted += (members @ x.multiply(size[own][:, None]).tocsr()).toarray()
+        depth = torch.from_numpy(size[rows]).float()
+        check_depths(depth)
+        depths, depth_squares = (np.bincount(number[rows], size[rows] ** power)[:, None] for power in (1, 2))
+        self.depth.fit(depth, torch.from_numpy(number[rows]), len(self.labels))
+        self._keep(total / depths, total, square - 2 * total / depths * weighted, depth_squares)
+
+    def _keep(self, share: np.ndarray, total: np.ndarray, rest: np.ndarray, depth_squares: np.ndarray) -> None:
+        """Shares and dispersions of the classes, (k, g); `rest` is sum x^2 - 2 p sum l x."""
+        expected = share**2 * depth_squares
+        excess = np.maximum(rest + expected - total, 0.0)
         inverse = np.divide(excess, expected, out=np.zeros_like(excess), where=expected > 0)
         self.log_share = torch.from_numpy(np.log(np.maximum(share, 1e-30))).float()
         self.log_dispersion = torch.from_numpy(-np.log(np.maximum(inverse, 1e-6))).float()
