@@ -74,6 +74,12 @@ stream = here.iv.fit.Stream(dataset, model, here.CONFIG, 0)
 seen = [batch.index.tolist() for _, batch in zip(range(5), stream)]
 here.Path(sys.argv[2], "rows" + os.environ["RANK"] + ".json").write_text(here.json.dumps(seen))
 """
+MODELS = """
+for name in here.LEARNED:
+    here.fitted_as_is(name, 2, sys.argv[2])
+"""
+LEARNED = ["primeflow", "fm_pca", "state_transition", "state_embedding", "cpa", "sams_vae", "biolord",
+           "latent_additive", "linear_additive", "decoder_only", "cfgen", "cellflow_counts"]  # fmt: skip
 KILLED = """
 out, rank = here.Path(sys.argv[2]), os.environ["RANK"]
 def die(mark):
@@ -122,6 +128,17 @@ def fitted(name: str, devices: int, out: str | Path, strategy: str | None = None
     model.fit(cells, split, config, folder=Path(out, name), **options)
     rank = os.environ.get("RANK", "0") if devices > 1 else "alone"
     Path(out, f"{name}-{rank}.json").write_text(json.dumps({k: v.tolist() for k, v in model.state_dict().items()}))
+    return model
+
+
+def fitted_as_is(name: str, devices: int, out: Path):
+    """A model of the registry, sharded over two devices or fitted on one; the history is written."""
+    cells, plan, split = experiment()
+    data = iv.datasets.toy(n_cells=192, n_genes=12) if iv.models.MODELS[name].space == "counts" else cells
+    config = replace(CONFIG, steps=6, val_every=3, warmup=0, devices=devices, accumulate=3 - devices, strategy="fsdp")
+    model = iv.models.MODELS[name](plan, cells.var_names, TINY.get(name)).fit(data, split, config)
+    if devices == 1 or os.environ["RANK"] == "0":
+        model.history.to_csv(Path(out, f"{name}-{devices}.csv"), index=False)
     return model
 
 
@@ -307,6 +324,24 @@ def test_large_blocks_are_units(monkeypatch):
     model = nn.Module()
     model.blocks, model.lone, model.stack = nn.ModuleList([block, inner]), nn.Linear(50, 50), nn.Sequential(block[0])
     assert list(sharding.units(model)) == [block, inner[0], block[0]]
+
+
+@pytest.mark.slow
+def test_every_learned_model_is_sharded(tmp_path):
+    torchrun(MODELS, tmp_path)
+    assert set(LEARNED) == {
+        name
+        for name, kind in iv.models.MODELS.items()
+        if kind.PRESETS and "fit.lr" in kind.SEARCH and kind.verb != "forecast"
+    }
+    for name in LEARNED:
+        model = fitted_as_is(name, 1, tmp_path)
+        has_batch_norm = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
+        one, two = (pd.read_csv(tmp_path / f"{name}-{n}.csv").select_dtypes("number") for n in (1, 2))
+        assert len(one) > 2 and np.isfinite(two["train_total"]).all()
+        columns = [column for column in one if column.startswith(("train", "val"))]
+        rtol = 0.05 if has_batch_norm else 1e-4  # batch norm sees the cells of a device
+        np.testing.assert_allclose(two[columns], one[columns], rtol=rtol, atol=1e-5, err_msg=name)
 
 
 def test_processes_that_would_fit_alone_are_refused(monkeypatch, tmp_path):

@@ -137,6 +137,9 @@ def _shell(training: Training, *, shards: bool):
                 self.log_dict({f"val_{k}": v for k, v in losses.items()})
                 self.trainer.should_stop |= training.stopped
 
+        def on_train_end(self):  # while the devices still hold the weights and hear each other
+            training.collect()
+
     return Shell()
 
 

@@ -49,6 +49,7 @@ class Training:
         self.best_weights: dict[str, Tensor] | None = None
         self.began, self.elapsed = time.perf_counter(), 0.0
         self._checkpoint: Checkpoint | None = None
+        self._collected: dict[str, Tensor] = {}
         self._losses: dict[str, Tensor] = {}
 
     def begin(self, mesh: DeviceMesh | None = None) -> None:
@@ -57,10 +58,10 @@ class Training:
         What is sharded is a copy: the model that was given gets its weights at the end.
         """
         config, self.is_sharded = self.config, mesh is not None
-        self.trained = Losses(self.given, compiled=config.compile)
         self.averaged = Losses(copy.deepcopy(self.given).requires_grad_(False)) if config.ema else None
+        self.trained = Losses(copy.deepcopy(self.given) if self.is_sharded else self.given, compiled=config.compile)
         if mesh is not None:
-            self.trained = sharded(Losses(copy.deepcopy(self.given), compiled=config.compile), mesh)
+            self.trained = sharded(self.trained, mesh)
             self.averaged = self.averaged and sharded(self.averaged, mesh)
         self.optimizer = _optimizer(self.model, config)
         self.plateau = _plateau(self.optimizer) if config.schedule == "plateau" else None
@@ -135,12 +136,10 @@ class Training:
             let_go(kept)
         return losses
 
-    def _kept_weights(self) -> dict[str, Tensor]:
-        """The weights to keep so far, whole and on the CPU, with the buffers of the first device; all must ask."""
-        return {k: whole(v).cpu() for k, v in self.kept.model.state_dict().items()}
-
     def _save_best(self, path: Path, main: bool) -> None:
-        weights = self._kept_weights()
+        if main or self.is_sharded:
+            weights = self.kept.model.state_dict()
+            weights = {k: whole(v).cpu() if self.is_sharded else v.cpu() for k, v in weights.items()}
         if main:
             with writing(path) as partial:
                 save_file({k: v.contiguous().clone() for k, v in weights.items()}, partial)
@@ -222,14 +221,18 @@ class Training:
         if self.plateau is not None:
             self.plateau.load_state_dict(checkpoint.facts["plateau"])
 
-    def finish(self) -> None:
-        """Leave the kept weights in the model that was given, on the CPU, on every device."""
+    def collect(self) -> None:
+        """Take the kept weights, with the buffers of the first device, to the CPU of every device; all take part."""
         if self.best_weights is not None:
             self.kept.model.load_state_dict(self.best_weights)
-        weights = self._kept_weights()
+        self._collected = {k: whole(v).cpu() for k, v in self.kept.model.state_dict().items()}
+
+    def finish(self) -> None:
+        """Leave the kept weights in the model that was given, on the CPU."""
+        weights = self._collected or self.best_weights or self.kept.model.state_dict()
         self.trained.plain()
         self.given.to("cpu")
-        self.given.load_state_dict(weights)
+        self.given.load_state_dict({k: v.cpu() for k, v in weights.items()})
 
 
 def _optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
