@@ -29,6 +29,7 @@ from invirtuo.report.effects import coverage
 
 METRICS = ("mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean", "variance_ratio")
 MODELS = {"primeflow": None, "perturbation_mean": "shift-cells"}
+LARGEST = 50  # predicted effects of a condition that are looked at by themselves
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 WEIGHTS = (1.0, 1.5, 2.0, 3.0)
 WINDOWS = ((0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
@@ -59,11 +60,17 @@ def of_effects(name: str, args: argparse.Namespace) -> pd.DataFrame:
         for seed, group in groups.items():
             for level in LEVELS:
                 table = effects(group, adata, level=level, n_cells=args.cells)
-                error, width = (table["effect"] - table["real"]).abs(), table["high"] - table["low"]
-                rows.append({"task": name, "model": kind, "seed": seed, "level": level, "covered": coverage(table),
-                             "half-width": width.mean() / 2, "error": error.mean(),
-                             "effect": table["real"].abs().mean()})  # fmt: skip
-                print(rows[-1], flush=True)
+                row = {"task": name, "model": kind, "seed": seed, "level": level}
+                rank = table["effect"].abs().groupby(table["condition"]).rank(ascending=False)
+                for genes, part in (("all", table), ("large", table[rank <= LARGEST])):
+                    size = part["effect"].abs().mean()
+                    row |= {
+                        f"covered, {genes}": coverage(part),
+                        f"half-width, {genes}": (part["high"] - part["low"]).mean() / 2,
+                    }
+                    row |= {f"error, {genes}": (part["effect"] - part["real"]).abs().mean(), f"effect, {genes}": size}
+                rows.append(row)
+                print({k: v if isinstance(v, str) else round(v, 3) for k, v in row.items()}, flush=True)
     return pd.DataFrame(rows)
 
 
