@@ -16,6 +16,7 @@ import invirtuo as iv
 from invirtuo import dynamics
 from invirtuo.dynamics import simulate
 from invirtuo.metrics import network
+from invirtuo.model.saving import size_buffers
 from invirtuo.nn import PENALTIES, SharedField, TargetField, sparsity
 
 SparseODE = iv.models.SparseODE
@@ -33,7 +34,7 @@ def quietly(function, *arguments, **options):
 def copied(model, **changes):
     """The same fitted model, with other settings of the solver."""
     other = SparseODE(model.design, model.genes, replace(model.config, **changes))
-    other._size_buffers(model.state_dict())
+    size_buffers(other, model.state_dict())
     other.load_state_dict(model.state_dict())
     other.transforms, other.card = model.transforms, model.card
     return other

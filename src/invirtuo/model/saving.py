@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from invirtuo.fit import FitConfig
     from invirtuo.model.base import Model
 
-__all__ = ["card", "config_from", "restore", "save"]
+__all__ = ["card", "config_from", "restore", "save", "size_buffers"]
 
 
 def save(model: Model, folder: Path) -> None:
@@ -67,7 +67,7 @@ def restore(cls: type[Model], folder: Path) -> Any:
         _load_arrays(model, {key: arrays[key] for key in arrays.files})
     with _reading(folder / "weights.safetensors") as path:
         tensors = load_file(path)
-        _size_buffers(model, tensors)
+        size_buffers(model, tensors)
         model.load_state_dict(tensors)
     return model.eval()
 
@@ -100,7 +100,7 @@ def _load_arrays(model: Model, arrays: dict[str, np.ndarray]) -> None:
             model.transforms[head] = TRANSFORMS[middle].load(state)
 
 
-def _size_buffers(model: Model, tensors: Mapping[str, Tensor]) -> None:
+def size_buffers(model: Model, tensors: Mapping[str, Tensor]) -> None:
     """Give buffers that have no rows before a fit the number of rows that was saved."""
     for key, buffer in list(model.named_buffers()):
         if buffer.ndim and not len(buffer) and key in tensors and tensors[key].shape[1:] == buffer.shape[1:]:
