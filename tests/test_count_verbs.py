@@ -376,6 +376,8 @@ def test_predict_is_generate_for_conditions(name, fitted, cells):
     made = fitted(name).predict(conditions, 7)
     assert made.obs["cell_type"].tolist() == ["b_cell"] * 7 + ["t_cell"] * 7
     assert iv.preprocess.looks_like_counts(made.X)
+    with pytest.raises(ValueError, match="gives no intervals of effects"):
+        fitted(name).predict(conditions, 7, effect_level=0.9)
 
 
 # ---- data of every kind ----------------------------------------------------------------------------------------------

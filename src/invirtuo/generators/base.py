@@ -265,6 +265,7 @@ class CountGenerator(Model):
         steps: int | None = None,
         solver: str | None = None,
         seed: int = 0,
+        effect_level: float | None = None,
         out: str | Path | None = None,
         engine: str = "local",
         n_jobs: int | None = None,
@@ -273,6 +274,8 @@ class CountGenerator(Model):
     ) -> AnnData:
         """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of :meth:`Model.predict`."""
         self._check_fitted()
+        if effect_level is not None:
+            raise ValueError(f"{self.name} draws counts and gives no intervals of effects; pass effect_level=None")
         table = self._conditions(conditions)
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; expected at least 1")
