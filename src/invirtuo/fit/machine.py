@@ -13,7 +13,7 @@ from invirtuo.fit.config import FitConfig
 from invirtuo.fit.devices import several
 
 if TYPE_CHECKING:
-    from invirtuo.drawing import SampleConfig
+    from invirtuo.model import SampleConfig
 
 __all__ = ["bf16_pays", "keep_freed_memory", "use_bf16"]
 
