@@ -59,7 +59,8 @@ def effects_figure(table: pd.DataFrame, n_genes: int) -> Figure:
         panel.set_title(str(condition), fontsize=9)
     for panel in axes[len(conditions) :]:
         panel.set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
