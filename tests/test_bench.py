@@ -73,6 +73,19 @@ def test_effects_have_intervals_where_conditions_are_held_out_for_validation(com
     assert "cover 90% of all genes" in page
 
 
+def test_groups_without_control_cells_have_no_effects(toy, design, tmp_path):
+    adata = iv.preprocess.normalize(toy)
+    names = design.names(adata.obs)
+    split = pd.Series("train", adata.obs_names).mask(names.isin(["monocyte|A", "t_cell|A"]), "test")
+    split = split.mask(names == "b_cell|B", "val")
+    adata, split = (x[(names != "t_cell|control").to_numpy()] for x in (adata, split))
+    tiny = iv.models.PRiMeFlow.Config(hidden_dim=32, cell_width=32, gene_width=16, n_blocks=1, steps=3)
+    entries = [Entry("flow", "primeflow", tiny, iv.FitConfig(steps=2, batch_size=32, progress=False))]
+    compare(adata.copy(), design, split, entries, tmp_path, n_cells=20, metrics=["rmse_mean"])
+    table = pd.read_csv(tmp_path / "effects.csv")
+    assert set(table["condition"]) == {"monocyte|A"} and table["low"].isna().all()
+
+
 def test_same_seed_same_table(comparison):
     pd.testing.assert_frame_equal(comparison("a"), comparison("b"))
 

@@ -87,7 +87,7 @@ def compare(
         logger.info("fitting %s", entry.label)
         model.fit(adata, split=split, config=fit)
         fitted = time.perf_counter()
-        level = EFFECT_LEVEL if model.card["held_out"]["val"] and entry is entries[0] else None
+        level = EFFECT_LEVEL if entry is entries[0] and _gives_intervals(model, part) else None
         predicted = model.predict(part, n_cells=n_cells, seed=seed, effect_level=level, **entry.predict)
         done = time.perf_counter()
         pair = Pair(predicted, real, design, n_pcs=n_pcs) if pair is None else pair.against(predicted)
@@ -112,6 +112,13 @@ def compare(
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts, indent=2))
     return scores
+
+
+def _gives_intervals(model: Model, part: str) -> bool:
+    """Whether the fit held out conditions for validation, and all groups have control cells."""
+    held_out, seen, design = model.card["held_out"], model._pseudobulks, model.design
+    asked = pd.DataFrame(held_out["val"] + held_out[part], columns=design.columns)
+    return bool(held_out["val"]) and seen is not None and set(design.groups(asked)) <= set(seen.groups)
 
 
 def _facts(entry: Entry, model: Model, fit: FitConfig, fit_seconds: float, predict_seconds: float) -> dict[str, Any]:

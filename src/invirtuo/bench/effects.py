@@ -126,7 +126,7 @@ def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFra
     predicted
         Cells, and with ``effect_level`` the bounds of effects in varm.
     adata
-        Real cells, with control cells of every covariate group.
+        Real cells; covariate groups without control cells are left out.
 
     Returns
     -------
@@ -134,14 +134,15 @@ def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFra
     """
     seen = Pseudobulks.of(CellDataset(adata, design))
     names = design.names(predicted.obs)
-    first = ~names.duplicated().to_numpy()
-    table = predicted.obs.loc[first, design.columns].reset_index(drop=True)
-    codes = pd.factorize(names)[0]
-    means = np.stack([np.asarray(predicted.X[codes == i].mean(axis=0)).ravel() for i in range(len(table))])
-    effect = means - seen.of_control(design, table)[0]
+    codes, _ = pd.factorize(names)
+    first = np.unique(codes, return_index=True)[1]
+    first = first[design.groups(predicted.obs.iloc[first]).isin(seen.groups).to_numpy()]
+    table, own = predicted.obs.iloc[first][design.columns].reset_index(drop=True), codes[first]
+    means = [np.asarray(predicted.X[codes == i].mean(axis=0)).ravel() for i in own]
+    effect = np.reshape(means, (len(own), predicted.n_vars)) - seen.of_control(design, table)[0]
     half = np.full_like(effect, np.nan)
     if "effect" in predicted.varm:
-        half = (predicted.varm["effect"] - predicted.varm["effect_low"]).T
+        half = (predicted.varm["effect"] - predicted.varm["effect_low"]).T[own]
     return tabulate(design, list(predicted.var_names), table, seen, effect, half)
 
 

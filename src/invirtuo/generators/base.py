@@ -25,8 +25,8 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.checks import check_values, looks_like_counts, require_counts, some
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.files import read_h5ad
-from invirtuo.fit import FitConfig
-from invirtuo.generators.drawing import Request, drawn, seeded
+from invirtuo.fit import FitConfig, noise_seed
+from invirtuo.generators.drawing import Request, drawn
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
 from invirtuo.generators.output import assembled, write_cells
 from invirtuo.model import Model, SampleConfig, track
@@ -37,7 +37,7 @@ from invirtuo.store import CellStore
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["CountGenerator", "Guidance", "check_depths", "counted", "seeded"]
+__all__ = ["CountGenerator", "Guidance", "check_depths", "counted"]
 
 logger = logging.getLogger(__name__)
 
@@ -329,7 +329,7 @@ class CountGenerator(Model):
     def _sizes(self, labels: pd.DataFrame, size_factor: Any, seed: int) -> Tensor:
         if size_factor is None:
             groups = self._groups(self.design.encode(labels))
-            return self.depth.sample(groups, torch.Generator().manual_seed(seeded(seed, 2))).float()
+            return self.depth.sample(groups, torch.Generator().manual_seed(noise_seed(seed, 2))).float()
         size = torch.as_tensor(np.asarray(size_factor, dtype=np.float32)).expand(len(labels)).clone()
         if not bool((size > 0).all()) or not bool(size.isfinite().all()):
             raise ValueError("size_factor holds values that are not above 0; expected the total count of each cell")

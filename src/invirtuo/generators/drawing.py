@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from invirtuo.workers import n_workers, over_ray
 if TYPE_CHECKING:
     from invirtuo.generators.base import CountGenerator
 
-__all__ = ["Request", "drawn", "seeded"]
+__all__ = ["Request", "drawn"]
 
 BLOCK = 512  # cells that are computed together, whatever is asked for: a cell depends on the seed and its number alone
 
@@ -86,7 +85,7 @@ def _here(model: CountGenerator, request: Request) -> Iterator[Block]:
         for i in range(len(request)):
             part = request.part(i, i + 1)
             batch = Batch(model.design.encode(part.labels), size_factor=part.size).to(device)
-            generator = torch.Generator(device).manual_seed(seeded(request.seed, 3, part.first))
+            generator = torch.Generator(device).manual_seed(fit.noise_seed(request.seed, 3, part.first))
             with torch.no_grad():
                 cells, z = model.likelihood(batch, part.weights.to(device), generator, request.config)
                 counts = cells.sample(generator)
@@ -98,8 +97,3 @@ def _on_worker(request: Request, model: CountGenerator, threads: int) -> list[Bl
     """Blocks that are drawn in a process of a cluster."""
     torch.set_num_threads(threads)
     return list(_here(model, request))
-
-
-def seeded(*numbers: int) -> int:
-    """A seed that depends on all the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

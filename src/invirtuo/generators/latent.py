@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
-from invirtuo.fit import FitConfig
+from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
-from invirtuo.generators.base import CountGenerator, Guidance, counted, seeded
+from invirtuo.generators.base import CountGenerator, Guidance, counted
 from invirtuo.generators.hidden import Filled
 from invirtuo.model import SampleConfig, track
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
@@ -230,7 +230,7 @@ class LatentFlow(CountGenerator):
         self._check_fitted()
         request = self._request(self._given(n_cells, None, None), "joint", guidance, None, seed)
         field = self.field(self.design.encode(request.labels), request.size, request.weights)
-        z0 = torch.randn(n_cells, self.n_latent, generator=torch.Generator().manual_seed(seeded(seed, 4)))
+        z0 = torch.randn(n_cells, self.n_latent, generator=torch.Generator().manual_seed(noise_seed(seed, 4)))
         fast = self._solved(field, z0, SampleConfig(steps=steps, solver=solver))
         exact = solve(field, z0, 1, "dopri5")
         difference = (fast - exact).abs()
@@ -399,7 +399,7 @@ class LatentFlow(CountGenerator):
         filled = Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
         with self.on_device() as device:
             for rows in track(_chunks(len(z)), "imputing", progress):
-                generator = torch.Generator(device).manual_seed(seeded(seed, 5, rows.start))
+                generator = torch.Generator(device).manual_seed(noise_seed(seed, 5, rows.start))
                 cells = Batch(dataset.condition[rows], target=z[rows], size_factor=size[rows]).to(device)
                 mean = self._resampled(
                     cells, _rows(weights, rows).to(device), noise, n_draws if flow else 0, generator, config
@@ -466,7 +466,7 @@ class LatentFlow(CountGenerator):
             drawn = (
                 cells.mean
                 if output == "mean"
-                else cells.sample(torch.Generator().manual_seed(seeded(seed, 6, rows.start)))
+                else cells.sample(torch.Generator().manual_seed(noise_seed(seed, 6, rows.start)))
             )
             block = sparse.csr_matrix(source[rows]).toarray().astype(np.float32 if output == "mean" else source.dtype)
             block[:, columns] = drawn.numpy()
