@@ -353,7 +353,8 @@ class Model(nn.Module):
         request = Request(table, n_cells, seed, config, model._pool(controls))
         calibration = None if effect_level is None else Calibration(model, effect_level, controls)
         means = np.empty((len(table), len(self.genes)))
-        cells = track(means_of(drawn(model, request, engine, n_jobs), means), "predicting", progress, len(table))
+        cells = drawn(model, request, engine, n_jobs)
+        cells = track(cells if calibration is None else means_of(cells, means), "predicting", progress, len(table))
         obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:

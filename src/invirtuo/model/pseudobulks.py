@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
+import torch
 
 from invirtuo.checks import some
+from invirtuo.nn.anchor import pooled
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
@@ -39,11 +41,13 @@ class Pseudobulks:
         mean, variance = mean[:, :n_genes], variance[:, :n_genes]
         control, groups = design.is_control(table), design.groups(table).to_numpy(dtype=str)
         names = tuple(np.unique(groups[control]))
-        pooled = [_pooled(mean[own], variance[own], n_cells[own]) for own in (control & (groups == g) for g in names)]
+        moments = [torch.from_numpy(array[control]) for array in (mean, variance, n_cells)]
+        members = [torch.from_numpy(groups[control] == name) for name in names]
+        own = [pooled(*(array[rows] for array in moments)) for rows in members]
         return cls(
             names,
-            np.array([m for m, _ in pooled], np.float32).reshape(-1, mean.shape[1]),
-            np.array([v**0.5 for _, v in pooled], np.float32).reshape(-1, mean.shape[1]),
+            np.array([m.numpy() for m, _ in own], np.float32).reshape(-1, mean.shape[1]),
+            np.array([v.sqrt().numpy() for _, v in own], np.float32).reshape(-1, mean.shape[1]),
             tuple(design.names(table)[~control]),
             mean[~control].astype(np.float32),
         )
@@ -90,10 +94,3 @@ class Pseudobulks:
         """(c, g) difference of a condition's mean to its control cells'; NaN for conditions without cells."""
         means = pd.DataFrame(self.mean.astype(np.float64), index=pd.Index(self.conditions, dtype=object))
         return means.reindex(design.names(table)).to_numpy() - self.of_control(design, table)[0]
-
-
-def _pooled(mean: np.ndarray, variance: np.ndarray, n_cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance (g,) of the cells of several conditions together."""
-    weight = (n_cells / n_cells.sum())[:, None]
-    centre = (weight * mean).sum(0)
-    return centre, (weight * (variance + (mean - centre) ** 2)).sum(0)

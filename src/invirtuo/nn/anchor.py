@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from invirtuo.batch import Condition
 
-__all__ = ["PseudobulkAnchor"]
+__all__ = ["PseudobulkAnchor", "pooled"]
 
 FLOOR = 0.01  # weight of a group that is not like the target at all
 RIDGE = 1e-3
@@ -76,7 +76,7 @@ class PseudobulkAnchor(nn.Module):
         codes = condition.groups
         groups = codes[control].unique(dim=0) if codes.shape[1] else codes[:1]
         members = [control, *(control & (codes == group).all(1) for group in groups)]  # several with time or dose
-        pooled = [_pooled(mean[rows], variance[rows], n_cells[rows]) for rows in members]
+        pooled = [pooled(mean[rows], variance[rows], n_cells[rows]) for rows in members]
         self.codes = torch.cat([torch.full((1, codes.shape[1]), -1), groups])
         self.control_mean = torch.stack([m for m, _ in pooled]).float()
         self.control_sd = torch.stack([v for _, v in pooled]).sqrt().float()
@@ -96,7 +96,7 @@ class PseudobulkAnchor(nn.Module):
         new = ~self.knows(condition) & condition.is_control
         for group in codes[new].unique(dim=0):
             rows = new & (codes == group).all(1)
-            m, v = _pooled(mean[rows], variance[rows], n_cells[rows])
+            m, v = pooled(mean[rows], variance[rows], n_cells[rows])
             self.codes = torch.cat([self.codes, group[None]])
             self.control_mean = torch.cat([self.control_mean, m.float()[None]])
             self.control_sd = torch.cat([self.control_sd, v.sqrt().float()[None]])
@@ -178,7 +178,7 @@ class PseudobulkAnchor(nn.Module):
         return candidates[errors.index(min(errors))]
 
 
-def _pooled(mean: Tensor, variance: Tensor, n_cells: Tensor) -> tuple[Tensor, Tensor]:
+def pooled(mean: Tensor, variance: Tensor, n_cells: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (g,) over all cells of several conditions."""
     weight = n_cells[:, None].to(mean)
     overall = (mean * weight).sum(0) / weight.sum()

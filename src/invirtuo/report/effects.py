@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["coverage", "effects_figure", "plot_effects"]
 
-MAX_CONDITIONS = 12
+MAX_CONDITIONS, COLUMNS = 12, 3
 
 
 def plot_effects(table: pd.DataFrame, out: str | os.PathLike, *, n_genes: int = 20) -> None:
@@ -46,11 +46,11 @@ def plot_effects(table: pd.DataFrame, out: str | os.PathLike, *, n_genes: int = 
 
 
 def effects_figure(table: pd.DataFrame, n_genes: int) -> Figure:
-    """A panel for each of the first 12 conditions, at most three in a row."""
+    """A panel for each of the first 12 conditions, at most `COLUMNS` in a row."""
     from matplotlib.figure import Figure
 
     conditions = list(dict.fromkeys(table["condition"]))[:MAX_CONDITIONS]
-    columns = min(len(conditions), 3)
+    columns = min(len(conditions), COLUMNS)
     rows = -(-len(conditions) // columns)
     figure = Figure(figsize=(3.6 * columns + 0.4, (0.22 * n_genes + 0.9) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

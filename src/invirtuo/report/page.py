@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from invirtuo import __version__
 from invirtuo.files import writing
 from invirtuo.report import benchmark, folder
-from invirtuo.report.effects import coverage, effects_figure
+from invirtuo.report.effects import COLUMNS, coverage, effects_figure
 from invirtuo.report.figures import as_png, curves, panels, populations
 from invirtuo.report.tables import BASELINES, FLOOR, condition_tables, headline, score_table
 
@@ -161,7 +161,7 @@ def _effects(table: pd.DataFrame | None, run: dict[str, Any]) -> dict[str, Any] 
     share, level = coverage(table), run.get("effect level")
     return {
         "picture": as_png(effects_figure(table, GENES)),
-        "columns": min(table["condition"].nunique(), 3),
+        "columns": min(table["condition"].nunique(), COLUMNS),
         "n_genes": GENES,
         "level": f"{level:.0%}" if isinstance(level, int | float) else "",
         "covered": "" if math.isnan(share) else f"{share:.0%}",
