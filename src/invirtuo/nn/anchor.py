@@ -76,10 +76,10 @@ class PseudobulkAnchor(nn.Module):
         codes = condition.groups
         groups = codes[control].unique(dim=0) if codes.shape[1] else codes[:1]
         members = [control, *(control & (codes == group).all(1) for group in groups)]  # several with time or dose
-        pooled = [pooled(mean[rows], variance[rows], n_cells[rows]) for rows in members]
+        moments = [pooled(mean[rows], variance[rows], n_cells[rows]) for rows in members]
         self.codes = torch.cat([torch.full((1, codes.shape[1]), -1), groups])
-        self.control_mean = torch.stack([m for m, _ in pooled]).float()
-        self.control_sd = torch.stack([v for _, v in pooled]).sqrt().float()
+        self.control_mean = torch.stack([m for m, _ in moments]).float()
+        self.control_sd = torch.stack([v for _, v in moments]).sqrt().float()
         self.own_codes = codes[~control]
         self.effects = (mean[~control] - self.control_mean[self._rows(self.own_codes)]).float()
         self.designs = condition.code[~control].clone()
