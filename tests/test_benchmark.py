@@ -23,7 +23,7 @@ from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
 from invirtuo.bench.cell import Cell, launch
 from invirtuo.bench.entry import as_entry
 from invirtuo.bench.run import chosen_entries
-from invirtuo.bench.tasks import hold_out_two
+from invirtuo.splits import hold_out
 
 KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
 METRICS = ("rmse_mean", "rmse_mean_rank", "mmd_pca")
@@ -33,7 +33,7 @@ METRICS = ("rmse_mean", "rmse_mean_rank", "mmd_pca")
 def task(toy, design, tmp_path) -> Task:
     path = tmp_path / "toy.h5ad"
     iv.preprocess.normalize(toy).write_h5ad(path)
-    split = partial(hold_out_two, test=("monocyte|A", "b_cell|A+B"), val=("t_cell|B", "monocyte|C"))
+    split = partial(hold_out, conditions=("monocyte|A", "b_cell|A+B"), val=("t_cell|B", "monocyte|C"))
     return Task(
         "toy", "two conditions of the toy data", str(path), (split,), design, metrics=METRICS, n_cells=20, n_pcs=5
     )
@@ -142,7 +142,7 @@ def test_a_process_that_dies_is_a_failed_cell(task, entries):
 
 
 def test_several_splits_are_scored_together(task, entries):
-    other = partial(hold_out_two, test=("t_cell|C",), val=("t_cell|B",))
+    other = partial(hold_out, conditions=("t_cell|C",), val=("t_cell|B",))
     record = launch(Cell(replace(task, splits=(*task.splits, other)), entries[1], 0))
     names = {row[record["scores"]["columns"].index("condition")] for row in record["scores"]["rows"]}
     assert names == {"monocyte|A", "b_cell|A+B", "t_cell|C"}
@@ -150,7 +150,9 @@ def test_several_splits_are_scored_together(task, entries):
 
 def test_perturbations_never_trained_on_are_not_scored(task):
     split = partial(
-        hold_out_two, test=({"perturbation": "A"}, {"perturbation": "A+B"}, "t_cell|C"), val=({"perturbation": "A+C"},)
+        hold_out,
+        conditions=({"perturbation": "A"}, {"perturbation": "A+B"}, "t_cell|C"),
+        val=({"perturbation": "A+C"},),
     )
     _, design, parts = replace(task, splits=(split,)).load()
     adata, _, whole = replace(task, splits=(split,), unseen=True).load()

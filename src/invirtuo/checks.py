@@ -5,8 +5,9 @@ Works on sparse and dense matrices in memory or on disk and on views; the scale 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "require_counts",
     "require_log",
     "some",
+    "with_likely",
 ]
 
 LOG_MAX = 15.0  # log1p(1e6) = 13.8; counts and CP10k lie above
@@ -282,3 +284,11 @@ def some(values, limit: int = 5) -> str:
     """Join the first few values, for messages."""
     values = [str(value) for value in values]
     return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
+
+
+def with_likely(wanted: str, known: Iterable[str]) -> str:
+    """The first few known names for a message, and those that may have been meant."""
+    names = list(map(str, known))
+    likely = [name for name in names if name.casefold() == wanted.casefold()]
+    likely += [name for name in get_close_matches(wanted, names, n=3) if name not in likely]
+    return f"{some(names)}; did you mean {' or '.join(map(repr, likely))}?" if likely else some(names)

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from invirtuo.batch import Condition
-from invirtuo.checks import some
+from invirtuo.checks import some, with_likely
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,6 +29,11 @@ class Design:
     """Column roles and levels of an experiment.
 
     Made by :meth:`from_adata`; the levels are sorted by name, so that the same labels always give the same tensors.
+
+    A label has one meaning however it is written: space around it does not count, the parts of a combination are sorted
+    and each counts once, and parts that say control are dropped. With ``separator="+"`` and ``control="ctrl"`` the
+    labels ``B+A``, ``A + B`` and ``A+B+ctrl`` are the perturbation ``A+B``, ``A+ctrl`` is ``A``, and ``ctrl+ctrl`` is
+    ``ctrl``. Whatever the Design gives (names, groups, tables, tensors) is in this canonical form.
 
     Parameters
     ----------
@@ -81,8 +86,8 @@ class Design:
         adata: AnnData | pd.DataFrame,
         *,
         perturbation: str | None = None,
-        control: str | None = None,
-        covariates: Sequence[str] | str = (),
+        control: str | float | None = None,
+        covariates: Sequence[str] | str | None = (),
         dose: str | None = None,
         time: str | None = None,
         separator: str = "+",
@@ -103,10 +108,11 @@ class Design:
         ------
         ValueError
             If a column is missing, holds missing values or has two roles, the control label does not occur or is given
-            without its column, a dose is negative, or the features lack a perturbation.
+            without its column, a label holds ``|`` (which joins labels in the names of conditions), a dose is negative,
+            or the features lack a perturbation.
         """
         obs = adata if isinstance(adata, pd.DataFrame) else adata.obs
-        covariates = [covariates] if isinstance(covariates, str) else list(covariates)
+        covariates = [covariates] if isinstance(covariates, str) else list(covariates or ())
         if (perturbation is None) != (control is None):
             raise ValueError(
                 f"perturbation is {perturbation!r} and control is {control!r}; give both, or neither for data in which "
@@ -119,21 +125,24 @@ class Design:
             _check_column(obs, column, role, missing=role == "covariates" and unknown is not None)
         if repeated := [column for column, n in Counter(column for _, column in roles).items() if n > 1]:
             raise ValueError(f"column(s) {some(repeated)} have more than one role; name each column once")
-        parts = set() if perturbation is None else _parts(obs, perturbation, control, separator)
-        vectors = {} if features is None else _vectors(features, parts)
-        dose_max = float(_numeric(obs, dose).max()) if dose else 1.0
-        if time:
-            _numeric(obs, time)
-        return cls(
+        columns = cls(
             perturbation=perturbation,
-            control=control,
-            perturbations=tuple(sorted(vectors or parts)),
-            covariates={name: _levels(obs, name, unknown) for name in covariates},
+            control=None if control is None else str(control).strip(),
+            covariates=dict.fromkeys(covariates, ()),
             dose=dose,
-            dose_max=dose_max if dose_max > 0 else 1.0,
             time=time,
             separator=separator,
             unknown=unknown,
+        )
+        table = columns.tidy(obs)
+        parts = columns._parts_in(table)
+        vectors = {} if features is None else _vectors(features, parts)
+        dose_max = float(table[dose].max()) if dose else 1.0
+        return replace(
+            columns,
+            perturbations=tuple(sorted(vectors or parts)),
+            covariates={name: _levels(table[name], unknown) for name in covariates},
+            dose_max=dose_max if dose_max > 0 else 1.0,
             features=tuple(vectors[part] for part in sorted(vectors)),
         )
 
@@ -153,48 +162,77 @@ class Design:
         return [*self.covariates, *([] if self.perturbation is None else [self.perturbation])]
 
     def parts(self, label: str) -> tuple[str, ...]:
-        """Single perturbations of a label, sorted, each once; () for the control."""
-        return _split(label, self.separator, self.control)
+        """Single perturbations of a label, sorted, each once; () for the control.
+
+        Raises
+        ------
+        ValueError
+            If a part is empty, as in ``"A++B"``.
+        """
+        label = label.strip()
+        if label == self.control:
+            return ()
+        parts = _split(label, self.separator)
+        of_control = _split(self.control, self.separator) if self.control else set()
+        unperturbed = of_control if len(of_control) == 1 else {self.control}  # "ctrl+ctrl" tells what its part means
+        return tuple(sorted(parts - unperturbed))
+
+    def label(self, label: str) -> str:
+        """Canonical form of a perturbation label: its parts, sorted and joined; the control label if there are none."""
+        parts = self.parts(label)
+        return self.separator.join(parts) if parts else str(self.control)
+
+    def value(self, column: str, value: object) -> str | float:
+        """Canonical form of one value of a column: a label, or a number for dose and time."""
+        if column in (self.dose, self.time):
+            return float(_numeric(pd.DataFrame({column: [value]}), column).iloc[0])
+        text = str(value).strip()
+        return self.label(text) if column == self.perturbation else text
 
     def is_control(self, obs: pd.DataFrame) -> np.ndarray:
         """(n,) bool, True for cells that carry the control label."""
         if self.perturbation is None:
             return np.zeros(len(obs), dtype=bool)
-        return np.asarray(_labels(obs, self.perturbation) == self.control)
+        return (self._labels(obs, self.perturbation) == self.control).to_numpy()
 
     def names(self, obs: pd.DataFrame) -> pd.Series:
         """Name of the condition of each row: covariate values and perturbation (and dose, time) joined by ``|``."""
-        if not self.columns:
-            return pd.Series("all", index=obs.index)
         table = self.tidy(obs)
-        columns = [table[c].map("{:g}".format) if c in (self.dose, self.time) else table[c] for c in self.columns]
-        return columns[0].str.cat(columns[1:], sep="|") if len(columns) > 1 else columns[0]
-
-    def tidy(self, obs: pd.DataFrame) -> pd.DataFrame:
-        """Only the columns of the Design: labels as text, dose and time as numbers, whatever their types in obs."""
-        numbers = {column: _numeric(obs, column) for column in (self.dose, self.time) if column is not None}
-        texts = {c: _text(obs, c, self.unknown) for c in self.attributes}
-        return pd.DataFrame({c: numbers[c] if c in numbers else texts[c] for c in self.columns}, index=obs.index)
+        numbers = [column for column in (self.dose, self.time) if column is not None]
+        for column in numbers:
+            table[column] = table[column].map(_written)
+        return _joined(table, self.columns)
 
     def groups(self, obs: pd.DataFrame) -> pd.Series:
         """Name of the covariate group of each row: covariate values joined by ``|``; ``all`` without covariates."""
-        if not self.covariates:
-            return pd.Series("all", index=obs.index)
-        columns = [_text(obs, column, self.unknown) for column in self.covariates]
-        return columns[0].str.cat(columns[1:], sep="|") if len(columns) > 1 else columns[0]
+        labels = {column: self._labels(obs, column) for column in self.covariates}
+        return _joined(pd.DataFrame(labels, index=obs.index), list(self.covariates))
+
+    def tidy(self, obs: pd.DataFrame) -> pd.DataFrame:
+        """Only the columns of the Design: labels in canonical form, dose and time as numbers.
+
+        Raises
+        ------
+        ValueError
+            If a column is missing or holds missing values, a label holds ``|``, or a dose or time is no number >= 0.
+        """
+        columns = {}
+        for column in self.columns:
+            is_number = column in (self.dose, self.time)
+            columns[column] = _numeric(obs, column) if is_number else self._labels(obs, column)
+        return pd.DataFrame(columns, index=obs.index, columns=self.columns)
 
     def kinds(self, obs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-        """Rows of obs that differ in the columns of the Design, and (n,) the number of each row's among them."""
-        for column in self.columns:
-            _check_column(obs, column, "conditions", missing=True)
+        """Distinct rows of :meth:`tidy` in order of appearance, and (n,) the number of each row's among them."""
         if not self.columns:
             return obs[self.columns].iloc[:1], np.zeros(len(obs), dtype=np.int32)
-        numbers = [pd.factorize(obs[column], use_na_sentinel=False) for column in self.columns]
+        table = self.tidy(obs)
         kind = np.zeros(len(obs), dtype=np.int64)
-        for codes, levels in numbers:
+        for column in self.columns:
+            codes, levels = pd.factorize(table[column])
             kind = pd.factorize(kind * len(levels) + codes)[0]
         first = np.flatnonzero(~pd.Series(kind).duplicated().to_numpy())
-        return obs[self.columns].iloc[first], kind.astype(np.int32)
+        return table.iloc[first], kind.astype(np.int32)
 
     def conditions(self, obs: pd.DataFrame, *, control: bool = False) -> pd.DataFrame:
         """Distinct conditions of obs, one row each, sorted by name; control conditions only if asked for."""
@@ -209,43 +247,66 @@ class Design:
         Raises
         ------
         ValueError
-            If a column is missing, or a perturbation or covariate label is not known to the Design.
+            As :meth:`tidy`, or if a perturbation or covariate label is not known to the Design.
         """
-        for column in self.columns:
-            _check_column(obs, column, "conditions", missing=column in self.covariates and self.unknown is not None)
-        multi_hot = self._multi_hot(obs)
+        table = self.tidy(obs)
+        multi_hot = self._multi_hot(table)
         if self.dose is not None:
-            dose = np.log1p(_numeric(obs, self.dose).to_numpy(np.float32)) / np.log1p(np.float32(self.dose_max))
+            dose = np.log1p(table[self.dose].to_numpy(np.float32)) / np.log1p(np.float32(self.dose_max))
             multi_hot = multi_hot * dose[:, None]
-        covariates = {name: _codes(obs, name, levels, self.unknown) for name, levels in self.covariates.items()}
-        continuous = {self.time: torch.from_numpy(_numeric(obs, self.time).to_numpy(np.float32))} if self.time else {}
+        covariates = {name: _codes(table[name], levels, self.unknown) for name, levels in self.covariates.items()}
+        continuous = {self.time: torch.from_numpy(table[self.time].to_numpy(np.float32))} if self.time else {}
         features = torch.from_numpy(multi_hot @ np.array(self.features, np.float32)) if self.features else None
         return Condition(torch.from_numpy(multi_hot), covariates, continuous, features)
 
     def with_levels(self, obs: pd.DataFrame) -> Self:
         """The same Design with the covariate levels of obs that are new to it, behind the known ones."""
-        for name in self.covariates:
-            _check_column(obs, name, "covariates", missing=self.unknown is not None)
-        found = {name: _levels(obs, name, self.unknown) for name in self.covariates}
+        found = {name: _levels(self._labels(obs, name), self.unknown) for name in self.covariates}
         levels = {name: (*known, *sorted(set(found[name]) - set(known))) for name, known in self.covariates.items()}
         return replace(self, covariates=levels)
 
-    def _multi_hot(self, obs: pd.DataFrame) -> np.ndarray:
-        """(n, p) single perturbations of every row."""
+    def _labels(self, obs: pd.DataFrame, column: str) -> pd.Series:
+        """(n,) canonical labels of a column of the Design, as text; `unknown` where they are missing."""
+        _check_column(obs, column, "design", missing=column in self.covariates and self.unknown is not None)
+        codes, written = pd.factorize(obs[column])
+        canonical = [str(self.value(column, label)) for label in written]
+        barred = [label for label in canonical if "|" in label]
+        if barred and len(self.columns) > 1:
+            raise ValueError(
+                f"obs[{column!r}] has labels with '|': {some(barred)}; '|' joins labels in the names of conditions. "
+                "Rename them, for example with .str.replace('|', '/')"
+            )
+        labels = np.array([*canonical, self.unknown], dtype=object)  # the code of a missing label is -1, the last one
+        return pd.Series(labels[codes], index=obs.index)
+
+    def _parts_in(self, table: pd.DataFrame) -> set[str]:
+        """Names of the single perturbations of a tidy table, in which the control must occur."""
         if self.perturbation is None:
-            return np.zeros((len(obs), 0), dtype=np.float32)
-        labels = _labels(obs, self.perturbation)
+            return set()
+        labels = sorted(table[self.perturbation].unique())
+        if self.control not in labels:
+            raise ValueError(
+                f"control label {self.control!r} does not occur in obs[{self.perturbation!r}]; "
+                f"found {with_likely(str(self.control), labels)}. Pass the label of the unperturbed cells as control="
+            )
+        return {part for label in labels for part in self.parts(label)}
+
+    def _multi_hot(self, table: pd.DataFrame) -> np.ndarray:
+        """(n, p) single perturbations of every row of a tidy table."""
         position = {name: i for i, name in enumerate(self.perturbations)}
-        table = np.zeros((len(labels.cat.categories), len(position)), dtype=np.float32)
-        for row, label in enumerate(labels.cat.categories):
+        if self.perturbation is None:
+            return np.zeros((len(table), 0), dtype=np.float32)
+        codes, labels = pd.factorize(table[self.perturbation])
+        rows = np.zeros((len(labels), len(position)), dtype=np.float32)
+        for row, label in enumerate(labels):
             for part in self.parts(label):
                 if part not in position:
                     raise ValueError(
                         f"perturbation {part!r} in obs[{self.perturbation!r}] is not known to this design; "
                         f"known: {some(self.perturbations)} and the control {self.control!r}"
                     )
-                table[row, position[part]] = 1.0
-        return table[labels.cat.codes.to_numpy()]
+                rows[row, position[part]] = 1.0
+        return rows[codes]
 
     def to_json(self) -> str:
         """Write as JSON; :meth:`from_json` reads it back."""
@@ -259,17 +320,6 @@ class Design:
         fields["features"] = tuple(map(tuple, fields.get("features", ())))
         fields["covariates"] = {name: tuple(levels) for name, levels in fields["covariates"].items()}
         return cls(**fields)
-
-
-def _parts(obs: pd.DataFrame, perturbation: str, control: str | None, separator: str) -> set[str]:
-    """Names of the single perturbations in obs; the control label must occur."""
-    labels = _labels(obs, perturbation)
-    if control not in labels.cat.categories:
-        raise ValueError(
-            f"control label {control!r} does not occur in obs[{perturbation!r}]; "
-            f"found {some(labels.cat.categories)}. Pass the label of the unperturbed cells as control="
-        )
-    return {part for label in labels.cat.categories for part in _split(label, separator, control)}
 
 
 def _vectors(features: pd.DataFrame, parts: set[str]) -> dict[str, tuple[float, ...]]:
@@ -288,55 +338,63 @@ def _vectors(features: pd.DataFrame, parts: set[str]) -> dict[str, tuple[float, 
     return dict(zip(names, map(tuple, values.tolist()), strict=True))
 
 
-def _split(label: str, separator: str, control: str | None) -> tuple[str, ...]:
-    """Parts of a label, the control removed ("A+control" is A alone)."""
-    if label == control:
-        return ()
+def _split(label: str, separator: str) -> set[str]:
+    """Parts of a label, without the space around them."""
     parts = {part.strip() for part in label.split(separator)} if separator else {label}
     if "" in parts:
         raise ValueError(
             f"perturbation label {label!r} has an empty part around the separator {separator!r}; "
             "rename the label or pass another separator="
         )
-    return tuple(sorted(parts - {control}))
+    return parts
 
 
-def _labels(obs: pd.DataFrame, column: str) -> pd.Series:
-    """The column as text categories, unused ones removed."""
-    return obs[column].astype(str).astype("category")
+def _joined(table: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
+    """Columns of text as one, joined by ``|``; ``all`` if there are none."""
+    if not columns:
+        return pd.Series("all", index=table.index)
+    first, *others = [table[column] for column in columns]
+    return first.str.cat(others, sep="|") if others else first
 
 
-def _text(obs: pd.DataFrame, column: str, unknown: str | None) -> pd.Series:
-    """The column as text, missing values as the label that stands for them."""
-    text = obs[column].astype(str)
-    return text if unknown is None else text.mask(obs[column].isna(), unknown)
-
-
-def _levels(obs: pd.DataFrame, column: str, unknown: str | None) -> tuple[str, ...]:
-    levels = sorted(set(_text(obs, column, unknown)) - {unknown})
+def _levels(labels: pd.Series, unknown: str | None) -> tuple[str, ...]:
+    levels = sorted(set(labels) - {unknown})
     if not levels:
-        raise ValueError(f"covariate obs[{column!r}] has no known label; leave it out")
+        raise ValueError(f"covariate obs[{labels.name!r}] has no known label; leave it out")
     return tuple(levels)
 
 
-def _codes(obs: pd.DataFrame, column: str, levels: Sequence[str], unknown: str | None) -> torch.Tensor:
+def _codes(labels: pd.Series, levels: Sequence[str], unknown: str | None) -> torch.Tensor:
     """Number of the level of each row, -1 where it is not known."""
-    text = _text(obs, column, unknown)
-    codes = pd.Categorical(text, categories=list(levels)).codes
-    strange = sorted(set(text[codes < 0]) - {unknown})
+    codes = pd.Categorical(labels, categories=list(levels)).codes
+    strange = sorted(set(labels[codes < 0]) - {unknown})
     if strange:
         raise ValueError(
-            f"covariate obs[{column!r}] has labels that are not known to this design: {some(strange)}; "
+            f"covariate obs[{labels.name!r}] has labels that are not known to this design: {some(strange)}; "
             f"known: {some(levels)}"
         )
     return torch.from_numpy(codes.astype(np.int64))
 
 
 def _numeric(obs: pd.DataFrame, column: str) -> pd.Series:
-    values = pd.to_numeric(obs[column].astype(object), errors="coerce").astype(float)
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"obs[{column!r}] must hold finite numbers >= 0; found {some(obs[column].unique())}")
+    """(n,) float64 values of a column of doses or times."""
+    _check_column(obs, column, "design")
+    written = obs[column]
+    if isinstance(written.dtype, pd.CategoricalDtype):
+        written = written.astype(written.cat.categories.dtype)
+    if written.dtype in (np.float16, np.float32):
+        written = written.astype(str)  # .1 in single precision means .1, not .10000000149
+    values = pd.to_numeric(written.astype(object), errors="coerce").astype(float)
+    wrong = ~(np.isfinite(values) & (values >= 0))
+    if wrong.any():
+        raise ValueError(f"obs[{column!r}] must hold finite numbers >= 0; found {some(obs[column][wrong].unique())}")
     return values
+
+
+def _written(value: float) -> str:
+    """A number in as few digits as tell it from all others."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 def _check_column(obs: pd.DataFrame, column: str, role: str, *, missing: bool = False) -> None:

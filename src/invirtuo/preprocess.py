@@ -226,7 +226,7 @@ def knockdown(
     if scale == "linear":
         require_log(adata)
     names = pd.Index(adata.var_names if gene_names is None else adata.var[gene_names])
-    labels = adata.obs[design.perturbation].astype(str).to_numpy()
+    labels = design.tidy(adata.obs)[design.perturbation].to_numpy()
     is_control = design.is_control(adata.obs)
     contexts = design.groups(adata.obs).to_numpy() if by == "context" else np.full(adata.n_obs, "all")
     kept, rows = is_control.copy(), []
@@ -387,12 +387,12 @@ def _strongest_genes(adata: AnnData, design: Design, n: int) -> dict[str, list[s
     groups = design.groups(adata.obs)
     for group in sorted(groups.unique()):
         cells = adata[(groups == group).to_numpy()].copy()
-        sizes = cells.obs[design.perturbation].astype(str).value_counts()
+        cells.obs[design.perturbation] = design.tidy(cells.obs)[design.perturbation].astype("category")
+        sizes = cells.obs[design.perturbation].value_counts()
         labels = sorted(label for label, size in sizes.items() if size > 1 and label != design.control)
         if sizes.get(design.control, 0) < 2 or not labels:
             log.warning("no differential genes for %s: it needs two control and two perturbed cells", group)
             continue
-        cells.obs[design.perturbation] = cells.obs[design.perturbation].astype(str).astype("category")
         rank_genes_groups(
             cells,
             design.perturbation,

@@ -64,8 +64,8 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
     raw = datasets.load("kang")
     design = datasets.design("kang", raw)
     held_out = [{"cell_type": cell_type} for cell_type in HELD_OUT]
-    split = splits.hold_out(raw.obs, design, held_out, seed=seed, control_fractions=(0.6, 0.1, 0.3))
-    split = split.mask((raw.obs["cell_type"] == VALIDATION) & ~design.is_control(raw.obs), "val")
+    validation = {"cell_type": VALIDATION}
+    split = splits.hold_out(raw.obs, design, held_out, val=validation, seed=seed, control_fractions=(0.6, 0.1, 0.3))
     adata = preprocess.normalize(raw, split=split)
 
     def training(preset: Preset, steps: int) -> FitConfig:

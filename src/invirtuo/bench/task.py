@@ -158,7 +158,7 @@ class Task:
 
 def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.Series:
     """Held-out cells with a perturbation that no training cell has belong to no part."""
-    labels = obs[design.perturbation].astype(str)
+    labels = design.tidy(obs)[design.perturbation]
     trained = {part for label in labels[split == "train"].unique() for part in design.parts(label)}
     unseen = {label for label in labels.unique() if not set(design.parts(label)) <= trained}
     if unseen:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import pandas as pd
 
 from invirtuo import splits
 from invirtuo.bench.task import PUBLISHED, Task
-from invirtuo.design import Design
 
 __all__ = ["TASKS"]
 
 RANKED = (*PUBLISHED, *(f"{name}_rank" for name in PUBLISHED))
 SMALLEST = 20  # cells a condition needs to be judged as a population
 CYTOKINES, LINES = ("IFNG", "INS", "TGFB"), ("k562", "mcf7", "ht29", "hap1")
-
-
-def hold_out_two(obs: pd.DataFrame, design: Design, *, test: Sequence, val: Sequence) -> pd.Series:
-    """`splits.hold_out` with conditions for the choice of hyperparameters beside those for the test."""
-    held_out = splits.hold_out(obs, design, [*test, *val], val_fraction=0.0)
-    only_val = splits.hold_out(obs, design, list(val), val_fraction=0.0)
-    return held_out.mask((only_val == "test") & ~design.is_control(obs), "val")
 
 
 def populated(obs: pd.DataFrame, *, columns: tuple[str, ...]) -> pd.Series:
@@ -49,14 +40,20 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             "kang-demo", "IFN-beta response of B cells and CD14 monocytes, bundled cells", "kang",
-            (partial(hold_out_two, test=_of("cell_type", "B cell", "CD14 monocyte"), val=_of("cell_type", "NK cell")),),
+            (
+                partial(
+                    splits.hold_out,
+                    conditions=_of("cell_type", "B cell", "CD14 monocyte"),
+                    val=_of("cell_type", "NK cell"),
+                ),
+            ),
         ),
         Task(
             "kang-celltype", "IFN-beta response of three cell types that were never seen responding", "kang_full",
             (
                 partial(
-                    hold_out_two,
-                    test=_of("cell_type_coarse", "B cells", "FCGR3A+ Monocytes", "NK cells"),
+                    splits.hold_out,
+                    conditions=_of("cell_type_coarse", "B cells", "FCGR3A+ Monocytes", "NK cells"),
                     val=_of("cell_type_coarse", "CD8 T cells", "Dendritic cells"),
                 ),
             ),
@@ -65,7 +62,7 @@ TASKS: dict[str, Task] = {
         Task(
             "kang-donor", "IFN-beta response, by cell type, of three donors that were never seen responding",
             "kang_full",
-            (partial(hold_out_two, test=_of("donor", "101", "1015", "1256"), val=_of("donor", "1016")),),
+            (partial(splits.hold_out, conditions=_of("donor", "101", "1015", "1256"), val=_of("donor", "1016")),),
             covariates=("donor", "cell_type_coarse"),
             keep=partial(populated, columns=("donor", "cell_type_coarse")), n_genes=2000,
         ),
@@ -73,8 +70,8 @@ TASKS: dict[str, Task] = {
             "glioblastoma-donor", "response of a tumour to panobinostat, each of five patients left out in turn",
             "glioblastoma",
             tuple(
-                partial(hold_out_two, test=_of("donor", donor), val=_of("donor", DONORS[(i + 1) % len(DONORS)]))
-                for i, donor in enumerate(DONORS)
+                partial(splits.hold_out, conditions=_of("donor", donor), val=_of("donor", following))
+                for donor, following in zip(DONORS, (*DONORS[1:], DONORS[0]), strict=True)
             ),
         ),
         Task(
@@ -87,8 +84,8 @@ TASKS: dict[str, Task] = {
             "norman_mini",
             (
                 partial(  # the five pairs of which both single activations are in the file
-                    hold_out_two,
-                    test=_of("perturbation", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAPK1+TGFBR2"),
+                    splits.hold_out,
+                    conditions=_of("perturbation", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAPK1+TGFBR2"),
                     val=_of("perturbation", "KLF1+MAP2K6", "MAP2K3+SLC38A2"),
                 ),
             ),

@@ -301,6 +301,8 @@ class CountGenerator(Model):
                 raise ValueError(f"{name!r} is in both `where` and `labels`; give it once")
             columns[name] = labels[name].where(labels[name].notna(), self.design.unknown).tolist()
         given = given_labels(columns, n)
+        for column in given.columns.intersection(self.design.attributes):
+            given[column] = [self.design.value(column, label) for label in given[column]]
         check_labels(
             given.drop(columns=self.design.perturbation or [], errors="ignore"), self._table, self.design.unknown
         )
@@ -311,7 +313,7 @@ class CountGenerator(Model):
         """Perturbations must have been trained on, alone or in combinations; or the Design has features."""
         if self.design.perturbation not in given.columns:
             return
-        parts = {part for label in set(given[self.design.perturbation]) for part in self.design.parts(label)}
+        parts = {part for label in given[self.design.perturbation].unique() for part in self.design.parts(label)}
         trained = set(self.design.perturbations if self._takes_unseen() else self.card["perturbations"])
         if strange := sorted(parts - trained):
             raise ValueError(

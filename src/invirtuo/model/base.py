@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from invirtuo import fit as fitting
 from invirtuo.batch import Batch
 from invirtuo.checks import require_counts, require_log, some
+from invirtuo.conditions import Conditions, as_table
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
 from invirtuo.files import read_h5ad, writing_h5ad
@@ -258,7 +259,7 @@ class Model(nn.Module):
 
     def predict(
         self,
-        conditions: pd.DataFrame | str,
+        conditions: Conditions,
         n_cells: int = 1000,
         *,
         guidance: float | Mapping[str, float] = 1.0,
@@ -282,8 +283,8 @@ class Model(nn.Module):
         Parameters
         ----------
         conditions
-            One row per condition with the columns of the Design, or "test" / "val": the conditions held out by the
-            split of the fit.
+            A condition (``"B cell|IFN-beta"`` or a mapping of column to value), several, or a table with the columns of
+            the Design; or "test" / "val": the conditions held out by the split of the fit.
         n_cells
             Cells per condition.
         guidance, interval
@@ -464,19 +465,20 @@ class Model(nn.Module):
             raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
         return adata[:, self.genes]
 
-    def _conditions(self, conditions: pd.DataFrame | str) -> pd.DataFrame:
-        """The wanted conditions as a clean table, each once."""
+    def _conditions(self, conditions: Conditions) -> pd.DataFrame:
+        """The wanted conditions as a tidy table, each once."""
         if isinstance(conditions, str):
             held_out = self.card["held_out"]
-            if conditions not in held_out:
-                raise ValueError(f"conditions is {conditions!r}; expected a DataFrame or one of {', '.join(held_out)}")
-            if not held_out[conditions]:
-                raise ValueError(f"the split of the fit held out no conditions for {conditions!r}; pass a DataFrame")
-            conditions = pd.DataFrame(held_out[conditions])
-        if not isinstance(conditions, pd.DataFrame):
-            raise ValueError(f'conditions is a {type(conditions).__name__}; expected a DataFrame, "test" or "val"')
-        if not len(conditions):
-            raise ValueError("the table of conditions is empty; expected one row per wanted condition")
+            if conditions in held_out and not held_out[conditions]:
+                raise ValueError(f"the split of the fit held out no conditions for {conditions!r}; name conditions")
+            if conditions in held_out:
+                conditions = pd.DataFrame(held_out[conditions])
+            elif "|" not in conditions and len(self.design.columns) > 1:
+                raise ValueError(
+                    f"conditions is {conditions!r}; expected a DataFrame or one of {', '.join(held_out)}, or conditions "
+                    f"like {'|'.join(self.design.columns)!r}"
+                )
+        conditions = as_table(conditions, self.design)
         encoded = self.design.encode(conditions)  # names unknown labels and missing columns
         unseen = [p for i, p in enumerate(self.design.perturbations) if p not in self.card["perturbations"]
                   and bool((encoded.perturbation[:, i] != 0).any())]  # fmt: skip
@@ -487,12 +489,12 @@ class Model(nn.Module):
                 "(features= of Design.from_adata) predict others"
             )
         for name, levels in self.card["covariates"].items():
-            strange = sorted(set(conditions[name].astype(str)) - set(levels))
+            strange = sorted(set(conditions[name]) - set(levels))
             if strange:
                 raise ValueError(
                     f"covariate {name!r}: {some(strange)} do not occur in the training cells; trained: {some(levels)}"
                 )
-        return self.design.tidy(conditions).drop_duplicates().reset_index(drop=True)
+        return conditions
 
     def _takes_unseen(self) -> bool:
         """Whether perturbations that are not among the training cells can be predicted."""

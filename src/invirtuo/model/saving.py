@@ -118,8 +118,7 @@ def card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any
     for part in ("val", "test"):
         table = design.conditions(kinds[part])
         held_out[part] = table[~design.names(table).isin(seen)].to_dict("records")
-    labels = [] if design.perturbation is None else train[design.perturbation].astype(str).unique()
-    table = design.tidy(train)
+    labels = [] if design.perturbation is None else train[design.perturbation].unique()
     return {
         "model": model.name,
         "version": version("invirtuo"),
@@ -128,7 +127,7 @@ def card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any
         "data_hash": dataset.fingerprint(),
         "n_cells": {part: len(dataset.rows(part)) for part in ("train", "val", "test")},
         "perturbations": sorted({part for label in labels for part in design.parts(label)}),
-        "covariates": {name: sorted(set(table[name]) - {design.unknown}) for name in design.covariates},
+        "covariates": {name: sorted(set(train[name]) - {design.unknown}) for name in design.covariates},
         "held_out": held_out,
     }
 

@@ -252,7 +252,7 @@ class PRiMeFlow(Model):
                 state[f"{name}.mlp.0.weight"] = module.widened(self.get_submodule(name))
         new.load_state_dict(state)
         new.anchor.add_groups(design.encode(table), *(torch.from_numpy(array) for array in moments))
-        groups = {name: sorted({*levels, *table[name].astype(str)}) for name, levels in self.card["covariates"].items()}
+        groups = {name: sorted({*levels, *table[name]}) for name, levels in self.card["covariates"].items()}
         new.card, new._pseudobulks = self.card | {"covariates": groups}, self._pseudobulks
         return new.eval()
 

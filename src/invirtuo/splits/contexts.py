@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.checks import some, with_likely
+from invirtuo.conditions import Conditions, matches, wanted
 from invirtuo.design import Design
 from invirtuo.splits.parts import PARTS, labels_and_states, rows_by, warn_about_controls
 
@@ -29,8 +30,9 @@ Fractions = tuple[float, float, float]  # of train, val and test
 def hold_out(
     obs: pd.DataFrame,
     design: Design,
-    conditions: pd.DataFrame | Sequence,
+    conditions: Conditions,
     *,
+    val: Conditions | None = None,
     seed: int = 0,
     val_fraction: float = 0.1,
     control_fractions: Fractions = (0.5, 0.25, 0.25),
@@ -49,13 +51,16 @@ def hold_out(
     design
         Says which columns hold perturbation and covariates.
     conditions
-        What to hold out: a DataFrame with columns of the design, or a list of condition names as in `Design.names`, or
-        a list of mappings of column to value. A row or mapping that leaves columns out holds out every perturbed
-        condition it matches: ``{"cell_type": "B cell"}`` is every response of the B cells.
+        What to hold out: names of conditions (``"B cell|IFN-beta"``, as in `Design.names`), mappings of column to
+        value, or a DataFrame with columns of the design. A row or mapping that leaves columns out holds out every
+        perturbed condition it matches: ``{"cell_type": "B cell"}`` is every response of the B cells.
+    val
+        Whole conditions to validate on, named in the same way. They choose when training stops, and intervals of
+        effects are calibrated on them.
     seed
         Seed of all draws.
     val_fraction
-        Share of the cells of every remaining perturbed condition that becomes val.
+        Share of the cells of every remaining perturbed condition that becomes val; with `val` none do.
     control_fractions
         Shares of train, val and test among the controls of each group; they must sum to 1.
     unseen_control_fractions
@@ -70,7 +75,7 @@ def hold_out(
     Raises
     ------
     ValueError
-        If a condition does not occur in obs, is a control, or a fraction is out of range.
+        If a condition does not occur in obs, is a control, stands in both lists, or a fraction is out of range.
 
     Examples
     --------
@@ -85,10 +90,16 @@ def hold_out(
     _check_share("val_fraction", val_fraction)
     control = design.is_control(obs)
     names = design.names(obs)
-    test = names.isin(_condition_names(obs, design, conditions)).to_numpy() & ~control
-    split = pd.Series("test", index=obs.index, name="split", dtype=object)
-    for name, rows in rows_by(names[~test & ~control], np.flatnonzero(~test & ~control)):
-        _deal(split, name, rows, (1 - val_fraction, val_fraction, 0.0), seed)
+    tested = _condition_names(obs, design, conditions)
+    validated = set() if val is None else _condition_names(obs, design, val)
+    if both := tested & validated:
+        raise ValueError(f"{some(sorted(both))} stand in conditions and in val; hold each out for one of them")
+    test = names.isin(tested).to_numpy() & ~control
+    whole = names.isin(validated).to_numpy() & ~control
+    split = pd.Series(np.where(whole, "val", "test"), index=obs.index, name="split", dtype=object)
+    shares = (1 - val_fraction, val_fraction, 0.0) if val is None else (1.0, 0.0, 0.0)
+    for name, rows in rows_by(names[~test & ~whole & ~control], np.flatnonzero(~test & ~whole & ~control)):
+        _deal(split, name, rows, shares, seed)
     deal_controls(split, design, obs, control_fractions, unseen_control_fractions, seed)
     return split
 
@@ -97,7 +108,7 @@ def under_represented(
     obs: pd.DataFrame,
     design: Design,
     *,
-    contexts: Sequence,
+    contexts: Conditions,
     seed: int = 42,
     fraction: float = 0.3,
     support: Sequence[str] | None = None,
@@ -155,7 +166,7 @@ def under_represented(
     test = np.zeros(len(obs), dtype=bool)
     for name, inside in found.items():
         present = sorted(set(labels[inside & ~control]))
-        chosen = list(map(str, support)) if support is not None else _draw(present, fraction, name, seed)
+        chosen = list(map(design.label, support)) if support is not None else _draw(present, fraction, name, seed)
         unknown, target = [label for label in chosen if label not in present], set(present) - set(chosen)
         if unknown or not chosen or not target:
             raise ValueError(
@@ -175,7 +186,7 @@ def zero_shot(
     obs: pd.DataFrame,
     design: Design,
     *,
-    context,
+    context: Conditions,
     seed: int = 42,
     val_fraction: float = 0.05,
     control_fractions: Fractions = (0.5, 0.25, 0.25),
@@ -235,7 +246,7 @@ def _whole_conditions(
     """Split with the given test cells; val takes pairs of group and perturbation among the other contexts."""
     _check_share("val_fraction", val_fraction)
     control = design.is_control(obs)
-    labels, groups = obs[design.perturbation].astype(str).to_numpy(), design.groups(obs).to_numpy()
+    labels, groups = design.tidy(obs)[design.perturbation].to_numpy(), design.groups(obs).to_numpy()
     trained = ~test & ~control
     left = Counter(label for label, _ in set(zip(labels[trained], groups[trained], strict=True)))
     pairs = sorted(set(zip(labels[trained & others], groups[trained & others], strict=True)))
@@ -288,28 +299,19 @@ def _draw(labels: list[str], fraction: float, name: str, seed: int) -> list[str]
     return [labels[i] for i in order[: int(fraction * len(labels) + 1e-9)]]
 
 
-def _contexts(obs: pd.DataFrame, design: Design, contexts: Sequence) -> dict[str, np.ndarray]:
+def _contexts(obs: pd.DataFrame, design: Design, contexts: Conditions) -> dict[str, np.ndarray]:
     """Name of each context to its cells; contexts are disjoint and leave cells outside."""
     groups, covariates = design.groups(obs), list(design.covariates)
+    table = design.tidy(obs)[covariates]
     found: dict[str, np.ndarray] = {}
-    for context in [contexts] if isinstance(contexts, str | Mapping) else contexts:
-        if isinstance(context, Mapping):
-            if not context or set(context) - set(covariates):
-                raise ValueError(
-                    f"context {dict(context)} must name covariates of the design; found {some(covariates)}"
-                )
-            name = "|".join(str(context.get(column, "*")) for column in covariates)
-            inside = np.logical_and.reduce([obs[key].astype(str) == str(value) for key, value in context.items()])
-        else:
-            name = context if isinstance(context, str) else "|".join(map(str, context))
-            inside = (groups == name).to_numpy()
+    for context in wanted(contexts, covariates, design):
+        name = "|".join(str(context.get(column, "*")) for column in covariates) or "all"
+        inside = matches(context, table)
         if not inside.any():
-            raise ValueError(f"context {context!r} does not occur in obs; found {some(sorted(set(groups)))}")
+            raise ValueError(f"context {name!r} does not occur in obs; found {some(sorted(set(groups)))}")
         if any((inside & other).any() for other in found.values()):
-            raise ValueError(f"context {context!r} shares cells with another; expected each cell in one context")
-        found[name] = np.asarray(inside)
-    if not found:
-        raise ValueError(f"expected at least one context; obs has {some(sorted(set(groups)))}")
+            raise ValueError(f"context {name!r} shares cells with another; expected each cell in one context")
+        found[name] = inside
     if np.logical_or.reduce(list(found.values())).all():
         raise ValueError(f"contexts {some(found)} are all there is; expected others to train on")
     return found
@@ -320,34 +322,15 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1); found {value}")
 
 
-def _condition_names(obs: pd.DataFrame, design: Design, conditions: pd.DataFrame | Sequence) -> set[str]:
+def _condition_names(obs: pd.DataFrame, design: Design, conditions: Conditions) -> set[str]:
     """Names of the perturbed conditions that are asked for, each checked to exist."""
-    if isinstance(conditions, pd.DataFrame):
-        conditions = conditions[[column for column in conditions if column in design.columns]].to_dict("records")
-    elif isinstance(conditions, str | Mapping):
-        conditions = [conditions]
-    if len(conditions) == 0:
-        raise ValueError(f"conditions is empty; name conditions, or give rows with columns {some(design.columns)}")
     known = design.conditions(obs)
-    names = design.names(known)
+    names = design.names(known).to_numpy()
     found: set[str] = set()
-    for wanted in conditions:
-        match = (names == wanted) if isinstance(wanted, str) else _matches(known, wanted, design)
+    for condition in wanted(conditions, design.columns, design):
+        match = matches(condition, known)
         if not match.any():
-            raise ValueError(f"condition {wanted!r} is no perturbed condition of obs; found {some(names)}")
+            text = "|".join(str(value) for value in condition.values())
+            raise ValueError(f"condition {text!r} is no perturbed condition of obs; found {with_likely(text, names)}")
         found |= set(names[match])
     return found
-
-
-def _matches(known: pd.DataFrame, wanted: Mapping, design: Design) -> pd.Series:
-    """Which conditions agree with all the values that are given."""
-    if not wanted or set(wanted) - set(design.columns):
-        raise ValueError(f"conditions: {dict(wanted)} must name columns of the design; expected {some(design.columns)}")
-    return pd.concat([_equals(known[column], value) for column, value in wanted.items()], axis=1).all(axis=1)
-
-
-def _equals(column: pd.Series, value) -> pd.Series:
-    """Numbers (dose, time) are compared as numbers, labels as text."""
-    if pd.api.types.is_numeric_dtype(column):
-        return column == pd.to_numeric(value, errors="coerce")
-    return column.astype(str) == str(value)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from invirtuo.checks import some
+from invirtuo.conditions import Conditions, wanted
 from invirtuo.design import Design
 
 __all__ = [
@@ -37,16 +38,13 @@ Heldout = list[tuple[str, State]]  # (perturbation label, state), in the order i
 
 
 def labels_and_states(obs: pd.DataFrame, design: Design) -> pd.DataFrame:
-    """Label and state of each cell, as text."""
-    for column in design.columns:
-        if column not in obs.columns:
-            raise ValueError(f"obs has no column {column!r}, which the design names; found {some(obs.columns)}")
-        if obs[column].isna().any():
-            missing = int(obs[column].isna().sum())
-            raise ValueError(f"obs[{column!r}] has {missing} missing values; remove these cells or label them")
-    columns = [obs[name].astype(str) for name in design.covariates]
+    """Label and state of each cell, in canonical form."""
+    if missing := [column for column in design.columns if column not in obs]:
+        raise ValueError(f"obs has no column {missing[0]!r}, which the design names; found {some(obs.columns)}")
+    table = design.tidy(obs)
+    columns = [table[name] for name in design.covariates]
     states = list(zip(*columns, strict=True)) if columns else [()] * len(obs)
-    return pd.DataFrame({"label": obs[design.perturbation].astype(str).to_numpy(), "state": states}, index=obs.index)
+    return pd.DataFrame({"label": table[design.perturbation].to_numpy(), "state": states}, index=obs.index)
 
 
 def labels_by_state(table: pd.DataFrame) -> list[tuple[State, list[str]]]:
@@ -59,21 +57,20 @@ def labels_by_state(table: pd.DataFrame) -> list[tuple[State, list[str]]]:
 
 def is_combination(label: str, design: Design) -> bool:
     """Whether a label names several perturbations."""
-    return bool(design.separator) and design.separator in label
+    return len(design.parts(label)) > 1
 
 
-def states_named(groups: Sequence, design: Design, table: pd.DataFrame) -> list[State]:
+def states_named(groups: Conditions, design: Design, table: pd.DataFrame) -> list[State]:
     """Groups given as names, tuples or mappings -> states."""
-    known = {"|".join(state) or "all": state for state in sorted(set(table["state"]))}
+    known = set(table["state"])
+    covariates = list(design.covariates)
     states = []
-    for group in [groups] if isinstance(groups, str | Mapping) else groups:
-        if isinstance(group, Mapping):
-            name = "|".join(str(group.get(column)) for column in design.covariates)
-        else:
-            name = group if isinstance(group, str) else "|".join(map(str, group))
-        if name not in known:
-            raise ValueError(f"group {group!r} does not occur in obs; found {some(known)}")
-        states.append(known[name])
+    for group in wanted(groups, covariates, design):
+        state = tuple(str(group.get(column)) for column in covariates)
+        if state not in known:
+            found = ["|".join(state) or "all" for state in sorted(known)]
+            raise ValueError(f"group {'|'.join(state)!r} does not occur in obs; found {some(found)}")
+        states.append(state)
     return states
 
 

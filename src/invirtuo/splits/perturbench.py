@@ -234,7 +234,7 @@ def combine_inverse(
     heldout: Heldout = []
     for state, present in labels_by_state(table):
         labels = [label for label in order if label in set(present)]
-        combos = [set(label.split(design.separator)) for label in labels if is_combination(label, design)]
+        combos = [set(design.parts(label)) for label in labels if is_combination(label, design)]
         singles = [label for label in labels if not is_combination(label, design)]
         if exclude_control:
             singles = [label for label in singles if label != design.control]

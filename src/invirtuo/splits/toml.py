@@ -71,11 +71,11 @@ def from_toml(
         If the file is missing, is no TOML, has other sections, or names a data set, context or perturbation that obs
         does not have.
     """
-    labels_and_states(obs, design)  # checks the columns
+    labels = labels_and_states(obs, design)["label"].to_numpy()
     content = _read(path)
     names = _datasets(content, obs, dataset, path)
-    contexts = obs[_context(design, context)].astype(str).to_numpy()
-    labels, control = obs[design.perturbation].astype(str).to_numpy(), design.is_control(obs)
+    contexts = design.tidy(obs)[_context(design, context)].to_numpy()
+    control = design.is_control(obs)
     training = [name for name, value in content["training"].items() if _is_part(value, ("train",), name, path)]
     split = pd.Series(np.where(np.isin(names, training), "train", ""), index=obs.index, name="split", dtype=object)
     named = np.zeros(len(obs), dtype=bool)
@@ -88,7 +88,8 @@ def from_toml(
         if (named & inside).any():
             raise ValueError(f"{path}: {key} stands in zeroshot and in fewshot; name each context once")
         split[inside], named = "train", named | inside
-        for part, wanted in _lists(table, key, path).items():
+        for part, listed in _lists(table, key, path).items():
+            wanted = [design.label(label) for label in listed]
             unknown = sorted(set(wanted) - set(labels[inside & ~control]))
             if unknown:
                 raise ValueError(
@@ -161,7 +162,7 @@ def _inside(key: str, names: np.ndarray, contexts: np.ndarray, content: Mapping,
             f"{some(content['datasets'])}"
         )
     name = max(known, key=len)  # names may hold dots
-    context, here = key[len(name) + 1 :], names == name
+    context, here = key[len(name) + 1 :].strip(), names == name
     inside = here & (contexts == context)
     if here.any() and not inside.any():
         raise ValueError(
