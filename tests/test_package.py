@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "conditions", "files", "genes", "multimodal", "pseudotime", "store", "workers"),
+        *("checks", "conditions", "files", "values", "genes", "multimodal", "pseudotime", "store", "workers"),
     },
     {"samplers", "datasets", "fit", "windows"},
     {"dataset"},

@@ -1,12 +1,9 @@
-"""Checks of a cell matrix: are these counts, log values, log values twice, or nothing that a model could use.
-
-Works on sparse and dense matrices in memory or on disk and on views; the scale is judged on a sample of the rows.
-"""
+"""Everything about a data set that would trip a model: genes, values, labels, conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
@@ -14,27 +11,30 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from invirtuo.values import check_values, look, require_counts, require_log
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.design import Design
 
 __all__ = [
+    "EFFECT_COLUMNS",
+    "SCORE_COLUMNS",
     "check",
     "check_genes",
-    "check_values",
+    "label_findings",
     "labels",
-    "looks_like_counts",
-    "matrix",
-    "require_counts",
-    "require_log",
     "some",
     "with_likely",
 ]
 
-LOG_MAX = 15.0  # log1p(1e6) = 13.8; counts and CP10k lie above
-TWICE_MAX = float(np.log1p(np.log1p(1e4))) + 0.1
 FEW_CELLS = 20
+MISSING = {"", "nan", "none", "na", "n/a", "null", "<na>"}
+CONTROLS = {"control", "ctrl", "non-targeting", "non_targeting", "nontargeting", "nt", "ntc", "dmso", "vehicle", "mock"}
+SCORE_COLUMNS = {"condition", "perturbation", "metric", "value", "n_pred", "n_real", "model", "task", "seed", "_group"}
+EFFECT_COLUMNS = {"condition", "gene", "control", "effect", "low", "high", "real"}
+RESERVED = SCORE_COLUMNS | EFFECT_COLUMNS
 
 
 def check(
@@ -76,10 +76,12 @@ def check(
         except ValueError as error:
             rows.append(("error", about, str(error)))
     if not any(level == "error" for level, *_ in rows):
-        rows.append(("note", "scale", f"X looks like {_scale(adata.X).text}"))
-        if adata.obs_names.has_duplicates:
-            rows.append(("warning", "cells", "cell names repeat; call adata.obs_names_make_unique()"))
-        rows += _condition_findings(adata.obs, design) if design is not None else []
+        found = look(adata.X)
+        rows.append(("note" if found.is_usual else "warning", "scale", f"X looks like {found.text}"))
+        rows += _cell_findings(adata)
+        if design is not None:
+            rows += [("warning", "labels", finding) for finding in label_findings(adata.obs, design)]
+            rows += _condition_findings(adata.obs, design)
     order = {"error": 0, "warning": 1, "note": 2}
     rows.sort(key=lambda row: order[row[0]])
     return pd.DataFrame(rows, columns=["level", "about", "finding"])
@@ -101,166 +103,117 @@ def check_genes(adata: AnnData) -> None:
         )
 
 
-def check_values(adata: AnnData, *, layer: str | None = None, allow_negative: bool = False) -> None:
-    """Raise ValueError if X (or a layer) holds NaN or infinity, or, unless allowed, negative values.
-
-    Looks at every value in memory; of a matrix on disk, at a sample of the cells.
-    """
-    values = _stored(matrix(adata, layer))
-    name = _name(layer)
-    if not np.issubdtype(values.dtype, np.number):
-        raise ValueError(f"{name} holds values of type {values.dtype}; expected numbers")
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise ValueError(
-            f"{name} holds {bad:,} NaN or infinite values; expected finite numbers. Remove these cells or genes"
-        )
-    if not allow_negative and values.size and values.min() < 0:
-        raise ValueError(
-            f"{name} holds negative values (min {values.min():.3g}), as scaled or batch-corrected data do; expected "
-            "values >= 0. Start from the raw counts"
-        )
-
-
-def looks_like_counts(X) -> bool:
-    """Whether all values of a sample of the rows are whole numbers >= 0, some above 0.
+def label_findings(obs: pd.DataFrame, design: Design) -> list[str]:
+    """Labels that a person may have meant otherwise, and columns whose names our tables use; a sentence on each kind.
 
     Parameters
     ----------
-    X
-        (n, g), sparse or dense, in memory or on disk.
+    obs
+        (n, columns), one row per cell, known to be valid for the Design.
+    design
+        Which columns mean what.
     """
-    return _scale(X).kind == "counts"
+    found = []
+    for column in design.attributes:
+        written = [str(label) for label in obs[column].dropna().unique()]
+        found += [f"obs[{column!r}]: {text}" for text in _alike(written) if text]
+    if design.perturbation is not None:
+        labels = [str(label) for label in obs[design.perturbation].unique()]
+        found += [f"obs[{design.perturbation!r}]: {text}" for text in _unlikely_perturbations(labels, design)]
+    if design.dose is not None:
+        table = design.tidy(obs)
+        undosed = table[(table[design.dose] == 0) & ~design.is_control(table)]
+        if len(undosed):
+            of = some(sorted(set(undosed[design.perturbation])))
+            found.append(
+                f"obs[{design.dose!r}] is 0 for {len(undosed):,} perturbed cells ({of}); label them as control"
+            )
+    if taken := sorted(set(design.columns) & RESERVED - {design.perturbation}):
+        found.append(
+            f"columns {some(taken)} have names that tables of scores and effects use; rename them to be scored"
+        )
+    return found
 
 
-def require_counts(adata: AnnData, *, layer: str | None = None) -> None:
-    """Raise ValueError unless X (or a layer) holds raw counts."""
-    check_values(adata, layer=layer)
-    scale = _scale(matrix(adata, layer))
-    if scale.kind != "counts":
-        has = [name for name in adata.layers if layer is None and _scale(adata.layers[name]).kind == "counts"]
-        advice = f"pass layer={has[0]!r}, which holds counts" if has else "put the raw counts there"
-        raise ValueError(f"{_name(layer)} looks like {scale.text}; expected raw counts (whole numbers >= 0): {advice}")
+def _alike(labels: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the labels of one column, taken as they are written."""
+    if spaced := [label for label in labels if label != label.strip()]:
+        yield f"labels with space around them, read without it: {some(map(repr, spaced))}"
+    if missing := [label for label in labels if label.strip().casefold() in MISSING]:
+        yield f"labels that look like missing values (nan): {some(map(repr, missing))}; remove or label these cells"
+    for difference, key in (("case", str.casefold), ("spaces or signs", _letters), ("digits", _number)):
+        groups: dict[str, set[str]] = {}
+        for label in {label.strip() for label in labels}:
+            groups.setdefault(key(label), set()).add(label)
+        if twins := [" and ".join(map(repr, sorted(group))) for _, group in sorted(groups.items()) if len(group) > 1]:
+            yield f"labels that differ in {difference} only: {some(twins)}; rename one if they mean the same"
 
 
-def require_log(adata: AnnData, *, layer: str | None = None, allow_negative: bool = False) -> None:
-    """Raise ValueError unless X (or a layer) may be log1p of depth-normalised counts, the log taken once.
-
-    Predicted cells may dip below zero: `allow_negative`.
-    """
-    check_values(adata, layer=layer, allow_negative=allow_negative)
-    scale = _scale(matrix(adata, layer))
-    expected = f"{_name(layer)} looks like {scale.text}; expected log1p of counts per 10,000"
-    if scale.kind in ("counts", "linear"):
-        raise ValueError(f"{expected}: call iv.preprocess.normalize on the raw counts")
-    if scale.kind == "log1p twice":
-        raise ValueError(f"{expected}: undo one logarithm with np.expm1, or start again from the raw counts")
-    if scale.kind == "zeros":
-        raise ValueError(f"{expected}: all values are zero")
-
-
-@dataclass(frozen=True)
-class _Scale:
-    kind: Literal["counts", "log1p", "log1p twice", "linear", "negative", "zeros"]
-    maximum: float
-    whole: float
-
-    @property
-    def text(self) -> str:
-        names = {
-            "counts": "raw counts",
-            "log1p": "log1p values",
-            "log1p twice": "log1p taken twice",
-            "linear": "normalised values without logarithm",
-            "negative": "scaled or predicted values, some negative",
-            "zeros": "nothing but zeros",
-        }
-        return f"{names[self.kind]} (max {self.maximum:.4g}, {self.whole:.0%} of the non-zero values whole numbers)"
+def _unlikely_perturbations(labels: Sequence[str], design: Design) -> Iterator[str]:
+    """What is wrong with perturbation labels, taken as the Design reads them."""
+    parts = {label: design.parts(label) for label in labels}
+    alone = {names[0] for names in parts.values() if len(names) == 1}
+    joined = {label: [part for part in names if part not in alone] for label, names in parts.items() if len(names) > 1}
+    if never := {label: names for label, names in joined.items() if names}:
+        examples = (f"{' and '.join(map(repr, names))} of {label!r}" for label, names in never.items())
+        yield (
+            f"parts of combinations that never occur alone: {some(examples)}; if {design.separator!r} is part of a "
+            "name, pass another separator"
+        )
+    spellings: dict[str, set[str]] = {}
+    for label in labels:
+        spellings.setdefault(design.label(label), set()).add(label.strip())
+    if several := [" and ".join(map(repr, sorted(s))) for _, s in sorted(spellings.items()) if len(s) > 1]:
+        yield f"labels that mean the same perturbation and are read as one: {some(several)}"
+    if controls := [label for label in labels if label.strip().casefold() in CONTROLS and design.parts(label)]:
+        yield f"{some(map(repr, controls))} sounds like a control, but the control is {design.control!r}"
 
 
-def _scale(X) -> _Scale:
-    rows = _sample(X)
-    values = rows.data[rows.data != 0]
-    if not values.size:
-        return _Scale("zeros", 0.0, 1.0)
-    maximum, whole = float(values.max()), float((np.abs(values - np.rint(values)) < 1e-3).mean())
-    if values.min() < 0:
-        return _Scale("negative", maximum, whole)
-    if whole > 0.999:
-        return _Scale("counts", maximum, whole)
-    if maximum > LOG_MAX:
-        return _Scale("linear", maximum, whole)
-    return _Scale("log1p twice" if maximum < TWICE_MAX and _logged_twice(rows) else "log1p", maximum, whole)
+def _letters(label: str) -> str:
+    """A label without what people write in different ways: spaces, dashes, underscores."""
+    return re.sub(r"[\s_-]", "", label)
 
 
-def _logged_twice(rows: sparse.csr_array) -> bool:
-    """Whether undoing two logarithms, and not one, gives what depth-normalised counts look like."""
-    once = rows.copy()
-    once.data = np.expm1(once.data)
-    twice = once.copy()
-    twice.data = np.expm1(twice.data)
-    return _normalised(twice) and not _normalised(once)
+def _number(label: str) -> str:
+    """A label that is a number as that number; "1" and "1.0" are alike."""
+    try:
+        return repr(float(label))
+    except ValueError:
+        return label
 
 
-def _normalised(rows: sparse.csr_array) -> bool:
-    """Whether all rows have the same sum, or hold whole multiples of their smallest value."""
-    sums = rows.sum(axis=1)
-    sums = sums[sums > 0]
-    if len(sums) > 1 and sums.std() < 0.01 * sums.mean():
-        return True
-    filled = np.flatnonzero(np.diff(rows.indptr))
-    smallest = np.ones(rows.shape[0])
-    smallest[filled] = np.minimum.reduceat(rows.data, rows.indptr[filled])
-    multiples = rows.data / np.repeat(smallest, np.diff(rows.indptr))
-    multiples = multiples[(multiples > 1.5) & (multiples < 100)]
-    return multiples.size >= FEW_CELLS and bool((np.abs(multiples - np.rint(multiples)) < 0.02).mean() > 0.9)
-
-
-def _sample(X, n: int = 1000) -> sparse.csr_array:
-    """Up to n rows, evenly spaced, as float64 in memory; explicit zeros removed."""
-    rows = np.unique(np.linspace(0, X.shape[0] - 1, min(n, X.shape[0])).astype(int)) if X.shape[0] else np.arange(0)
-    part = sparse.csr_array(X[rows] if len(rows) < X.shape[0] else X[:], dtype=np.float64)
-    part.eliminate_zeros()
-    return part
-
-
-def _stored(X) -> np.ndarray:
-    """All stored values of a matrix in memory, those of a sample of rows of one on disk."""
-    if sparse.issparse(X):
-        return X.data
-    return X if isinstance(X, np.ndarray) else _sample(X).data
-
-
-def matrix(adata: AnnData, layer: str | None):
-    """X, or the layer of that name."""
-    if layer is None:
-        if adata.X is None:
-            raise ValueError("the AnnData has no X; expected cells x genes. Put the matrix into adata.X")
-        return adata.X
-    if layer not in adata.layers:
-        raise ValueError(f"there is no layer {layer!r}; found {', '.join(adata.layers) or 'no layers'}")
-    return adata.layers[layer]
-
-
-def _name(layer: str | None) -> str:
-    return "X" if layer is None else f"layers[{layer!r}]"
+def _cell_findings(adata: AnnData) -> list[tuple[str, str, str]]:
+    """Cells that are there twice, by name or by their values."""
+    found = []
+    if adata.obs_names.has_duplicates:
+        found.append(("warning", "cells", "cell names repeat; call adata.obs_names_make_unique()"))
+    x = adata.X
+    if sparse.issparse(x) or isinstance(x, np.ndarray):
+        weights = np.random.default_rng(0).random(adata.n_vars)
+        sketch = np.asarray(x @ weights).ravel()  # equal cells have equal sums, others hardly ever
+        repeated = pd.Series(sketch[sketch != 0]).duplicated(keep=False)
+        if repeated.sum() > len(sketch) / 2:
+            found.append(("warning", "cells", f"{int(repeated.sum()):,} cells have the values of another cell"))
+    return found
 
 
 def _condition_findings(obs: pd.DataFrame, design: Design) -> list[tuple[str, str, str]]:
+    """How many conditions there are, and which are short of cells or of controls."""
     is_control, groups, names = design.is_control(obs), design.groups(obs), design.names(obs)
     sizes = names.value_counts()
     few = sizes[sizes < FEW_CELLS]
-    lonely = sorted(set(groups) - set(groups[is_control]))
-    found = [
-        (
-            "note",
-            "conditions",
+    if design.perturbation is None:
+        found = [("note", "conditions", f"no perturbation; {names.nunique()} groups of cells")]
+    else:
+        text = (
             f"{len(design.perturbations)} single perturbations, {names[~is_control].nunique()} perturbed conditions in "
-            f"{groups.nunique()} covariate groups, {int(is_control.sum()):,} control cells",
+            f"{groups.nunique()} covariate groups, {int(is_control.sum()):,} control cells"
         )
-    ]
-    if lonely:
-        found.append(("warning", "controls", f"no control cells in {len(lonely)} covariate groups: {some(lonely)}"))
+        found = [("note", "conditions", text)]
+        without = sorted(set(groups) - set(groups[is_control]))
+        if without:
+            text = f"no control cells in {len(without)} covariate groups: {some(without)}"
+            found.append(("warning", "controls", text))
     if len(few):
         text = f"{len(few)} conditions have fewer than {FEW_CELLS} cells: {some(few.index)}; their scores are noise"
         found.append(("warning", "conditions", text))

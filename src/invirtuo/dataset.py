@@ -16,9 +16,10 @@ from scipy import sparse
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.design import Design
-from invirtuo.preprocess import TOTAL, check_genes, check_values
+from invirtuo.preprocess import TOTAL, check_genes
 from invirtuo.samplers import Layout, Rows, Sampler
 from invirtuo.store import CellStore
+from invirtuo.values import canonical_csr, check_values
 from invirtuo.windows import Held, Stock, ahead, windows
 
 if TYPE_CHECKING:
@@ -298,9 +299,8 @@ class CellDataset:
                 digest.update(str(text).encode() + b"\0")
             digest.update(kind.data)
             return digest.hexdigest()
-        if not matrix.has_canonical_format or not matrix.data.all():
+        if not matrix.data.all():
             matrix = matrix.copy()
-            matrix.sum_duplicates()
             matrix.eliminate_zeros()
         for array in (matrix.data, matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)):
             digest.update(np.ascontiguousarray(array).data)
@@ -349,9 +349,8 @@ def _as_list(seed: int | Sequence[int]) -> list[int]:
 
 
 def to_csr(adata: AnnData) -> sparse.csr_matrix:
-    """X as CSR float32; a copy only where the format demands it."""
-    x = adata.X if not adata.isbacked else adata.to_memory().X
-    return sparse.csr_matrix(x, dtype=np.float32)
+    """X as CSR float32, every entry stored once; a copy only where the format demands it."""
+    return canonical_csr(adata.to_memory().X if adata.isbacked else adata.X, np.float32)
 
 
 def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:

@@ -399,7 +399,9 @@ def _written(value: float) -> str:
 
 def _check_column(obs: pd.DataFrame, column: str, role: str, *, missing: bool = False) -> None:
     if column not in obs.columns:
-        raise ValueError(f"{role}: column {column!r} is not in the table; found {some(obs.columns)}")
+        files = obs.attrs.get("lacking", {}).get(column, ())
+        lacking = f" ({some(files)} lacks it)" if files else ""
+        raise ValueError(f"{role}: column {column!r} is not in the table{lacking}; found {some(obs.columns)}")
     if not missing and obs[column].isna().any():
         raise ValueError(
             f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; "

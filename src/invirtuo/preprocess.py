@@ -11,18 +11,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import (
-    check,
-    check_genes,
-    check_values,
-    looks_like_counts,
-    matrix,
-    require_counts,
-    require_log,
-    some,
-)
+from invirtuo.checks import check, check_genes, some
 from invirtuo.genes import variable_genes
 from invirtuo.pseudotime import pseudotime
+from invirtuo.values import canonical_csr, check_values, looks_like_counts, matrix, require_counts, require_log
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -268,7 +260,7 @@ def _knocked_down(gene, level, below, perturbation_below, cell_below, min_cells)
 
 def _counts(adata: AnnData, layer: str | None) -> sparse.csr_matrix:
     """The counts in memory; of the old sparse class, which AnnData of all versions keeps as it is."""
-    return sparse.csr_matrix(matrix(adata, layer)[:], dtype=np.float32)
+    return canonical_csr(matrix(adata, layer)[:], np.float32)
 
 
 def _depth(obs: pd.DataFrame, counts: sparse.csr_matrix, column: str | None) -> np.ndarray:

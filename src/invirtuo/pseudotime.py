@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import require_log, some
+from invirtuo.checks import some
+from invirtuo.values import require_log
 
 if TYPE_CHECKING:
     from anndata import AnnData

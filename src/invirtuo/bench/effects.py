@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from invirtuo.checks import EFFECT_COLUMNS, some
 from invirtuo.dataset import CellDataset
 from invirtuo.model.effects import bounds
 from invirtuo.model.pseudobulks import Pseudobulks
@@ -111,7 +112,11 @@ def tabulate(
     cells), `effect`, `low`, `high`, and `real`, the effect seen (NaN for conditions without cells).
     """
     n_genes = len(genes)
+    if taken := EFFECT_COLUMNS & set(design.columns) - {design.perturbation}:
+        raise ValueError(f"columns {some(sorted(taken))} clash with columns of the table of effects; rename them")
     rows = table.loc[table.index.repeat(n_genes), design.columns].reset_index(drop=True)
+    if design.perturbation in EFFECT_COLUMNS:
+        rows = rows.rename(columns={design.perturbation: "perturbation"})
     front = {"condition": np.repeat(design.names(table).to_numpy(), n_genes), "gene": np.tile(genes, len(table))}
     control, real = seen.of_control(design, table)[0], seen.effect(design, table)
     numbers = {"control": control, "effect": effect, "low": effect - half, "high": effect + half, "real": real}

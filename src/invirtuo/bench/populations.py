@@ -15,12 +15,13 @@ from scipy import sparse
 from invirtuo.bench.compare import panels
 from invirtuo.bench.entry import FLOOR
 from invirtuo.bench.run import software, write_table
-from invirtuo.checks import looks_like_counts, some
+from invirtuo.checks import some
 from invirtuo.files import read_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
 from invirtuo.multimodal import PEAK
 from invirtuo.report import write_report
+from invirtuo.values import looks_like_counts
 
 if TYPE_CHECKING:
     import os

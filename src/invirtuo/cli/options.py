@@ -57,7 +57,7 @@ def read_csv(path: Path, option: str = "--conditions"):
         expected = "a CSV file, test or val" if option == "--conditions" else "a CSV file"
         raise ValueError(f"{option}: {path} does not exist; expected {expected}")
     try:
-        return pd.read_csv(path, dtype=str)
+        return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])  # "NA" may be a label
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV table: {error}") from error
 

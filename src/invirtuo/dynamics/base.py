@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from invirtuo.checks import check_values, require_log, some
+from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.dynamics.baselines import baselines
 from invirtuo.dynamics.courses import Course, anchors, binned, courses, reference, rescaled
@@ -24,6 +24,7 @@ from invirtuo.dynamics.reading import edge_table, intervene
 from invirtuo.flow import Trajectory, trajectory
 from invirtuo.model import Model
 from invirtuo.transforms import Standardize
+from invirtuo.values import check_values, require_log
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -22,7 +22,7 @@ from scipy import sparse
 from torch import Tensor
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import check_values, looks_like_counts, require_counts, some
+from invirtuo.checks import some
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig, noise_seed
@@ -33,6 +33,7 @@ from invirtuo.model import Model, SampleConfig, track
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
 from invirtuo.store import CellStore
+from invirtuo.values import check_values, looks_like_counts, require_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData

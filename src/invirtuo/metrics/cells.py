@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.checks import SCORE_COLUMNS, some
 from invirtuo.metrics.streamed import BLOCK, Closing, Streamed, opened
 from invirtuo.store.cells import CellStore, DiskMatrix
+from invirtuo.values import canonical_csr
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -249,8 +250,7 @@ def _check_genes(name: str, names: pd.Index, genes: np.ndarray, columns: np.ndar
 
 
 def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
-    taken = {"condition", "metric", "value", "n_pred", "n_real", "_group"} & set(design.columns) - {design.perturbation}
-    if taken:
+    if taken := SCORE_COLUMNS & set(design.columns) - {design.perturbation}:
         raise ValueError(f"covariate columns {some(sorted(taken))} clash with columns of the score table; rename them")
     for column in design.columns:
         if column not in obs.columns:
@@ -276,18 +276,12 @@ def _matrix(adata: AnnData):
 
 def _in_rows(x):
     """CSR without duplicates, or dense."""
-    if not sparse.issparse(x):
-        return np.asarray(x)
-    x = x.tocsr()
-    if not x.has_canonical_format:
-        x = x.copy()
-        x.sum_duplicates()
-    return x
+    return canonical_csr(x) if sparse.issparse(x) else np.asarray(x)
 
 
 def per_10k(counts) -> sparse.csr_matrix:
     """(n, g) log1p of counts per 10,000, CSR in float32; empty cells stay empty."""
-    logged = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
+    logged = canonical_csr(counts, np.float32).copy()
     total = np.asarray(logged.sum(axis=1), dtype=np.float64).ravel()
     scale = np.divide(DEPTH, total, out=np.zeros_like(total), where=total > 0)
     logged.data = np.log1p(logged.data * np.repeat(scale, np.diff(logged.indptr)).astype(np.float32))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from invirtuo import fit as fitting
 from invirtuo.batch import Batch
-from invirtuo.checks import require_counts, require_log, some
+from invirtuo.checks import some
 from invirtuo.conditions import Conditions, as_table
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
@@ -30,6 +30,7 @@ from invirtuo.model.effects import Calibration
 from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.samplers import Sampler
 from invirtuo.transforms import Transform
+from invirtuo.values import require_counts, require_log
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -474,9 +475,9 @@ class Model(nn.Module):
             if conditions in held_out:
                 conditions = pd.DataFrame(held_out[conditions])
             elif "|" not in conditions and len(self.design.columns) > 1:
+                like = "|".join(self.design.columns)
                 raise ValueError(
-                    f"conditions is {conditions!r}; expected a DataFrame or one of {', '.join(held_out)}, or conditions "
-                    f"like {'|'.join(self.design.columns)!r}"
+                    f"conditions is {conditions!r}; expected a DataFrame or one of {', '.join(held_out)}, or {like!r}"
                 )
         conditions = as_table(conditions, self.design)
         encoded = self.design.encode(conditions)  # names unknown labels and missing columns

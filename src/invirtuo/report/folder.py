@@ -22,6 +22,8 @@ __all__ = [
 ]
 
 NEEDED = ("condition", "metric", "value")
+EMPTY = ("", "nan", "NaN", "NA")  # how a missing number is written
+LABELS = {"against", "condition", "error", "gene", "kind", "metric", "model", "perturbation", "status", "task"}
 PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
 COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
 
@@ -32,16 +34,14 @@ def read_scores(path: Path) -> pd.DataFrame:
     if table.empty:
         raise ValueError(f"{path} has no rows; expected one per condition, metric and model. Run the evaluation again")
     values = pd.to_numeric(table["value"], errors="coerce")
-    wrong = values.isna() & table["value"].notna()
+    wrong = values.isna() & ~table["value"].isin(EMPTY) & table["value"].notna()
     if wrong.any():
         raise ValueError(
             f"{path}: {int(wrong.sum())} values are not numbers, for example {table['value'][wrong].iloc[0]!r}"
         )
     table["value"] = values.astype(float)
     for column, default in (("model", "model"), ("task", "")):
-        table[column] = table[column].fillna(default).astype(str) if column in table else default
-    for column in ("condition", "metric"):
-        table[column] = table[column].astype(str)
+        table[column] = table[column].replace("", default) if column in table else default
     return table
 
 
@@ -138,10 +138,19 @@ def _read_csv(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a table with the columns {', '.join(needed)}")
     try:
-        table = pd.read_csv(path, keep_default_na=True, low_memory=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False).apply(_typed)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable CSV file: {error}") from error
     lacking = [name for name in needed if name not in table.columns]
     if lacking:
         raise ValueError(f"{path} lacks the columns {', '.join(lacking)}; found {', '.join(map(str, table.columns))}")
     return table
+
+
+def _typed(column: pd.Series) -> pd.Series:
+    """A column of text as numbers, if it holds nothing else; labels stay as they are written, also "NA"."""
+    if column.name in LABELS:
+        return column
+    numbers = pd.to_numeric(column, errors="coerce")
+    is_number = numbers.notna().any() and (numbers.notna() | column.isin(EMPTY)).all()
+    return numbers if is_number else column

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from invirtuo.checks import some
 from invirtuo.store.parts import Part, aligned
+from invirtuo.values import canonical_csr, look, require_same_scale
 
 __all__ = ["MANIFEST", "CellStore", "Scan", "n_bytes"]
 
@@ -24,6 +25,7 @@ MANIFEST = "store.json"  # what a folder written by `shuffle` says of itself
 BLOCK = 512  # rows that are read in one piece, where nothing is said
 SHUFFLED_BLOCK = 4096  # the same in shuffled stores, whose neighbours have nothing in common
 OPEN = 256  # files that are kept open at a time
+PREVIEW = 200  # rows of every file that are looked at when several are opened
 VALUE = 8  # bytes of a stored value and its column number
 ROW = 16  # bytes of a row beside its values
 STREAM = 1 << 22  # stored values that a pass over a store holds at a time
@@ -111,17 +113,20 @@ class CellStore:
         Raises
         ------
         ValueError
-            If files are missing, damaged, or do not hold the same genes.
+            If files are missing, damaged, do not hold the same genes, or hold values on different scales.
         """
         files, manifest = _files(paths)
         parts = [Part(path) for path in files]
         genes = aligned(parts)
-        obs = _joined([part.obs(None if columns is None else list(columns)) for part in parts])
+        wanted = None if columns is None else list(columns)
+        obs = _joined([(part.path, part.obs(wanted)) for part in parts])
         if manifest is not None and len(obs) != manifest["n_obs"]:
             raise ValueError(
                 f"{Path(files[0]).parent}: {MANIFEST} tells of {manifest['n_obs']} cells, the files hold {len(obs)}; "
                 "write the store again"
             )
+        if manifest is None and len(parts) > 1:
+            require_same_scale((str(part.path), look(_Preview(part), PREVIEW)) for part in parts)
         for part in parts:
             part.close()
         if block is not None and block < 1:
@@ -180,7 +185,8 @@ class CellStore:
                 own = rows[bounds[i] : bounds[i + 1]] - self.starts[i]
                 place = slice(indptr[bounds[i]], indptr[bounds[i + 1]])
                 self._reading(int(i), own, data[place], indices[place])
-        return _assembled(data, indices, indptr, self.n_vars, dropped=any(part.is_dense for part in self.parts))
+        x = _assembled(data, indices, indptr, self.n_vars, dropped=any(part.is_dense for part in self.parts))
+        return canonical_csr(x) if any(part.has_repeats for part in self.parts) else x
 
     def _reading(self, i: int, rows: np.ndarray, data: np.ndarray, indices: np.ndarray) -> None:
         """Read rows of one file, its columns renamed to those of the store; -1 for genes that are not wanted."""
@@ -247,6 +253,21 @@ class Scan:
 
     def __init__(self, totals: np.ndarray, digest: str, lowest: float, whole: bool):
         self.totals, self.digest, self.lowest, self.whole = totals, digest, lowest, whole
+
+
+class _Preview:
+    """Rows of one file, for a look at its values."""
+
+    def __init__(self, part: Part):
+        self.part, self.shape = part, (part.n_obs, part.n_vars)
+
+    def __getitem__(self, rows: Any) -> sparse.csr_matrix:
+        rows = np.arange(self.part.n_obs)[rows]
+        lengths = self.part.lengths()[rows]
+        indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], np.int32)
+        self.part.gather(rows, data, indices)
+        return sparse.csr_matrix((data, indices, indptr), (len(rows), self.part.n_vars))
 
 
 class DiskMatrix:
@@ -327,20 +348,24 @@ def _is_zarr(path: Path) -> bool:
     return any((path / name).exists() for name in (".zgroup", "zarr.json"))
 
 
-def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+def _joined(tables: list[tuple[Path, pd.DataFrame]]) -> pd.DataFrame:
     """Tables of all files as one, with the columns that all of them have; labels as categories."""
     if len(tables) == 1:
-        return tables[0]
-    shared = [name for name in tables[0].columns if all(name in table.columns for table in tables)]
+        return tables[0][1]
+    every = {name: None for _, table in tables for name in table.columns}
+    shared = [name for name in every if all(name in table.columns for _, table in tables)]
     columns = {}
     for name in shared:
-        pieces = [table[name] for table in tables]
+        pieces = [table[name] for _, table in tables]
         if any(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces):
             columns[name] = _united([piece.astype("category") for piece in pieces])
         else:
             columns[name] = pd.concat(pieces, ignore_index=True).array
-    index = tables[0].index.append([table.index for table in tables[1:]])
-    return pd.DataFrame(columns, index=index, columns=shared)
+    first, *others = [table.index for _, table in tables]
+    joined = pd.DataFrame(columns, index=first.append(others), columns=shared)
+    lacking = {name: [str(path) for path, table in tables if name not in table.columns] for name in every}
+    joined.attrs["lacking"] = {name: paths for name, paths in lacking.items() if paths}
+    return joined
 
 
 def _united(pieces: list[pd.Series]) -> pd.Categorical:

@@ -42,6 +42,7 @@ class Part:
         if not self.is_zarr:
             check_h5ad(self.path, values=False)
         self.indptr: np.ndarray | None
+        self.has_repeats = False  # whether an entry was met that is stored in pieces, or out of order
         self._root: Any = None
         self._read: tuple[Fill, Fill] | None = None
         self._descriptor: int | None = None
@@ -60,6 +61,8 @@ class Part:
         root = self.root
         if "X" not in root:
             raise ValueError("it has no X")
+        if any(isinstance(root[name], h5py.Dataset) for name in ("obs", "var")):
+            raise ValueError("it is in the form of AnnData 0.6; read it with anndata.read_h5ad and write it again")
         x = root["X"]
         self.genes = _names(root["var"]).astype(str)
         encoding = x.attrs.get("encoding-type", "array")
@@ -110,12 +113,15 @@ class Part:
         from anndata.io import read_elem
 
         group = self.root["obs"]
-        if isinstance(group, h5py.Dataset):
-            raise ValueError(f"{self.path} is of an old form of h5ad; read it with AnnData and write it again")
         known = [str(name) for name in group.attrs["column-order"]]
         wanted = known if columns is None else [name for name in columns if name in known]
-        table = {name: pd.Series(read_elem(group[name])) for name in wanted}
-        table = {name: _coded(column) for name, column in table.items()}
+        if (
+            group.attrs.get("encoding-version") == "0.1.0"
+        ):  # AnnData 0.7: labels are codes with a reference to their names
+            read = read_elem(group)[wanted]
+        else:
+            read = {name: pd.Series(read_elem(group[name])) for name in wanted}
+        table = {name: _coded(read[name]) for name in wanted}
         return pd.DataFrame({name: c.array for name, c in table.items()}, index=_names(group), columns=wanted)
 
     # ---- rows --------------------------------------------------------------------------------------------------
@@ -150,9 +156,13 @@ class Part:
                 buffer = np.empty(whole, dtype=values.dtype)
                 read(where, buffer)
                 values[place] = buffer[wanted]
-        self._check_indices(indices)
+        self._check_indices(indices, ends[1:-1])
 
-    def _check_indices(self, indices: np.ndarray) -> None:
+    def _check_indices(self, indices: np.ndarray, starts: np.ndarray) -> None:
+        """Columns exist, and rise within a row (rows after the first begin at `starts`) unless entries repeat."""
+        falls = np.diff(indices) <= 0
+        falls[starts[(starts > 0) & (starts < len(indices))] - 1] = False
+        self.has_repeats |= bool(falls.any())
         if len(indices) and (indices.min() < 0 or indices.max() >= self.n_vars):
             raise ValueError(
                 f"{self.path}: X has column numbers from {indices.min()} to {indices.max()}; expected 0 to "
@@ -212,7 +222,8 @@ def _names(group: Any) -> pd.Index:
 
 def _coded(column: pd.Series) -> pd.Series:
     """Text as categories, everything else as it is."""
-    return column.astype("category") if column.dtype == object or pd.api.types.is_string_dtype(column) else column
+    is_text = column.dtype == object or pd.api.types.is_string_dtype(column)
+    return column.astype(object).astype("category") if is_text else column
 
 
 def aligned(parts: list[Part]) -> np.ndarray:

@@ -21,10 +21,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import looks_like_counts, some
+from invirtuo.checks import some
 from invirtuo.genes import variable_genes_of
 from invirtuo.preprocess import TOTAL
 from invirtuo.store.cells import MANIFEST, ROW, VALUE, CellStore
+from invirtuo.values import looks_like_counts
 
 __all__ = ["shuffle"]
 
