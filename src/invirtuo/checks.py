@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ __all__ = [
     "label_findings",
     "labels",
     "some",
+    "whole",
     "with_likely",
 ]
 
@@ -237,6 +239,20 @@ def some(values, limit: int = 5) -> str:
     """Join the first few values, for messages."""
     values = [str(value) for value in values]
     return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """A whole number of at least `least`, also of another type than int.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    if not is_number or not float(value).is_integer() or value < least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
+    return int(value)
 
 
 def with_likely(wanted: str, known: Iterable[str]) -> str:

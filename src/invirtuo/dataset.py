@@ -15,6 +15,7 @@ import torch
 from scipy import sparse
 
 from invirtuo.batch import Batch, Condition
+from invirtuo.checks import some
 from invirtuo.design import Design
 from invirtuo.preprocess import TOTAL, check_genes
 from invirtuo.samplers import Layout, Rows, Sampler
@@ -357,6 +358,8 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
     """The split as an array in the order of obs, checked."""
     if split is None:
         return np.full(len(obs), "train", dtype=object)
+    if isinstance(split, pd.DataFrame):
+        raise ValueError(f"split is a DataFrame with {some(split.columns)}; expected one of its columns, a Series")
     if not isinstance(split, pd.Series):
         split = pd.Series(np.asarray(split), index=obs.index) if len(split) == len(obs) else pd.Series(split)
     if len(split) != len(obs) or not split.index.equals(obs.index):

@@ -48,12 +48,16 @@ def join(data: Any, *, rna: str | None = "rna", atac: str = "atac", obs: str | N
     if missing := [name for name in wanted if name not in parts]:
         raise ValueError(f"there is no modality {missing[0]!r}; found {', '.join(parts)}")
     first = parts[wanted[0]]
+    for name in wanted:
+        if not parts[name].obs_names.is_unique:
+            raise ValueError(f"cell names of {name!r} repeat; call obs_names_make_unique() on both modalities alike")
     if set(parts[atac].obs_names) != set(first.obs_names) or parts[atac].n_obs != first.n_obs:
         raise ValueError(f"{wanted[0]!r} and {atac!r} do not hold the same cells; keep those that both have")
     blocks = [] if rna is None else [sparse.csr_matrix(first.X)]
     peaks = sparse.csr_matrix(parts[atac][first.obs_names].X, copy=True)
     if peaks.nnz and peaks.data.max() > 1:
         logger.warning("peaks hold counts; they are read as open (above 0) or closed")
+    peaks.sum_duplicates()
     peaks.data = (peaks.data > 0).astype(peaks.dtype)
     names = [*([] if rna is None else map(str, first.var_names)), *(f"{PEAK}{name}" for name in parts[atac].var_names)]
     modality = ["rna"] * (len(names) - peaks.shape[1]) + ["atac"] * peaks.shape[1]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import check, check_genes, some
+from invirtuo.checks import check, check_genes, some, whole
 from invirtuo.genes import variable_genes
 from invirtuo.pseudotime import pseudotime
 from invirtuo.values import canonical_csr, check_values, looks_like_counts, matrix, require_counts, require_log
@@ -93,6 +93,8 @@ def normalize(
     """
     check_genes(adata)
     require_counts(adata, layer=layer)
+    check_target_sum(target_sum)
+    n_genes = None if n_genes is None else whole("n_genes", n_genes)
     size_factor = size_factor or adata.uns.get("invirtuo", {}).get("size_factor")
     wanted = _positions(adata, keep)
     counts = _counts(adata, layer)
@@ -154,6 +156,8 @@ def perturbench(
     """
     check_genes(adata)
     require_counts(adata)
+    check_target_sum(1.0 if target_sum is None else target_sum)
+    n_genes = whole("n_genes", n_genes, 0)
     counts = _counts(adata, None)
     seen = np.asarray((counts > 0).sum(axis=0)).ravel() >= min_cells
     counts, adata = counts[:, seen], adata[:, seen]
@@ -277,6 +281,12 @@ def _depth(obs: pd.DataFrame, counts: sparse.csr_matrix, column: str | None) -> 
     return total
 
 
+def check_target_sum(target_sum: float) -> None:
+    """Raise ValueError unless cells can be brought to that depth."""
+    if not (np.isfinite(target_sum) and target_sum > 0):
+        raise ValueError(f"target_sum is {target_sum}; expected a finite number above 0, for example 1e4")
+
+
 def _log_normalise(counts: sparse.csr_matrix, total: np.ndarray, target_sum: float) -> sparse.csr_matrix:
     scaled = counts.copy()
     scaled.data = np.log1p(scaled.data * np.repeat(target_sum / total, np.diff(counts.indptr))).astype(np.float32)
@@ -357,8 +367,6 @@ def with_embedding(adata: AnnData, embedded: AnnData, key: str = "X_state") -> A
 
 
 def _variable(new: AnnData, n_genes: int, train: np.ndarray, flavor: str) -> np.ndarray:
-    if n_genes < 1:
-        raise ValueError(f"n_genes is {n_genes}; expected at least 1, or None to keep all genes")
     if flavor == "seurat_v3":
         return variable_genes(new.layers["counts"][train], n_genes)
     if flavor not in ("seurat", "cell_ranger"):

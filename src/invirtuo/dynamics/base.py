@@ -112,6 +112,10 @@ class Forecaster(Model):
         self.transforms["scale"] = scale
         self._info = self._anchored(values, obs)
         parts = [self.binned(c) for c in self.courses_of(values, obs)]
+        if short := [c.name for c in parts if len(c.time) < 2]:
+            raise ValueError(
+                f"course(s) {some(short)} have too few cells for two times; give more cells, or a smaller min_cells"
+            )
         self.course_values = torch.from_numpy(np.concatenate([c.values for c in parts])).float()
         self.course_time = torch.from_numpy(np.concatenate([c.time for c in parts]))
         self.course_code = torch.from_numpy(np.repeat(np.arange(len(parts)), [len(c.time) for c in parts]))

@@ -6,12 +6,14 @@ Single cells are static measurements, no repeated ones of a trajectory: dynamics
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from invirtuo.design import Design
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Course",
@@ -75,9 +77,9 @@ def courses(values: np.ndarray, obs: pd.DataFrame, design: Design, rows: np.ndar
         raise ValueError("time courses need a Design with time=; name the column of obs with time or pseudotime")
     rows = np.arange(len(obs)) if rows is None else np.asarray(rows)
     part = obs.iloc[rows]
-    time = pd.to_numeric(part[design.time]).to_numpy(float)
-    groups = design.groups(part).to_numpy()
     table = design.tidy(part)
+    time = table[design.time].to_numpy()
+    groups = design.groups(table).to_numpy()
     found = []
     for name in sorted(set(groups)):
         mine = np.flatnonzero(groups == name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from invirtuo import fit as fitting
 from invirtuo.batch import Batch
-from invirtuo.checks import some
+from invirtuo.checks import some, whole
 from invirtuo.conditions import Conditions, as_table
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
@@ -198,6 +198,9 @@ class Model(nn.Module):
         config = config or self.fit_config
         if not isinstance(config, FitConfig):
             raise ValueError(f"config is a {type(config).__name__}; expected a FitConfig")
+        _check_torch()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("torch.inference_mode is on, in which nothing can be trained; call fit outside of it")
         adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
@@ -267,7 +270,7 @@ class Model(nn.Module):
         steps: int | None = None,
         solver: str | None = None,
         seed: int = 0,
-        controls: AnnData | None = None,
+        controls: AnnData | str | Path | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         grid: Sequence[float] | None = None,
         clamp_min: float | None = None,
@@ -297,8 +300,9 @@ class Model(nn.Module):
         seed
             Same seed, same cells, whatever the batch size and the other conditions.
         controls
-            Control cells to start from, for models that need them; None takes those of the fitted data. For models that
-            know covariates by their control cells (`with_controls`) they may be of groups that were never seen.
+            Control cells (or their h5ad) to start from, for models that need them; None takes those of the fitted data.
+            For models that know covariates by their control cells (`with_controls`) they may be of groups that were
+            never seen.
         clamp_min
             Raise values below this to it (0 for expression); None leaves them.
         precision
@@ -338,8 +342,9 @@ class Model(nn.Module):
         if self.verb in ("embed", "forecast"):
             raise ValueError(f"{self.name} is made to {self.verb} and does not predict populations; call {self.verb}")
         self._check_fitted()
-        if n_cells < 1:
-            raise ValueError(f"n_cells is {n_cells}; expected at least 1")
+        _check_torch()
+        n_cells, seed = whole("n_cells", n_cells), whole("seed", seed, 0)
+        controls = read_h5ad(controls) if isinstance(controls, str | Path) else controls
         model = self if controls is None else self.with_controls(controls)
         table = model._conditions(conditions)
         config = SampleConfig(
@@ -520,6 +525,15 @@ class Model(nn.Module):
             "perturbation": self.design.perturbation or "",
             "control": self.design.control or "",
         }
+
+
+def _check_torch() -> None:
+    """Refuse a default type in which models cannot compute."""
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"torch's default dtype is {torch.get_default_dtype()}; models compute in float32. Call "
+            "torch.set_default_dtype(torch.float32)"
+        )
 
 
 def track(items, label: str, progress: bool, total: int | None = None):

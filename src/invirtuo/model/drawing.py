@@ -51,6 +51,10 @@ class SampleConfig:
         weights = self.guidance if isinstance(self.guidance, Mapping) else {"": self.guidance}
         if not all(math.isfinite(weight) for weight in weights.values()):
             raise ValueError(f"guidance is {self.guidance}; expected finite numbers")
+        if not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1] <= 1):
+            raise ValueError(f"interval is {self.interval}; expected two times that rise, between 0 and 1")
+        if self.clamp_min is not None and not math.isfinite(self.clamp_min):
+            raise ValueError(f"clamp_min is {self.clamp_min}; expected a finite number, or None")
         if self.grid is not None and ([*self.grid] != sorted({*self.grid}) or self.grid[:1] + self.grid[-1:] != (0, 1)):
             raise ValueError(f"grid is {self.grid}; expected times that rise from 0 to 1")
         for name in ("steps", "batch_size"):
@@ -107,6 +111,8 @@ def _conditions(model: Model, places: Iterable[int], request: Request) -> Iterat
             batch = Batch(batch.condition, source=source)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = model.sample(batch.to(device), generator, config).float().cpu()
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{model.name} draws NaN or infinite values for {name}; fit it again with a lower lr")
         yield i, (x if config.clamp_min is None else x.clamp_min(config.clamp_min)).numpy()
     model.cpu()
 

@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.checks import some, whole
 from invirtuo.genes import variable_genes_of
-from invirtuo.preprocess import TOTAL
+from invirtuo.preprocess import TOTAL, check_target_sum
 from invirtuo.store.cells import MANIFEST, ROW, VALUE, CellStore
 from invirtuo.values import looks_like_counts
 
@@ -79,6 +79,8 @@ def shuffle(
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; give the name of a new folder, or remove it")
+    check_target_sum(target_sum)
+    n_genes = None if n_genes is None else whole("n_genes", n_genes)
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression is {compression!r}; expected one of {', '.join(COMPRESSIONS)}")
     scan = store.scan()
@@ -131,8 +133,6 @@ def _depths(store: CellStore, column: str | None) -> np.ndarray:
 
 def _chosen(store: CellStore, n_genes: int, keep: list[str], split: pd.Series | None) -> pd.Index:
     """Names of the genes that stay, in their order."""
-    if n_genes < 1:
-        raise ValueError(f"n_genes is {n_genes}; expected at least 1, or None to keep all genes")
     if strange := [gene for gene in keep if gene not in store.var_names]:
         raise ValueError(f"keep: {len(strange)} genes are not in the data: {some(strange)}")
     if split is not None and (len(split) != store.n_obs or not (split == "train").any()):
