@@ -36,7 +36,7 @@ TWICE_MAX = float(np.log1p(np.log1p(1e4))) + 0.1
 BASES: dict[Kind, float] = {"log1p": np.e, "log2": 2.0, "log10": 10.0}
 SAMPLE = 1000  # rows that are looked at
 FEW_VALUES = 20  # below this many nothing is said of a scale
-SAME_SUM = 0.01  # relative spread of row sums that count as equal
+SAME_SUM = 1e-3  # relative spread of row sums that count as equal
 
 TEXTS: dict[Kind, str] = {
     "counts": "raw counts",
@@ -120,7 +120,7 @@ def look(X: Any, n_rows: int = SAMPLE) -> Values:
     if whole > 0.999:
         return Values("counts", maximum, whole)
     kind, target_sum, certain = _logarithm(rows, maximum)
-    if not certain and _has_unit_variance(X if _in_memory(X) else rows):
+    if target_sum is None and not certain and _has_unit_variance(X if _in_memory(X) else rows):
         kind = "unit variance"
     return Values(kind, maximum, whole, target_sum, certain)
 
@@ -200,9 +200,9 @@ def require_same_scale(found: Iterable[tuple[str, Values]]) -> None:
     known = [(name, values) for name, values in found if values.kind not in ("zeros", "negative")]
     for name, values in known[1:]:
         first_name, first = known[0]
-        sums = [v.target_sum for v in (first, values) if v.target_sum is not None]
-        other_sum = len(sums) == 2 and abs(sums[0] - sums[1]) > 0.05 * max(sums)
-        if values.kind != first.kind or (other_sum and values.kind != "counts"):
+        sums = [side.target_sum for side in (first, values) if side.target_sum is not None]
+        is_other = len(sums) == 2 and abs(sums[0] - sums[1]) > 0.05 * max(sums)
+        if values.kind != first.kind or (is_other and first.certain and values.certain):
             raise ValueError(
                 f"{first_name} looks like {first.text}, and {name} like {values.text}; expected files on one scale. "
                 "Normalise all of them alike"
@@ -238,22 +238,21 @@ def _logarithm(rows: sparse.csr_matrix, maximum: float) -> tuple[Kind, float | N
             continue
         undone = rows.copy()
         undone.data = np.expm1(undone.data * np.log(base))
-        if _normalised(undone):
-            return kind, _common_sum(undone), True
+        target_sum, certain = _common_sum(undone), _in_multiples(undone)
+        if target_sum is not None or certain:
+            return kind, target_sum, certain
     if maximum > LOG_MAX:
         return "linear", None, False
     if maximum < TWICE_MAX:
         twice = rows.copy()
         twice.data = np.expm1(np.expm1(twice.data))
-        if _normalised(twice):
+        if _common_sum(twice) is not None or _in_multiples(twice):
             return "log1p twice", None, True
     return "log1p", None, False
 
 
-def _normalised(rows: sparse.csr_matrix) -> bool:
-    """Whether all rows have the same sum, or hold whole multiples of their smallest value."""
-    if _common_sum(rows) is not None:
-        return True
+def _in_multiples(rows: sparse.csr_matrix) -> bool:
+    """Whether all rows hold whole multiples of their smallest value, as counts do after division by a depth."""
     filled = np.flatnonzero(np.diff(rows.indptr))
     smallest = np.ones(rows.shape[0])
     smallest[filled] = np.minimum.reduceat(rows.data, rows.indptr[filled])

@@ -14,7 +14,7 @@ from scipy import sparse
 from invirtuo.checks import SCORE_COLUMNS, some
 from invirtuo.metrics.streamed import BLOCK, Closing, Streamed, opened
 from invirtuo.store.cells import CellStore, DiskMatrix
-from invirtuo.values import canonical_csr
+from invirtuo.values import Values, canonical_csr, look, require_same_scale
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.metrics.streamed import Source
 
-__all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "of_side", "per_10k"]
+__all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "compare_levels", "of_side", "per_10k"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ Layer = str | Mapping[str, str | None] | None
 MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, most raw count tables are;
 FEW, ABSURD = 1e-2, 100.0  # but a model may overshoot in this share of the values above 0, and up to here
 FRACTION = 1e-3  # how far a count may lie from a whole number
+SAMPLE = 1000  # cells whose scale is compared
+FAR = 2.0  # ratio of the levels of two files that are hardly on one scale
 DEPTH = 1e4  # total count to which :func:`per_10k` brings each cell
 
 
@@ -137,6 +139,15 @@ class Cells:
         factors = depths / np.median(depths[depths > 0])
         return np.where(factors == 0, np.float32(1), factors)
 
+    @cached_property
+    def looks_like(self) -> tuple[Values, float]:
+        """What a sample of the cells holds, and the median of their totals, the logarithm undone."""
+        rows = np.unique(np.linspace(0, self.n_cells - 1, min(self.n_cells, SAMPLE)).astype(int))
+        block = sparse.csr_matrix(self._stored(rows))[:, self.columns]
+        found = look(block)
+        block.data = np.expm1(np.clip(block.data, 0, MAX_LOG1P))
+        return found, float(np.median(np.asarray(block.sum(axis=1))))
+
     def _stored(self, rows: np.ndarray):
         if self.matrix is None:
             return _in_rows(self.adata[rows].X)  # type: ignore[index]
@@ -179,6 +190,30 @@ def common_scale(scale: Scale, *sides: Cells) -> Literal["log1p", "counts"]:
             f"scale='auto': {kinds}. Bring both to log1p of the same depth and pass scale='log1p', or both to counts"
         )
     return "counts" if "counts" in found.values() else "log1p"
+
+
+def compare_levels(pred: Cells, real: Cells) -> None:
+    """Refuse two files of log values that were surely made in different ways, and say so where it only seems so.
+
+    Raises
+    ------
+    ValueError
+        If measured cells of one file are on another logarithm or another depth than those of the other.
+    """
+    if "counts" in (pred.scale, real.scale):
+        return
+    (of_pred, pred_total), (of_real, real_total) = pred.looks_like, real.looks_like
+    if of_pred.certain and of_real.certain:
+        require_same_scale([("real", of_real), ("pred", of_pred)])
+    for name, found in (("real", of_real), ("pred", of_pred)):
+        if not found.is_usual and found.kind != "zeros":
+            logger.warning("%s looks like %s; expected log1p values", name, found.text)
+    ratio = pred_total / real_total if real_total > 0 else 1.0
+    if not 1 / FAR < ratio < FAR:
+        logger.warning(
+            "cells of pred add up to %.2g times those of real, logarithms undone; were both normalised alike?",
+            ratio,
+        )
 
 
 def of_side(layer: Layer, side: Side) -> str | None:

@@ -23,7 +23,7 @@ import numpy as np
 from scipy import sparse
 
 from invirtuo.checks import some
-from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, of_side
+from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, compare_levels, of_side
 from invirtuo.metrics.rank import ranks
 from invirtuo.metrics.streamed import Streamed
 
@@ -299,6 +299,8 @@ class Pair:
         self.design = design
         self.n_pcs = n_pcs
         self.genes = real.genes
+        if pred.adata is not real.adata:
+            compare_levels(pred, real)
         self._cells = {"pred": pred, "real": real}
         self._control_side: dict[str, Side] = {"pred": "real" if controls == "real" else "pred", "real": "real"}
         self._of_real: dict = {}
