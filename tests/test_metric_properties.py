@@ -37,12 +37,12 @@ def screen(seed=0, labels=("control", "A", "B", "A+C"), kinds=("t1",), n=14):
     for kind in kinds:
         for i, label in enumerate(labels):
             truth = np.random.default_rng([ord(letter) for letter in kind + label])
-            base = np.random.default_rng([ord(letter) for letter in kind]).gamma(1.0, 1.0, 30)
-            rate = base * np.exp(truth.normal(0, 1.2, 30) * (label != "control"))
-            blocks.append(np.log1p(rng.poisson(rate, (n + i, 30)) * rng.uniform(0.5, 2, (n + i, 1))))
+            base = np.random.default_rng([ord(letter) for letter in kind]).gamma(1.0, 1.0, 60)
+            rate = base * np.exp(truth.normal(0, 1.2, 60) * (label != "control"))
+            blocks.append(np.log1p(rng.poisson(rate, (n + i, 60)) * rng.uniform(0.5, 2, (n + i, 1))))
             rows += [(label, kind)] * (n + i)
     obs = pd.DataFrame(rows, columns=["gene", "kind"], index=[f"c{i}" for i in range(len(rows))])
-    names = [f"G{i:02d}" for i in range(29)] + ["A"]
+    names = [f"G{i:02d}" for i in range(59)] + ["A"]
     values = sparse.csr_matrix(np.concatenate(blocks).astype(np.float32))
     return anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=names))
 

@@ -383,7 +383,7 @@ def test_top_k_recall_ties_and_few_genes():
     flat = np.zeros(60)
     assert de.top_k_recall(flat, np.arange(60.0), k=10) == 1.0  # of equal scores the later gene wins
     assert de.top_k_recall(flat, -np.arange(60.0)[::-1], k=10) == 0.0
-    assert de.top_k_recall(np.arange(4.0), np.arange(4.0)[::-1]) == 1.0  # fewer genes than k
+    assert np.isnan(de.top_k_recall(np.arange(4.0), np.arange(4.0)[::-1]))  # the top 50 of 4 genes are all of them
     x, y = np.random.default_rng(0).normal(size=(2, 60))
     shared = set(np.argsort(-np.abs(x))[:7]) & set(np.argsort(-np.abs(y))[:7])
     assert de.top_k_recall(x, y, k=7) == pytest.approx(len(shared) / 7)
@@ -479,7 +479,7 @@ def test_ranks_of_ties_nan_and_one():
     np.testing.assert_allclose(rank.ranks(flat, "lower", ties="worst"), 1.0)
     random = np.concatenate([rank.ranks(flat, "lower", ties="random", seed=seed) for seed in range(200)])
     assert random.mean() == pytest.approx(0.5, abs=0.03) and set(random) == {0, 0.25, 0.5, 0.75, 1}
-    np.testing.assert_array_equal(rank.ranks([[3.0]], "lower"), [0.0])
+    np.testing.assert_array_equal(rank.ranks([[3.0]], "lower"), [np.nan])
     np.testing.assert_allclose(rank.ranks([[np.nan, 1.0], [5.0, 2.0]], "higher"), [1, 0])
     with pytest.raises(ValueError, match="'median'"):
         rank.ranks(flat, "lower", ties="median")
@@ -497,11 +497,23 @@ def test_equal_predictions_rank_in_the_middle():
     np.testing.assert_allclose(ranks, 0.5)
 
 
-def test_one_perturbation_ranks_zero():
+def test_one_perturbation_has_no_rank():
     only = REAL[REAL.obs["gene"].isin(["control", "C"])]
-    table = values(evaluate(PRED[PRED.obs["gene"] == "C"], only, DESIGN))
-    assert (table.filter(like="_rank") == 0).all(axis=None)
+    relative = [name for name, record in METRICS.items() if record.relative]
+    assert {"pds_l1", "pds_norm_l2", "mmd_gex_rank"} < set(relative)
+    scores = evaluate(PRED[PRED.obs["gene"] == "C"], only, DESIGN, [*relative, "rmse_mean"])
+    table = values(scores)
+    assert table[relative].isna().all(axis=None)
     assert table["rmse_mean"].gt(0).all()
+    assert set(scores.attrs["reasons"]) == set(relative)
+    assert "two perturbations" in scores.attrs["reasons"]["mmd_gex_rank"]
+
+
+def test_the_top_50_of_50_genes_mean_nothing():
+    few = REAL[:, :50], PRED[:, :50]
+    scores = evaluate(few[1], few[0], DESIGN, ["deg_recall", "deg_recall_rank", "cosine_logfc"])
+    assert values(scores)["deg_recall"].isna().all()
+    assert "50 genes" in scores.attrs["reasons"]["deg_recall"]
 
 
 # options, edges and messages

@@ -7,11 +7,13 @@ the modules that are imported here.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
+from invirtuo.checks import some
 from invirtuo.metrics import de, discrimination, distribution, generation, mean, population, rank, wilcoxon
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.copies import copying
@@ -51,6 +53,8 @@ __all__ = [
     "view",
     "wilcoxon",
 ]
+
+logger = logging.getLogger(__name__)
 
 PROFILES: dict[str, tuple[str, ...]] = {  # what may be named in place of metrics
     "perturbench": tuple(name for name, record in METRICS.items() if record.default),
@@ -119,7 +123,9 @@ def evaluate(
     pd.DataFrame
         One row per condition and metric: `condition`, `perturbation`, one column per covariate, `metric`, `value`,
         `n_pred`, `n_real`. ``attrs["skipped"]`` maps every condition that is in one file only to the reason,
-        ``attrs["n_scored"]`` and ``attrs["n_nan"]`` count values and missing values (NaN) per metric.
+        ``attrs["n_scored"]`` and ``attrs["n_nan"]`` count values and missing values (NaN) per metric, and
+        ``attrs["reasons"]`` says of metrics that mean nothing here (ranks of a single perturbation, the top 50 of 50
+        genes) why they are NaN.
 
     Raises
     ------
@@ -218,16 +224,38 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     values = {}
     # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
     for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
-        of_groups = [np.asarray(METRICS[name].values(pair, group), dtype=float) for group in pair.groups]
-        values[name] = np.concatenate(of_groups)
+        values[name] = np.concatenate([_values(METRICS[name], pair, group) for group in pair.groups])
     conditions = [condition for group in pair.groups for condition in pair.names(group)]
     table = pd.DataFrame({"condition": conditions, **values}).melt("condition", var_name="metric")
     table["metric"] = pd.Categorical(table["metric"], categories=chosen)
     table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
     result = _with_labels(table, pair)
-    counts = summarize(result)
-    result.attrs = {"skipped": dict(pair.skipped)} | {name: counts[name].to_dict() for name in ("n_scored", "n_nan")}
+    counts, reasons = summarize(result), _reasons(pair, chosen)
+    result.attrs = {"skipped": dict(pair.skipped), "reasons": reasons}
+    result.attrs |= {name: counts[name].to_dict() for name in ("n_scored", "n_nan")}
+    for reason in dict.fromkeys(reasons.values()):
+        logger.warning("NaN for %s: %s", some([name for name in reasons if reasons[name] == reason]), reason)
     return result
+
+
+def _values(record: Metric, pair: Pair, group: str) -> np.ndarray:
+    """(P,) values of a metric in a group; NaN where it means nothing."""
+    n_conditions = len(pair.names(group))
+    if record.relative and n_conditions < 2:
+        return np.full(n_conditions, np.nan)
+    return np.asarray(record.values(pair, group), dtype=float)
+
+
+def _reasons(pair: Pair, chosen: Sequence[str]) -> dict[str, str]:
+    """Metric to why it is NaN, where that can be said beforehand."""
+    alone = [group for group in pair.groups if len(pair.names(group)) < 2]
+    reasons = {}
+    for name in chosen:
+        if METRICS[name].relative and alone:
+            reasons[name] = f"a place among others needs two perturbations; there is one in {some(alone)}"
+        if name.startswith("deg_recall") and len(pair.genes) <= de.TOP:
+            reasons[name] = f"the top {de.TOP} of {len(pair.genes)} genes are the same for every prediction"
+    return reasons
 
 
 def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",), *, compat: bool = False) -> pd.DataFrame:

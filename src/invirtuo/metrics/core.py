@@ -60,6 +60,8 @@ class Metric:
         Takes (pair, group), returns (P,): one value for each condition of the covariate group.
     default
         Whether `evaluate` computes it when no metrics are named.
+    relative
+        Whether it places a prediction among those of other perturbations; NaN in groups with one perturbation.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Metric:
     reference: str
     values: Callable[[Pair, str], np.ndarray]
     default: bool = True
+    relative: bool = False
 
 
 METRICS: dict[str, Metric] = {}
@@ -111,12 +114,13 @@ def metric(
     pairwise: Callable | None = None,
     ranked: bool = False,
     default: bool = True,
+    relative: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Register a plain function as a metric; the function itself is returned unchanged.
 
     Parameters
     ----------
-    name, label, direction, range, best, definition, reference, default
+    name, label, direction, range, best, definition, reference, default, relative
         See :class:`Metric`.
     on
         The view that the function compares: it takes (pred, real) and returns a float. None: the function takes
@@ -134,7 +138,7 @@ def metric(
             raise ValueError(f"metric {name!r}: ranked=True needs a view to compare and a direction; name both")
         compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
-        METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default)
+        METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default, relative)
         if ranked and direction is not None:
             METRICS[f"{name}_rank"] = Metric(
                 name=f"{name}_rank",
@@ -146,6 +150,7 @@ def metric(
                 reference=reference,
                 values=lambda pair, group: ranks(compare.matrix(pair, group), direction),
                 default=default,
+                relative=True,
             )
         return function
 

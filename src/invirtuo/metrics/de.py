@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["p_values", "signed_log_p", "t_scores", "top_degs", "top_k_recall"]
 
+TOP = 50  # genes that count as the strongest
 Moments = tuple[np.ndarray, np.ndarray, int]  # mean (g,), variance (g,) with n - 1, number of cells
 
 
@@ -50,7 +51,9 @@ def logp_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 
 def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
     """All pairs at once: shared members of two families of gene sets."""
-    chosen = [np.stack([_among_top(scores, 50) for scores in views]).astype(float) for views in (preds, reals)]
+    if len(reals[0]) <= TOP:
+        return np.full((len(preds), len(reals)), np.nan)
+    chosen = [np.stack([_among_top(scores, TOP) for scores in views]).astype(float) for views in (preds, reals)]
     return chosen[0] @ chosen[1].T / chosen[1].sum(axis=1)
 
 
@@ -90,7 +93,7 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
     on="logfc",
     default=False,
 )
-def top_k_recall(pred: np.ndarray, real: np.ndarray, k: int = 50) -> float:
+def top_k_recall(pred: np.ndarray, real: np.ndarray, k: int = TOP) -> float:
     """Share of the k largest absolute scores that both vectors have in common, up and down mixed.
 
     Parameters
@@ -98,9 +101,11 @@ def top_k_recall(pred: np.ndarray, real: np.ndarray, k: int = 50) -> float:
     pred, real
         (g,) scores, genes in alphabetical order: of equal scores the later gene counts as larger.
     k
-        Number of genes; all of them if there are fewer.
+        Number of genes. NaN if there are no more: the top k of k genes are all of them, whatever was predicted.
     """
-    return float((_among_top(pred, k) & _among_top(real, k)).sum() / min(k, len(real)))
+    if k >= len(real):
+        return np.nan
+    return float((_among_top(pred, k) & _among_top(real, k)).sum() / k)
 
 
 def t_scores(group: Moments, control: Moments) -> np.ndarray:

@@ -131,6 +131,7 @@ for _distance, _label in _LABELS.items():
         "than its own, target genes left out; depends on P",
         reference=CELL_EVAL,
         default=False,
+        relative=True,
     )(partial(of_group, distance=_distance))
     metric(
         f"pds_norm_{_distance}",
@@ -142,4 +143,5 @@ for _distance, _label in _LABELS.items():
         "own; 1 / P is expected of a guess",
         reference=STATE,
         default=False,
+        relative=True,
     )(partial(of_group, distance=_distance, normalised=True))

@@ -21,7 +21,8 @@ def ranks(
 ) -> np.ndarray:
     """Place of each condition's own pair among the P candidates, from 0 (closest) to 1 (farthest).
 
-    The zero-based position is divided by P - 1; a single condition gets 0, a guess 0.5 on average. NaN comes last.
+    The zero-based position is divided by P - 1, so that a guess gets 0.5 on average; a single condition has no place
+    and gets NaN. Among several NaN comes last.
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def ranks(
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"expected a (P, P) matrix of predictions by real conditions; found shape {matrix.shape}")
     if len(matrix) == 1:
-        return np.zeros(1)
+        return np.full(1, np.nan)
     candidates = matrix.T if by == "real" else matrix  # row j: what competes for j
     badness = candidates if direction == "lower" else -candidates
     badness = np.where(np.isfinite(badness), badness, np.finfo(float).max / 4)
