@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import fields, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -76,33 +77,38 @@ def stirred(model: nn.Module) -> nn.Module:
     return model
 
 
-def asked(kind, config):
-    """A model with random weights, cells of one condition for it, and a function that draws from it."""
+@cache
+def toy(space: str, verb: str):
+    """Cells, and the design that a model of this kind asks for."""
     cells = iv.datasets.toy(n_cells=240, n_genes=14)
-    if kind.space != "counts":
+    if space != "counts":
         cells = iv.preprocess.normalize(cells)
-    columns = {"perturbation": "perturbation", "control": "control"} if kind.verb != "forecast" else {}
-    if kind.verb == "forecast":
+    columns = {"perturbation": "perturbation", "control": "control"}
+    if verb == "forecast":
         cells.obs["time"] = np.arange(cells.n_obs) % 10 / 10
         columns = {"time": "time"}
-    design = iv.Design.from_adata(cells, covariates=["cell_type", "batch"], **columns)
+    return cells, iv.Design.from_adata(cells, covariates=["cell_type", "batch"], **columns)
+
+
+def asked(kind, config):
+    """A model with random weights, cells of one condition for it, and a function that draws from it."""
+    cells, design = toy(kind.space, kind.verb)
     dataset = iv.CellDataset(cells, design)
     model = kind(design, cells.var_names, config)
     model.prepare(dataset)
     stirred(model)
-    rows = np.arange(N)
-    if kind.verb == "predict":
-        rows = np.flatnonzero((cells.obs["perturbation"] == "A").to_numpy() & (cells.obs["cell_type"] == "b_cell"))[:N]
-    batch = dataset.take(rows)
+    is_one_condition = (cells.obs["perturbation"] == "A") & (cells.obs["cell_type"] == "b_cell")
+    batch = dataset.take(np.flatnonzero(is_one_condition)[:N])
     batch = Batch(batch.condition, source=batch.target, size_factor=torch.ones(N))
+    options = SampleConfig(steps=1, solver="euler", precision="fp32")
 
     def draw(batch: Batch):
         generator = torch.Generator().manual_seed(0)
         if kind.verb == "generate":
-            return model.likelihood(batch, torch.ones(1, 3), generator, SampleConfig(steps=1))[0].log_mean
+            return model.likelihood(batch, torch.ones(1, 3), generator, options)[0].log_mean
         if kind.verb == "forecast":
             return model.velocity(torch.eye(N, 3))(batch.source.expand(config.n_members, -1, -1), torch.tensor(0.5))
-        return model.sample(batch, generator, SampleConfig(steps=1, solver="euler", precision="fp32"))
+        return model.sample(batch, generator, options)
 
     return model, batch, draw
 
@@ -117,10 +123,12 @@ def network_of(model: nn.Module, draw):
         told = given if record is None else record._asdict()
         if {"t", "labels"} & set(told) and not inside:
             calls.append((module, given, dict(told)))
-        inside.append(module) if calls else None
+        if calls:
+            inside.append(module)
 
     def leave(module, args, output):
-        inside.pop() if inside else None
+        if inside:
+            inside.pop()
 
     hooks = []
     for module in model.modules():

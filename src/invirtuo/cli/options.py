@@ -100,13 +100,21 @@ def print_rows(rows, header: tuple[str, ...] | None = None, console: Console | N
     for number, columns in enumerate(blocks):
         table = Table(show_header=header is not None, box=None, pad_edge=False)
         for column in columns:
-            is_number = header is not None and column > 0
-            table.add_column(escape(names[column]), overflow="fold", justify="right" if is_number else "left")
+            numeric = all(_is_number(row[column]) for row in rows)
+            table.add_column(escape(names[column]), overflow="fold", justify="right" if numeric else "left")
         for row in rows:
             table.add_row(*(escape(row[column]) for column in columns))
         if number:
             console.print()
         console.print(table)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _beside_each_other(widths: list[int], width: int) -> list[list[int]]:
