@@ -5,8 +5,8 @@ python benchmarks/dynamics.py synthetic --out docs/results/dynamics
 python benchmarks/dynamics.py PART --data-dir DATA --out docs/results/dynamics
 
 with PART `cells` (held-out donors), `later` (later pseudotime), `penalties` (sparsity against error), `progenitors`
-(CD34+ marrow, Paul15) or `walking` (motion capture). `speed` needs the extra [ode]. `synthetic` and `cells` write rows
-as they come; a run that was stopped goes on where it was.
+(CD34+ marrow, Paul15) or `walking` (motion capture). `speed` needs torchdiffeq (pip install torchdiffeq).
+`synthetic` and `cells` write rows as they come; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations

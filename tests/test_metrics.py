@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse, stats
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.metrics import r2_score as sklearn_r2
@@ -713,6 +714,13 @@ def test_score_of_a_pair_computes_shared_parts_once(monkeypatch):
 
 
 # generated populations
+
+
+def test_transport_of_equal_numbers_is_an_assignment():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7, 60):
+        cost = cdist(rng.normal(size=(n, 3)), rng.normal(0.5, 1, size=(n, 3)))
+        assert generation.transport_cost(cost) == pytest.approx(cost[linear_sum_assignment(cost)].mean(), rel=1e-12)
 
 
 def test_transport_of_unequal_numbers_is_that_of_copies():

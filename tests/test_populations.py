@@ -78,6 +78,28 @@ def test_log_values_are_taken_as_they_are(cells, design, tmp_path):
     np.testing.assert_allclose(by_counts.loc[rows, "value"], by_logs.loc[rows, "value"], rtol=1e-4)
 
 
+def test_large_classes_are_cut_to_so_many_cells(cells, design, tmp_path, capsys):
+    """The same cells whatever else is judged, the note says so, and all cells are in the tables of genes."""
+    arguments = {"metrics": ["zeros_distance", "wasserstein2"], "n_pcs": 5, "max_cells": 30}
+    table = judge({"a": cells[:300]}, cells[300:], design, tmp_path / "cut", **arguments, progress=True)
+    assert "scores" in capsys.readouterr().out
+    kept = table[table["model"] == "a"]
+    numbers = cells.obs["cell_type"][300:].value_counts()
+    by_class = kept[kept["task"] == "class by class"].set_index("condition")["n_real"]
+    assert (by_class == numbers.clip(upper=30)[by_class.index]).all() and (kept["n_pred"] <= 30).all()
+    assert (kept.loc[kept["task"] != "class by class", ["n_real", "n_pred"]] == 30).all(axis=None)
+    facts = folder.read_run(tmp_path / "cut" / "run.json")
+    assert facts["cells"] == {"real": 300, "a": 300} and "at most 30 cells were scored" in facts["notes"][0]
+    assert "at most 30 cells were scored" in (tmp_path / "cut" / "report.html").read_text()
+    more = judge({"a": cells[:300], "b": cells[:100]}, cells[300:], design, tmp_path / "more", **arguments)
+    pd.testing.assert_frame_equal(more[more["model"] == "a"].reset_index(drop=True), kept.reset_index(drop=True))
+    whole = judge({"a": cells[:300]}, cells[300:], design, tmp_path / "whole", **(arguments | {"max_cells": None}))
+    assert whole["n_real"].max() == 300 and "notes" not in folder.read_run(tmp_path / "whole" / "run.json")
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match="max_cells is 0; expected at least 1"):
+        judge({"a": cells}, cells, design, tmp_path / "none", max_cells=0)
+
+
 def test_what_cannot_be_judged(cells, design, tmp_path):
     with pytest.raises(ValueError, match="no generated cells are given"):
         judge({}, cells, design, tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from invirtuo.checks import some
 from invirtuo.files import read_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
+from invirtuo.model.base import track
 from invirtuo.multimodal import PEAK
 from invirtuo.report import write_report
 from invirtuo.values import looks_like_counts
@@ -45,8 +46,10 @@ def judge(
     metrics: Sequence[str] | str = "generation",
     n_pcs: int = 30,
     min_cells: int = 20,
+    max_cells: int | None = 2000,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> pd.DataFrame:
     """Score generated cells of several origins against the same real cells; write tables, pictures and a report.
 
@@ -70,10 +73,16 @@ def judge(
         Principal components of metrics in that space.
     min_cells
         Classes with fewer real cells are not scored by themselves; they count in all cells together.
+    max_cells
+        Most cells of each class and origin that are scored, and most of all cells together; the rest is left out at
+        random. Kernels and neighbourhoods take a time that grows with the square of the number of cells, optimal
+        transport more. None scores all.
     seed
         Of the halves of the noise floor, and of the cells that are drawn.
     about
         More facts for ``run.json``.
+    progress
+        Show a progress bar.
 
     Returns
     -------
@@ -87,21 +96,13 @@ def judge(
     """
     if not generated:
         raise ValueError("no generated cells are given; expected a name and an AnnData or a file for each origin")
+    if max_cells is not None and max_cells < 1:
+        raise ValueError(f"max_cells is {max_cells}; expected at least 1, or None to score all cells")
     out, truth = Path(out), _logged(real)
     sides = {name: _logged(cells) for name, cells in generated.items()}
-    tables = []
-    for task, roles in ((BY_CLASS, design), (TOGETHER, _without_classes(design))):
-        scored = _of_large_classes(truth, roles, min_cells)
-        pair: Pair | None = None
-        for name, cells in sides.items():
-            known = cells[roles.names(cells.obs).isin(roles.names(scored.obs).unique()).to_numpy()]
-            if not known.n_obs:
-                raise ValueError(f"{name} has none of the classes of the real cells: {some(roles.names(scored.obs))}")
-            pair = Pair(known, scored, roles, n_pcs=n_pcs) if pair is None else pair.against(known)
-            tables.append(score(pair, metrics).assign(model=name, task=task))
-        floor = noise_floor(scored, roles, metrics, n_pcs=n_pcs, seed=seed)
-        tables.append(floor.assign(model=FLOOR, task=task))
-    scores = pd.concat(tables, ignore_index=True)
+    tables = _scored(sides, truth, design, metrics, n_pcs, min_cells, max_cells, seed)
+    n_tables = 2 * (len(sides) + 1)
+    scores = pd.concat(track(tables, "scores", progress, n_tables), ignore_index=True)
     write_table(out / "scores.csv", scores)
     write_table(out / "genes.csv", _genes({"real": truth, **sides}))
     write_table(out / "cells.csv", _cells({"real": truth, **sides}, seed))
@@ -109,10 +110,41 @@ def judge(
     about = {"title": "Do generated cells look real?", **(about or {})}
     facts = {**about, "baselines": ["independent_nb", "training cells"], "seed": seed, "n_pcs": n_pcs}
     facts["cells"] = {name: cells.n_obs for name, cells in {"real": truth, **sides}.items()}
+    if max_cells is not None and max(facts["cells"].values()) > max_cells:
+        facts["notes"] = [
+            f"Of each class and origin, and of all cells together, at most {max_cells:,} cells were scored, "
+            f"drawn at random with seed {seed}."
+        ]
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
     write_report(out, out / "report.html")
     return scores
+
+
+def _scored(
+    sides: Mapping[str, AnnData],
+    truth: AnnData,
+    design: Design,
+    metrics: Sequence[str] | str,
+    n_pcs: int,
+    min_cells: int,
+    max_cells: int | None,
+    seed: int,
+) -> Iterator[pd.DataFrame]:
+    """Scores of every origin and of the noise floor, class by class, then of all cells together."""
+    for task, roles in ((BY_CLASS, design), (TOGETHER, _without_classes(design))):
+        real = _at_most(max_cells, _of_large_classes(truth, roles, min_cells), roles, seed)
+        classes = roles.names(real.obs).unique()
+        pair: Pair | None = None
+        for name, cells in sides.items():
+            known = cells[roles.names(cells.obs).isin(classes).to_numpy()]
+            if not known.n_obs:
+                raise ValueError(f"{name} has none of the classes of the real cells: {some(classes)}")
+            known = _at_most(max_cells, known, roles, seed)
+            pair = Pair(known, real, roles, n_pcs=n_pcs) if pair is None else pair.against(known)
+            yield score(pair, metrics).assign(model=name, task=task)
+        floor = noise_floor(real, roles, metrics, n_pcs=n_pcs, seed=seed)
+        yield floor.assign(model=FLOOR, task=task)
 
 
 def marker_correlation(
@@ -193,6 +225,16 @@ def _of_large_classes(real: AnnData, design: Design, min_cells: int) -> AnnData:
     if not len(large):
         raise ValueError(f"no class has {min_cells} real cells; found {some(names.unique())}. Lower min_cells")
     return real[names.isin(large).to_numpy()].copy()
+
+
+def _at_most(max_cells: int | None, cells: AnnData, design: Design, seed: int) -> AnnData:
+    """The cells, or so many of each class at random."""
+    names = design.names(cells.obs).reset_index(drop=True)
+    if max_cells is None or names.value_counts().max() <= max_cells:
+        return cells
+    order = pd.Series(np.random.default_rng(seed).permutation(cells.n_obs))
+    rank = order.groupby(names.to_numpy()).rank()
+    return cells[(rank <= max_cells).to_numpy()]
 
 
 def _values(adata: AnnData) -> sparse.csr_matrix:

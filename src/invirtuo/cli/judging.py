@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -109,6 +110,12 @@ def judge(
     metrics: Annotated[str, typer.Option(help="Names or profiles joined by commas.")] = "generation",
     n_pcs: Annotated[int, typer.Option(help="Principal components of metrics in that space.")] = 30,
     min_cells: Annotated[int, typer.Option(help="Real cells that a class needs to be scored by itself.")] = 20,
+    max_cells: Annotated[
+        int,
+        typer.Option(
+            help="Most cells of each class and origin that are scored, the others left out at random; 0: all."
+        ),
+    ] = 2000,
     seed: Annotated[int, typer.Option(help="Of the noise floor and of the cells drawn.")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -121,10 +128,21 @@ def judge(
     design = Design.from_adata(reality, perturbation=perturbation, control=control, covariates=covariate or [])
     sides = {name: read_h5ad(path) for name, path in pairs("--generated", generated).items()}
     scores = judge_(
-        sides, reality, design, out, metrics=metrics.split(","), n_pcs=n_pcs, min_cells=min_cells, seed=seed
+        sides,
+        reality,
+        design,
+        out,
+        metrics=metrics.split(","),
+        n_pcs=n_pcs,
+        min_cells=min_cells,
+        max_cells=max_cells or None,
+        seed=seed,
+        progress=not quiet,
     )
     if not quiet:
         print_scores(scores[scores["task"] == scores["task"].iloc[-1]])
+        for note in json.loads((out / "run.json").read_text(encoding="utf-8")).get("notes", []):
+            typer.echo(note)
         typer.echo(f"report: {out / 'report.html'}")
 
 

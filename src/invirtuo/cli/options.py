@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BETTER = {"higher": "↑", "lower": "↓"}
+MOST_COLUMNS = 6  # metrics beside each other; of more each has a row
 
 Covariate = Annotated[list[str] | None, typer.Option(help="Covariate column of obs; may be given several times.")]
 Perturbation = Annotated[
@@ -62,30 +68,66 @@ def read_csv(path: Path, option: str = "--conditions"):
         raise ValueError(f"{path} is not a CSV table: {error}") from error
 
 
-def print_scores(scores) -> None:
-    """Mean over conditions: a row per model, or, for one model, a row per metric."""
+def print_scores(scores, console: Console | None = None) -> None:
+    """Mean over conditions: a row per model, or, of many metrics or for one model, a row per metric."""
+    from invirtuo.metrics import METRICS
+
+    def labelled(name: str) -> str:
+        direction = METRICS[name].direction if name in METRICS else None
+        return f"{name} {BETTER[direction]}" if direction else name
+
     table = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", sort=False)
-    if len(table) == 1:
+    table = table.rename(columns=labelled)
+    if len(table) == 1 or table.shape[1] > MOST_COLUMNS:
         table = table.T
     rows = [(str(name), *(f"{value:.3f}" for value in row)) for name, row in table.iterrows()]
-    print_rows(rows, header=(table.index.name, *map(str, table.columns)))
+    print_rows(rows, header=(str(table.index.name), *map(str, table.columns)), console=console)
 
 
-def print_rows(rows, header: tuple[str, ...] | None = None) -> None:
-    """Print a table."""
+def print_rows(rows, header: tuple[str, ...] | None = None, console: Console | None = None) -> None:
+    """Print a table; with a header, columns that do not fit beside each other follow below, after the first one."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    rows = [tuple(escape(str(value)) for value in row) for row in rows]
+    rows = [tuple(str(value) for value in row) for row in rows]
     if not rows:
         return
-    table = Table(show_header=header is not None, box=None, pad_edge=False)
-    for name in header or [""] * len(rows[0]):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    console = console or Console()
+    names = header or ("",) * len(rows[0])
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    blocks = [range(len(names))] if header is None else _beside_each_other(widths, console.width)
+    for number, columns in enumerate(blocks):
+        table = Table(show_header=header is not None, box=None, pad_edge=False)
+        for column in columns:
+            numeric = all(_is_number(row[column]) for row in rows)
+            table.add_column(escape(names[column]), overflow="fold", justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*(escape(row[column]) for column in columns))
+        if number:
+            console.print()
+        console.print(table)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _beside_each_other(widths: list[int], width: int) -> list[list[int]]:
+    """Numbers of the columns of each block that fits into a width; the first column is in all of them."""
+    gap = 2  # spaces between columns
+    blocks, used = [[0]], widths[0]
+    for column in range(1, len(widths)):
+        if used + gap + widths[column] > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(column)
+        used += gap + widths[column]
+    return blocks
 
 
 def model_with(run: Path, verb: str) -> Any:

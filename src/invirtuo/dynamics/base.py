@@ -378,8 +378,9 @@ class Forecaster(Model):
         -------
         DataFrame, strongest first: ``regulator``, ``target``; ``score``, mean ``|df_j / dx_i|``, standardised genes;
         ``sign`` of the mean; ``consistency``, size of the mean over the score; ``frequency``, share of the ensemble in
-        which the edge is open; ``gate``, probability that it is open; ``support``, whether forecasts of held-out
-        courses back it. Edges are predictive dependencies and no proof of regulation.
+        which the edge is open; ``gate``, probability that it is open; ``support``, what forecasts of held-out
+        courses say: edges have none where they fail, and were not tested where they succeed. Edges are predictive
+        dependencies and no proof of regulation.
         """
         self._check_fitted()
         return edge_table(self, labels, n_edges)

@@ -81,8 +81,12 @@ def edge_table(model: Forecaster, labels: Mapping[str, str] | None = None, n_edg
 
 
 def support(model: Forecaster) -> str:
-    """Whether forecasts of held-out courses back what is read from the field."""
-    words = {True: "forecasts beat baselines", False: "not supported by forecasting", None: "not checked"}
+    """What forecasts of held-out courses say of the field; good ones are no test of its edges."""
+    words = {
+        True: "forecasts beat simple ones; edges not tested",
+        False: "not supported by forecasting",
+        None: "not checked",
+    }
     return words[model.card.get("beats_baselines")]
 
 

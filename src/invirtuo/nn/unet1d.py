@@ -148,10 +148,12 @@ class Conv(nn.Conv2d):
 
 
 class GroupNormAct(nn.GroupNorm):
-    """GroupNorm with 32 groups (fewer where the width asks for it) of x + shift, then SiLU."""
+    """GroupNorm with 32 groups, fewer below 256 channels, of x + shift, then SiLU."""
 
     def __init__(self, channels: int, *, activation: bool = True):
-        groups = next(n for n in range(min(32, channels), 0, -1) if channels % n == 0)
+        # 8 channels a group, as at the paper's widths: with one, the norm takes off the shift that it was given
+        most = max(min(32, channels // 8), 1)
+        groups = next(n for n in range(most, 0, -1) if channels % n == 0)
         super().__init__(groups, channels, eps=1e-5)
         self.activation = activation
 
