@@ -6,7 +6,7 @@ import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -241,7 +241,7 @@ def some(values, limit: int = 5) -> str:
     return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
 
 
-def whole(name: str, value: object, least: int = 1) -> int:
+def whole(name: str, value: Any, least: int = 1) -> int:
     """A whole number of at least `least`, also of another type than int.
 
     Raises

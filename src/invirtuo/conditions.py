@@ -7,7 +7,7 @@ mapping of column to value, or a row of a table. All are read in the canonical f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from invirtuo.design import Design
 
 __all__ = ["Conditions", "as_table", "matches", "wanted"]
 
-Conditions = pd.DataFrame | Mapping[str, Any] | str | Sequence  # a table, a condition, or several
+Conditions: TypeAlias = pd.DataFrame | Mapping[str, Any] | str | Sequence  # a table, a condition, or several
 
 
 def wanted(conditions: Conditions, columns: Sequence[str], design: Design) -> list[dict[str, Any]]:

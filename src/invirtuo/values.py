@@ -6,7 +6,7 @@ on disk and views; the scale is judged on a sample of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -232,7 +232,9 @@ def canonical_csr(x: Any, dtype: Any = None) -> sparse.csr_matrix:
 
 def _logarithm(rows: sparse.csr_matrix, maximum: float) -> tuple[Kind, float | None, bool]:
     """Which logarithm was taken, the total of every cell before, and whether counts can be recognised behind it."""
-    bases = BASES if rows.shape[1] >= FEW_VALUES else {"log1p": np.e}  # one of few genes may make up a whole sum
+    bases: Mapping[Kind, float] = (
+        BASES if rows.shape[1] >= FEW_VALUES else {"log1p": np.e}
+    )  # one of few genes may make up a whole sum
     for kind, base in bases.items():
         if maximum > (LOG2_MAX if kind == "log2" else LOG_MAX):
             continue
