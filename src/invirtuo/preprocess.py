@@ -187,6 +187,7 @@ def knockdown(
     by: Literal["context"] | None = None,
     strict: bool = False,
     gene_names: str | None = None,
+    unmeasured: Literal["drop", "keep"] = "drop",
 ) -> AnnData:
     """Keep the cells in which the knocked-down gene is really down [1]_; for knock-down screens only.
 
@@ -199,7 +200,10 @@ def knockdown(
     adata
         log1p of depth-normalised counts.
     design
-        Perturbation labels are names of genes; other labels (combinations too) are dropped and listed.
+        Perturbation labels are names of genes.
+    unmeasured
+        What becomes of labels that are no gene of the data (a panel without the target, drugs, combinations), and so
+        cannot be judged: "drop", the published rule, or "keep". They are listed either way.
     scale
         "linear" compares expm1(X), "as_is" compares X itself, as cell-load does.
     by
@@ -219,6 +223,8 @@ def knockdown(
     .. [1] Adduri et al. 2025, "Predicting cellular responses to perturbation across diverse contexts with State",
        section 5.5.2.
     """
+    if unmeasured not in ("drop", "keep"):
+        raise ValueError(f"unmeasured is {unmeasured!r}; expected 'drop' or 'keep'")
     if scale == "linear":
         require_log(adata)
     names = pd.Index(adata.var_names if gene_names is None else adata.var[gene_names])
@@ -232,7 +238,9 @@ def knockdown(
         cells = np.flatnonzero((labels == label) & (contexts == context))
         reference = is_control & (contexts == context)
         if label not in names:
-            rows.append((context, label, len(cells), 0, "the label is not a gene of the data"))
+            stays = unmeasured == "keep"
+            kept[cells] = stays
+            rows.append((context, label, len(cells), len(cells) * stays, "the label is not a gene of the data"))
             continue
         gene = expression[:, [names.get_loc(label)]].toarray().ravel().astype(np.float64)
         gene = np.expm1(gene) if scale == "linear" else gene
