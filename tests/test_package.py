@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "conditions", "files", "values", "genes", "multimodal", "pseudotime", "store", "workers"),
+        *("checks", "conditions", "files", "values", "genes", "multimodal", "pseudotime", "store", "threads", "workers"),
     },
     {"samplers", "datasets", "fit", "windows"},
     {"dataset"},

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from invirtuo.threads import n_cores
+
 __all__ = ["n_workers", "over_ray"]
 
 
@@ -90,5 +92,4 @@ def n_workers(threads: int) -> int:
     """Workers that this machine has cores for; one where there is a GPU."""
     import torch
 
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if torch.cuda.is_available() else max(1, available // threads)
+    return 1 if torch.cuda.is_available() else max(1, n_cores() // threads)
