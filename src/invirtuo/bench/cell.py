@@ -100,7 +100,7 @@ def compute(cell: Cell) -> Record:
     except Exception as error:  # noqa: BLE001 - one cell must not end the benchmark
         record, costs = failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc()), {}
     else:
-        record = failed(cell, "") | {"status": "ok", "scores": _as_json(scores)}
+        record = failed(cell, "") | {"status": "ok", "scores": as_json(_in_order(scores))}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     return record | {"costs": {**costs, "peak_memory_mib": round(peak)}}
 
@@ -199,10 +199,16 @@ def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> pd.D
     return table[~table["condition"].isin(seen)].assign(model=FLOOR)
 
 
-def _as_json(scores: pd.DataFrame) -> dict[str, Any]:
-    front = [*LABELS, "condition"]
-    table = scores[front + [name for name in scores if name not in front]].astype(object)
+def as_json(scores: pd.DataFrame) -> dict[str, Any]:
+    """A table that :func:`scores_of` a record reads to the last digit."""
+    table = scores.astype(object)
     return {"columns": list(table), "rows": table.where(table.notna(), None).to_numpy().tolist()}
+
+
+def _in_order(scores: pd.DataFrame) -> pd.DataFrame:
+    """What the row is of first."""
+    front = [*LABELS, "condition"]
+    return scores[front + [name for name in scores if name not in front]]
 
 
 def _hash(settings: Mapping[str, Any]) -> str:

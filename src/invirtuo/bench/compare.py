@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
+from invirtuo.bench.cell import as_json, scores_of
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
-from invirtuo.files import writing
+from invirtuo.checks import some
+from invirtuo.dataset import CellDataset
+from invirtuo.files import write_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
 
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["compare", "panels"]
 
 logger = logging.getLogger(__name__)
+
+Axes: TypeAlias = tuple[np.ndarray, np.ndarray]  # (g,) centre and (g, 2) directions
 
 EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
 PANEL_CELLS = 400  # cells of one kind drawn in one panel
@@ -49,8 +56,12 @@ def compare(
     n_pcs: int = 30,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> pd.DataFrame:
     """Fit, predict and score every entry; write what a report needs.
+
+    Scores are written as they come. A comparison that was stopped goes on with the same call: entries that are done are
+    read, a fit goes on from its last checkpoint, and the numbers are the same.
 
     Parameters
     ----------
@@ -72,46 +83,126 @@ def compare(
         Of sampling and of the halves of the noise floor.
     about
         More facts for ``run.json``.
+    overwrite
+        Compute entries anew that `out` holds with other settings or of other data.
 
     Returns
     -------
     The tidy scores with a column ``model``, the noise floor among them.
+
+    Raises
+    ------
+    ValueError
+        If `out` holds an entry with other settings, and is not to be overwritten.
     """
     out = Path(out)
     real = adata[(split == part).to_numpy()].copy()
-    tables, histories, predictions, runs = [], [], {}, []
+    plan = {
+        "data": CellDataset(adata, design, split).fingerprint(),
+        "split": hashlib.sha256("|".join(split).encode()).hexdigest()[:16],
+        "asked": [part, metrics, n_cells, n_pcs, seed, version("invirtuo")],
+    }
+    rows = [_Row(out, entry, plan) for entry in entries]
+    for row in rows:
+        row.check(overwrite=overwrite)
+    axes = principal_axes(adata.X, 2)
     pair: Pair | None = None
-    for entry in entries:
-        started = time.perf_counter()
-        model, fit = entry.make(design, adata.var_names)
-        logger.info("fitting %s", entry.label)
-        model.fit(adata, split=split, config=fit)
-        fitted = time.perf_counter()
-        level = EFFECT_LEVEL if entry is entries[0] and _gives_intervals(model, part) else None
-        predicted = model.predict(part, n_cells=n_cells, seed=seed, effect_level=level, **entry.predict)
-        done = time.perf_counter()
-        pair = Pair(predicted, real, design, n_pcs=n_pcs) if pair is None else pair.against(predicted)
-        tables.append(score(pair, metrics).assign(model=entry.label))
-        histories.append(model.history.assign(model=entry.label))
-        predictions[entry.label] = predicted
-        model.save(out / "models" / entry.label)
-        runs.append(_facts(entry, model, fit, fitted - started, done - fitted))
-    tables.append(noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model=FLOOR))
-    scores = pd.concat(tables, ignore_index=True)
-    scores = scores[scores["condition"].isin(set(tables[0]["condition"]))].reset_index(drop=True)
+    for row in rows:
+        if not row.record:
+            level = EFFECT_LEVEL if row is rows[0] else None
+            predicted, facts, history = _drawn(row, adata, design, split, part, n_cells, seed, level)
+            pair = Pair(predicted, real, design, n_pcs=n_pcs) if pair is None else pair.against(predicted)
+            if row is rows[0]:
+                write_table(out / "effects.csv", effects_of(predicted, adata, design))
+                write_h5ad(predicted, out / "predicted.h5ad")
+            write_table(row.folder / "history.csv", history)
+            write_table(row.folder / "panels.csv", _of_model(predicted, row.entry.label, design, axes, seed))
+            row.write(score(pair, metrics).assign(model=row.entry.label), facts)
+        write_table(out / "scores.csv", pd.concat([scores_of(done.record) for done in rows if done.record]))
+    floor = noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model=FLOOR)
+    first = scores_of(rows[0].record)
+    scores = pd.concat([first, *(scores_of(row.record) for row in rows[1:]), floor], ignore_index=True)
+    scores = scores[scores["condition"].isin(set(first["condition"]))].reset_index(drop=True)
     write_table(out / "scores.csv", scores)
-    write_table(out / "history.csv", pd.concat(histories, ignore_index=True))
-    write_table(out / "panels.csv", panels(adata, real, predictions, design, seed))
-    main = predictions[entries[0].label]
-    write_table(out / "effects.csv", effects_of(main, adata, design))
-    with writing(out / "predicted.h5ad") as path:
-        main.write_h5ad(path, compression="gzip")
-    facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "models": runs, "software": software()}
-    if "effect" in main.varm:
+    points = [_of_cells(adata, real, design, axes, seed), *(row.table("panels.csv") for row in rows)]
+    write_table(out / "panels.csv", pd.concat(points, ignore_index=True))
+    history = pd.concat([row.table("history.csv") for row in rows], ignore_index=True)
+    if "step" in history:  # something was trained
+        write_table(out / "history.csv", history)
+    facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "software": software()}
+    facts["models"] = [row.record["facts"] for row in rows]
+    if rows[0].record["facts"]["intervals"]:
         facts["effect level"] = EFFECT_LEVEL
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts, indent=2))
     return scores
+
+
+class _Row:
+    """One entry of a comparison in a folder of its own, by which a comparison that was stopped goes on."""
+
+    def __init__(self, out: Path, entry: Entry, plan: Mapping[str, Any]):
+        self.out, self.entry = out, entry
+        self.folder = out / "rows" / entry.label
+        described = entry.describe()
+        for options in (described["fit"], described["predict"]):
+            (options or {}).pop("progress", None)  # changes no number
+        self.settings = json.loads(json.dumps({**plan, "entry": described}))
+        self.record: dict[str, Any] = {}  # empty until the row is done
+
+    def check(self, *, overwrite: bool) -> None:
+        """Read what an earlier call computed, if it asked for the same.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds a row with other settings, unless it may be overwritten.
+        """
+        path = self.folder / "record.json"
+        if not path.is_file():
+            return
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["settings"] == self.settings:
+            self.record = record
+        elif not overwrite:
+            other = [name for name in self.settings if record["settings"].get(name) != self.settings[name]]
+            raise ValueError(
+                f"{self.out} holds {self.entry.label} with another {some(other)}; give another folder, or overwrite it"
+            )
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table of the row; labels stay as they are written."""
+        return pd.read_csv(self.folder / name, keep_default_na=False, na_values=[""])
+
+    def write(self, scores: pd.DataFrame, facts: Mapping[str, Any]) -> None:
+        """Keep what was computed; last, as it says that the row is done."""
+        self.record = {"settings": self.settings, "facts": facts, "scores": as_json(scores)}
+        with writing(self.folder / "record.json") as path:
+            path.write_text(json.dumps(self.record), encoding="utf-8")
+
+
+def _drawn(
+    row: _Row,
+    adata: AnnData,
+    design: Design,
+    split: pd.Series,
+    part: str,
+    n_cells: int,
+    seed: int,
+    level: float | None,
+) -> tuple[AnnData, dict[str, Any], pd.DataFrame]:
+    """Cells that an entry draws, what there is to know of it, and its history; the model is saved."""
+    started = time.perf_counter()
+    model, fit = row.entry.make(design, adata.var_names)
+    logger.info("fitting %s", row.entry.label)
+    model.fit(adata, split=split, config=fit, folder=row.folder / "checkpoints", resume=True)
+    fitted = time.perf_counter()
+    level = level if _gives_intervals(model, part) else None
+    predicted = model.predict(part, n_cells=n_cells, seed=seed, effect_level=level, **row.entry.predict)
+    done = time.perf_counter()
+    model.save(row.out / "models" / row.entry.label, overwrite=True)
+    facts = _facts(row.entry, model, fit, fitted - started, done - fitted)
+    return predicted, facts | {"intervals": level is not None}, model.history.assign(model=row.entry.label)
 
 
 def _gives_intervals(model: Model, part: str) -> bool:
@@ -135,28 +226,42 @@ def _facts(entry: Entry, model: Model, fit: FitConfig, fit_seconds: float, predi
     }
 
 
+def _of_cells(adata: AnnData, real: AnnData, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
+    """Real cells on two components: some of all as background, and those of every held-out condition."""
+    names = design.names(real.obs)
+    tables = [_projected(adata, axes, seed, kind="background", limit=4 * PANEL_CELLS)]
+    for condition in names[~design.is_control(real.obs)].unique():
+        cells = real[(names == condition).to_numpy()]
+        tables.append(_projected(cells, axes, seed, kind="real", condition=condition))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _of_model(predicted: AnnData, label: str, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
+    """Predicted cells on the same two components."""
+    names = design.names(predicted.obs)
+    tables = []
+    for condition in names.unique():
+        cells = predicted[(names == condition).to_numpy()]
+        tables.append(_projected(cells, axes, seed, kind="predicted", condition=condition, model=label))
+    return pd.concat(tables, ignore_index=True)
+
+
 def panels(
     adata: AnnData, real: AnnData, predictions: Mapping[str, AnnData], design: Design, seed: int
 ) -> pd.DataFrame:
     """Cells on the two leading components of all cells: all (background), real and predicted per condition."""
-    rng = np.random.default_rng(seed)
-    centre, axes = principal_axes(adata.X, 2)
+    axes = principal_axes(adata.X, 2)
+    tables = [_of_model(predicted, label, design, axes, seed) for label, predicted in predictions.items()]
+    return pd.concat([_of_cells(adata, real, design, axes, seed), *tables], ignore_index=True)
 
-    def project(cells: AnnData, kind: str, limit: int, condition: str = "", model: str = "") -> pd.DataFrame:
-        rows = np.sort(rng.permutation(cells.n_obs)[:limit])
-        x = cells.X[rows]
-        xy = (np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64) - centre) @ axes
-        return pd.DataFrame(
-            {"pc1": xy[:, 0], "pc2": xy[:, 1], "kind": kind, "model": model, "condition": condition}
-        ).round(4)
 
-    tables = [project(adata, "background", 4 * PANEL_CELLS)]
-    names = design.names(real.obs)
-    for label, predicted in predictions.items():
-        own = design.names(predicted.obs)
-        for condition in own.unique():
-            cells = predicted[(own == condition).to_numpy()]
-            tables.append(project(cells, "predicted", PANEL_CELLS, condition, label))
-    for condition in names[~design.is_control(real.obs)].unique():
-        tables.append(project(real[(names == condition).to_numpy()], "real", PANEL_CELLS, condition))
-    return pd.concat(tables, ignore_index=True)
+def _projected(
+    cells: AnnData, axes: Axes, seed: int, *, kind: str, condition: str = "", model: str = "", limit: int = PANEL_CELLS
+) -> pd.DataFrame:
+    """Some of the cells, drawn by the seed, on two components."""
+    centre, directions = axes
+    rows = np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:limit])
+    x = cells.X[rows]
+    dense = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64)
+    pc1, pc2 = ((dense - centre) @ directions).T.round(4)
+    return pd.DataFrame({"pc1": pc1, "pc2": pc2, "kind": kind, "model": model, "condition": condition})

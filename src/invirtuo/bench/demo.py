@@ -21,8 +21,8 @@ __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
 VALIDATION = "NK cell"  # whose response tells how wide intervals must be
-STEPS, UNET_STEPS, LINEAR_STEPS = 1200, 30, 1200  # optimiser steps per `MINUTES`
-MINUTES = 4.0
+STEPS, LINEAR_STEPS = 1200, 1200  # optimiser steps per `MINUTES`
+MINUTES = 2.0
 
 NOTES = (
     "Main row: PRiMeFlow's flow matching from noise to log expression, with the velocity network 'genewise' in place "
@@ -33,16 +33,24 @@ NOTES = (
     "to what pseudobulks say.",
     "These parts were chosen by looking at the two conditions shown here, so the page flatters the main row; the "
     "documentation of the models has a test on other cell types.",
-    "The row 'primeflow:unet' is the paper's network at width 32 with the training steps that fit the time of a demo: "
-    "it is far from converged and says nothing about the paper's own setting.",
+    "The paper's own network, a U-Net, is not shown: it needs more training than a demo has time for.",
     "linear_additive is fitted by gradient descent, the other baselines in closed form. 'shift' adds the mean effect "
     "to single control cells, the profile predicts one vector for all cells.",
     "One perturbation only: rank metrics carry no meaning here and are left out.",
 )
 
 
-def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, progress: bool = True) -> pd.DataFrame:
+def demo(
+    out: str | Path = "demo",
+    *,
+    seed: int = 0,
+    minutes: float = MINUTES,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> pd.DataFrame:
     """Hold out the response of two cell types, fit PRiMeFlow and the baselines, predict, score, report.
+
+    Scores are written as they come; stopped and called again, it goes on.
 
     Parameters
     ----------
@@ -54,6 +62,8 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
         Scales the training steps to about this many minutes on two cores; the same value gives the same numbers.
     progress
         Show progress bars.
+    overwrite
+        Replace what `out` holds of a demo with other settings.
 
     Returns
     -------
@@ -72,11 +82,9 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
         return replace(preset.fit, steps=max(int(steps * minutes / MINUTES), 2), seed=seed, progress=progress)
 
     fit = training(PRiMeFlow.PRESETS["default"], STEPS)
-    unet_fit = replace(training(PRiMeFlow.PRESETS["small"], UNET_STEPS), val_batches=2)
     linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=1e-2, schedule="cosine")
     entries = [
         Entry("primeflow", "primeflow", None, fit, {"progress": progress}),
-        Entry("primeflow:unet", "primeflow", "small", unet_fit, {"progress": progress, "steps": 5}),
         Entry("linear_additive", "linear_additive", None, linear_fit),
         *BASELINES,
     ]
@@ -85,10 +93,10 @@ def demo(out: str | Path = "demo", *, seed: int = 0, minutes: float = MINUTES, p
         "dataset": "Kang et al. 2018: 13,999 blood cells, 2,010 genes, control and IFN-beta",
         "split": f"held out: the response of {' and '.join(HELD_OUT)} (for validation: {VALIDATION}); their control "
         "cells are known",
-        "baselines": [entry.label for entry in entries[2:]],
+        "baselines": [entry.label for entry in entries[1:]],
         "notes": list(NOTES),
         "minutes": minutes,
     }
-    scores = compare(adata, design, split, entries, out, seed=seed, about=about)
+    scores = compare(adata, design, split, entries, out, seed=seed, about=about, overwrite=overwrite)
     write_report(out, Path(out) / "report.html")
     return scores

@@ -10,7 +10,13 @@ import pandas as pd
 
 __all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline", "score_table"]
 
-BASELINES = ("context_mean", "no_change", "perturbation_mean", "ridge")  # what everybody must beat
+BASELINES = (  # what everybody must beat
+    "context_mean",
+    "no_change",
+    "perturbation_mean",
+    "perturbation_mean:shift-cells",
+    "ridge",
+)
 FLOOR = "noise_floor"
 MAX_CONDITIONS = 200  # rows of a per-condition table; the rest stays in scores.csv
 
