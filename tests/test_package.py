@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "files", "genes", "multimodal", "pseudotime", "store", "workers"),
+        *("checks", "errors", "files", "genes", "multimodal", "pseudotime", "settings", "store", "workers"),
     },
     {"samplers", "datasets", "fit", "windows"},
     {"dataset"},

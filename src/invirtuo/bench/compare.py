@@ -17,7 +17,7 @@ from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
-from invirtuo.files import writing
+from invirtuo.files import check_writable, write_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
 
@@ -77,7 +77,8 @@ def compare(
     -------
     The tidy scores with a column ``model``, the noise floor among them.
     """
-    out = Path(out)
+    check_writable(out, folder=True)
+    out, seed = Path(out), int(seed)
     real = adata[(split == part).to_numpy()].copy()
     tables, histories, predictions, runs = [], [], {}, []
     pair: Pair | None = None
@@ -94,7 +95,7 @@ def compare(
         tables.append(score(pair, metrics).assign(model=entry.label))
         histories.append(model.history.assign(model=entry.label))
         predictions[entry.label] = predicted
-        model.save(out / "models" / entry.label)
+        model.save(out / "models" / entry.label, overwrite=True)
         runs.append(_facts(entry, model, fit, fitted - started, done - fitted))
     tables.append(noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model=FLOOR))
     scores = pd.concat(tables, ignore_index=True)
@@ -104,8 +105,7 @@ def compare(
     write_table(out / "panels.csv", panels(adata, real, predictions, design, seed))
     main = predictions[entries[0].label]
     write_table(out / "effects.csv", effects_of(main, adata, design))
-    with writing(out / "predicted.h5ad") as path:
-        main.write_h5ad(path, compression="gzip")
+    write_h5ad(main, out / "predicted.h5ad")
     facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "models": runs, "software": software()}
     if "effect" in main.varm:
         facts["effect level"] = EFFECT_LEVEL
