@@ -78,7 +78,7 @@ def encoder(data_dir: str | None, vectors: Path, out: Path, steps: int | None) -
     fit = kind.PRESETS["default"].fit
     model = kind(iv.Design.from_adata(cells, covariates=["dataset"]), cells.var_names, config)
     model.fit(cells, config=replace(fit, steps=steps) if steps else fit, folder=out / "encoder-fit", resume=True)
-    model.save(out / "encoder")
+    model.save(out / "encoder", overwrite=True)
     return model
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,24 @@ def run(monkeypatch, capfd):
         return stop.value.code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def full_disk():
+    """A context that is a disk that is full: files of this process cannot grow beyond a size."""
+
+    @contextmanager
+    def limit(size: int):
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limit
 
 
 @pytest.fixture(scope="session")

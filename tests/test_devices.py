@@ -26,7 +26,7 @@ from invirtuo.fit import sharding
 from invirtuo.fit.checkpoint import Checkpoint
 
 CONFIG = iv.FitConfig(steps=12, batch_size=16, precision="fp32", accelerator="cpu", progress=False, val_every=6,
-                      ema=0.9, checkpoint_every=4)  # fmt: skip
+                      ema=0.9, checkpoint_every=4, keep_checkpoints=True)  # fmt: skip
 TINY = {
     "primeflow": iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=2),
     "cpa": iv.models.CPA.Config(width=16, n_latent=4, adversary_steps=3, warmup_steps=2, adversary_width=8),

@@ -411,7 +411,8 @@ def test_nothing_is_left_behind(cells, plan, split, tmp_path, monkeypatch):
 
 def test_checkpoint_is_safetensors_and_json(cells, plan, split, tmp_path):
     model = iv.models.PRiMeFlow(plan, cells.var_names, DROPOUT)
-    model.fit(cells, split, config=replace(CONFIG, keep="best", val_every=6), folder=tmp_path / "run")
+    config = replace(CONFIG, keep="best", val_every=6, keep_checkpoints=True)
+    model.fit(cells, split, config=config, folder=tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["best.safetensors", "history.csv", "last.safetensors"]
     best = load_file(tmp_path / "run" / "best.safetensors")
@@ -426,6 +427,7 @@ def test_checkpoint_is_safetensors_and_json(cells, plan, split, tmp_path):
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
+KEPT = replace(CONFIG, keep_checkpoints=True)
 HARD = replace(CONFIG, steps=17, accumulate=2, warmup=6, ema=0.9, val_every=4, keep="best", checkpoint_every=3, lr=0.01)
 
 
@@ -491,7 +493,7 @@ def test_resume_after_sigkill(cells, plan, split, tmp_path):
 
 def test_resume_of_an_early_stop(cells, plan, split, tmp_path):
     config = replace(CONFIG, steps=20, lr=0.1, warmup=0, schedule="constant", ema=0.0, val_every=1, patience=3,
-                     keep="best", checkpoint_every=2)  # fmt: skip
+                     keep="best", checkpoint_every=2, keep_checkpoints=True)  # fmt: skip
     whole = Overshoot(plan, cells.var_names).fit(cells, split, config=config, folder=tmp_path)
     spy = Spy()
     resumed = Overshoot(plan, cells.var_names)
@@ -502,9 +504,9 @@ def test_resume_of_an_early_stop(cells, plan, split, tmp_path):
 
 
 def test_resume_of_a_finished_fit_trains_no_more(mean, cells, plan, tmp_path):
-    mean.fit(cells, config=CONFIG, folder=tmp_path)
+    mean.fit(cells, config=KEPT, folder=tmp_path)
     spy = Spy()
-    again = Mean(plan, cells.var_names).fit(cells, config=CONFIG, folder=tmp_path, resume=True, callbacks=[spy])
+    again = Mean(plan, cells.var_names).fit(cells, config=KEPT, folder=tmp_path, resume=True, callbacks=[spy])
     assert spy.weights == []
     assert_equal(weights(again), weights(mean))
 
@@ -531,16 +533,17 @@ def test_resume_keeps_the_measured_precision(cells, plan, split, tmp_path, monke
 
 
 def test_resume_refuses_what_does_not_belong_to_it(cells, plan, split, tmp_path):
-    model = make("genewise", plan, cells.var_names).fit(cells, split, config=HARD, folder=tmp_path)
+    hard = replace(HARD, keep_checkpoints=True)
+    model = make("genewise", plan, cells.var_names).fit(cells, split, config=hard, folder=tmp_path)
     before = weights(model)
 
-    def resume(model, adata=cells, split=split, config=HARD):
+    def resume(model, adata=cells, split=split, config=hard):
         model.fit(adata, split, config=config, folder=tmp_path, resume=True)
 
     fresh = make("genewise", plan, cells.var_names)
     with pytest.raises(ValueError, match=r"another FitConfig \(lr: 0.01 -> 0.02\)"):
-        resume(fresh, config=replace(HARD, lr=0.02))
-    resume(fresh, config=replace(HARD, checkpoint_every=1))  # changes no number
+        resume(fresh, config=replace(hard, lr=0.02))
+    resume(fresh, config=replace(hard, checkpoint_every=1))  # changes no number
     assert_equal(weights(fresh), before)
     with pytest.raises(ValueError, match="another model"):
         resume(make("unet", plan, cells.var_names))
@@ -555,7 +558,7 @@ def test_resume_refuses_what_does_not_belong_to_it(cells, plan, split, tmp_path)
 
 
 def test_damaged_checkpoint(mean, cells, tmp_path):
-    mean.fit(cells, config=CONFIG, folder=tmp_path)
+    mean.fit(cells, config=KEPT, folder=tmp_path)
     file = tmp_path / "last.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"last\.safetensors is damaged"):

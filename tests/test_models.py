@@ -470,7 +470,7 @@ def test_save_and_load(case, fitted, tmp_path):
     assert second.uns["invirtuo"] == first.uns["invirtuo"]
     np.testing.assert_array_equal(predict(again, "test").X, predict(model, "test").X)
     pd.testing.assert_frame_equal(again.history, model.history, check_dtype=False)
-    again.save(tmp_path / "deep" / "run")  # over itself
+    again.save(tmp_path / "deep" / "run", overwrite=True)  # over itself
     np.testing.assert_array_equal(predict(iv.load(tmp_path / "deep" / "run")).X, first.X)
 
 
@@ -535,7 +535,7 @@ def rewrite(path, change) -> None:
         ("config.json", lambda f: f["config"].update(colour="red"), "unknown field.*colour"),
         ("config.json", lambda f: f["genes"].append("one more"), "weights.safetensors"),
         ("design.json", lambda f: f.pop("perturbations"), "design.json"),
-        ("design.json", lambda f: f.update(perturbations=["A", "B"]), "weights.safetensors"),
+        ("design.json", lambda f: f.update(perturbations=["A", "B"]), "design.json is not the file that was saved"),
     ],
 )
 def test_folders_that_contradict_themselves(file, change, message, saved, tmp_path):

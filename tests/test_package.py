@@ -20,7 +20,8 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "conditions", "files", "values", "genes", "multimodal", "pseudotime", "store", "threads", "workers"),
+        *("checks", "conditions", "errors", "files", "genes", "multimodal", "pseudotime", "settings", "store"),
+        *("threads", "values", "workers"),
     },
     {"samplers", "datasets", "fit", "windows"},
     {"dataset"},

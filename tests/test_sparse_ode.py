@@ -248,11 +248,12 @@ def test_presets_learn(preset):
 def test_same_seed_same_numbers_and_resume(tmp_path):
     adata, design, split = series()
     config = replace(SERIES, n_members=1)
-    whole = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, FIT, folder=tmp_path / "whole")
-    again = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, FIT, folder=tmp_path / "again")
+    fit = replace(FIT, keep_checkpoints=True)
+    whole = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, fit, folder=tmp_path / "whole")
+    again = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, fit, folder=tmp_path / "again")
     (tmp_path / "again" / "refit" / "last.safetensors").unlink()  # killed in the second stage
     resumed = SparseODE(design, adata.var_names, config)
-    quietly(resumed.fit, adata, split, FIT, folder=tmp_path / "again", resume=True)
+    quietly(resumed.fit, adata, split, fit, folder=tmp_path / "again", resume=True)
     for other in (again, resumed):
         assert all(torch.equal(v, other.state_dict()[k]) for k, v in whole.state_dict().items())
 
@@ -275,7 +276,7 @@ def test_constant_genes_are_named(cells):
 def test_plateau_schedule_halves_and_resumes(tmp_path):
     adata, design, split = series()
     config = replace(SERIES, n_members=1, match_share=0.0, refit_share=0.0)
-    fit = replace(FIT, steps=50, schedule="plateau", lr=1.0, warmup=0)
+    fit = replace(FIT, steps=50, schedule="plateau", lr=1.0, warmup=0, keep_checkpoints=True)
     model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, fit, folder=tmp_path)
     assert model.history["lr"].iloc[-1] < 1.0
     again = SparseODE(design, adata.var_names, config)

@@ -342,7 +342,7 @@ def test_a_fit_from_files_resumes_to_the_same_numbers(whole, plan, split, folder
         small.memory = 64_000
         return small
 
-    config = replace(FIT, steps=40, checkpoint_every=13)  # more than two epochs
+    config = replace(FIT, steps=40, checkpoint_every=13, keep_checkpoints=True)  # more than two epochs
     straight = made().fit(store(), split, config)
     with pytest.raises(KeyError, match="killed"):
         made().fit(store(), split, config, folder=tmp_path / "run", callbacks=[Kill(30)])

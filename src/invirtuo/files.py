@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,22 +20,40 @@ import h5py
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import pandas as pd
     from anndata import AnnData
 
-__all__ = ["bytes_by_row", "check_h5ad", "read_h5ad", "writing", "writing_h5ad"]
+__all__ = [
+    "bytes_by_row",
+    "check_h5ad",
+    "check_writable",
+    "making",
+    "read_h5ad",
+    "system_error",
+    "write_h5ad",
+    "writing",
+    "writing_h5ad",
+    "writing_hdf5",
+]
 
 BLOCK = 1 << 22  # values read at a time
 INFLATION = 2000  # gzip reaches about 1000
+PATIENCE = 5.0  # seconds that the reader of a pipe may take
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors that only writing meets
+SYSTEM_ERROR = re.compile(r"(?:errno = |os error |\[Errno )(\d+)")  # as HDF5, Rust and Python name them
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
 
-    Missing folders are made. The temporary name keeps the suffix, so that writers that look at it agree.
+    Missing folders are made. The temporary name keeps the suffix, so that writers that look at it agree. A link stays,
+    and the file that it names is written. A pipe or a device gets the bytes when all of them are there.
 
     Parameters
     ----------
@@ -37,7 +63,9 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
     Raises
     ------
     ValueError
-        If `path` is a folder.
+        If `path` is a folder, lies under a file, or is a pipe that nobody reads.
+    OSError
+        If the disk is full.
 
     Examples
     --------
@@ -50,13 +78,93 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory(prefix="invirtuo-") as folder:
+            part = Path(folder) / f"part{path.suffix}"
+            yield part
+            with _full_disk_named(path):
+                _send(part, path)
+        return
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+    with _full_disk_named(path), _folders(target):
+        try:
+            part.touch()
+            kept = target if target.exists() else part
+            mode = stat.S_IMODE(kept.stat().st_mode)
+            yield part
+            part.chmod(mode)  # some writers begin with a private file of their own
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def making(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`, which must not exist; on success it takes that name.
+
+    On failure it is removed; what a process that was killed left behind is removed by the next one.
+    """
+    folder = Path(folder)
+    with _full_disk_named(folder), _folders(folder):
+        for left_over in folder.parent.glob(f".{folder.name}.*.part"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+        part.mkdir()
+        try:
+            yield part
+            os.rename(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def check_writable(path: str | os.PathLike, *, folder: bool = False, inputs: Iterable[str | os.PathLike] = ()) -> None:
+    """Refuse a result that could not be written, before any work is done for it; nothing is left behind.
+
+    Parameters
+    ----------
+    path
+        File to write or to replace, or a folder of results.
+    folder
+        Whether it is a folder.
+    inputs
+        Files that are read to make the result, which it must not replace.
+
+    Raises
+    ------
+    ValueError
+        Saying why it cannot be written.
+    """
+    path = Path(path)
+    if folder and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; expected a folder for the results, give another name")
+    if not folder and path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file to write")
+    for given in inputs:
+        if path.is_file() and os.path.isfile(given) and path.samefile(given):
+            raise ValueError(f"{path} is read to make the result and would be replaced by it; give another name")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise ValueError(f"{path} is protected from writing; give another name, or change its permissions")
+    if not _is_stream(path):
+        _try_folder(path)
+
+
+def write_h5ad(adata: AnnData, path: str | os.PathLike) -> None:
+    """Write cells as h5ad, compressed.
+
+    Parameters
+    ----------
+    adata
+        The cells; columns of text become categories.
+    path
+        The file to write or replace, as for :func:`writing`.
+    """
+    from anndata.io import write_elem
+
+    with writing(path) as part, writing_hdf5(part) as file:
+        adata.strings_to_categoricals()
+        write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
+        _drop_nulls(file, adata)
 
 
 @contextmanager
@@ -71,11 +179,168 @@ def writing_h5ad(path: str | os.PathLike, obs: pd.DataFrame, var: pd.DataFrame, 
         What X is to lie beside.
     """
     import anndata
+    from anndata.io import write_elem
 
-    with writing(path) as part:
-        anndata.AnnData(None, obs=obs, var=var, uns=uns).write_h5ad(part)
-        with h5py.File(part, "r+") as file:
-            yield file
+    if _is_stream(Path(path)):
+        raise ValueError(f"{path} is no regular file; cells are written here and there in an h5ad, give a file name")
+    with writing(path) as part, writing_hdf5(part) as file:
+        adata = anndata.AnnData(None, obs=obs, var=var, uns=uns)
+        adata.strings_to_categoricals()
+        write_elem(file, "/", adata)
+        _drop_nulls(file, adata)
+        yield file
+
+
+@contextmanager
+def writing_hdf5(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file; if the disk is full, that is said once it is closed.
+
+    Raises
+    ------
+    OSError
+        If the disk is full.
+    """
+    with _Disk(path, "w+") as disk:
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file
+        finally:
+            if disk.failure is not None:
+                raise disk.failure
+
+
+class _Disk(io.FileIO):
+    """The file below an HDF5 file; if the disk is full it notes that, and lets HDF5 believe that all is well.
+
+    HDF5 cannot close a file that it cannot write to: it prints a traceback for each of its objects, and the process
+    crashes when it ends.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while self.failure is None and len(rest):
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
+
+
+def _drop_nulls(file: h5py.File, adata: AnnData) -> None:
+    """Leave out what is not there, as AnnData does in files."""
+    for name in ("X", "raw"):
+        if getattr(adata, name) is None:
+            file.pop(name, None)
+
+
+@contextmanager
+def _folders(path: Path) -> Iterator[None]:
+    """Make the folders above a path; on failure those that were made go again."""
+    _check_above(path)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # somebody else may have put something into it
+                folder.rmdir()
+        raise
+
+
+def _check_above(path: Path) -> Path:
+    """The nearest folder above a path that exists."""
+    above = next(place for place in path.parents if place.exists())
+    if not above.is_dir():
+        raise ValueError(f"{above} is a file; {path} cannot lie under it, give another name")
+    return above
+
+
+def _try_folder(path: Path) -> None:
+    """Try to write where a file or folder is to lie."""
+    target = Path(os.path.realpath(path))
+    above = target if target.is_dir() else _check_above(target)
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {above}: {error.strerror}; give another place") from error
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Say plainly that the disk is full, in whatever words a writer hides it."""
+    try:
+        yield
+    except Exception as error:
+        number = system_error(error)
+        if number not in FULL:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def system_error(error: BaseException) -> int | None:
+    """Number of the system error that an exception is, or that its text names."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = SYSTEM_ERROR.search(str(error))
+    return None if found is None else int(found[1])
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is no regular file (a pipe, a device), or what this process prints to."""
+    return path.exists() and not path.is_dir() and (not path.is_file() or _printed_to(path) is not None)
+
+
+def _printed_to(path: Path) -> int | None:
+    """Number of the standard stream of this process that a path is."""
+    for number in (1, 2):
+        with suppress(OSError):  # a stream may be closed
+            if os.path.samestat(path.stat(), os.fstat(number)):
+                return number
+    return None
+
+
+def _send(part: Path, path: Path) -> None:
+    """Copy the bytes of a file into a pipe, a device or a standard stream."""
+    number = _printed_to(path)
+    if number is not None:
+        sys.stdout.flush()
+        handle = os.dup(number)
+    else:
+        handle = _opened(path)
+    with part.open("rb") as source, os.fdopen(handle, "wb") as sink:
+        shutil.copyfileobj(source, sink)
+
+
+def _opened(path: Path) -> int:
+    """A pipe or device to write to; the reader of a pipe may come a little later, but is not waited for without end."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                raise ValueError(f"nobody reads from {path}; start the reader first, or give a file name") from error
+        time.sleep(0.05)
+    os.set_blocking(handle, True)
+    return handle
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
@@ -143,6 +408,8 @@ def check_h5ad(path: str | os.PathLike, *, values: bool = True) -> None:
     if not path.is_file():
         raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected an h5ad file")
     try:
+        with path.open("rb"):  # says by itself what HDF5 takes for no HDF5 file: permissions, a stale mount
+            pass
         if not h5py.is_hdf5(path):
             raise ValueError(f"{path} is not an HDF5 file; expected an h5ad file written by AnnData")
         with h5py.File(path, "r") as file:
@@ -151,7 +418,20 @@ def check_h5ad(path: str | os.PathLike, *, values: bool = True) -> None:
                 raise ValueError(f"{path} is HDF5 but has no {' and no '.join(missing)}; expected an h5ad file")
             _check_group(file, path, (), values)
     except (OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}. Copy or download it again") from error
+        raise ValueError(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Path, error: BaseException) -> str:
+    """What is wrong: the file is in use, may not be read, or is damaged."""
+    number = system_error(error)
+    if number in (errno.EAGAIN, errno.EACCES) and "lock" in str(error):
+        return (
+            f"{path} is locked: another process has it open for writing. Close it there; on a network file system "
+            "without locks, set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if number is not None:
+        return f"{path} cannot be read: {os.strerror(number)}. Look at its permissions, and at the disk it lies on"
+    return f"{path} is truncated or damaged: {_first_line(error)}. Copy or download it again"
 
 
 def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...], values: bool) -> None:
@@ -178,9 +458,26 @@ def _check_dataset(data: h5py.Dataset, path: Path, where: str) -> None:
         raise ValueError(
             f"{path}: {where} keeps its values in other files; these are not opened. Store the data itself"
         )
+    _check_filters(data, f"{path}: {where}")
     stored = data.id.get_storage_size()
     if data.shape is not None and data.nbytes > INFLATION * stored + 2**27:
         raise ValueError(f"{path}: {where} declares {data.nbytes:,} bytes but the file holds {stored:,} of them")
+
+
+def _check_filters(data: h5py.Dataset, where: str) -> None:
+    """The compression of a dataset can be undone here; hdf5plugin, where it is installed, brings more of them."""
+    properties = data.id.get_create_plist()
+    for place in range(properties.get_nfilters()):
+        number = properties.get_filter(place)[0]
+        if h5py.h5z.filter_avail(number):
+            continue
+        with suppress(ImportError):
+            import hdf5plugin  # noqa: F401 - adds its filters to HDF5
+        if not h5py.h5z.filter_avail(number):
+            raise ValueError(
+                f"{where} is compressed with the HDF5 filter {number}, which is not installed; pip install hdf5plugin, "
+                "or write the file again with gzip"
+            )
 
 
 def _check_sparse(group: h5py.Group, path: Path) -> None:

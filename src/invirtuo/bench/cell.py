@@ -1,7 +1,7 @@
 """One cell of a benchmark: one entry, fitted and scored on one task with one seed, in a process of its own.
 
 Run as a module it is that process: it reads a pickled :class:`Cell` of its parent from standard input and writes the
-record to the file named on the command line.
+record to the file named on the command line, beside the number of the parent.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def launch(cell: Cell) -> Record:
     with tempfile.TemporaryDirectory(prefix="invirtuo-") as folder:
         out, log = Path(folder) / "record.json", Path(folder) / "log.txt"
         with log.open("wb") as messages:
-            command = [sys.executable, "-m", "invirtuo.bench.cell", str(out)]
+            command = [sys.executable, "-m", "invirtuo.bench.cell", str(out), str(os.getpid())]
             ended = subprocess.run(
                 command, input=cloudpickle.dumps(cell), stdout=messages, stderr=messages, env=environment, check=False
             )
@@ -171,7 +171,7 @@ def _fold(
     work = None if cell.work is None else Path(cell.work) / f"{_hash(cell.settings())}-{fold}"
     model, fit = cell.entry.make(design, adata.var_names)
     precision = cell.precision if fit.precision == "auto" else fit.precision
-    fit = replace(fit, seed=cell.seed, progress=False, precision=precision)
+    fit = replace(fit, seed=cell.seed, progress=False, precision=precision, keep_checkpoints=True)
     model.fit(adata, split=split, config=fit, folder=work, resume=work is not None)
     clock.add("fit")
     real = adata[(split == cell.part).to_numpy()].copy()
@@ -233,7 +233,7 @@ def _end_with(parent: int) -> None:
 
 
 def _main() -> None:
-    _end_with(os.getppid())
+    _end_with(int(sys.argv[2]))  # the parent may be gone by now
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     cell = pickle.loads(sys.stdin.buffer.read())  # of the parent process
     import torch

@@ -22,7 +22,7 @@ from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
 from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
-from invirtuo.files import write_h5ad, writing
+from invirtuo.files import check_writable, write_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
 
@@ -95,7 +95,8 @@ def compare(
     ValueError
         If `out` holds an entry with other settings, and is not to be overwritten.
     """
-    out = Path(out)
+    check_writable(out, folder=True)
+    out, seed = Path(out), int(seed)
     real = adata[(split == part).to_numpy()].copy()
     plan = {
         "data": CellDataset(adata, design, split).fingerprint(),

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from invirtuo.fit import FitConfig
 from invirtuo.model import config_from
 from invirtuo.models import MODELS
@@ -117,6 +119,8 @@ def as_entry(spec: Entry | str | Path) -> Entry:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ from invirtuo.report import write_report
 if TYPE_CHECKING:
     import os
 
-__all__ = ["benchmark", "chosen_entries", "one_task", "shared_plan", "software", "write_table"]
+__all__ = ["benchmark", "chosen_entries", "one_task", "resumable", "shared_plan", "software", "write_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +111,25 @@ def benchmark(
     ]  # fmt: skip
     records = {cell.name: _read(out, cell) for cell in grid}
     waiting = [cell for cell in grid if records[cell.name]["status"] != "ok"]
-    for cell, record in _track(ENGINES[engine](waiting, n_jobs) if waiting else [], len(waiting), progress):
-        if record["status"] != "ok":
-            logger.warning("%s failed: %s", cell.name, record["error"])
-        with writing(_path(out, cell)) as path:
-            path.write_text(json.dumps(record), encoding="utf-8")
-        records[cell.name] = record
+    computed = ENGINES[engine](waiting, n_jobs) if waiting else []
+    with resumable(out):
+        for cell, record in _track(computed, len(waiting), progress):
+            if record["status"] != "ok":
+                logger.warning("%s failed: %s", cell.name, record["error"])
+            with writing(_path(out, cell)) as path:
+                path.write_text(json.dumps(record), encoding="utf-8")
+            records[cell.name] = record
     return _write(out, grid, [records[cell.name] for cell in grid])
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say how to go on, if the work in a folder is stopped by a signal."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(f"the same command, or call, resumes what is in {out}")
+        raise
 
 
 def software() -> dict[str, str]:
@@ -165,7 +178,7 @@ def _refuse_repeats(what: str, names: list[str]) -> None:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    wanted = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    wanted = list(range(seeds)) if isinstance(seeds, int | np.integer) else [int(seed) for seed in seeds]
     if not wanted or min(wanted) < 0 or len(set(wanted)) < len(wanted):
         raise ValueError(f"seeds is {seeds}; expected a number above 0, or different numbers of at least 0")
     return wanted

@@ -15,7 +15,7 @@ import pandas as pd
 
 from invirtuo.bench.cell import Cell, Record, launch, scores_of
 from invirtuo.bench.entry import Entry, as_entry
-from invirtuo.bench.run import one_task, shared_plan, write_table
+from invirtuo.bench.run import one_task, resumable, shared_plan, write_table
 from invirtuo.bench.task import Task
 from invirtuo.files import writing
 from invirtuo.fit import FitConfig
@@ -82,10 +82,14 @@ def tune(
         If the model has nothing to search, a name is unknown, the task holds out no validation conditions, no trial
         ended with a value, or `out` holds a search for something else.
     """
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise ValueError("tune needs the package optuna: pip install 'invirtuo[tune]'") from error
 
+    seed = int(seed)
     entry, chosen = as_entry(model), one_task(task)
     unknown = [name for name in objective if name not in METRICS]
     if unknown or not objective:
@@ -101,17 +105,18 @@ def tune(
     study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
     for left_over in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a run that was killed
         study.tell(left_over.number, state=optuna.trial.TrialState.FAIL)
-    for number in _numbers(len(_ended(study)), trials, progress):
-        study.sampler = _sampler(seed + number, {} if number else _own(entry, space))
-        trial = study.ask()
-        candidate = _candidate(entry, {name: _suggest(trial, name, choice) for name, choice in space.items()})
-        cell = Cell(
-            chosen, replace(candidate, variants={}), seed,
-            part="val", metrics=tuple(objective), work=str(out.resolve() / "work"),
-            data_dir=None if data_dir is None else str(Path(data_dir).resolve()), **plan,
-        )  # fmt: skip
-        _tell(study, trial, launch(cell), objective)
-        _write(out, entry, study)
+    with resumable(out):
+        for number in _numbers(len(_ended(study)), trials, progress):
+            study.sampler = _sampler(seed + number, {} if number else _own(entry, space))
+            trial = study.ask()
+            candidate = _candidate(entry, {name: _suggest(trial, name, choice) for name, choice in space.items()})
+            cell = Cell(
+                chosen, replace(candidate, variants={}), seed,
+                part="val", metrics=tuple(objective), work=str(out.resolve() / "work"),
+                data_dir=None if data_dir is None else str(Path(data_dir).resolve()), **plan,
+            )  # fmt: skip
+            _tell(study, trial, launch(cell), objective)
+            _write(out, entry, study)
     return _best(entry, study)
 
 

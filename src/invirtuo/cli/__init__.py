@@ -1,13 +1,17 @@
 """The command line: one verb, one call of the Python API.
 
-Exit code 0 on success, 2 on bad input with one message on standard error.
+Exit code 0 on success, 2 on bad input with one message on standard error; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import signal
 import sys
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 
@@ -16,6 +20,50 @@ from invirtuo.cli.options import fail
 
 __all__ = ["app", "main"]
 
+RESULTS = ("out", "figure", "plot")  # options that name files to write
+STOPS = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
+ADVICE = {  # what to do about errors of other packages, by what they say
+    "cannot cache function": "Set NUMBA_CACHE_DIR to a folder that can be written to",
+    "SLURM": "Start one process for each of FitConfig.devices, or set devices to 1",
+    "out of memory": "Lower the batch size",
+    "can't allocate memory": "Lower the batch size",
+}
+
+
+def _begun(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb, begun if no result replaces what it reads; stopped by a signal, it ends with one line."""
+
+    @functools.wraps(verb)
+    def begin(**given: Any) -> None:
+        from invirtuo.files import check_writable
+
+        results = [given[name] for name in RESULTS if given.get(name) is not None]
+        inputs = list(_files_in(given))
+        for result in results:
+            if not result.is_dir():
+                check_writable(result, inputs=inputs)
+        try:
+            verb(**given)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+            if code not in STOPS:
+                raise
+            fail("; ".join([f"stopped by {STOPS[code]}", *getattr(stop, "__notes__", ())]), code)
+
+    return begin
+
+
+def _files_in(given: Mapping[str, Any]) -> Iterator[Path]:
+    """Paths of what a verb reads: arguments and options that may name files, alone or as name=FILE."""
+    for name, value in given.items():
+        if name in RESULTS:
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str | Path):
+                yield Path(item)
+                yield Path(str(item).partition("=")[2])
+
+
 app = typer.Typer(
     name="invirtuo",
     help="Train, sample and judge generative models of how single cells answer to perturbations.",
@@ -23,9 +71,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(data.demo)
 app.command("list")(data.list_)
 for _verb in (
+    data.demo,
     data.check,
     data.prepare,
     cells.fit,
@@ -46,7 +94,7 @@ for _verb in (
     judging.tune,
     judging.report,
 ):
-    app.command()(_verb)
+    app.command()(_begun(_verb))
 
 
 def main() -> NoReturn:
@@ -54,19 +102,34 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.captureWarnings(True)  # deprecations inside other packages are not for a user of the shell
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if _is_usage(error):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        if isinstance(error, (ValueError, FloatingPointError, OSError, MemoryError)):
-            fail(str(error) or type(error).__name__)
-        raise
+        advice = [what for said, what in ADVICE.items() if said in str(error)]
+        if not advice and not _is_expected(error):
+            raise
+        message = str(error) or type(error).__name__
+        fail(". ".join([message.removesuffix("."), *advice]) if advice else message)
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    """End as after Ctrl-C: what is half written is removed on the way out."""
+    sys.exit(128 + number)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether it is about input, the machine, or what is installed, and not a fault of this package."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, (ValueError, FloatingPointError, OSError, MemoryError, ImportError, SafetensorError))
 
 
 def _is_usage(error: Exception) -> bool:

@@ -15,6 +15,8 @@ from invirtuo.cli.options import (
     Control,
     Covariate,
     Out,
+    OutFolder,
+    Overwrite,
     Perturbation,
     Quiet,
     Run,
@@ -37,7 +39,7 @@ def fit(
         list[Path],
         typer.Argument(help="h5ad file in the data space of the model; several, or a folder, are read from disk."),
     ],
-    out: Out,
+    out: OutFolder,
     perturbation: Perturbation = None,
     control: Control = None,
     covariate: Covariate = None,
@@ -52,15 +54,18 @@ def fit(
     fit_set: Annotated[list[str] | None, typer.Option(help="field=value of the FitConfig.")] = None,
     memory: Annotated[str | None, typer.Option(help="Leave cells on disk and hold this much, like 256 MiB.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit a model and save it as a folder."""
     from invirtuo.design import Design
     from invirtuo.fit import is_main
+    from invirtuo.model.saving import check_free, holds_model
     from invirtuo.models import MODELS
 
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    check_free(out, overwrite=overwrite or resume)
     adata = _cells(data, memory)
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
     columns["time"] = time
@@ -69,8 +74,19 @@ def fit(
     base = MODELS[model](design, adata.var_names, preset)
     fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
     config = _with_fields(base.fit_config, [*(fit_set or []), *(["progress=false"] if quiet else [])])
-    fitted.fit(adata, split=parts, config=config, folder=out / "checkpoints", resume=resume)
-    fitted.save(out)
+    checkpoints = out / "checkpoints"
+    if resume and holds_model(out) and _is_finished(out, fitted, config):
+        typer.echo(f"nothing to resume: {out} holds the model of this fit, which ended; --overwrite fits it anew")
+        _end_checkpoints(checkpoints, fitted, config)
+        return
+    check_free(out, overwrite=overwrite)
+
+    # Checkpoints stay until the model is saved, whatever happens in between.
+    lasting = dataclasses.replace(config, keep_checkpoints=True)
+    fitted.fit(adata, split=parts, config=lasting, folder=checkpoints, resume=resume, overwrite=overwrite)
+    fitted.card["fit"]["keep_checkpoints"] = config.keep_checkpoints
+    fitted.save(out, overwrite=overwrite)
+    _end_checkpoints(checkpoints, fitted, config)
     if warning := fitted.card.get("warning"):
         typer.echo(f"invirtuo: warning: {warning}", err=True)
     if not quiet and is_main():
@@ -275,6 +291,29 @@ def embed(
     _write(embedded if key is None else with_embedding(adata, embedded, key), out, quiet)
 
 
+def _is_finished(out: Path, model: Any, config: Any) -> bool:
+    """Whether a saved model has the settings, the labels and the genes of the fit that is asked for."""
+    from invirtuo.fit.checkpoint import check_same, identity
+    from invirtuo.models import load
+
+    saved = load(out)
+    if identity(saved) != identity(model):
+        return False
+    check_same(saved.card["fit"], config, out)
+    return True
+
+
+def _end_checkpoints(folder: Path, model: Any, config: Any) -> None:
+    """Remove the checkpoints of all stages of a fit that ended, unless they are to be kept."""
+    from invirtuo.fit import is_main, remove
+
+    if config.keep_checkpoints or not is_main():
+        return
+    for stage in model.stages(config):
+        remove(folder / stage)
+    remove(folder)
+
+
 def _cells(data: list[Path], memory: str | None) -> Any:
     """One file in memory; more of them, a folder, or with a bound of memory, on disk."""
     from invirtuo.files import read_h5ad
@@ -311,10 +350,9 @@ def _split(obs, design, split: str | None, hold_out: list[str] | None):
 
 
 def _write(adata: Any, out: Path, quiet: bool) -> None:
-    from invirtuo.files import writing
+    from invirtuo.files import write_h5ad
 
-    with writing(out) as path:
-        adata.write_h5ad(path, compression="gzip")
+    write_h5ad(adata, out)
     if not quiet:
         typer.echo(f"{out}: {adata.n_obs:,} cells")
 

@@ -10,7 +10,7 @@ import typer
 from invirtuo.cli.options import (
     Control,
     Covariate,
-    Out,
+    OutFolder,
     Perturbation,
     Quiet,
     Separator,
@@ -22,7 +22,7 @@ from invirtuo.cli.options import (
 
 
 def demo(
-    out: Out = Path("demo"),
+    out: OutFolder = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of split, fits and samples.")] = 0,
     minutes: Annotated[float, typer.Option(help="Scales the training to about this long on two cores.")] = 4.0,
     quiet: Quiet = False,
@@ -112,7 +112,7 @@ def prepare(
     """Normalise raw counts to log1p(CP10k), choose genes, filter knock-downs; or shuffle files larger than memory."""
     from invirtuo import preprocess, splits
     from invirtuo.design import Design
-    from invirtuo.files import read_h5ad, writing
+    from invirtuo.files import check_writable, read_h5ad, write_h5ad
 
     if shuffle_to is not None:
         if knockdown or layer is not None:
@@ -123,6 +123,7 @@ def prepare(
     if len(files) != 2:
         raise ValueError(f"prepare takes IN.h5ad OUT.h5ad, found {len(files)} path(s); several files need --shuffle-to")
     data, out = files
+    check_writable(out, inputs=[data])
     adata = read_h5ad(data)
     parts = None if split is None else splits.from_csv(split, adata.obs)
     prepared = preprocess.normalize(adata, n_genes=n_genes, size_factor=size_factor, layer=layer, split=parts)
@@ -131,16 +132,17 @@ def prepare(
             raise ValueError("--knockdown needs --perturbation and --control")
         design = Design.from_adata(prepared, perturbation=perturbation, control=control, covariates=covariate or [])
         prepared = preprocess.knockdown(prepared, design)
-    with writing(out) as path:
-        prepared.write_h5ad(path, compression="gzip")
+    write_h5ad(prepared, out)
     typer.echo(f"{out}: {prepared.n_obs:,} cells x {prepared.n_vars:,} genes")
 
 
 def _shuffle(files: list[Path], out: Path, split: Path | None, memory: str, **options: Any) -> None:
     """Write a shuffled store."""
     from invirtuo import CellStore, splits
+    from invirtuo.files import check_writable
     from invirtuo.store import shuffle
 
+    check_writable(out, folder=True)
     store = CellStore.open(files, memory=memory)
     parts = None if split is None else splits.from_csv(split, store.obs)
     made = shuffle(store, out, split=parts, **options)

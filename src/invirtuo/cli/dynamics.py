@@ -9,10 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from invirtuo.cli.options import Out, Quiet, Run, model_with, pairs, print_rows, read_csv
+from invirtuo.cli.options import (
+    Out,
+    Quiet,
+    Run,
+    model_with,
+    pairs,
+    print_rows,
+    read_csv,
+    writable_file,
+    writable_folder,
+)
 
 Times = Annotated[str | None, typer.Option(help="Times joined by commas; 30 along each course if not given.")]
-Figure = Annotated[Path | None, typer.Option(help="Also draw a picture, FILE.png.")]
+Figure = Annotated[Path | None, typer.Option(help="Also draw a picture, FILE.png.", callback=writable_file)]
 Genes = Annotated[list[str], typer.Argument(help="Genes to hold, all at once.")]
 Courses = Annotated[Path | None, typer.Option("--cells", help="h5ad with cells to start from; else training courses.")]
 
@@ -26,19 +36,21 @@ def forecast(
     where: Annotated[list[str] | None, typer.Option(help="covariate=label of the states of a CSV file.")] = None,
     figure: Figure = None,
     scores: Annotated[
-        Path | None, typer.Option(help="Folder for errors beside simple forecasts; see `invirtuo report`.")
+        Path | None,
+        typer.Option(
+            help="Folder for errors beside simple forecasts; see `invirtuo report`.", callback=writable_folder
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Follow time courses from their first states, with intervals."""
-    from invirtuo.files import read_h5ad, writing
+    from invirtuo.files import read_h5ad, write_h5ad
 
     model = model_with(run, "forecast")
     table = data.suffix == ".csv"
     cells: Any = read_csv(data, "DATA").astype(float) if table else read_h5ad(data)
     found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level)
-    with writing(out) as path:
-        found.write_h5ad(path, compression="gzip")
+    write_h5ad(found, out)
     if figure is not None:
         from invirtuo.report import dynamics
 
@@ -52,7 +64,7 @@ def forecast(
 
 def network(
     run: Run,
-    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    out: Out,
     where: Annotated[list[str] | None, typer.Option(help="covariate=label of the courses to read along.")] = None,
     n_edges: Annotated[int | None, typer.Option("-n", "--n-edges", help="Strongest edges; all if not given.")] = None,
     figure: Figure = None,
@@ -94,12 +106,11 @@ def overexpress(
 
 
 def _held(run, genes, level, out, cells, times, figure, quiet) -> None:
-    from invirtuo.files import read_h5ad, writing
+    from invirtuo.files import read_h5ad, write_h5ad
 
     model = model_with(run, "overexpress")
     change = model.overexpress(genes, level, None if cells is None else read_h5ad(cells), _times(times))
-    with writing(out) as path:
-        change.write_h5ad(path, compression="gzip")
+    write_h5ad(change, out)
     if figure is not None:
         from invirtuo.report import dynamics
 

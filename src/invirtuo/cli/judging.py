@@ -12,12 +12,14 @@ from invirtuo.cli.options import (
     Control,
     Covariate,
     Out,
+    OutFolder,
     Perturbation,
     Quiet,
     Separator,
     pairs,
     print_scores,
     read_csv,
+    writable_file,
 )
 
 
@@ -71,7 +73,8 @@ def effects(
     ] = "val",
     n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells drawn for each condition.")] = 1000,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture of the largest effects to write (.png, .pdf, .svg).")
+        Path | None,
+        typer.Option(help="Picture of the largest effects to write (.png, .pdf, .svg).", callback=writable_file),
     ] = None,
     seed: int = 0,
     quiet: Quiet = False,
@@ -103,7 +106,7 @@ def effects(
 def judge(
     real: Annotated[Path, typer.Argument(help="h5ad with real cells that no generator was trained on.")],
     generated: Annotated[list[str], typer.Option(help="name=FILE with generated cells; may be given several times.")],
-    out: Out,
+    out: OutFolder,
     perturbation: Perturbation = None,
     control: Control = None,
     covariate: Covariate = None,
@@ -148,7 +151,7 @@ def judge(
 
 def benchmark(
     tasks: Annotated[list[str], typer.Argument(help="Names of tasks; see `invirtuo list tasks`.")],
-    out: Out = Path("results"),
+    out: OutFolder = Path("results"),
     model: Annotated[
         list[str] | None, typer.Option(help="MODEL, MODEL:PRESET or FILE.json; may be given several times.")
     ] = None,
@@ -190,7 +193,7 @@ def benchmark(
 def tune(
     model: Annotated[str, typer.Argument(help="MODEL, MODEL:PRESET or FILE.json.")],
     task: Annotated[str, typer.Argument(help="Name of a task; its validation conditions are scored.")],
-    out: Out = Path("tuned"),
+    out: OutFolder = Path("tuned"),
     trials: Annotated[int, typer.Option(help="Number of trials, those of earlier runs included.")] = 20,
     objective: Annotated[
         str, typer.Option(help="metric=weight joined by commas; the sum is minimised.")

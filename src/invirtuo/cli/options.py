@@ -14,6 +14,25 @@ if TYPE_CHECKING:
 BETTER = {"higher": "↑", "lower": "↓"}
 MOST_COLUMNS = 6  # metrics beside each other; of more each has a row
 
+
+def writable_file(path: Path | None) -> Path | None:
+    """The path of a file, once it is known that it can be written."""
+    from invirtuo.files import check_writable
+
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+def writable_folder(path: Path | None) -> Path | None:
+    """The path of a folder, once it is known that it can be written."""
+    from invirtuo.files import check_writable
+
+    if path is not None:
+        check_writable(path, folder=True)
+    return path
+
+
 Covariate = Annotated[list[str] | None, typer.Option(help="Covariate column of obs; may be given several times.")]
 Perturbation = Annotated[
     str | None,
@@ -34,14 +53,16 @@ Solver = Annotated[
     str | None, typer.Option(help="euler, midpoint, heun, ab2, rk4 or dopri5; the model's own if not given.")
 ]
 Separator = Annotated[str, typer.Option(help="Joins the parts of a combination.")]
-Out = Annotated[Path, typer.Option(help="Where the result goes.")]
+Out = Annotated[Path, typer.Option(help="Where the result goes.", callback=writable_file)]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder where the results go.", callback=writable_folder)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model or the checkpoints that are there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no summary.")]
 
 
-def fail(message: str) -> NoReturn:
-    """End with exit code 2 and one message."""
-    typer.echo(f"invirtuo: {message}", err=True)
-    sys.exit(2)
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End with an exit code and one message, on one line."""
+    typer.echo(f"invirtuo: {' '.join(message.split())}", err=True)
+    sys.exit(code)
 
 
 def pairs(option: str, assignments: list[str] | None) -> dict[str, str]:

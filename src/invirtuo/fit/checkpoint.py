@@ -11,7 +11,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
     from invirtuo.model import Model
 
-__all__ = ["BEST", "LAST", "Checkpoint", "check_same", "data_hash", "identity", "write"]
+__all__ = ["BEST", "LAST", "Checkpoint", "check_same", "data_hash", "identity", "remove", "write", "write_tensors"]
 
 LAST = "last.safetensors"  # everything that a resumed fit needs
 BEST = "best.safetensors"  # weights with the lowest validation loss so far
+SHARDS = "last-*-of-*.safetensors"  # rows of sharded tensors
 
 
 def write(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -44,18 +45,30 @@ def write(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor])
     if rows:
         name = agreed(uuid.uuid4().hex[:8])  # of this writing alone: no file of an earlier one is touched
         names = [f"last-{name}-{i:05d}-of-{n_devices:05d}.safetensors" for i in range(1, n_devices + 1)]
-        _save(folder / names[rank], rows)
+        write_tensors(folder / names[rank], rows)
         barrier()
     if is_main():
         told = {**facts, "shards": names, "shapes": {k: list(tensors[k].shape) for k in rows}}
-        _save(folder / LAST, {k: v for k, v in tensors.items() if k not in rows}, invirtuo=json.dumps(told))
-        for old in set(folder.glob("last-*-of-*.safetensors")) - {folder / name for name in names}:
+        whole = {k: v for k, v in tensors.items() if k not in rows}
+        write_tensors(folder / LAST, whole, invirtuo=json.dumps(told))
+        for old in set(folder.glob(SHARDS)) - {folder / name for name in names}:
             old.unlink(missing_ok=True)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], **about: str) -> None:
+def remove(folder: Path) -> None:
+    """Remove the checkpoints of a fit that ended well, and the folder if nothing else lies there."""
+    for name in (SHARDS, LAST, BEST, "history.csv", ".*.part.*"):
+        for path in folder.glob(name):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with writing(path) as partial:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata=about)
+        save_file(plain, partial, metadata=about or None)
 
 
 class Checkpoint:
@@ -117,7 +130,11 @@ class Checkpoint:
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
         try:
+            with self.path.with_name(name).open("rb"):  # safetensors takes what may not be read for missing
+                pass
             yield
+        except PermissionError as error:
+            raise ValueError(f"the checkpoint {error.filename} cannot be read: {error.strerror}") from error
         except (SafetensorError, OSError, TypeError, KeyError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(self._damaged(str(error), name)) from error
 
@@ -145,14 +162,15 @@ def check_same(saved: dict[str, Any], config: FitConfig, path: Path) -> None:
 
     Other devices may go on; if they are fewer or more, `accumulate` may change so that a step has as many batches.
     """
-    free = {"progress", "checkpoint_every", "accelerator", "devices", "nodes", "strategy", "compile"}
+    free = {"progress", "checkpoint_every", "keep_checkpoints"}
+    free |= {"accelerator", "devices", "nodes", "strategy", "compile"}
     now = json.loads(json.dumps(asdict(config)))
     if _batches(saved) == _batches(now) is not None:
         free |= {"accumulate"}
     changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in now.items() if k not in free and saved.get(k) != v]
     if changed:
         raise ValueError(
-            f"the checkpoint {path} was made with another FitConfig ({'; '.join(changed)}); "
+            f"{path} was made with another FitConfig ({'; '.join(changed)}); "
             "resume with the same settings or fit into a new folder"
         )
 

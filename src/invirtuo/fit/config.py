@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from invirtuo.settings import Settings
+
 __all__ = ["FitConfig", "learning_rate"]
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Settings):
     """How a model is trained; what it is stands in its own Config."""
 
     steps: int = 2000  # optimiser steps
@@ -29,6 +31,7 @@ class FitConfig:
     patience: int = 0  # validations without improvement until an early stop; 0 never stops early
     keep: str = "last"  # weights kept at the end: "last", or "best" by validation loss
     checkpoint_every: int = 500  # steps between checkpoints, where a folder is given
+    keep_checkpoints: bool = False  # leave the checkpoints there when the fit has ended well
     compile: bool = False  # torch.compile the networks, where there is a compiler; pays in long fits
     accelerator: str = "auto"  # as in lightning.Trainer
     devices: int | str = 1  # as in lightning.Trainer; several train in step, each with batches of its own
@@ -39,6 +42,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         choices = {
             "optimizer": ("adam", "adamw"),
             "schedule": ("cosine", "constant", "plateau"),

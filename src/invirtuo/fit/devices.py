@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from invirtuo.model import Model
 
 __all__ = ["agreed", "barrier", "devices_of", "is_main", "place", "several", "shared", "strategy"]
+
+logger = logging.getLogger(__name__)
 
 
 def strategy(model: Model, config: FitConfig) -> Any:
@@ -35,6 +38,13 @@ def strategy(model: Model, config: FitConfig) -> Any:
             raise ValueError(
                 f"torchrun started {started} processes, and FitConfig.devices is 1: each would fit alone. Set devices "
                 "to the processes of a machine, and nodes to the machines"
+            )
+        tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+        if tasks > 1:
+            logger.warning(
+                "this Slurm job has %d tasks, and FitConfig.devices is 1: every process fits by itself; to fit as one, "
+                "set devices to the tasks of a machine, and nodes to the machines",
+                tasks,
             )
         return "auto"
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy

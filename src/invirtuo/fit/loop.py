@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +64,34 @@ def run(
     for left_over in [] if folder is None else folder.glob(".*.part.*"):  # of a write that was killed
         left_over.unlink(missing_ok=True)
     keep_freed_memory()
-    with torch.random.fork_rng():
+    with _interruptible(folder):
         return _train(model, dataset, config, folder, resume, list(callbacks), list(loggers))
+
+
+@contextmanager
+def _interruptible(folder: Path | None) -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt and SIGTERM an exit code, and say how to go on.
+
+    Lightning makes a SystemExit of both: with code 1, and with the 0 of a fit that ended well.
+    """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        ended: BaseException = stop
+        if isinstance(stop, SIGTERMException):
+            ended = SystemExit(128 + signal.SIGTERM)
+        elif isinstance(stop, SystemExit) and isinstance(stop.__context__, KeyboardInterrupt):
+            ended = KeyboardInterrupt()
+        if folder is not None and (folder / LAST).exists():
+            ended.add_note(f"resume=True, or --resume, goes on from the checkpoint in {folder}")
+        raise ended from None
 
 
 def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool, callbacks, loggers) -> pd.DataFrame:
     import lightning
+    from lightning.pytorch.plugins.environments import LightningEnvironment
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it only runs the loop here
     training = Training(model, dataset, config, folder)
@@ -85,6 +109,7 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
             devices=config.devices,
             num_nodes=config.nodes,
             strategy=strategy(model, config),
+            plugins=None if several(config) else [LightningEnvironment()],  # tasks of a cluster's job are no concern
             precision="bf16-mixed" if training.bf16 else "32-true",
             accumulate_grad_batches=config.accumulate,
             callbacks=[*callbacks, *([_bar(config, training.step)] if config.progress else [])],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from invirtuo import samplers
 from invirtuo.fit.config import FitConfig
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
     from invirtuo.model import Model
 
-__all__ = ["Stream", "noise_seed"]
+__all__ = ["GENERATOR_LOCK", "Stream", "noise_seed", "seeded"]
+
+GENERATOR_LOCK = threading.RLock()  # held by who draws from torch's global generator, which all threads share
 
 
 class Stream:
@@ -43,3 +48,14 @@ class Stream:
 def noise_seed(*numbers: int) -> int:
     """Seed of the noise that the numbers name."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's global generators begin with a seed, for this thread alone; afterwards they are as they were.
+
+    Dropout and other layers know no generator but the global one. Fits in several threads wait for each other here.
+    """
+    with GENERATOR_LOCK, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from invirtuo.files import writing
-from invirtuo.fit.checkpoint import BEST, Checkpoint, check_same, data_hash, identity, write
+from invirtuo.fit.checkpoint import BEST, Checkpoint, check_same, data_hash, identity, write, write_tensors
 from invirtuo.fit.config import FitConfig, learning_rate
 from invirtuo.fit.devices import agreed, place, shared
 from invirtuo.fit.machine import use_bf16
 from invirtuo.fit.sharding import Losses, let_go, local, sharded, whole
-from invirtuo.fit.stream import noise_seed
+from invirtuo.fit.stream import noise_seed, seeded
 from invirtuo.fit.validation import validation_losses
 
 if TYPE_CHECKING:
@@ -90,8 +89,8 @@ class Training:
             group["lr"] = learning_rate(self.config, self.step)
         turn, (rank, n_devices) = batch_index % self.config.accumulate, place()
         number = (self.step * self.config.accumulate + turn) * n_devices + rank
-        torch.manual_seed(noise_seed(self.config.seed, number, 0))
-        losses = self.trained(batch, self.step)
+        with seeded(noise_seed(self.config.seed, number, 0)):
+            losses = self.trained(batch, self.step)
         told = {k: v.detach() / self.config.accumulate for k, v in losses.items()}
         self._losses = {k: v + self._losses[k] for k, v in told.items()} if turn else told
         total = float(losses["total"].detach())
@@ -141,8 +140,7 @@ class Training:
             weights = self.kept.model.state_dict()
             weights = {k: whole(v).cpu() if self.is_sharded else v.cpu() for k, v in weights.items()}
         if main:
-            with writing(path) as partial:
-                save_file({k: v.contiguous().clone() for k, v in weights.items()}, partial)
+            write_tensors(path, weights)
 
     def _record(self, validation: dict[str, float]) -> None:
         seconds = self.elapsed + time.perf_counter() - self.began

@@ -10,7 +10,7 @@ import torch
 from invirtuo import samplers
 from invirtuo.fit.config import FitConfig
 from invirtuo.fit.machine import use_bf16
-from invirtuo.fit.stream import noise_seed
+from invirtuo.fit.stream import noise_seed, seeded
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
@@ -40,8 +40,8 @@ def validation_losses(
     totals: dict[str, float] = {}
     n_cells: dict[str, int] = {}
     bf16 = use_bf16(config) if bf16 is None else bf16
-    with torch.random.fork_rng(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-        torch.manual_seed(noise_seed(config.seed, 2**31, 0))
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+    with seeded(noise_seed(config.seed, 2**31, 0)), autocast:
         sampler = samplers.named(model.sampler, model.set_size)
         for batch in dataset.first_batches(
             sampler, config.batch_size, config.val_batches, part="val", seed=config.seed

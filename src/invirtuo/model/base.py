@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -22,7 +23,8 @@ from invirtuo.checks import some, whole
 from invirtuo.conditions import Conditions, as_table
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
-from invirtuo.files import read_h5ad, writing_h5ad
+from invirtuo.errors import ExistsError
+from invirtuo.files import check_writable, read_h5ad, writing_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.model import saving
 from invirtuo.model.drawing import Request, SampleConfig, control_pool, drawn, filled, means_of, stored
@@ -105,7 +107,8 @@ class Model(nn.Module):
         self.card: dict[str, Any] = {}
         self._controls: dict[str, sparse.csr_matrix] = {}
         self._pseudobulks = None
-        self.build()
+        with fitting.GENERATOR_LOCK:  # layers draw their first weights
+            self.build()
         self.eval()
 
     # ---- what a model writes -----------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ class Model(nn.Module):
         *,
         folder: str | Path | None = None,
         resume: bool = False,
+        overwrite: bool = False,
         callbacks: Sequence[Any] = (),
         loggers: Sequence[Any] = (),
     ) -> Self:
@@ -184,16 +188,25 @@ class Model(nn.Module):
         config
             How to train; None takes the preset's.
         folder
-            Where checkpoints and history go; None writes nothing.
+            Where checkpoints and history go while the fit runs; None writes nothing. A fit that ends well removes them,
+            unless ``FitConfig.keep_checkpoints`` is set.
         resume
-            Go on from the last checkpoint in `folder`; ends with the numbers of an uninterrupted fit.
+            Go on from the last checkpoint in `folder`; ends with the numbers of an uninterrupted fit. Without a
+            checkpoint the fit begins anew.
+        overwrite
+            Begin anew though there is a checkpoint in `folder`, which is lost.
         callbacks, loggers
             Handed to the Lightning Trainer.
 
         Raises
         ------
         ValueError
-            If the data are not in the model's space, genes are missing, or labels are unknown.
+            If the data are not in the model's space, genes are missing, or labels are unknown; if `folder` cannot be
+            written, or holds a checkpoint, and neither `resume` nor `overwrite` is set.
+
+        Notes
+        -----
+        A first fit that fails or is interrupted leaves an unfitted model, a later one the model as it was.
         """
         config = config or self.fit_config
         if not isinstance(config, FitConfig):
@@ -201,33 +214,73 @@ class Model(nn.Module):
         _check_torch()
         if torch.is_inference_mode_enabled():
             raise ValueError("torch.inference_mode is on, in which nothing can be trained; call fit outside of it")
+        places = {} if folder is None else {stage: Path(folder) / stage for stage in self.stages(config)}
+        if folder is not None:
+            self._check_folder(Path(folder), places.values(), free=resume or overwrite)
         adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split, signed=self.signed)
         self._check_labels(dataset)
-        self.card = {}  # a fit that fails leaves an unfitted model
-        self.prepare(dataset)
-        if self.needs_source:
-            self._controls = control_pool(dataset)
-        if any(p.requires_grad for p in self.parameters()):
-            with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                self._reset()
-            runs = []
-            for stage, plan in self.stages(config).items():
-                place = None if folder is None else Path(folder) / stage
-                with self._training(stage):
-                    data = self.stage_data(stage, dataset)
-                    self.train()
-                    history = fitting.run(
-                        self, data, plan, folder=place, resume=resume, callbacks=callbacks, loggers=loggers
-                    )
-                runs.append(history.assign(stage=stage) if stage else history)
-            self.history = pd.concat(runs, ignore_index=True)
-        self.card = saving.card(self, dataset, config) | self.facts(dataset)
-        self._pseudobulks = self._observe(dataset) if self.verb == "predict" else None
+        with self._unchanged_on_failure():
+            self.card = {}
+            self.prepare(dataset)
+            if self.needs_source:
+                self._controls = control_pool(dataset)
+            for place in () if resume else places.values():
+                fitting.remove(place)
+            if any(p.requires_grad for p in self.parameters()):
+                with fitting.seeded(config.seed):
+                    self._reset()
+                options = {"resume": resume, "callbacks": callbacks, "loggers": loggers}
+                runs = [
+                    self._train(stage, plan, dataset, places.get(stage), options)
+                    for stage, plan in self.stages(config).items()
+                ]
+                self.history = pd.concat(runs, ignore_index=True)
+            self.card = saving.card(self, dataset, config) | self.facts(dataset)
+            self._pseudobulks = self._observe(dataset) if self.verb == "predict" else None
+        if not config.keep_checkpoints and fitting.is_main():
+            for place in reversed(places.values()):
+                fitting.remove(place)
         return self.eval()
+
+    def _check_folder(self, folder: Path, places: Iterable[Path], *, free: bool) -> None:
+        """Checkpoints can be written into a folder, and replace neither those of another fit nor a model."""
+        check_writable(folder, folder=True)
+        if saving.holds_model(folder):
+            raise ExistsError(
+                f"{folder} holds a saved model; give checkpoints a folder of their own, like {folder / 'checkpoints'}"
+            )
+        there = [place / fitting.LAST for place in places if (place / fitting.LAST).exists()]
+        if there and not free:
+            raise ExistsError(
+                f"{there[0]} is the checkpoint of a fit that did not end; go on from it with resume=True (--resume), "
+                "begin anew with overwrite=True (--overwrite), or give another name"
+            )
+
+    @contextmanager
+    def _unchanged_on_failure(self) -> Iterator[None]:
+        """Bring a fitted model back to what it was, if it cannot be fitted again."""
+        replaced = [self.design, self.config, self.fit_config, self._pseudobulks, *self._controls.values()]
+        shared = {id(value): value for value in replaced}  # a fit puts others in their place, and changes none
+        before = copy.deepcopy(self.__dict__, shared) if self.card else None
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                self.__dict__ = before
+            raise
+
+    def _train(
+        self, stage: str, plan: FitConfig, dataset: CellDataset, folder: Path | None, options: dict[str, Any]
+    ) -> pd.DataFrame:
+        """Train the parameters of one stage; gives its history."""
+        with self._training(stage):
+            data = self.stage_data(stage, dataset)
+            self.train()
+            history = fitting.run(self, data, plan, folder=folder, **options)
+        return history.assign(stage=stage) if stage else history
 
     def _observe(self, dataset: CellDataset) -> Pseudobulks:
         """Means of the control cells, and of the conditions that were held out for validation."""
@@ -395,13 +448,26 @@ class Model(nn.Module):
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write config, design, transforms, weights, history and card into a folder; nothing is pickled.
 
         Of several processes that fitted together only the first writes.
+
+        Parameters
+        ----------
+        folder
+            What else lies there stays. If saving fails, or the process is killed, the folder holds what it held before,
+            or all of the model.
+        overwrite
+            Replace a model that is saved there.
+
+        Raises
+        ------
+        ValueError
+            If a model is saved there and `overwrite` is not set.
         """
         if fitting.is_main():
-            saving.save(self, Path(folder))
+            saving.save(self, Path(folder), overwrite=overwrite)
 
     @classmethod
     def restore(cls, folder: str | Path) -> Self:

@@ -18,6 +18,7 @@ from invirtuo import fit
 from invirtuo.batch import Batch
 from invirtuo.checks import some
 from invirtuo.flow import SOLVERS
+from invirtuo.settings import Settings
 from invirtuo.workers import n_workers, over_ray
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ __all__ = ["Request", "SampleConfig", "control_pool", "drawn", "filled", "means_
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """How cells are drawn from a fitted model."""
 
     guidance: float | Mapping[str, float] = 1.0  # weight of classifier-free guidance, or of its parts; 1 is none
@@ -44,6 +45,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
         if self.solver is not None and self.solver not in (*SOLVERS, "dopri5"):

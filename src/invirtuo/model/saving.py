@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -15,12 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy import sparse
 from torch import Tensor
 
 from invirtuo.design import Design
-from invirtuo.files import writing
+from invirtuo.errors import ExistsError
+from invirtuo.files import making
+from invirtuo.fit.checkpoint import write_tensors
 from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.transforms import TRANSFORMS
 
@@ -29,43 +33,112 @@ if TYPE_CHECKING:
     from invirtuo.fit import FitConfig
     from invirtuo.model.base import Model
 
-__all__ = ["card", "config_from", "restore", "save", "size_buffers"]
+__all__ = ["card", "check_free", "config_from", "holds_model", "path_of", "restore", "save", "size_buffers"]
+
+PENDING = ".saved"  # holds the files of a model that is wholly written, until they have taken the places of others
 
 
-def save(model: Model, folder: Path) -> None:
-    """Write a model into a folder; the file by which it is found comes last."""
+def save(model: Model, folder: Path, *, overwrite: bool = False) -> None:
+    """Write a model into a folder; at any moment the model that was there, or the new one, is whole.
+
+    A new folder appears when all files are written. In a folder that exists they are written into a folder within it,
+    of which the renaming decides: from then on its files are read, until each has moved to its place.
+    """
+    check_free(folder, overwrite=overwrite)
+    _settle(folder)
+    with making(folder / PENDING if folder.exists() else folder) as part:
+        _write(model, part)
+    _settle(folder)
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to save over a file, or, unless that is wanted, over a model.
+
+    Raises
+    ------
+    ExistsError
+        If a model is there, and `overwrite` is not set.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a model is saved as a folder, give another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"model": model.name, "preset": model.preset, "config": asdict(model.config), "genes": model.genes}
-    _write_text(folder / "design.json", model.design.to_json())
-    _write_text(folder / "card.json", json.dumps(model.card, indent=2))
-    with writing(folder / "transforms.npz") as path:
-        np.savez_compressed(path, **_arrays(model))
-    with writing(folder / "history.csv") as path:
-        model.history.to_csv(path, index=False)
-    with writing(folder / "weights.safetensors") as path:
-        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, path)
-    _write_text(folder / "config.json", json.dumps(facts, indent=2))
+    if holds_model(folder) and not overwrite:
+        raise ExistsError(
+            f"{folder} holds a saved model; give another name, or replace it with overwrite=True (--overwrite)"
+        )
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a model is saved in a folder."""
+    return path_of(folder, "config.json").is_file()
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Where a file of the model of a folder lies."""
+    pending = folder / PENDING / name
+    return pending if pending.exists() else folder / name
+
+
+def _settle(folder: Path) -> None:
+    """Let the files of a model that is wholly written take their places."""
+    pending = folder / PENDING
+    if pending.is_dir():
+        for path in sorted(pending.iterdir()):
+            os.replace(path, folder / path.name)
+        pending.rmdir()
+
+
+def _write(model: Model, folder: Path) -> None:
+    """All files of a model; config.json comes last and knows the others by their hashes."""
+    (folder / "design.json").write_text(model.design.to_json())
+    (folder / "card.json").write_text(json.dumps(model.card, indent=2))
+    np.savez_compressed(folder / "transforms.npz", **_arrays(model))
+    model.history.to_csv(folder / "history.csv", index=False)
+    write_tensors(folder / "weights.safetensors", model.state_dict())
+    facts = {
+        "model": model.name,
+        "preset": model.preset,
+        "config": asdict(model.config),
+        "genes": model.genes,
+        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / "config.json").write_text(json.dumps(facts, indent=2))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse files that were not saved together; models that were saved before there were hashes have none."""
+    for name, expected in hashes.items():
+        with _reading(folder, name) as path:
+            found = _sha256(path)
+        if found != expected:
+            raise ValueError(
+                f"{path} is not the file that was saved with config.json: it is damaged, was changed, or files of two "
+                "models are mixed. Copy the folder as a whole, or save the model again"
+            )
 
 
 def restore(cls: type[Model], folder: Path) -> Any:
     """Read what :func:`save` wrote."""
-    with _reading(folder / "config.json") as path:
+    with _reading(folder, "config.json") as path:
         facts = json.loads(path.read_text())
         genes, preset, config = facts["genes"], facts["preset"], config_from(cls.Config, facts["config"])
-    with _reading(folder / "design.json") as path:
+    _check_hashes(folder, facts.get("sha256", {}))
+    with _reading(folder, "design.json") as path:
         design = Design.from_json(path.read_text())
     model = cls(design, genes, config)
     model.preset = preset
-    with _reading(folder / "card.json") as path:
+    with _reading(folder, "card.json") as path:
         model.card = json.loads(path.read_text())
-    history = folder / "history.csv"
+    history = path_of(folder, "history.csv")
     model.history = pd.read_csv(history) if history.exists() and history.stat().st_size > 2 else pd.DataFrame()
-    with _reading(folder / "transforms.npz") as path, path.open("rb") as file:
+    with _reading(folder, "transforms.npz") as path, path.open("rb") as file:
         arrays = np.load(file, allow_pickle=False)
         _load_arrays(model, {key: arrays[key] for key in arrays.files})
-    with _reading(folder / "weights.safetensors") as path:
+    with _reading(folder, "weights.safetensors") as path:
         tensors = load_file(path)
         size_buffers(model, tensors)
         model.load_state_dict(tensors)
@@ -144,7 +217,7 @@ def config_from(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Path]:
+def _reading(folder: Path, name: str) -> Iterator[Path]:
     """Turn whatever goes wrong while a file of a saved model is read into one clear error."""
     trouble = (
         OSError,
@@ -157,13 +230,13 @@ def _reading(path: Path) -> Iterator[Path]:
         BadZipFile,
         SafetensorError,
     )
+    path = path_of(folder, name)
     try:
+        with path.open("rb"):  # safetensors takes what may not be read for missing
+            pass
         yield path
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; ask its owner to change the permissions") from error
     except trouble as error:
         reason = " ".join(str(error).split())[:300] if path.exists() else "it is missing"
         raise ValueError(f"{path} is damaged: {reason}; save the model again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with writing(path) as partial:
-        partial.write_text(text)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from invirtuo.model import Model
+from invirtuo.model.saving import holds_model, path_of
 from invirtuo.models.biolord import Biolord
 from invirtuo.models.cellflow_counts import CellFlowCounts
 from invirtuo.models.cfgen import CFGen
@@ -78,8 +79,8 @@ def load(folder: str | Path) -> Model:
     ValueError
         If the folder is not a saved model, or of a model that this version does not know.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
+    path = path_of(Path(folder), "config.json")
+    if not holds_model(Path(folder)):
         raise ValueError(f"{folder} holds no saved model (no config.json); pass the folder that model.save wrote")
     try:
         name = json.loads(path.read_text())["model"]

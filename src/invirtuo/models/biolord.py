@@ -26,12 +26,13 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import NormMLP
+from invirtuo.settings import Settings
 
 __all__ = ["Biolord", "Config"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Architecture, weights of the penalties, and how cells are drawn."""
 
     width: int = 256  # hidden width of all networks

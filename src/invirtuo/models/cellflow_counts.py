@@ -28,12 +28,13 @@ from invirtuo.flow import PathSample, linear_path
 from invirtuo.generators import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
+from invirtuo.settings import Settings
 
 __all__ = ["CellFlowCounts", "Config"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Encoder, depth, flow, training in stages and sampler."""
 
     hidden_encoder: tuple[int, ...] = (512, 512)  # widths of the encoder
@@ -59,6 +60,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         if self.coupling not in ("ot", "independent"):
             raise ValueError(f"coupling is {self.coupling!r}; expected ot or independent")
         if self.latent_scaling not in ("standard", "none"):

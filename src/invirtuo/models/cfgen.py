@@ -33,12 +33,13 @@ from invirtuo.flow import PathSample
 from invirtuo.generators import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
+from invirtuo.settings import Settings
 
 __all__ = ["CFGen", "Config"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Autoencoder, depth, flow, training in stages and sampler."""
 
     n_latent: int = 50  # width of the latent space; 100 for HLCA, Tabula Muris and with peaks
@@ -67,6 +68,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         choices = {
             "encoder_input": ("log_counts", "proportions", "log_proportions"),
             "latent_scaling": ("standard", "none"),

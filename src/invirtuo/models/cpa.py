@@ -32,12 +32,13 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
+from invirtuo.settings import Settings
 
 __all__ = ["CPA", "Config"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Architecture, weights of the losses, and how cells are drawn."""
 
     n_latent: int = 64  # width of the latent space
@@ -59,6 +60,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         if self.adversary_steps < 2:
             raise ValueError(f"adversary_steps is {self.adversary_steps}; expected at least 2, or adversary=False")
 

@@ -20,12 +20,13 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import NormMLP, one_hots
+from invirtuo.settings import Settings
 
 __all__ = ["Config", "DecoderOnly"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Width and depth, and what enters."""
 
     width: int = 256  # hidden width

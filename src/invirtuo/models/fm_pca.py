@@ -30,6 +30,7 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, exact_coupling, guided, plan_pairs, sinkhorn, solve
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import MLP, ConditionEncoder, sinusoids
+from invirtuo.settings import Settings
 from invirtuo.transforms import PCA
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ __all__ = ["FMPCA", "Config"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Space, architecture, path, coupling and sampler. Names are those of tables 14-17 where the paper has one."""
 
     n_pcs: int = 50  # principal components
@@ -66,6 +67,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         choices = {
             "source": ("noise", "control"),
             "coupling": ("sinkhorn", "exact", "random"),

@@ -24,12 +24,13 @@ from invirtuo.dataset import CellDataset
 from invirtuo.generators import CountGenerator, check_depths
 from invirtuo.model import SampleConfig
 from invirtuo.nn import CountLikelihood, SizeFactor
+from invirtuo.settings import Settings
 
 __all__ = ["Config", "IndependentNB"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """No choices."""
 
 

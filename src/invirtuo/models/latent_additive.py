@@ -21,12 +21,13 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import NormMLP, one_hots
+from invirtuo.settings import Settings
 
 __all__ = ["Config", "LatentAdditive"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Widths and depths; the three MLPs are alike."""
 
     width: int = 256  # hidden width

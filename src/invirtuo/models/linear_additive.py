@@ -16,12 +16,13 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import one_hots
+from invirtuo.settings import Settings
 
 __all__ = ["Config", "LinearAdditive"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What enters the linear map."""
 
     use_covariates: bool = True  # whether the covariate one-hots enter beside the perturbation

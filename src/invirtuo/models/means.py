@@ -14,6 +14,7 @@ from torch import Tensor
 from invirtuo.batch import Batch
 from invirtuo.dataset import CellDataset
 from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.settings import Settings
 
 __all__ = ["ContextMean", "NoChange", "PerturbationMean", "Ridge"]
 
@@ -21,29 +22,30 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class NoChangeConfig:
+class NoChangeConfig(Settings):
     """No choices."""
 
 
 @dataclass(frozen=True)
-class PerturbationMeanConfig:
+class PerturbationMeanConfig(Settings):
     """How the effect is put on cells."""
 
     mode: str = "profile"  # "profile": one mean vector for all cells (the paper); "shift_cells": shift control cells
 
     def __post_init__(self) -> None:
         """Refuse unknown modes."""
+        super().__post_init__()
         if self.mode not in ("profile", "shift_cells"):
             raise ValueError(f"mode is {self.mode!r}; expected profile or shift_cells")
 
 
 @dataclass(frozen=True)
-class ContextMeanConfig:
+class ContextMeanConfig(Settings):
     """No choices."""
 
 
 @dataclass(frozen=True)
-class RidgeConfig:
+class RidgeConfig(Settings):
     """What is regressed on what, and how the effect is put on cells."""
 
     penalty: float = 0.1  # lambda
@@ -56,7 +58,8 @@ class RidgeConfig:
     unseen: str = "raise"  # perturbations never trained on: "raise", "mean" (the mean effect) or "zero" (none)
 
     def __post_init__(self) -> None:
-        """Refuse unknown choices; rows from JSON become tuples."""
+        """Refuse unknown choices."""
+        super().__post_init__()
         choices = {
             "solver": ("two-sided", "exact"),
             "kernel": ("linear", "rbf", "additive"),
@@ -70,7 +73,6 @@ class RidgeConfig:
             raise ValueError(
                 f"penalty is {self.penalty}, n_components {self.n_components}; expected above 0, 1 or more"
             )
-        object.__setattr__(self, "gene_vectors", tuple(map(tuple, self.gene_vectors)))
 
 
 class NoChange(Model):

@@ -32,6 +32,7 @@ from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import ConditionEncoder, PseudobulkAnchor, SizeFactor, with_mean
 from invirtuo.nn.velocity import VELOCITIES, Point, Sizes
+from invirtuo.settings import Settings
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -47,7 +48,7 @@ T_BINS = 5  # bins of time in which the validation loss is reported
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Architecture, path and sampler. Names are those of tables 10-13 where the paper has one."""
 
     velocity: str = "genewise"  # "unet" (the paper), "mlp" (its ablation), "genewise" (ours)
@@ -96,6 +97,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         choices: dict[str, Collection[str]] = {
             "velocity": VELOCITIES,
             "interpl_type": PATHS,

@@ -32,12 +32,13 @@ from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
+from invirtuo.settings import Settings
 
 __all__ = ["SAMSVAE", "Config"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Architecture, priors, and how cells are drawn."""
 
     n_latent: int = 32  # width of the latent space
@@ -57,6 +58,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         if self.basal not in ("factual", "target", "prior"):
             raise ValueError(f"basal is {self.basal!r}; expected factual, target or prior")
         if not 0 < self.mask_prior < 1:

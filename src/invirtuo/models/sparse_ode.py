@@ -35,15 +35,16 @@ from invirtuo.batch import Batch
 from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.dynamics import Course, Forecaster, best_bandwidth, local_fit
-from invirtuo.fit import FitConfig
+from invirtuo.fit import FitConfig, seeded
 from invirtuo.model import Preset
 from invirtuo.nn import PENALTIES, SharedField, TargetField
+from invirtuo.settings import Settings
 
 __all__ = ["Config", "SparseODE"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Data, field, sparsity, and how a fit goes on."""
 
     space: str = "log"  # "log": log1p of counts per 10,000; "any": numbers as they are
@@ -81,6 +82,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         choices = {
             "space": ("log", "any"),
             "prepare": ("bins", "reference"),
@@ -100,7 +102,6 @@ class Config:
             raise ValueError(f"match_share + refit_share is {self.match_share + self.refit_share}; expected at most 1")
         if self.n_members < 1 or self.lam < 0:
             raise ValueError(f"n_members is {self.n_members} and lam {self.lam}; expected at least 1 and 0")
-        object.__setattr__(self, "prior", tuple(tuple(pair) for pair in self.prior))
 
 
 class _Shots(NamedTuple):
@@ -428,8 +429,7 @@ class SparseODE(Forecaster):
         """
         rows = np.isin(self.genes, list(other))
         now = self._sparsity(self._still(), rows)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             draws = pd.DataFrame([self._sparsity(self.field.draw() if self.penalty.gated else self._still(), rows)
                                   for _ in range(n_draws)])  # fmt: skip
         return pd.DataFrame({"evaluation": now, "draws": draws.mean(), "sd": draws.std()}).T

@@ -37,6 +37,7 @@ from invirtuo.dataset import CellDataset, to_csr
 from invirtuo.fit import FitConfig
 from invirtuo.genes import hashed_vectors, read_vectors
 from invirtuo.model import Model, Preset
+from invirtuo.settings import Settings
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -50,7 +51,7 @@ PLACES = 1 << 20  # more than any number of genes; a place in an order below it 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Genes, sequence, network and loss. The paper's letters in brackets."""
 
     gene_vectors: str = "random"  # "random" (by name), "one-hot", or a file with vectors: .npz, .csv or .tsv
@@ -78,6 +79,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         for name, allowed in {
             "fill": ("none", "genes"),
             "value": ("log", "percent"),

@@ -41,6 +41,7 @@ from invirtuo.nn.attention import SetTransformer, pad, windows
 from invirtuo.nn.energy import energy_loss
 from invirtuo.preprocess import EMBEDDED
 from invirtuo.samplers import Sampler, mapped_sets, without
+from invirtuo.settings import Settings
 from invirtuo.transforms import PCA
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Space, sets, network and loss. The paper's letters in brackets."""
 
     space: str = "genes"  # of input and target: "genes" (log expression), "pca", or "obsm" with the key below
@@ -99,6 +100,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        super().__post_init__()
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from invirtuo.checks import some, whole
+from invirtuo.files import making, writing_hdf5
 from invirtuo.genes import variable_genes_of
 from invirtuo.preprocess import TOTAL, check_target_sum
 from invirtuo.store.cells import MANIFEST, ROW, VALUE, CellStore
@@ -101,25 +96,10 @@ def shuffle(
         "depth": size_factor or "sum over genes",
         "target_sum": float(target_sum),
     }
-    with _making(folder) as part:
+    with making(folder) as part:
         manifest = plan.write(part, facts)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return manifest
-
-
-@contextmanager
-def _making(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name on success and is removed on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.parent.glob(f".{folder.name}.*.part"):  # of a run that was killed
-        shutil.rmtree(left_over)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
-    part.mkdir()
-    try:
-        yield part
-        os.rename(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _depths(store: CellStore, column: str | None) -> np.ndarray:
@@ -193,9 +173,9 @@ class _Plan:
         starts = np.flatnonzero(np.diff(number, prepend=-1))
         for a, b in zip(starts, [*starts[1:], len(rows)], strict=True):
             values = slice(x.indptr[a], x.indptr[b])
-            for name, array in (("data", x.data), ("indices", x.indices)):
+            for name, array, dtype in (("data", x.data, np.float32), ("indices", x.indices, np.int32)):
                 with (buckets / f"{number[a]}.{name}").open("ab") as file:
-                    array[values].astype(np.float32 if name == "data" else np.int32, copy=False).tofile(file)
+                    file.write(array[values].astype(dtype, copy=False).data)  # unlike tofile, says that a disk is full
 
     def _ordered(self, k: int, buckets: Path) -> tuple[np.ndarray, sparse.csr_matrix]:
         """Rows of a bucket and their values in the order of the store; the bucket is removed."""
@@ -215,7 +195,7 @@ class _Plan:
         from anndata.io import write_elem
 
         options = {} if self.compression == "none" else {"compression": self.compression, "shuffle": True}
-        with h5py.File(path, "w") as file:
+        with writing_hdf5(path) as file:
             file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
             write_elem(file, "obs", obs)
             write_elem(file, "var", pd.DataFrame(index=self.store.var_names))
