@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "bytes_by_row",
     "check_h5ad",
+    "check_h5ad_name",
     "check_writable",
+    "is_zarr_folder",
     "making",
     "read_h5ad",
     "system_error",
@@ -42,6 +44,11 @@ BLOCK = 1 << 22  # values read at a time
 INFLATION = 2000  # gzip reaches about 1000
 PATIENCE = 5.0  # seconds that the reader of a pipe may take
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors that only writing meets
+OTHER_KINDS = {  # a name at the root of a file of another kind, and how it is read
+    "mod": "a MuData file; put its modalities together with iv.multimodal.join, or take one (mudata.read(path)['rna'])",
+    "matrix": "a file of 10x Genomics; read it with scanpy.read_10x_h5",
+    "col_attrs": "a loom file; read it with scanpy.read_loom",
+}
 SYSTEM_ERROR = re.compile(r"(?:errno = |os error |\[Errno )(\d+)")  # as HDF5, Rust and Python name them
 
 
@@ -118,6 +125,13 @@ def making(folder: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def check_h5ad_name(path: str | os.PathLike) -> None:
+    """Raise ValueError if a file of cells is to have the name of a file of another kind."""
+    suffix = Path(path).suffix
+    if suffix not in ("", ".h5ad", ".h5", ".part") and not _is_stream(Path(path)):
+        raise ValueError(f"{path} is named like a {suffix} file, and cells are written as .h5ad; give it that ending")
+
+
 def check_writable(path: str | os.PathLike, *, folder: bool = False, inputs: Iterable[str | os.PathLike] = ()) -> None:
     """Refuse a result that could not be written, before any work is done for it; nothing is left behind.
 
@@ -161,6 +175,7 @@ def write_h5ad(adata: AnnData, path: str | os.PathLike) -> None:
     """
     from anndata.io import write_elem
 
+    check_h5ad_name(path)
     with writing(path) as part, writing_hdf5(part) as file:
         adata.strings_to_categoricals()
         write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
@@ -181,6 +196,7 @@ def writing_h5ad(path: str | os.PathLike, obs: pd.DataFrame, var: pd.DataFrame, 
     import anndata
     from anndata.io import write_elem
 
+    check_h5ad_name(path)
     if _is_stream(Path(path)):
         raise ValueError(f"{path} is no regular file; cells are written here and there in an h5ad, give a file name")
     with writing(path) as part, writing_hdf5(part) as file:
@@ -344,14 +360,14 @@ def _opened(path: Path) -> int:
 
 
 def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
-    """Read an h5ad file after :func:`check_h5ad` found nothing wrong with it.
+    """Read an h5ad file after :func:`check_h5ad` found nothing wrong with it, or the zarr folder of an AnnData.
 
     Parameters
     ----------
     path
-        File written by AnnData.
+        File or folder written by AnnData.
     backed
-        Leave X on disk (read-only).
+        Leave X on disk (read-only); X of a zarr folder is read.
 
     Raises
     ------
@@ -359,21 +375,42 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
         If the file is missing, truncated, not an h5ad, or its parts contradict each other.
     """
     import anndata
-    from anndata.io import read_h5ad as read
 
-    check_h5ad(path)
+    is_zarr = is_zarr_folder(path)
+    if not is_zarr:
+        check_h5ad(path)
     trouble = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError)
     try:
-        adata = read(path, backed="r" if backed else None)
+        adata = anndata.io.read_zarr(path) if is_zarr else anndata.io.read_h5ad(path, backed="r" if backed else None)
     except (*trouble, anndata._io.specs.registry.IORegistryError) as error:
+        kind = "zarr folder" if is_zarr else "h5ad file"
         raise ValueError(
-            f"{path} is not a readable h5ad file: {_first_line(error)}. Write it again with AnnData"
+            f"{path} is not a readable {kind}: {_first_line(error)}. Write it again with AnnData"
         ) from error
     if adata.X is None:
         raise ValueError(
             f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again"
         )
+    adata.obs, adata.var = _plain_text(adata.obs), _plain_text(adata.var)
     return adata
+
+
+def is_zarr_folder(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder written by zarr."""
+    return any((Path(path) / name).exists() for name in (".zgroup", "zarr.json"))
+
+
+def _plain_text(table: pd.DataFrame) -> pd.DataFrame:
+    """Text of the nullable type, which not every AnnData writes, as plain objects; missing values as NaN."""
+    import pandas as pd
+
+    nullable = [column for column in table if isinstance(table[column].dtype, pd.StringDtype)]
+    table = table.astype(dict.fromkeys(nullable, object)) if nullable else table
+    for column in nullable:
+        table[column] = table[column].where(table[column].notna(), np.nan)
+    if isinstance(table.index.dtype, pd.StringDtype):
+        table = table.set_axis(table.index.astype(object))
+    return table
 
 
 def bytes_by_row(path: str | os.PathLike) -> int:
@@ -411,8 +448,13 @@ def check_h5ad(path: str | os.PathLike, *, values: bool = True) -> None:
         with path.open("rb"):  # says by itself what HDF5 takes for no HDF5 file: permissions, a stale mount
             pass
         if not h5py.is_hdf5(path):
-            raise ValueError(f"{path} is not an HDF5 file; expected an h5ad file written by AnnData")
+            raise ValueError(
+                f"{path} is not an HDF5 file; expected an h5ad file written by AnnData. Read other kinds with scanpy "
+                "(read_10x_mtx, read_csv, ...) and write them with adata.write_h5ad"
+            )
         with h5py.File(path, "r") as file:
+            if kind := next((kind for name, kind in OTHER_KINDS.items() if name in file), None):
+                raise ValueError(f"{path} is {kind}, and write that with adata.write_h5ad")
             missing = [name for name in ("obs", "var") if name not in file]
             if missing:
                 raise ValueError(f"{path} is HDF5 but has no {' and no '.join(missing)}; expected an h5ad file")

@@ -36,7 +36,9 @@ def _begun(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def begin(**given: Any) -> None:
         from invirtuo.files import check_writable
+        from invirtuo.threads import size_threads
 
+        size_threads()
         results = [given[name] for name in RESULTS if given.get(name) is not None]
         inputs = list(_files_in(given))
         for result in results:

@@ -12,9 +12,12 @@ import typer
 
 from invirtuo.cli.options import (
     Cells,
+    Conditions,
     Control,
     Covariate,
-    Out,
+    HoldOut,
+    HoldOutVal,
+    OutCells,
     OutFolder,
     Overwrite,
     Perturbation,
@@ -22,15 +25,16 @@ from invirtuo.cli.options import (
     Run,
     Separator,
     Solver,
+    Split,
     Steps,
     Unknown,
     Weights,
     model_with,
     pairs,
+    read_conditions,
     read_csv,
+    split_of,
 )
-
-SPLIT_HELP = "Name of a split (`invirtuo list splits`), a file.csv, or a file.toml[:DATASET[:CONTEXT COLUMN]] of STATE."
 
 
 def fit(
@@ -47,8 +51,9 @@ def fit(
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
     time: Annotated[str | None, typer.Option(help="Numeric column with time or pseudotime.")] = None,
     separator: Separator = "+",
-    split: Annotated[str | None, typer.Option(help=SPLIT_HELP)] = None,
-    hold_out: Annotated[list[str] | None, typer.Option(help="Condition to hold out, or covariate=value.")] = None,
+    split: Split = None,
+    hold_out: HoldOut = None,
+    hold_out_val: HoldOutVal = None,
     preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the model's Config.")] = None,
     fit_set: Annotated[list[str] | None, typer.Option(help="field=value of the FitConfig.")] = None,
@@ -70,7 +75,7 @@ def fit(
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
     columns["time"] = time
     design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
-    parts = _split(adata.obs, design, split, hold_out)
+    parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
     base = MODELS[model](design, adata.var_names, preset)
     fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
     config = _with_fields(base.fit_config, [*(fit_set or []), *(["progress=false"] if quiet else [])])
@@ -95,8 +100,8 @@ def fit(
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a fitted model.")],
-    out: Out,
-    conditions: Annotated[str, typer.Option(help="FILE.csv with one row per condition, or test, or val.")] = "test",
+    out: OutCells,
+    conditions: Conditions = None,
     n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells per condition.")] = 1000,
     guidance: Annotated[
         list[str] | None,
@@ -119,7 +124,7 @@ def predict(
     from invirtuo.files import read_h5ad
     from invirtuo.models import load
 
-    wanted = conditions if conditions in ("test", "val") else read_csv(Path(conditions))
+    wanted = read_conditions(conditions)
     weight = _guidance(guidance)
     made = load(run).predict(
         wanted,
@@ -143,7 +148,7 @@ def predict(
 
 def generate(
     run: Run,
-    out: Out,
+    out: OutCells,
     n_cells: Annotated[int | None, typer.Option("-n", "--n-cells", help="Number of cells.")] = None,
     where: Annotated[
         list[str] | None, typer.Option(help="attribute=label of all cells; may be given several times.")
@@ -185,7 +190,7 @@ def generate(
 def augment(
     run: Run,
     data: Cells,
-    out: Out,
+    out: OutCells,
     by: Annotated[str, typer.Option(help="Attribute whose rare classes grow.")],
     target_size: Annotated[int, typer.Option(help="Real and generated cells in all.")],
     power: Annotated[float, typer.Option(help="Shares are proportional to (cells of the class)^(-power).")] = 1.0,
@@ -219,7 +224,7 @@ def augment(
 def correct(
     run: Run,
     data: Cells,
-    out: Out,
+    out: OutCells,
     batch: Annotated[str, typer.Option(help="Covariate whose effect is taken out.")],
     reference: Annotated[
         str | None, typer.Option(help="Batch that cells are brought to; the largest if not given.")
@@ -253,7 +258,7 @@ def correct(
 def impute(
     run: Run,
     data: Cells,
-    out: Out,
+    out: OutCells,
     masked_fraction: Annotated[float, typer.Option(help="Share of the counts of a cell that is missing.")] = 0.0,
     noise: Annotated[float, typer.Option(help="Jitter of the latent noise; above 0.1 it becomes another cell.")] = 0.05,
     n_draws: Annotated[int, typer.Option(help="Jittered copies that are averaged.")] = 10,
@@ -275,7 +280,7 @@ def impute(
 def embed(
     run: Run,
     data: Annotated[Path, typer.Argument(help="h5ad file in the data space of the model.")],
-    out: Out,
+    out: OutCells,
     key: Annotated[
         str | None, typer.Option(help="Write the given cells with the embedding in obsm under this key.")
     ] = None,
@@ -324,31 +329,6 @@ def _cells(data: list[Path], memory: str | None) -> Any:
     return CellStore.open(data, memory=memory or "256 MiB")
 
 
-def _split(obs, design, split: str | None, hold_out: list[str] | None):
-    """The split that --split or --hold-out asks for; None trains on all cells."""
-    from invirtuo import splits
-
-    if split and hold_out:
-        raise ValueError("--split and --hold-out exclude each other; give one of them")
-    if hold_out and design.perturbation is None:
-        return splits.courses(obs, design, [_condition(text) for text in hold_out])
-    if hold_out:
-        return splits.hold_out(obs, design, [_condition(text) for text in hold_out])
-    if split is None:
-        return None
-    path, dot, named = split.partition(".toml")
-    if dot:
-        dataset, _, context = named.removeprefix(":").partition(":")
-        return splits.from_toml(path + dot, obs, design, dataset=dataset or None, context=context or None)
-    if Path(split).suffix == ".csv" or Path(split).is_file():
-        return splits.from_csv(Path(split), obs)
-    choices = {name: splits.SPLITS[name] for name in ("transfer", "combine", "combine_inverse")}
-    if split not in choices:
-        known = ", ".join(("a file.csv", "a file.toml", *choices))
-        raise ValueError(f"--split is {split!r}; expected one of {known}; or use --hold-out")
-    return choices[split](obs, design)
-
-
 def _write(adata: Any, out: Path, quiet: bool) -> None:
     from invirtuo.files import write_h5ad
 
@@ -367,12 +347,6 @@ def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in pairs("--guidance", given).items()}
     except ValueError as error:
         raise ValueError(f"--guidance {' '.join(given)}: {error}; expected a number, or attribute=number") from error
-
-
-def _condition(text: str) -> str | dict[str, str]:
-    """``cell_type=B cell`` as a mapping, anything else as the name of a condition."""
-    column, equals, value = text.partition("=")
-    return {column: value} if equals else text
 
 
 def _with_fields(config: Any, assignments: list[str] | None) -> Any:

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from invirtuo.cli.options import (
     Control,
     Covariate,
+    HoldOut,
+    HoldOutVal,
     OutFolder,
     Perturbation,
     Quiet,
     Separator,
+    Split,
     Unknown,
     fail,
     print_rows,
     print_scores,
+    split_of,
+)
+
+NO_SPLIT = (
+    "invirtuo: genes are chosen on all cells; if some will be held out, name them here, too, with --hold-out or --split"
 )
 
 
 def demo(
     out: OutFolder = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of split, fits and samples.")] = 0,
-    minutes: Annotated[float, typer.Option(help="Scales the training to about this long on two cores.")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="Scales the training; 2 is about two minutes on two cores.")] = 2.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a demo with other settings.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the main job on the bundled cells and write a report."""
+    """Run the main job on the bundled cells and write a report; stopped, it goes on with the same command."""
     from invirtuo.bench import demo as run
 
-    scores = run(out, seed=seed, minutes=minutes, progress=not quiet)
+    scores = run(out, seed=seed, minutes=minutes, progress=not quiet, overwrite=overwrite)
     if not quiet:
         print_scores(scores)
         typer.echo(f"\nreport: {out / 'report.html'}")
@@ -66,7 +75,7 @@ def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets, t
 
 
 def check(
-    data: Annotated[Path, typer.Argument(help="h5ad file.")],
+    data: Annotated[Path, typer.Argument(help="h5ad file, or the zarr folder of an AnnData.")],
     perturbation: Perturbation = None,
     control: Control = None,
     covariate: Covariate = None,
@@ -92,15 +101,25 @@ def prepare(
         list[Path], typer.Argument(help="IN.h5ad OUT.h5ad; with --shuffle-to any number of files or folders.")
     ],
     n_genes: Annotated[int | None, typer.Option(help="Number of variable genes to keep; all if not given.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Gene to keep in any case; may be given several times.")
+    ] = None,
     size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer that holds the raw counts, if not X.")] = None,
-    split: Annotated[Path | None, typer.Option(help="Split file; genes are chosen on its training cells.")] = None,
+    split: Split = None,
+    hold_out: HoldOut = None,
+    hold_out_val: HoldOutVal = None,
     knockdown: Annotated[bool, typer.Option("--knockdown", help="Keep only cells that show the knock-down.")] = False,
-    perturbation: Annotated[str | None, typer.Option(help="Needed for --knockdown.")] = None,
-    control: Annotated[str | None, typer.Option(help="Needed for --knockdown.")] = None,
+    drop_unmeasured: Annotated[
+        bool, typer.Option("--drop-unmeasured", help="With --knockdown: drop targets that are no gene of the data.")
+    ] = False,
+    perturbation: Perturbation = None,
+    control: Control = None,
     covariate: Covariate = None,
+    separator: Separator = "+",
     shuffle_to: Annotated[
-        Path | None, typer.Option(help="Folder to write: the cells of all files in random order, in bounded memory.")
+        Path | None,
+        typer.Option(help="Folder to write: the cells of all files in random order, in bounded memory."),
     ] = None,
     counts: Annotated[
         bool, typer.Option("--counts", help="With --shuffle-to: keep raw counts, for count models.")
@@ -109,43 +128,72 @@ def prepare(
     compression: Annotated[str, typer.Option(help="With --shuffle-to: none, lzf or gzip.")] = "none",
     seed: Annotated[int, typer.Option(help="With --shuffle-to: of the order.")] = 0,
 ) -> None:
-    """Normalise raw counts to log1p(CP10k), choose genes, filter knock-downs; or shuffle files larger than memory."""
-    from invirtuo import preprocess, splits
+    """Normalise raw counts to log1p(CP10k), choose genes, filter knock-downs; or shuffle files larger than memory.
+
+    Genes are chosen on training cells: name what fit will hold out with the same --hold-out or --split.
+    """
     from invirtuo.design import Design
-    from invirtuo.files import check_writable, read_h5ad, write_h5ad
+
+    columns = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
+
+    def design_of(obs: Any) -> Design:
+        if perturbation is None or control is None:
+            raise ValueError("--hold-out, --split by name and --knockdown need --perturbation and --control")
+        return Design.from_adata(obs, **columns, separator=separator)  # type: ignore[arg-type]
+
+    def parts_of(obs: Any) -> Any:
+        if not (split or hold_out):
+            if n_genes is not None:
+                typer.echo(NO_SPLIT, err=True)
+            return None
+        needs_design = hold_out or Path(str(split)).suffix != ".csv"
+        return split_of(obs, design_of(obs) if needs_design else None, split, hold_out, hold_out_val)
 
     if shuffle_to is not None:
         if knockdown or layer is not None:
             raise ValueError("--knockdown and --layer work in memory; prepare each file with them, then shuffle these")
-        _shuffle(files, shuffle_to, split, memory, counts=counts, n_genes=n_genes, size_factor=size_factor,
-                 compression=compression, seed=seed)  # fmt: skip
+        options = {"counts": counts, "n_genes": n_genes, "keep": keep, "size_factor": size_factor}
+        _shuffle(files, shuffle_to, parts_of, memory, compression=compression, seed=seed, **options)
         return
     if len(files) != 2:
         raise ValueError(f"prepare takes IN.h5ad OUT.h5ad, found {len(files)} path(s); several files need --shuffle-to")
     data, out = files
+    options = {"n_genes": n_genes, "keep": keep or (), "size_factor": size_factor, "layer": layer}
+    unmeasured: Literal["drop", "keep"] = "drop" if drop_unmeasured else "keep"
+    _prepare(data, out, parts_of, design_of if knockdown else None, unmeasured, **options)
+
+
+def _prepare(
+    data: Path, out: Path, parts_of: Any, design_of: Any, unmeasured: Literal["drop", "keep"], **options: Any
+) -> None:
+    """Normalise one file, and filter knock-downs if there is a Design for it."""
+    from invirtuo import preprocess
+    from invirtuo.files import check_h5ad_name, check_writable, read_h5ad, write_h5ad
+
+    check_h5ad_name(out)
     check_writable(out, inputs=[data])
     adata = read_h5ad(data)
-    parts = None if split is None else splits.from_csv(split, adata.obs)
-    prepared = preprocess.normalize(adata, n_genes=n_genes, size_factor=size_factor, layer=layer, split=parts)
-    if knockdown:
-        if perturbation is None or control is None:
-            raise ValueError("--knockdown needs --perturbation and --control")
-        design = Design.from_adata(prepared, perturbation=perturbation, control=control, covariates=covariate or [])
-        prepared = preprocess.knockdown(prepared, design)
+    prepared = preprocess.normalize(adata, split=parts_of(adata.obs), **options)
+    if design_of is not None:
+        design = design_of(prepared.obs)
+        prepared = preprocess.knockdown(prepared, design, unmeasured=unmeasured)
+        table = prepared.uns["invirtuo"]["knockdown"]
+        print_rows(table.drop(columns="context").itertuples(index=False), header=("target", "cells", "kept", "reason"))
+        if design.is_control(prepared.obs).all():
+            raise ValueError(f"{data}: the knock-down filter leaves no perturbed cell, see the reasons above")
     write_h5ad(prepared, out)
     typer.echo(f"{out}: {prepared.n_obs:,} cells x {prepared.n_vars:,} genes")
 
 
-def _shuffle(files: list[Path], out: Path, split: Path | None, memory: str, **options: Any) -> None:
+def _shuffle(files: list[Path], out: Path, parts_of: Any, memory: str, **options: Any) -> None:
     """Write a shuffled store."""
-    from invirtuo import CellStore, splits
+    from invirtuo import CellStore
     from invirtuo.files import check_writable
     from invirtuo.store import shuffle
 
     check_writable(out, folder=True)
     store = CellStore.open(files, memory=memory)
-    parts = None if split is None else splits.from_csv(split, store.obs)
-    made = shuffle(store, out, split=parts, **options)
+    made = shuffle(store, out, split=parts_of(store.obs), **options)
     typer.echo(
         f"{out}: {made['n_obs']:,} cells x {made['n_vars']:,} genes, {made['values']}, {len(made['files'])} files"
     )

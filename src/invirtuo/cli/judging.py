@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from invirtuo.cli.options import (
+    Conditions,
     Control,
     Covariate,
     Out,
@@ -18,7 +19,7 @@ from invirtuo.cli.options import (
     Separator,
     pairs,
     print_scores,
-    read_csv,
+    read_conditions,
     writable_file,
 )
 
@@ -66,11 +67,12 @@ def effects(
     ],
     run: Annotated[list[Path], typer.Option(help="Folder of a fitted model; several (seeds) may be given.")],
     out: Out,
-    conditions: Annotated[str, typer.Option(help="FILE.csv with one row per condition, or test, or val.")] = "test",
+    conditions: Conditions = None,
     level: Annotated[float, typer.Option(help="Share of genes that intervals cover; 0 for no intervals.")] = 0.9,
     calibration: Annotated[
-        str, typer.Option(help="Held-out conditions that set the width: val, test or FILE.csv.")
-    ] = "val",
+        list[str] | None,
+        typer.Option(help="Held-out conditions that set the width: val (if not given), test, FILE.csv, or names."),
+    ] = None,
     n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells drawn for each condition.")] = 1000,
     plot: Annotated[
         Path | None,
@@ -85,13 +87,12 @@ def effects(
     from invirtuo.models import load
     from invirtuo.report.effects import plot_effects
 
-    tables = {name: name if name in ("test", "val") else read_csv(Path(name)) for name in (conditions, calibration)}
     table = effects_(
         [load(folder) for folder in run],
         read_h5ad(data),
-        tables[conditions],
+        read_conditions(conditions),
         level=level or None,
-        calibration=tables[calibration],
+        calibration=read_conditions(calibration or ["val"]),
         n_cells=n_cells,
         seed=seed,
     )

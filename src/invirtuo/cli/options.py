@@ -24,6 +24,15 @@ def writable_file(path: Path | None) -> Path | None:
     return path
 
 
+def writable_cells(path: Path | None) -> Path | None:
+    """The path of an h5ad file, once it is known that it can be written."""
+    from invirtuo.files import check_h5ad_name
+
+    if path is not None:
+        check_h5ad_name(path)
+    return writable_file(path)
+
+
 def writable_folder(path: Path | None) -> Path | None:
     """The path of a folder, once it is known that it can be written."""
     from invirtuo.files import check_writable
@@ -49,12 +58,33 @@ Weights = Annotated[
     typer.Option("--guidance", help="Weight of all attributes, or attribute=weight; may be given several times."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Steps of the solver; the model's own if not given.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a split (`invirtuo list splits`), a file.csv, or a file.toml[:DATASET[:CONTEXT COLUMN]] of STATE."
+    ),
+]
+HoldOut = Annotated[
+    list[str] | None,
+    typer.Option(help="Condition to hold out (B cell|IFN-beta), or column=value; may be given several times."),
+]
+HoldOutVal = Annotated[
+    list[str] | None,
+    typer.Option(help="Condition to hold out for validation, which intervals of effects need; like --hold-out."),
+]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="test (if not given), val, FILE.csv with a row per condition, or conditions like B cell|IFN-beta."
+    ),
+]
 Solver = Annotated[
     str | None, typer.Option(help="euler, midpoint, heun, ab2, rk4 or dopri5; the model's own if not given.")
 ]
 Separator = Annotated[str, typer.Option(help="Joins the parts of a combination.")]
 Out = Annotated[Path, typer.Option(help="Where the result goes.", callback=writable_file)]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder where the results go.", callback=writable_folder)]
+OutCells = Annotated[Path, typer.Option("--out", help="h5ad file to write.", callback=writable_cells)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model or the checkpoints that are there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no summary.")]
 
@@ -87,6 +117,55 @@ def read_csv(path: Path, option: str = "--conditions"):
         return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])  # "NA" may be a label
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV table: {error}") from error
+
+
+def read_conditions(given: list[str] | None):
+    """Conditions as a model takes them: "test", "val", a table, or names."""
+    if not given:
+        return "test"
+    if len(given) == 1 and given[0] in ("test", "val"):
+        return given[0]
+    if len(given) == 1 and "|" not in given[0] and (Path(given[0]).suffix == ".csv" or Path(given[0]).exists()):
+        return read_csv(Path(given[0]))
+    return [condition(text) for text in given]
+
+
+def condition(text: str) -> str | dict[str, str]:
+    """``cell_type=B cell`` as a mapping, anything else as the name of a condition."""
+    column, equals, value = text.partition("=")
+    return {column: value} if equals else text
+
+
+def split_of(
+    obs: Any, design: Any, split: str | None, hold_out: list[str] | None, hold_out_val: list[str] | None = None
+) -> Any:
+    """The split that --split, or --hold-out and --hold-out-val, ask for; None trains on all cells."""
+    from invirtuo import splits
+
+    if split and (hold_out or hold_out_val):
+        raise ValueError("--split and --hold-out exclude each other; give one of them")
+    if hold_out_val and not hold_out:
+        raise ValueError("--hold-out-val needs --hold-out; give what is held out for the test as well")
+    if hold_out and design.perturbation is None:
+        if hold_out_val:
+            raise ValueError("--hold-out-val is for perturbations; give courses for validation in a --split file")
+        return splits.courses(obs, design, [condition(text) for text in hold_out])
+    if hold_out:
+        val = [condition(text) for text in hold_out_val] if hold_out_val else None
+        return splits.hold_out(obs, design, [condition(text) for text in hold_out], val=val)
+    if split is None:
+        return None
+    path, dot, named = split.partition(".toml")
+    if dot:
+        dataset, _, context = named.removeprefix(":").partition(":")
+        return splits.from_toml(path + dot, obs, design, dataset=dataset or None, context=context or None)
+    if Path(split).suffix == ".csv" or Path(split).is_file():
+        return splits.from_csv(Path(split), obs)
+    choices = {name: splits.SPLITS[name] for name in ("transfer", "combine", "combine_inverse")}
+    if split not in choices:
+        known = ", ".join(("a file.csv", "a file.toml", *choices))
+        raise ValueError(f"--split is {split!r}; expected one of {known}; or use --hold-out")
+    return choices[split](obs, design)
 
 
 def print_scores(scores, console: Console | None = None) -> None:

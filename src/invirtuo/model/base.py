@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from invirtuo import fit as fitting
 from invirtuo.batch import Batch
-from invirtuo.checks import some, whole
+from invirtuo.checks import label_findings, some, whole
 from invirtuo.conditions import Conditions, as_table
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.design import Design
@@ -518,6 +518,28 @@ class Model(nn.Module):
         if unknown and self.verb == "predict":
             raise ValueError(
                 f"{self.name} needs the labels of all cells; {some(unknown)} is unknown for some. Remove these cells"
+            )
+        for finding in label_findings(dataset.obs, self.design):
+            logger.warning(finding)
+        if self.verb == "predict":
+            self._check_responses(dataset)
+
+    def _check_responses(self, dataset: CellDataset) -> None:
+        """There are responses to learn from, and those that are held out can be predicted."""
+        design, column = self.design, self.design.perturbation
+        parts: dict[str, set[str]] = {}
+        for part in ("train", "val", "test"):
+            labels = design.kinds(dataset.obs.iloc[dataset.rows(part)])[0][column].unique()
+            parts[part] = {single for label in labels for single in design.parts(label)}
+        if not parts["train"]:
+            n_cells = len(dataset.rows("train"))
+            raise ValueError(
+                f"no perturbed cell is left to train on: all {n_cells:,} training cells are controls. Hold out less"
+            )
+        unseen = sorted((parts["val"] | parts["test"]) - parts["train"])
+        if unseen and not self._takes_unseen():
+            logger.warning(
+                "perturbations %s are held out everywhere; %s cannot predict what it never saw", some(unseen), self.name
             )
 
     def _check_space(self, adata: AnnData) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.checks import some
+from invirtuo.files import is_zarr_folder
 from invirtuo.store.parts import Part, aligned
 from invirtuo.values import canonical_csr, look, require_same_scale
 
@@ -315,7 +316,7 @@ def _files(paths: Paths) -> tuple[list[Path], dict[str, Any] | None]:
         return _from_manifest(given[0])
     files: list[Path] = []
     for path in given:
-        if not path.is_dir() or _is_zarr(path):
+        if not path.is_dir() or is_zarr_folder(path):
             files.append(path)
             continue
         found = sorted(p for p in path.iterdir() if p.suffix in (".h5ad", ".zarr") and not p.name.startswith("."))
@@ -342,10 +343,6 @@ def _from_manifest(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             f"{folder / MANIFEST} names files outside of its folder: {some(strange)}; write the store again"
         )
     return [folder / name for name in names], manifest
-
-
-def _is_zarr(path: Path) -> bool:
-    return any((path / name).exists() for name in (".zgroup", "zarr.json"))
 
 
 def _joined(tables: list[tuple[Path, pd.DataFrame]]) -> pd.DataFrame:
