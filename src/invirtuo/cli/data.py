@@ -152,13 +152,13 @@ def prepare(
     if shuffle_to is not None:
         if knockdown or layer is not None:
             raise ValueError("--knockdown and --layer work in memory; prepare each file with them, then shuffle these")
-        options = {"counts": counts, "n_genes": n_genes, "keep": keep, "size_factor": size_factor}
-        _shuffle(files, shuffle_to, parts_of, memory, compression=compression, seed=seed, **options)
+        chosen = {"n_genes": n_genes, "keep": keep, "size_factor": size_factor, "compression": compression}
+        _shuffle(files, shuffle_to, parts_of, memory, counts=counts, seed=seed, **chosen)
         return
     if len(files) != 2:
         raise ValueError(f"prepare takes IN.h5ad OUT.h5ad, found {len(files)} path(s); several files need --shuffle-to")
     data, out = files
-    options = {"n_genes": n_genes, "keep": keep or (), "size_factor": size_factor, "layer": layer}
+    options: dict[str, Any] = {"n_genes": n_genes, "keep": keep or (), "size_factor": size_factor, "layer": layer}
     unmeasured: Literal["drop", "keep"] = "drop" if drop_unmeasured else "keep"
     _prepare(data, out, parts_of, design_of if knockdown else None, unmeasured, **options)
 
