@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -326,3 +328,128 @@ def test_a_failed_cell_is_exit_code_1(run, tmp_path):
     assert code == 1
     assert "1 cell(s) failed" in err
     assert "FloatingPointError" in (tmp_path / "results" / "costs.csv").read_text()
+
+
+# ---- guards where people trip ----
+
+
+def test_prepare_chooses_genes_on_training_cells_alone(run, files, tmp_path):
+    counts = ad.read_h5ad(files / "counts.h5ad")
+    held_out = ["--hold-out", "cell_type=b_cell"]
+    done = run("prepare", files / "counts.h5ad", tmp_path / "a.h5ad", "--n-genes", 8, *held_out, *COLUMNS)
+    assert done[0] == 0 and not done[2], done
+    design = iv.Design.from_adata(counts, perturbation="perturbation", control="control", covariates=["cell_type"])
+    split = iv.splits.hold_out(counts.obs, design, {"cell_type": "b_cell"})
+    expected = iv.preprocess.normalize(counts, n_genes=8, split=split)
+    made = ad.read_h5ad(tmp_path / "a.h5ad")
+    assert list(made.var_names) == list(expected.var_names)
+    assert made.uns["invirtuo"]["genes_chosen_on"] == "training cells"
+    _, _, err = run("prepare", files / "counts.h5ad", tmp_path / "b.h5ad", "--n-genes", 8)
+    assert "genes are chosen on all cells" in err
+
+
+def knocked_down(tmp_path, level: int):
+    """Counts of a screen in which G is knocked down to a level, and H is no gene of the panel."""
+    obs = pd.DataFrame({"target": ["nt"] * 40 + ["G"] * 40 + ["H"] * 40}, index=[f"c{i}" for i in range(120)])
+    counts = np.full((120, 5), 50, np.float32)
+    counts[40:80, 0] = level
+    ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=list("GABCD"))).write_h5ad(tmp_path / "screen.h5ad")
+    return ["prepare", tmp_path / "screen.h5ad", tmp_path / "out.h5ad", "--knockdown", "--perturbation", "target"]
+
+
+def test_prepare_prints_what_became_of_every_target(run, tmp_path):
+    command = [*knocked_down(tmp_path, 5), "--control", "nt"]
+    code, out, err = run(*command)
+    assert code == 0, err
+    rows = [line.split(maxsplit=3) for line in out.splitlines()]
+    assert ["G", "40", "40"] in rows
+    assert ["H", "40", "40", "the label is not a gene of the data"] in [[cell.strip() for cell in row] for row in rows]
+    assert ad.read_h5ad(tmp_path / "out.h5ad").obs["target"].value_counts().to_dict() == {"nt": 40, "G": 40, "H": 40}
+    assert run(*command, "--drop-unmeasured")[0] == 0
+    assert "H" not in set(ad.read_h5ad(tmp_path / "out.h5ad").obs["target"])
+
+
+def test_prepare_fails_when_the_filter_leaves_nothing(run, tmp_path):
+    code, out, err = run(*knocked_down(tmp_path, 50), "--control", "nt", "--drop-unmeasured")
+    assert code == 2
+    assert "leaves no perturbed cell" in err
+    assert "of the control expression remains" in out
+    assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_intervals_after_a_fit_from_the_shell(run, files, tmp_path):
+    held_out = ["--hold-out", "b_cell|A", "--hold-out-val", "cell_type=t_cell"]
+    fit = run("fit", "perturbation_mean", files / "log.h5ad", *COLUMNS, *held_out, "--out", tmp_path / "run")
+    assert fit[0] == 0, fit
+    asked = ["--run", tmp_path / "run", "--level", "0.9", "-n", "5", "--out", tmp_path / "effects.csv"]
+    code, _, err = run("effects", files / "log.h5ad", *asked)
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "effects.csv")
+    assert set(table["condition"]) == {"b_cell|A"}
+    assert (table["low"] <= table["high"]).all()
+    code, _, err = run("effects", files / "log.h5ad", *asked, "--conditions", "b_cell|B", "--conditions", "monocyte|A")
+    assert code == 0, err
+    assert set(pd.read_csv(tmp_path / "effects.csv")["condition"]) == {"b_cell|B", "monocyte|A"}
+
+
+def test_conditions_by_name(run, files, tmp_path):
+    out = tmp_path / "p.h5ad"
+    code, _, err = run("predict", files / "mean", "--conditions", "t_cell|A", "-n", 3, "--quiet", "--out", out)
+    assert code == 0, err
+    assert ad.read_h5ad(out).obs["perturbation"].tolist() == ["A"] * 3
+    code, _, err = run("predict", files / "mean", "--conditions", "A", "-n", 3, "--quiet", "--out", out)
+    assert code == 2 and "has 1 value(s); expected 2" in err
+
+
+def test_a_fit_on_controls_alone_is_refused(run, files, tmp_path):
+    everything = [part for kind in ("b_cell", "t_cell", "monocyte") for part in ("--hold-out", f"cell_type={kind}")]
+    code, _, err = run("fit", "primeflow", files / "log.h5ad", *COLUMNS, *everything, "--out", tmp_path / "run")
+    assert code == 2
+    assert "no perturbed cell is left to train on" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_cells_under_the_name_of_another_kind(run, files, tmp_path):
+    for command in (
+        ["prepare", files / "counts.h5ad", tmp_path / "out.csv"],
+        ["predict", files / "mean", "--conditions", "t_cell|A", "-n", 3, "--out", tmp_path / "out.loom"],
+    ):
+        code, _, err = run(*command)
+        assert code == 2 and "cells are written as .h5ad" in err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(("root", "words"), [("mod", "iv.multimodal.join"), ("matrix", "read_10x_h5")])
+def test_files_of_other_kinds_are_named(run, tmp_path, root, words):
+    with h5py.File(tmp_path / "x.h5ad", "w") as file:
+        file.create_group(root)
+    code, _, err = run("check", tmp_path / "x.h5ad")
+    assert code == 2 and words in err
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_zarr_and_nullable_names(run, files, tmp_path):
+    counts = ad.read_h5ad(files / "counts.h5ad")
+    counts.obs.index = counts.obs.index.astype("string")
+    counts.obs["note"] = pd.array(["x"] * counts.n_obs, dtype="string")
+    with ad.settings.override(allow_write_nullable_strings=True):
+        counts.write_h5ad(tmp_path / "nullable.h5ad")
+    ad.read_h5ad(files / "counts.h5ad").write_zarr(tmp_path / "counts.zarr")
+    for name in ("nullable.h5ad", "counts.zarr"):
+        assert run("check", tmp_path / name, *COLUMNS)[0] == 0
+        code, _, err = run("prepare", tmp_path / name, tmp_path / "log.h5ad")
+        assert code == 0, err
+    assert ad.read_h5ad(tmp_path / "log.h5ad").n_obs == counts.n_obs
+
+
+def test_entry_points_size_threads(monkeypatch):
+    from invirtuo import threads
+
+    for name in (*threads.VARIABLES, "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    monkeypatch.setattr(threads, "n_cores", lambda: 3)
+    threads.size_threads()
+    assert os.environ["OMP_NUM_THREADS"] == os.environ["NUMBA_NUM_THREADS"] == "3"
+    assert os.environ["MKL_NUM_THREADS"] == "7"  # what the user says stays
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

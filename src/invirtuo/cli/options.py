@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BETTER = {"higher": "↑", "lower": "↓"}
+TABLES = (".csv", ".tsv", ".txt", ".h5ad")  # endings that name a file and no condition
 MOST_COLUMNS = 6  # metrics beside each other; of more each has a row
 
 
@@ -125,8 +126,9 @@ def read_conditions(given: list[str] | None):
         return "test"
     if len(given) == 1 and given[0] in ("test", "val"):
         return given[0]
-    if len(given) == 1 and "|" not in given[0] and (Path(given[0]).suffix == ".csv" or Path(given[0]).exists()):
-        return read_csv(Path(given[0]))
+    path = Path(given[0])
+    if len(given) == 1 and "|" not in given[0] and (path.suffix in TABLES or path.exists()):
+        return read_csv(path)
     return [condition(text) for text in given]
 
 
