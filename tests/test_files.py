@@ -228,7 +228,5 @@ def test_a_missing_filter_is_named(file, monkeypatch):
         properties.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, ())
         space = h5py.h5s.create_simple((4,))
         h5py.h5d.create(cells["uns"].id, b"packed", h5py.h5t.IEEE_F32LE, space, properties)
-    with pytest.raises(
-        ValueError, match="/uns/packed is compressed .* filter 32015.*pip install hdf5plugin"
-    ):
+    with pytest.raises(ValueError, match="/uns/packed is compressed .* filter 32015.*pip install hdf5plugin"):
         read_h5ad(file)
