@@ -258,6 +258,7 @@ def test_predict_stopped_by_a_signal(saved, tmp_path, cells, plan):
     while not list(tmp_path.glob(".out.*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    time.sleep(0.5)  # cells are drawn
     os.kill(process, signal.SIGTERM)
     assert ended(process) == 143
     assert (tmp_path / "errors").read_text() == "invirtuo: stopped by SIGTERM\n"
@@ -275,9 +276,8 @@ def test_benchmark_stopped_by_a_signal(tmp_path):
     os.kill(process, signal.SIGINT)
     assert ended(process) == 130
     errors = (tmp_path / "errors").read_text()
-    assert (
-        errors == f"invirtuo: stopped by Ctrl-C; the same command, or call, resumes what is in {tmp_path / 'results'}\n"
-    )
+    how = f"the same command, or call, resumes what is in {tmp_path / 'results'}"
+    assert errors == f"invirtuo: stopped by Ctrl-C; {how}\n"
     deadline = time.monotonic() + 60
     while orphans := [path for path in Path("/proc").glob("[0-9]*/cmdline") if is_cell(path, process)]:
         assert time.monotonic() < deadline, orphans

@@ -6,6 +6,7 @@ Exit code 0 on success, 2 on bad input with one message on standard error; 130 a
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import signal
 import sys
@@ -46,11 +47,16 @@ def _begun(verb: Callable[..., None]) -> Callable[..., None]:
                 check_writable(result, inputs=inputs)
         try:
             verb(**given)
+            return
         except (KeyboardInterrupt, SystemExit) as stop:
             code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
             if code not in STOPS:
                 raise
-            fail("; ".join([f"stopped by {STOPS[code]}", *getattr(stop, "__notes__", ())]), code)
+            notes = getattr(stop, "__notes__", [])
+
+        # After the exception is gone, and with it what it held: HDF5 files must be closed before Python ends.
+        gc.collect()
+        fail("; ".join([f"stopped by {STOPS[code]}", *notes]), code)
 
     return begin
 
