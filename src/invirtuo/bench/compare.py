@@ -87,8 +87,10 @@ def compare(
         logger.info("fitting %s", entry.label)
         model.fit(adata, split=split, config=fit)
         fitted = time.perf_counter()
-        level = EFFECT_LEVEL if entry is entries[0] and _gives_intervals(model, part) else None
-        predicted = model.predict(part, n_cells=n_cells, seed=seed, effect_level=level, **entry.predict)
+        options = dict(entry.predict)
+        if entry is entries[0] and _gives_intervals(model, part):
+            options.setdefault("effect_level", EFFECT_LEVEL)
+        predicted = model.predict(part, n_cells=n_cells, seed=seed, **options)
         done = time.perf_counter()
         pair = Pair(predicted, real, design, n_pcs=n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, metrics).assign(model=entry.label))
