@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from invirtuo.cli.options import Out, Quiet, Run, model_with, pairs, print_rows, read_csv
+from invirtuo.cli.options import Device, Out, Quiet, Run, model_with, pairs, print_rows, read_csv
 
 Times = Annotated[str | None, typer.Option(help="Times joined by commas; 30 along each course if not given.")]
 Figure = Annotated[Path | None, typer.Option(help="Also draw a picture, FILE.png.")]
@@ -28,6 +28,7 @@ def forecast(
     scores: Annotated[
         Path | None, typer.Option(help="Folder for errors beside simple forecasts; see `invirtuo report`.")
     ] = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Follow time courses from their first states, with intervals."""
@@ -36,7 +37,7 @@ def forecast(
     model = model_with(run, "forecast")
     table = data.suffix == ".csv"
     cells: Any = read_csv(data, "DATA").astype(float) if table else read_h5ad(data)
-    found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level)
+    found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level, device=device)
     with writing(out) as path:
         found.write_h5ad(path, compression="gzip")
     if figure is not None:
