@@ -41,6 +41,7 @@ __all__ = ["Config", "PRiMeFlow"]
 NEAREST = 0.05  # share of noise below which an expected end of the path is not turned into a velocity
 PILOT = 512  # cells of a condition from which the mean of the flow is taken
 ORDERED_BY = 2000  # most cells whose correlations order the genes
+WHO_LEARNS = "Only models with anchor=True, covariate_scale=0 and depth=False learn of groups by their control cells"
 T_BINS = 5  # bins of time in which the validation loss is reported
 
 
@@ -232,7 +233,7 @@ class PRiMeFlow(Model):
         """
         self._check_fitted()
         if self.anchor is None:
-            return super().with_controls(controls)
+            raise ValueError(f"this model learns nothing of control cells; leave controls= out. {WHO_LEARNS}")
         controls = controls[self.design.is_control(controls.obs)]
         if not controls.n_obs:
             raise ValueError(f"controls= holds no control cells; expected cells labelled {self.design.control!r}")
@@ -240,10 +241,7 @@ class PRiMeFlow(Model):
         if design == self.design and self.anchor.knows(design.encode(controls.obs)).all():
             return self
         if self.config.covariate_scale or self.config.depth:
-            raise ValueError(
-                "controls= holds covariate groups that this model was not fitted to. Only models with anchor=True, "
-                "covariate_scale=0 and depth=False learn of groups by their control cells"
-            )
+            raise ValueError(f"controls= holds covariate groups that this model was not fitted to. {WHO_LEARNS}")
         self._check_space(controls)
         table, *moments = CellDataset(self._with_genes(controls), design).pseudobulk()
         new, state = type(self)(design, self.genes, self.config), self.state_dict()
