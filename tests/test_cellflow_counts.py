@@ -83,7 +83,7 @@ def test_noise_around_the_path(design, cells):
 def test_all_labels_are_always_seen(design, cells):
     model = CellFlowCounts(design, cells.var_names, TINY)
     assert model.drawn_labels(design.encode(cells.obs)).all()
-    with pytest.raises(ValueError, match="leave guidance out"):
+    with pytest.raises(ValueError, match="has no option guidance"):
         model.fit(cells, config=replace(FIT, steps=4)).generate(5, guidance=2.0)
 
 

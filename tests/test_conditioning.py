@@ -100,7 +100,7 @@ def asked(kind, config):
     is_one_condition = (cells.obs["perturbation"] == "A") & (cells.obs["cell_type"] == "b_cell")
     batch = dataset.take(np.flatnonzero(is_one_condition)[:N])
     batch = Batch(batch.condition, source=batch.target, size_factor=torch.ones(N))
-    options = SampleConfig(steps=1, solver="euler", precision="fp32")
+    options = kind.Sampling(steps=1, solver="euler") if takes_time(kind) else SampleConfig(precision="fp32")
 
     def draw(batch: Batch):
         generator = torch.Generator().manual_seed(0)

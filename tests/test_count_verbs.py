@@ -340,8 +340,8 @@ def test_seeds_and_saving(name, fitted, tmp_path):
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_file_holds_the_same_cells_whatever_the_chunks(name, chunk_size, fitted, tmp_path):
     model = fitted(name)
-    whole = model.generate(1200, seed=2, latent=True)
-    backed = model.generate(1200, seed=2, latent=True, out=tmp_path / "g.h5ad", chunk_size=chunk_size)
+    whole = model.generate(1200, seed=2, latent=name in FLOWS)
+    backed = model.generate(1200, seed=2, latent=name in FLOWS, out=tmp_path / "g.h5ad", chunk_size=chunk_size)
     assert backed.isbacked
     read = backed.to_memory()
     backed.file.close()
@@ -376,7 +376,7 @@ def test_predict_is_generate_for_conditions(name, fitted, cells):
     made = fitted(name).predict(conditions, 7)
     assert made.obs["cell_type"].tolist() == ["b_cell"] * 7 + ["t_cell"] * 7
     assert iv.preprocess.looks_like_counts(made.X)
-    with pytest.raises(ValueError, match="gives no intervals of effects"):
+    with pytest.raises(ValueError, match="has no option effect_level"):
         fitted(name).predict(conditions, 7, effect_level=0.9)
 
 
@@ -538,8 +538,8 @@ def test_predictors_need_a_perturbation(cells, design):
         ({"prior": "flat"}, "prior is 'flat'"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"out": "x.h5ad", "output": "mean"}, "only for output='counts'"),
-        ({"solver": "magic"}, "solver is 'magic'"),
-        ({"steps": 0}, "steps is 0"),
+        ({"solver": "magic"}, "solver is 'magic'|no option solver"),
+        ({"steps": 0}, "steps is 0|no option steps"),
     ],
 )
 def test_bad_requests(name, options, words, fitted):
@@ -584,7 +584,7 @@ def test_augment(name, fitted, cells, split, caplog):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-@pytest.mark.parametrize(("solver", "steps", "atol"), [("dopri5", 1, 1e-3), ("midpoint", 50, 1e-2)])
+@pytest.mark.parametrize(("solver", "steps", "atol"), [("dopri5", None, 1e-3), ("midpoint", 50, 1e-2)])
 def test_there_and_back(name, solver, steps, atol, fitted, cells):
     """Correction to the own batch leaves a cell where it was."""
     model = fitted(name)
@@ -752,7 +752,10 @@ def test_fit_of_an_atlas_from_the_shell(run, files, tmp_path):
         (["generate", "cfgen", "-n", "5", "--where", "cell_type=neuron"], "neuron do not occur"),
         (["generate", "cfgen", "-n", "5", "--guidance", "cell_type=high"], "--guidance cell_type=high"),
         (["generate", "cfgen", "-n", "5", "--guidance", "color=1"], "color is not an attribute"),
-        (["generate", "independent_nb", "-n", "5", "--guidance", "2"], "leave guidance out"),
+        (
+            ["generate", "independent_nb", "-n", "5", "--guidance", "2"],
+            "independent_nb.generate has no option guidance",
+        ),
         (["generate", "cfgen", "--labels", "nowhere.csv"], "--labels: nowhere.csv does not exist; expected a CSV file"),
         (["generate", "nowhere", "-n", "5"], "holds no saved model"),
         (["augment", "cfgen", "cells.h5ad", "--by", "donor", "--target-size", "10"], "target_size is 10"),
@@ -760,7 +763,7 @@ def test_fit_of_an_atlas_from_the_shell(run, files, tmp_path):
         (["correct", "independent_nb", "cells.h5ad", "--batch", "donor"], "cannot correct; models that can: .*cfgen"),
         (["impute", "independent_nb", "cells.h5ad"], "cannot impute"),
         (["impute", "cfgen", "nowhere.h5ad"], "does not exist"),
-        (["embed", "independent_nb", "cells.h5ad"], "has no encoder"),
+        (["embed", "independent_nb", "cells.h5ad"], "which cannot embed; models that can: state_embedding, cfgen"),
     ],
 )
 def test_bad_input_is_one_message(run, files, tmp_path, monkeypatch, arguments, message):

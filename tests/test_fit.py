@@ -522,11 +522,11 @@ def test_resume_without_checkpoint_begins_anew(mean, cells, plan, tmp_path):
 def test_resume_keeps_the_measured_precision(cells, plan, split, tmp_path, monkeypatch):
     """What "auto" means is measured; a second measurement must not change the numbers."""
     config = replace(HARD, precision="auto")
-    monkeypatch.setattr(fitting.machine, "bf16_pays", lambda: True)
+    monkeypatch.setattr(fitting.machine, "bf16_pays", lambda *_: True)
     whole = make("genewise", plan, cells.var_names).fit(cells, split, config=config)
     with pytest.raises(KeyError, match="killed"):
         make("genewise", plan, cells.var_names).fit(cells, split, config=config, folder=tmp_path, callbacks=[Spy(8)])
-    monkeypatch.setattr(fitting.machine, "bf16_pays", lambda: False)
+    monkeypatch.setattr(fitting.machine, "bf16_pays", lambda *_: False)
     resumed = make("genewise", plan, cells.var_names)
     resumed.fit(cells, split, config=config, folder=tmp_path, resume=True)
     assert_equal(weights(resumed), weights(whole))

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 
 import invirtuo as iv
 from invirtuo.fit import FitConfig
-from invirtuo.model import SampleConfig
+from invirtuo.model import FlowSampling
 
 Config = iv.models.FMPCA.Config
 N_GENES = 6
@@ -160,7 +160,7 @@ def test_a_planted_map_is_found(cells, plan):
         config = replace(TINY, source="control", coupling=coupling, num_samples_per_condition=32)
         model = iv.models.FMPCA(plan, cells.var_names, config).fit(cells, config=replace(FIT, steps=200))
         with torch.no_grad():
-            moved = model.sample(iv.Batch(condition, source=control), torch.Generator(), SampleConfig()).numpy()
+            moved = model.sample(iv.Batch(condition, source=control), torch.Generator(), FlowSampling()).numpy()
         errors[coupling] = float(np.sqrt(((moved - truth) ** 2).sum(1).mean()))
     assert errors["sinkhorn"] < 0.5 < 3 * errors["sinkhorn"] < errors["random"], errors
 

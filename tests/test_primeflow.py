@@ -14,7 +14,7 @@ import invirtuo as iv
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.flow import EVALUATIONS
-from invirtuo.model import SampleConfig
+from invirtuo.model.sampling import FlowSampling, PartsSampling
 from invirtuo.models import PRiMeFlow
 from invirtuo.nn import sinusoids
 from invirtuo.nn.velocity import Point
@@ -157,7 +157,7 @@ def test_network_calls(kind, guidance, solver, plan, cells, batch, dataset):
     """One call per evaluation: no null rows at weight 1, none but these at 0, as many as others otherwise."""
     model = filled(plan, cells, CONFIGS[kind], dataset)
     calls = Calls(model)
-    config = SampleConfig(guidance=guidance, steps=3, solver=solver, batch_size=8)
+    config = FlowSampling(guidance=guidance, steps=3, solver=solver, batch_size=8)
     with torch.no_grad():
         model.sample(batch, torch.Generator().manual_seed(0), config)
     sizes = [size for size in (8, 8, 4) for _ in range(3 * EVALUATIONS[solver])]
@@ -172,7 +172,7 @@ def test_guidance_by_parts(plan, cells, batch, dataset):
 
     def sampled(guidance) -> torch.Tensor:
         with torch.no_grad():
-            return model.sample(batch, draw(), SampleConfig(guidance=guidance, steps=4))
+            return model.sample(batch, draw(), PartsSampling(guidance=guidance, steps=4))
 
     strong = sampled({"perturbation": 3.0, "covariates": 1.0})
     assert set(calls.rows) == {40} and set(calls.null) == {0}
@@ -190,13 +190,13 @@ def test_parts_of_guidance_that_do_not_exist(plan, cells):
     with pytest.raises(ValueError, match="cell_type is no part of it; expected perturbation, covariates"):
         model.predict(wanted, 5, guidance={"cell_type": 2.0})
     with pytest.raises(ValueError, match="one weight of guidance"):
-        iv.models.PerturbationMean(plan, cells.var_names).fit(cells).predict(wanted, 5, guidance={"perturbation": 2.0})
+        FlowSampling(guidance={"perturbation": 2.0})
 
 
 def test_interval(plan, cells, batch, dataset):
     model = filled(plan, cells, GENEWISE, dataset)
     calls = Calls(model)
-    config = SampleConfig(guidance=2.0, interval=(0.0, 0.2), steps=10, solver="euler")
+    config = FlowSampling(guidance=2.0, interval=(0.0, 0.2), steps=10, solver="euler")
     with torch.no_grad():
         model.sample(batch, torch.Generator(), config)
     assert calls.rows == [40, 40] + [20] * 8
@@ -206,7 +206,7 @@ def test_interval(plan, cells, batch, dataset):
 def test_guided_step_by_hand(kind, plan, cells, batch, dataset):
     """One Euler step from the noise: x0 + v_null + w (v_cond - v_null)."""
     model = filled(plan, cells, replace(CONFIGS[kind], hurdle=False), dataset)
-    config = SampleConfig(guidance=2.5, steps=1, solver="euler", batch_size=7)
+    config = FlowSampling(guidance=2.5, steps=1, solver="euler", batch_size=7)
     with torch.no_grad():
         x = model.sample(batch, torch.Generator().manual_seed(3), config)
         noise = torch.randn(20, N_GENES, generator=torch.Generator().manual_seed(3))
@@ -221,9 +221,9 @@ def test_solver_steps_and_grid_of_a_request(plan, cells, batch):
     model = filled(plan, cells, replace(PAPER, steps=5))
     calls = Calls(model)
     with torch.no_grad():
-        model.sample(batch, torch.Generator(), SampleConfig())  # the model's own: Euler, 5 steps
-        model.sample(batch, torch.Generator(), SampleConfig(steps=2, solver="midpoint"))
-        model.sample(batch, torch.Generator(), SampleConfig(grid=(0.0, 0.3, 1.0)))
+        model.sample(batch, torch.Generator(), FlowSampling())  # the model's own: Euler, 5 steps
+        model.sample(batch, torch.Generator(), FlowSampling(steps=2, solver="midpoint"))
+        model.sample(batch, torch.Generator(), FlowSampling(grid=(0.0, 0.3, 1.0)))
     times = [round(float(t[0]), 6) for t in calls.times]
     assert times == [0.0, 0.2, 0.4, 0.6, 0.8, 0.0, 0.25, 0.5, 0.75, 0.0, 0.3]
 
@@ -305,14 +305,15 @@ def test_null_learns_only_if_it_is_used(kind, plan, cells, batch, dataset):
         assert (null.grad is None) if probability == 0 else bool(null.grad.any())
 
 
-def test_guidance_of_a_model_without_null_warns(plan, cells, batch, dataset, caplog):
-    model = filled(plan, cells, replace(GENEWISE, prob_unconditional=0.0), dataset)
-    with torch.no_grad():
-        model.sample(batch, torch.Generator(), SampleConfig(guidance=2.0, steps=1))
-        assert "null condition of this model was never trained" in caplog.text
-        caplog.clear()
-        model.sample(batch, torch.Generator(), SampleConfig(steps=1))
-    assert caplog.text == ""
+def test_guidance_of_a_model_without_null_is_refused(plan, cells):
+    """From the control cells towards the perturbation it needs none."""
+    model = PRiMeFlow(plan, cells.var_names, replace(GENEWISE, prob_unconditional=0.0)).fit(cells, config=FIT)
+    wanted = pd.DataFrame({"cell_type": ["t_cell"], "perturbation": ["A"]})
+    for guidance in (2.0, {"covariates": 2.0}):
+        with pytest.raises(ValueError, match="never saw the null condition.*prob_unconditional=0.1"):
+            model.predict(wanted, 5, guidance=guidance)
+    free, guided = (model.predict(wanted, 5, guidance={"perturbation": weight}).X for weight in (1.0, 2.0))
+    assert not np.allclose(free, guided)
 
 
 def test_null_does_not_depend_on_the_condition_it_replaces(plan, cells, batch, dataset):
@@ -545,5 +546,5 @@ def test_bad_settings_are_refused(change):
 def test_a_batch_without_source_is_enough(plan, cells, batch, dataset):
     model = filled(plan, cells, GENEWISE, dataset)
     with torch.no_grad():
-        out = model.sample(Batch(batch.condition), torch.Generator(), SampleConfig(steps=1))
+        out = model.sample(Batch(batch.condition), torch.Generator(), FlowSampling(steps=1))
     assert out.shape == (20, N_GENES)

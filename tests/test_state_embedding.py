@@ -343,10 +343,6 @@ def test_bad_data(two, design, fitted):
     doubled.var_names = [two.var_names[0]] * two.n_vars
     with pytest.raises(ValueError, match="not unique"):
         fitted.embed(doubled)
-    with pytest.raises(ValueError, match="made to embed and does not predict"):
-        fitted.predict(pd.DataFrame({"dataset": ["a"]}))
-    with pytest.raises(ValueError, match="does not generate counts"):
-        fitted.generate(3)
 
 
 @pytest.mark.parametrize("layout", ["csr", "csc", "backed", "view", "subset of genes"])

@@ -16,6 +16,7 @@ def over_ray(
     items: Sequence[Any],
     *shared: Any,
     threads: int = 1,
+    gpus: bool = True,
     n_jobs: int | None = None,
     retries: int = 0,
     at_once: int | None = None,
@@ -32,7 +33,9 @@ def over_ray(
     shared
         Sent to each machine once.
     threads
-        Cores of a worker; where the cluster has GPUs, one of them too.
+        Cores of a worker.
+    gpus
+        Whether a worker has one of the GPUs, too, where the cluster has some.
     n_jobs
         Workers of a new cluster; None: as many as there are cores for.
     retries
@@ -61,8 +64,9 @@ def over_ray(
     if started and os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     elif started:
-        ray.init(num_cpus=(n_jobs or n_workers(threads)) * threads, include_dashboard=False, log_to_driver=False)
-    n_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        workers = n_jobs or n_workers(threads, gpus=gpus)
+        ray.init(num_cpus=workers * threads, include_dashboard=False, log_to_driver=False)
+    n_gpus = 1 if gpus and ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=threads, num_gpus=n_gpus, max_retries=retries)(work)
     try:
         sent = [ray.put(thing) for thing in shared]
@@ -88,8 +92,8 @@ def over_ray(
             ray.shutdown()
 
 
-def n_workers(threads: int) -> int:
-    """Workers that this machine has cores for; one where there is a GPU."""
+def n_workers(threads: int, *, gpus: bool = True) -> int:
+    """Workers that this machine has cores for; one where they compute on the GPU of this machine."""
     import torch
 
-    return 1 if torch.cuda.is_available() else max(1, n_cores() // threads)
+    return 1 if gpus and torch.cuda.is_available() else max(1, n_cores() // threads)

@@ -30,6 +30,7 @@ import pandas as pd
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.task import Task
 from invirtuo.files import writing
+from invirtuo.model import SampleConfig
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -177,9 +178,8 @@ def _fold(
     real = adata[(split == cell.part).to_numpy()].copy()
     pair, tables = None, []
     for label, options in cell.entry.rows.items():
-        predicted = model.predict(
-            cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **{"precision": cell.precision, **options}
-        )
+        common = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
+        predicted = model.predict(cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **{**common, **options})
         clock.add("predict", label)
         pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))

@@ -198,12 +198,14 @@ def _drawn(
     logger.info("fitting %s", row.entry.label)
     model.fit(adata, split=split, config=fit, folder=row.folder / "checkpoints", resume=True)
     fitted = time.perf_counter()
-    level = level if _gives_intervals(model, part) else None
-    predicted = model.predict(part, n_cells=n_cells, seed=seed, effect_level=level, **row.entry.predict)
+    options = dict(row.entry.predict)
+    if level is not None and _gives_intervals(model, part):
+        options.setdefault("effect_level", level)
+    predicted = model.predict(part, n_cells=n_cells, seed=seed, **options)
     done = time.perf_counter()
     model.save(row.out / "models" / row.entry.label, overwrite=True)
     facts = _facts(row.entry, model, fit, fitted - started, done - fitted)
-    return predicted, facts | {"intervals": level is not None}, model.history.assign(model=row.entry.label)
+    return predicted, facts | {"intervals": "effect" in predicted.varm}, model.history.assign(model=row.entry.label)
 
 
 def _gives_intervals(model: Model, part: str) -> bool:

@@ -15,6 +15,7 @@ from invirtuo.cli.options import (
     Conditions,
     Control,
     Covariate,
+    Device,
     HoldOut,
     HoldOutVal,
     OutCells,
@@ -29,12 +30,15 @@ from invirtuo.cli.options import (
     Steps,
     Unknown,
     Weights,
+    given,
     model_with,
     pairs,
     read_conditions,
     read_csv,
     split_of,
 )
+
+RoundTrip = Annotated[int | None, typer.Option(help="Steps of the solver; 50 if not given.")]
 
 
 def fit(
@@ -118,28 +122,23 @@ def predict(
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: conditions spread over a Ray cluster.")] = "local",
     n_jobs: Annotated[int | None, typer.Option(help="Processes of --engine ray without a cluster.")] = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw cells for conditions from a fitted model, written while they are drawn."""
-    from invirtuo.files import read_h5ad
-    from invirtuo.models import load
-
     wanted = read_conditions(conditions)
-    weight = _guidance(guidance)
-    made = load(run).predict(
-        wanted,
-        n_cells=n_cells,
-        guidance=1.0 if weight is None else weight,
+    options = given(
+        guidance=_guidance(guidance),
         steps=steps,
         solver=solver,
-        seed=seed,
-        controls=None if controls is None else read_h5ad(controls),
+        controls=controls,
         clamp_min=clamp_min,
         effect_level=effect_level,
-        out=out,
-        engine=engine,
         n_jobs=n_jobs,
-        progress=not quiet,
+        device=device,
+    )
+    made = model_with(run, "predict").predict(
+        wanted, n_cells, seed=seed, out=out, engine=engine, progress=not quiet, **options
     )
     if not quiet:
         typer.echo(f"{out}: {made.n_obs:,} cells")
@@ -164,23 +163,28 @@ def generate(
     seed: int = 0,
     engine: Annotated[str, typer.Option(help="local, or ray: cells spread over a Ray cluster.")] = "local",
     n_jobs: Annotated[int | None, typer.Option(help="Processes of --engine ray without a cluster.")] = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw cells as counts from a fitted generator, written while they are drawn."""
-    made = model_with(run, "generate").generate(
-        n_cells,
-        pairs("--where", where),
+    options = given(
         labels=None if labels is None else read_csv(labels, "--labels"),
-        prior=prior,
         guidance=_guidance(guidance),
         size_factor=size_factor,
         steps=steps,
         solver=solver,
+        n_jobs=n_jobs,
+        device=device,
+    )
+    made = model_with(run, "generate").generate(
+        n_cells,
+        pairs("--where", where),
+        prior=prior,
         seed=seed,
         out=out,
         engine=engine,
-        n_jobs=n_jobs,
         progress=not quiet,
+        **options,
     )
     if not quiet:
         typer.echo(f"{out}: {made.n_obs:,} cells")
@@ -199,6 +203,7 @@ def augment(
     split: Annotated[Path | None, typer.Option(help="Split file; only its training cells are taken.")] = None,
     guidance: Weights = None,
     seed: int = 0,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Add generated cells to real ones, more of rare classes."""
@@ -214,9 +219,9 @@ def augment(
         max_fold=max_fold,
         min_cells=min_cells,
         split=None if split is None else splits.from_csv(split, adata.obs),
-        guidance=_guidance(guidance),
         seed=seed,
         progress=not quiet,
+        **given(guidance=_guidance(guidance), device=device),
     )
     _write(both, out, quiet)
 
@@ -232,9 +237,10 @@ def correct(
     guidance: Weights = None,
     invert_with: Annotated[str, typer.Option(help="Labels on the way to noise: own or unconditional.")] = "own",
     output: Annotated[str | None, typer.Option(help="Also decode corrected cells: mean or counts.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
+    steps: RoundTrip = None,
     solver: Solver = None,
     seed: int = 0,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Bring the cells of all batches to one batch."""
@@ -244,13 +250,11 @@ def correct(
         read_h5ad(data),
         batch,
         reference=reference,
-        guidance=_guidance(guidance),
         invert_with=invert_with,
         output=output,
-        steps=steps,
-        solver=solver,
         seed=seed,
         progress=not quiet,
+        **given(guidance=_guidance(guidance), steps=steps, solver=solver, device=device),
     )
     _write(corrected, out, quiet)
 
@@ -262,17 +266,23 @@ def impute(
     masked_fraction: Annotated[float, typer.Option(help="Share of the counts of a cell that is missing.")] = 0.0,
     noise: Annotated[float, typer.Option(help="Jitter of the latent noise; above 0.1 it becomes another cell.")] = 0.05,
     n_draws: Annotated[int, typer.Option(help="Jittered copies that are averaged.")] = 10,
-    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
+    steps: RoundTrip = None,
     solver: Solver = None,
     seed: int = 0,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Write the means that the model expects for every entry into the layer "imputed"."""
     from invirtuo.files import read_h5ad
 
-    options = {"masked_fraction": masked_fraction, "noise": noise, "n_draws": n_draws}
     imputed = model_with(run, "impute").impute(
-        read_h5ad(data), **options, steps=steps, solver=solver, seed=seed, progress=not quiet
+        read_h5ad(data),
+        masked_fraction=masked_fraction,
+        noise=noise,
+        n_draws=n_draws,
+        seed=seed,
+        progress=not quiet,
+        **given(steps=steps, solver=solver, device=device),
     )
     _write(imputed, out, quiet)
 
@@ -284,15 +294,15 @@ def embed(
     key: Annotated[
         str | None, typer.Option(help="Write the given cells with the embedding in obsm under this key.")
     ] = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Encode cells: a file of embeddings, or with --key the given cells with their embedding in obsm."""
     from invirtuo.files import read_h5ad
-    from invirtuo.models import load
     from invirtuo.preprocess import with_embedding
 
     adata = read_h5ad(data)
-    embedded = load(run).embed(adata)
+    embedded = model_with(run, "embed").embed(adata, device=device)
     _write(embedded if key is None else with_embedding(adata, embedded, key), out, quiet)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from invirtuo.cli.options import (
+    Device,
     Out,
     Quiet,
     Run,
@@ -41,6 +42,7 @@ def forecast(
             help="Folder for errors beside simple forecasts; see `invirtuo report`.", callback=writable_folder
         ),
     ] = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Follow time courses from their first states, with intervals."""
@@ -49,7 +51,7 @@ def forecast(
     model = model_with(run, "forecast")
     table = data.suffix == ".csv"
     cells: Any = read_csv(data, "DATA").astype(float) if table else read_h5ad(data)
-    found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level)
+    found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level, device=device)
     write_h5ad(found, out)
     if figure is not None:
         from invirtuo.report import dynamics

@@ -82,6 +82,10 @@ Conditions = Annotated[
 Solver = Annotated[
     str | None, typer.Option(help="euler, midpoint, heun, ab2, rk4 or dopri5; the model's own if not given.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:1; if not given, a GPU that the fit was allowed."),
+]
 Separator = Annotated[str, typer.Option(help="Joins the parts of a combination.")]
 Out = Annotated[Path, typer.Option(help="Where the result goes.", callback=writable_file)]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder where the results go.", callback=writable_folder)]
@@ -105,6 +109,11 @@ def pairs(option: str, assignments: list[str] | None) -> dict[str, str]:
             raise ValueError(f"{option} {text!r}; expected attribute=value, each attribute once")
         pairs[name] = value
     return pairs
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: a model refuses those that cannot act on it."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def read_csv(path: Path, option: str = "--conditions"):

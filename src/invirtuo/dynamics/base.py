@@ -22,7 +22,8 @@ from invirtuo.dynamics.baselines import baselines
 from invirtuo.dynamics.courses import Course, anchors, binned, courses, reference, rescaled
 from invirtuo.dynamics.reading import edge_table, intervene
 from invirtuo.flow import Trajectory, trajectory
-from invirtuo.model import Model
+from invirtuo.model import Model, NoSampling
+from invirtuo.model.sampling import takes_options
 from invirtuo.transforms import Standardize
 from invirtuo.values import check_values, require_log
 
@@ -51,6 +52,8 @@ class Forecaster(Model):
     """
 
     verb = "forecast"
+    Sampling = NoSampling
+    cpu_only = True
     sampler = "courses"
 
     course_values: Tensor
@@ -235,6 +238,7 @@ class Forecaster(Model):
 
     # ---- forecasts -----------------------------------------------------------------------------------------------
 
+    @takes_options()
     def forecast(
         self,
         cells: AnnData | pd.DataFrame | np.ndarray,
@@ -242,6 +246,7 @@ class Forecaster(Model):
         *,
         labels: Mapping[str, str] | pd.DataFrame | None = None,
         level: float = 0.9,
+        device: str | None = None,
     ) -> AnnData:
         """Follow time courses from their first states.
 
@@ -255,9 +260,11 @@ class Forecaster(Model):
             In the unit of the Design's time column; of first states, scaled: 0 begins a course, 1 ends it. None: 30
             times from the beginning to the end of each course.
         labels
-            Covariates of first states: a mapping for all, or a row for each.
+            Covariates of first states: a mapping for all, or a row for each. Cells have their own.
         level
             Of the interval: the range of the ensemble, widened by the residuals of held-out (else training) bins.
+        device
+            As in :meth:`Model.predict`; `sparse_ode` computes on the CPU.
 
         Returns
         -------
@@ -270,6 +277,7 @@ class Forecaster(Model):
             If a time lies before the first state, or genes are missing.
         """
         self._check_fitted()
+        self.device_of(device)
         starts, ends = self._starts(cells, labels)
         asked = self.asked(starts, ends, times)
         found = self.paths(starts, asked)
@@ -284,6 +292,8 @@ class Forecaster(Model):
     def _starts(self, cells: Any, labels: Any) -> tuple[list[Start], list[tuple[float, float]]]:
         """First states and the times that stand for 0 and 1 of each course."""
         if hasattr(cells, "obs"):
+            if labels is not None and len(labels):
+                raise ValueError("labels= are those of first states; cells have theirs in obs. Leave labels out")
             return self._starts_of_cells(cells)
         states = cells.loc[:, self.genes].to_numpy(float) if isinstance(cells, pd.DataFrame) else np.asarray(cells)
         states = np.atleast_2d(states)
@@ -533,10 +543,6 @@ class Forecaster(Model):
             check_values(adata, allow_negative=True)
         else:
             require_log(adata)
-
-    def predict(self, *_: Any, **__: Any) -> AnnData:
-        """Single cells are not drawn; see :meth:`forecast`."""
-        raise ValueError(f"{self.name} forecasts means along time and draws no cells; use forecast")
 
 
 def _errors(x: np.ndarray, course: Course, bins: Course, at: np.ndarray) -> dict[str, float]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from invirtuo.model import Model
 
-__all__ = ["agreed", "barrier", "devices_of", "is_main", "place", "several", "shared", "strategy"]
+__all__ = ["accelerator", "agreed", "barrier", "devices_of", "is_main", "place", "several", "shared", "strategy"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,21 @@ def strategy(model: Model, config: FitConfig) -> Any:
             )
         return ModelParallelStrategy()
     return DDPStrategy(find_unused_parameters=type(model).update.__qualname__ != "Model.update")
+
+
+def accelerator(model: Model, config: FitConfig) -> str:
+    """What Lightning trains on; models that compute on CPUs alone stay there.
+
+    Raises
+    ------
+    ValueError
+        If such a model is asked to be fitted on anything else.
+    """
+    if model.cpu_only and config.accelerator not in ("auto", "cpu"):
+        raise ValueError(
+            f'FitConfig.accelerator is {config.accelerator!r}; {model.name} computes on the CPU alone. Leave it "auto"'
+        )
+    return "cpu" if model.cpu_only else config.accelerator
 
 
 def devices_of(strategy: Any) -> DeviceMesh:

@@ -14,7 +14,7 @@ import torch
 
 from invirtuo.fit.checkpoint import LAST
 from invirtuo.fit.config import FitConfig
-from invirtuo.fit.devices import devices_of, several, strategy
+from invirtuo.fit.devices import accelerator, devices_of, several, strategy
 from invirtuo.fit.machine import keep_freed_memory
 from invirtuo.fit.stream import Stream
 from invirtuo.fit.training import Training
@@ -105,7 +105,7 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
         trainer = lightning.Trainer(
             max_steps=config.steps - training.step,
             max_epochs=-1,
-            accelerator=config.accelerator,
+            accelerator=accelerator(model, config),
             devices=config.devices,
             num_nodes=config.nodes,
             strategy=strategy(model, config),

@@ -18,17 +18,25 @@ if TYPE_CHECKING:
 __all__ = ["bf16_pays", "keep_freed_memory", "use_bf16"]
 
 
-def use_bf16(config: FitConfig | SampleConfig) -> bool:
-    """Whether a fit, or sampling, computes in bf16; several processes on CPUs might disagree and do not measure."""
+def use_bf16(config: FitConfig | SampleConfig, device: str | None = None) -> bool:
+    """Whether a fit, or sampling on a type of device, computes in bf16.
+
+    Several processes on CPUs might disagree and do not measure.
+    """
+    if isinstance(config, FitConfig) and config.accelerator == "cpu":
+        device = "cpu"
     if config.precision == "auto" and isinstance(config, FitConfig) and several(config):
         return torch.cuda.is_available() and bf16_pays()
-    return bf16_pays() if config.precision == "auto" else config.precision == "bf16"
+    return bf16_pays(device) if config.precision == "auto" else config.precision == "bf16"
 
 
 @cache
-def bf16_pays() -> bool:
-    """Whether matrix products in bf16 are at least 1.3 times faster than in fp32 on this machine, measured once."""
-    if torch.cuda.is_available():
+def bf16_pays(device: str | None = None) -> bool:
+    """Whether matrix products in bf16 are at least 1.3 times faster than in fp32 on this machine, measured once.
+
+    Without a device it is the GPU that is asked, where there is one.
+    """
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
     def seconds(dtype: torch.dtype) -> float:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -22,14 +21,17 @@ from scipy import sparse
 from torch import Tensor
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
+from invirtuo.checks import some, whole
+from invirtuo.conditions import Conditions
 from invirtuo.dataset import CellDataset, opened
 from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.generators.drawing import Request, drawn
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
 from invirtuo.generators.output import assembled, write_cells
-from invirtuo.model import Model, SampleConfig, track
+from invirtuo.model import Model, NoSampling, track
+from invirtuo.model.drawing import check_engine
+from invirtuo.model.sampling import takes_options
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
 from invirtuo.store import CellStore
@@ -55,7 +57,8 @@ class CountGenerator(Model):
 
     space = "counts"
     verb = "generate"
-    guided: bool = True  # whether weights of guidance mean something; `build` may choose
+    Sampling: ClassVar[type[NoSampling]] = NoSampling
+    has_latent: ClassVar[bool] = False  # whether cells have latent vectors
     depth: SizeFactor
 
     def __init__(self, design, genes, config=None):
@@ -74,7 +77,7 @@ class CountGenerator(Model):
 
     @abstractmethod
     def likelihood(
-        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SampleConfig
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: Any
     ) -> tuple[CountLikelihood, Tensor | None]:
         """What is known of the counts of cells with `batch.condition` and depths `batch.size_factor`; latent vectors.
 
@@ -91,6 +94,7 @@ class CountGenerator(Model):
         Cells without counts are left out, and counted in the log; in files they are an error. Arguments as
         :meth:`Model.fit`.
         """
+        self._accelerator = (config or self.fit_config).accelerator  # cells are encoded between the stages
         adata = opened(adata, self.design)
         if isinstance(adata, CellStore):
             return super().fit(adata, split, config, **options)
@@ -170,6 +174,7 @@ class CountGenerator(Model):
 
     # ---- generating ---------------------------------------------------------------------------------------------
 
+    @takes_options()
     @torch.no_grad()
     def generate(
         self,
@@ -178,18 +183,17 @@ class CountGenerator(Model):
         *,
         labels: pd.DataFrame | None = None,
         prior: Prior = "joint",
-        guidance: Guidance = None,
         size_factor: float | Sequence[float] | None = None,
         output: Literal["counts", "mean", "both"] = "counts",
         latent: bool = False,
-        steps: int | None = None,
-        solver: str | None = None,
         seed: int = 0,
         out: str | Path | None = None,
         chunk_size: int = 8192,
         engine: str = "local",
         n_jobs: int | None = None,
+        device: str | None = None,
         progress: bool = False,
+        **options: Any,
     ) -> AnnData:
         """Draw cells.
 
@@ -204,27 +208,27 @@ class CountGenerator(Model):
         prior
             How attributes that are not given are drawn: "joint" (observed proportions of the combinations that agree
             with what is given), "independent", or "uniform" (all observed combinations alike).
-        guidance
-            Weight of every attribute: a number for all, or attribute to a number, or to one number per cell; attributes
-            that are not named then have weight 0 and no influence. None: 1 for all.
         size_factor
             Total count of the cells, a number or one per cell; None draws it from the distribution of training cells.
         output
             What X holds: "counts" (CSR, int32), "mean" (dense float32), or "both": counts, and ``layers["mean"]``.
         latent
-            Keep the latent vectors in ``obsm["z"]``.
-        steps, solver
-            Of the integration; None takes the model's own.
+            Keep the latent vectors in ``obsm["z"]``, of models that have some.
         seed
-            Same seed, same cells, whatever the chunk size.
+            Same seed, same cells, whatever the device and the chunk size.
         out
             h5ad to write while cells are drawn; memory then does not grow with their number. Needs output="counts".
         chunk_size
-            Cells between two writes.
+            Cells between two writes. The cells do not depend on it.
         engine, n_jobs
             "local" draws in this process. "ray" spreads the cells over the Ray cluster of this session or of
             ``RAY_ADDRESS``, or over `n_jobs` processes of this machine: the same cells; those of a lost worker are
             drawn again.
+        device
+            As in :meth:`Model.predict`.
+        progress
+            Show a progress bar.
+        {options}
 
         Returns
         -------
@@ -234,56 +238,65 @@ class CountGenerator(Model):
         Raises
         ------
         ValueError
-            If the model is not fitted, or a label, attribute or option is not known.
+            If the model is not fitted, a label, attribute or option is not known, or an option cannot act.
         """
         self._check_fitted()
-        if engine not in ("local", "ray"):
-            raise ValueError(f"engine is {engine!r}; expected local or ray")
+        check_engine(engine, n_jobs)
         if output not in ("counts", "mean", "both"):
             raise ValueError(f"output is {output!r}; expected counts, mean or both")
         if out is not None and output != "counts":
             raise ValueError(f"output is {output!r}; a file is written in pieces only for output='counts'")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; expected at least 1")
+        if latent and not self.has_latent:
+            raise ValueError(f"{self.name} has no latent vectors; leave latent= out")
+        whole("chunk_size", chunk_size)
+        sampling = self._sampling(options)
         given = self._given(n_cells, where, labels)
-        config = SampleConfig(steps=steps, solver=solver)
-        request = self._request(given, prior, guidance, size_factor, seed)
-        request = replace(request, config=config, means=output != "counts")
+        guidance = options.get("guidance")
+        request = self._request(given, prior, guidance, size_factor, whole("seed", seed, 0))
+        if "guidance" in options:
+            sampling = replace(sampling, guidance=_told(guidance))  # weights of every cell travel by themselves
+        request = replace(request, config=sampling, means=output != "counts", device=device)
         blocks = track(drawn(self, request, engine, n_jobs), "generating", progress, len(request))
         obs = self._generated_obs(request, given.columns)
-        uns = self._provenance(seed, config) | {"guidance": json.dumps(_told(guidance)), "prior": prior}
+        uns = self._provenance(seed, sampling) | {"guidance": json.dumps(_told(guidance)), "prior": prior}
         if out is not None:
             write_cells(Path(out), obs, self._var(), uns, blocks, chunk_size, latent)
             return read_h5ad(out, backed=True)
         return assembled(list(blocks), obs, self._var(), uns, output, latent)
 
+    @takes_options()
     def predict(
         self,
-        conditions: pd.DataFrame | str,
+        conditions: Conditions,
         n_cells: int = 1000,
         *,
-        guidance: float | Mapping[str, float] = 1.0,
-        steps: int | None = None,
-        solver: str | None = None,
         seed: int = 0,
-        effect_level: float | None = None,
         out: str | Path | None = None,
         engine: str = "local",
         n_jobs: int | None = None,
+        device: str | None = None,
         progress: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> AnnData:
-        """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of :meth:`Model.predict`."""
+        """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of :meth:`Model.predict`.
+
+        Parameters
+        ----------
+        conditions, n_cells, seed, out, engine, n_jobs, device, progress
+            As in :meth:`Model.predict`.
+        {options}
+
+        Returns
+        -------
+        AnnData as of :meth:`generate`.
+        """
         self._check_fitted()
-        if effect_level is not None:
-            raise ValueError(f"{self.name} draws counts and gives no intervals of effects; pass effect_level=None")
         table = self._conditions(conditions)
-        if n_cells < 1:
-            raise ValueError(f"n_cells is {n_cells}; expected at least 1")
+        n_cells = whole("n_cells", n_cells)
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
-        weight = guidance if self.guided else None
-        options = {"steps": steps, "solver": solver, "seed": seed, "out": out, "progress": progress}
-        return self.generate(labels=rows, guidance=weight, engine=engine, n_jobs=n_jobs, **options)
+        return self.generate(
+            labels=rows, seed=seed, out=out, engine=engine, n_jobs=n_jobs, device=device, progress=progress, **options
+        )
 
     @property
     def _table(self) -> pd.DataFrame:
@@ -341,8 +354,7 @@ class CountGenerator(Model):
     def _weights(self, guidance: Guidance, n: int) -> Tensor:
         """(n, k) or (1, k) weights in the order of `design.attributes`."""
         names = self.design.attributes
-        if guidance is not None and not self.guided:
-            raise ValueError(f"{self.name} is always conditioned on all labels; leave guidance out")
+        is_given = guidance is not None
         if not isinstance(guidance, Mapping):
             guidance = dict.fromkeys(names, 1.0 if guidance is None else float(guidance))
         if strange := [name for name in guidance if name not in names]:
@@ -353,21 +365,16 @@ class CountGenerator(Model):
         weights = torch.from_numpy(np.stack(columns, axis=1)) if names else torch.zeros(n, 0)
         if not bool(weights.isfinite().all()):
             raise ValueError("guidance holds values that are not finite; expected numbers")
+        if is_given:
+            self._check_null(weights)
         if bool((weights > STRONG).any() or (weights < 0).any()):
             logger.warning(
                 "weights of guidance above %g, or below 0, make cells alike or strange; look at them", STRONG
             )
         return weights[:1] if bool((weights == weights[:1]).all()) else weights
 
-    @contextmanager
-    def on_device(self) -> Iterator[torch.device]:
-        """Move the model to the GPU, if there is one, and back."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.eval().to(device)
-        try:
-            yield device
-        finally:
-            self.cpu()
+    def _check_null(self, weights: Tensor) -> None:
+        """Refuse weights of guidance for which cells without labels matter, where none were learned."""
 
     def _generated_obs(self, request: Request, given: Sequence[str]) -> pd.DataFrame:
         """Labels that the cells were made for, and their depths."""
@@ -383,6 +390,7 @@ class CountGenerator(Model):
 
     # ---- augmenting ---------------------------------------------------------------------------------------------
 
+    @takes_options()
     def augment(
         self,
         adata: AnnData,
@@ -393,9 +401,14 @@ class CountGenerator(Model):
         max_fold: float | None = None,
         min_cells: int = 20,
         split: pd.Series | None = None,
-        guidance: Guidance = None,
         check_copies: bool = False,
+        prior: Prior = "joint",
+        size_factor: float | Sequence[float] | None = None,
         seed: int = 0,
+        engine: str = "local",
+        n_jobs: int | None = None,
+        device: str | None = None,
+        progress: bool = False,
         **options: Any,
     ) -> AnnData:
         """Add generated cells to real ones until there are `target_size`, more of the classes with few cells.
@@ -417,8 +430,9 @@ class CountGenerator(Model):
         check_copies
             Compare generated cells with the training cells nearest to them (:func:`invirtuo.metrics.copying`), beside
             the other real cells of the split; the table stands in ``uns["invirtuo"]["copying"]``.
-        guidance, seed, options
-            As in :meth:`generate`; other attributes are drawn from the observed combinations.
+        prior, size_factor, seed, engine, n_jobs, device, progress
+            As in :meth:`generate`.
+        {options}
 
         Returns
         -------
@@ -449,7 +463,17 @@ class CountGenerator(Model):
         if few := [name for name, size in sizes.items() if size < min_cells and counts[name]]:
             logger.warning("%s: fewer than %d real cells; generated ones may copy them", some(few), min_cells)
         labels = np.repeat([*counts], [*counts.values()])
-        made = self.generate(labels=pd.DataFrame({by: labels}), guidance=guidance, seed=seed, **options)
+        made = self.generate(
+            labels=pd.DataFrame({by: labels}),
+            prior=prior,
+            size_factor=size_factor,
+            seed=seed,
+            engine=engine,
+            n_jobs=n_jobs,
+            device=device,
+            progress=progress,
+            **options,
+        )
         made.obs_names = [f"generated_{i}" for i in range(made.n_obs)]
         both = anndata.concat(
             [anndata.AnnData(sparse.csr_matrix(real.X).astype(np.int32), obs=real.obs.copy(), var=self._var()), made],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from invirtuo import fit
 from invirtuo.batch import Batch
 from invirtuo.generators.output import Block, in_rows
-from invirtuo.model import SampleConfig
-from invirtuo.workers import n_workers, over_ray
+from invirtuo.model.drawing import in_parts
+from invirtuo.model.sampling import NoSampling
 
 if TYPE_CHECKING:
     from invirtuo.generators.base import CountGenerator
@@ -33,8 +33,9 @@ class Request:
     size: Tensor
     weights: Tensor
     seed: int
-    config: SampleConfig = field(default_factory=SampleConfig)
+    config: NoSampling = field(default_factory=NoSampling)
     means: bool = False  # whether expected counts are wanted, too
+    device: str | None = None
     first: int = 0  # number of the first block
 
     def __len__(self) -> int:
@@ -48,52 +49,27 @@ class Request:
         labels, size = self.labels.iloc[rows], self.size[rows].clone()
         return replace(self, labels=labels, size=size, weights=weights.clone(), first=self.first + start)
 
-
-class _Tasks(Sequence):
-    """The parts of a request that workers draw, cut when they are sent."""
-
-    def __init__(self, request: Request, size: int):
-        self.request, self.size = request, size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.request) / self.size)
-
-    def __getitem__(self, i):
-        return self.request.part(i * self.size, (i + 1) * self.size)
+    @property
+    def begins_with(self) -> str:
+        """The first cell."""
+        return f"cell {self.first * BLOCK}"
 
 
 def drawn(model: CountGenerator, request: Request, engine: str, n_jobs: int | None) -> Iterator[Block]:
     """Draw the blocks of a request, in their order; what is random in one depends on the seed and its number."""
-    fit.keep_freed_memory()
-    if engine == "local":
-        yield from _here(model, request)
-        return
-    threads = torch.get_num_threads()
-    workers = n_jobs or n_workers(threads)
-    tasks = _Tasks(request, min(max(len(request) // (4 * workers), 1), 8))  # the model is sent with each
-    options = {"threads": threads, "n_jobs": n_jobs, "retries": 3, "at_once": 2 * workers, "in_order": True}
-    for number, blocks in over_ray(_on_worker, tasks, model, threads, **options):
-        if isinstance(blocks, Exception):
-            cell = number * tasks.size * BLOCK
-            raise RuntimeError(f"the worker that drew cell {cell} and what follows ended: {blocks}") from blocks
-        yield from blocks
+    yield from in_parts(_blocks, request, model, engine=engine, n_jobs=n_jobs, in_order=True)
 
 
-def _here(model: CountGenerator, request: Request) -> Iterator[Block]:
+@torch.no_grad()
+def _blocks(request: Request, model: CountGenerator) -> Iterator[Block]:
     """Draw the blocks in this process."""
-    with model.on_device() as device:
+    with model.on_device(request.device) as device:
         for i in range(len(request)):
             part = request.part(i, i + 1)
             batch = Batch(model.design.encode(part.labels), size_factor=part.size).to(device)
-            generator = torch.Generator(device).manual_seed(fit.noise_seed(request.seed, 3, part.first))
-            with torch.no_grad():
-                cells, z = model.likelihood(batch, part.weights.to(device), generator, request.config)
-                counts = cells.sample(generator)
+            # on the CPU, so that the same seed gives the same cells on every device
+            generator = torch.Generator().manual_seed(fit.noise_seed(request.seed, 3, part.first))
+            cells, z = model.likelihood(batch, part.weights.to(device), generator, request.config)
+            counts = cells.sample(generator)
             mean = cells.mean.float().cpu().numpy() if request.means else None
             yield Block(in_rows(counts), mean, None if z is None else z.float().cpu().numpy())
-
-
-def _on_worker(request: Request, model: CountGenerator, threads: int) -> list[Block]:
-    """Blocks that are drawn in a process of a cluster."""
-    torch.set_num_threads(threads)
-    return list(_here(model, request))

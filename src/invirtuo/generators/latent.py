@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,9 +24,10 @@ from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
-from invirtuo.generators.base import CountGenerator, Guidance, counted
+from invirtuo.generators.base import CountGenerator, counted
 from invirtuo.generators.hidden import Filled
-from invirtuo.model import SampleConfig, track
+from invirtuo.model import track
+from invirtuo.model.sampling import ADAPTIVE, SolverSampling, takes_options
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ __all__ = ["ConditionalFlow", "LatentFlow"]
 logger = logging.getLogger(__name__)
 
 CHUNK = 2048  # cells encoded at once
+ROUND_TRIP = 50  # steps to noise, and back
+NOISE, DRAWS = 0.05, 10  # of impute: jitter, and how many of them are averaged
 COLLAPSE = 2.0  # weights above this make batches mix because cells become alike (CFGen, table 11)
 
 
@@ -60,8 +63,10 @@ class LatentFlow(CountGenerator):
     `path`.
     """
 
+    Sampling = SolverSampling
     autoencoder: Any
     takes_features = True
+    has_latent = True
     flow: ConditionalFlow
     n_latent: int
     latent_mean: Tensor
@@ -206,21 +211,27 @@ class LatentFlow(CountGenerator):
         return composed(velocity, weights[:, :1] if joint else weights)
 
     def likelihood(
-        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SampleConfig
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SolverSampling
     ) -> tuple[CountLikelihood, Tensor]:
         """Integrate from noise and decode."""
-        z0 = torch.randn(len(batch), self.n_latent, generator=generator, device=generator.device)
+        z0 = torch.randn(len(batch), self.n_latent, generator=generator).to(batch.size_factor.device)
         z = self._solved(self.field(batch.condition, batch.size_factor, weights), z0, config)
         z = z * self.latent_sd + self.latent_mean
         return self.autoencoder.decode(z, batch.size_factor, batch.condition), z
 
-    def _solved(self, field, z0: Tensor, config: SampleConfig) -> Tensor:
+    def _solved(self, field, z0: Tensor, config: SolverSampling) -> Tensor:
         return solve(field, z0, config.steps or self.config.steps, config.solver or self.config.solver)
 
+    @takes_options()
     @torch.no_grad()
-    def check_solver(self, n_cells: int = 256, *, guidance: Guidance = None, steps: int | None = None,
-                     solver: str | None = None, seed: int = 0) -> dict[str, float]:  # fmt: skip
+    def check_solver(self, n_cells: int = 256, *, seed: int = 0, **options: Any) -> dict[str, float]:
         """How far the solver is from dopri5 with tolerance 1e-5, from the same noise.
+
+        Parameters
+        ----------
+        n_cells, seed
+            As in :meth:`generate`.
+        {options}
 
         Returns
         -------
@@ -228,10 +239,11 @@ class LatentFlow(CountGenerator):
         two sets of cells.
         """
         self._check_fitted()
-        request = self._request(self._given(n_cells, None, None), "joint", guidance, None, seed)
+        sampling = self._sampling(options)
+        request = self._request(self._given(n_cells, None, None), "joint", options.get("guidance"), None, seed)
         field = self.field(self.design.encode(request.labels), request.size, request.weights)
         z0 = torch.randn(n_cells, self.n_latent, generator=torch.Generator().manual_seed(noise_seed(seed, 4)))
-        fast = self._solved(field, z0, SampleConfig(steps=steps, solver=solver))
+        fast = self._solved(field, z0, sampling)
         exact = solve(field, z0, 1, "dopri5")
         difference = (fast - exact).abs()
         distance = (fast - exact[exact_coupling(fast, exact)]).square().sum(dim=1).mean().sqrt()
@@ -239,13 +251,16 @@ class LatentFlow(CountGenerator):
 
     # ---- verbs --------------------------------------------------------------------------------------------------
 
-    def embed(self, adata: AnnData) -> AnnData:
+    @takes_options()
+    def embed(self, adata: AnnData, *, device: str | None = None) -> AnnData:
         """Encode cells.
 
         Parameters
         ----------
         adata
             Raw counts in X, or in ``layers["counts"]``.
+        device
+            As in :meth:`Model.predict`.
 
         Returns
         -------
@@ -254,10 +269,11 @@ class LatentFlow(CountGenerator):
         import anndata
 
         dataset = self._dataset(adata)
-        z = self._encoded(dataset)
+        z = self._encoded(dataset, device)
         var = pd.DataFrame(index=[f"latent_{i}" for i in range(self.n_latent)])
         return anndata.AnnData(z.numpy(), obs=adata.obs.copy(), var=var, uns={"invirtuo": self._made_by("embed")})
 
+    @takes_options()
     @torch.no_grad()
     def correct(
         self,
@@ -265,13 +281,12 @@ class LatentFlow(CountGenerator):
         batch: str,
         *,
         reference: str | None = None,
-        guidance: Guidance = None,
         invert_with: Literal["own", "unconditional"] = "own",
         output: Literal["mean", "counts"] | None = None,
-        steps: int = 50,
-        solver: str | None = None,
         seed: int = 0,
+        device: str | None = None,
         progress: bool = False,
+        **options: Any,
     ) -> AnnData:
         """Take cells to noise under their own labels, and back as cells of one reference batch.
 
@@ -285,12 +300,17 @@ class LatentFlow(CountGenerator):
             Covariate whose effect is taken out.
         reference
             Label of the batch that all cells are brought to; None takes the one with most training cells.
-        guidance
-            Weights as in :meth:`generate`; published: 1 or 2. Larger ones mix batches by making cells alike.
         invert_with
             "own": labels of the cell on the way to noise; "unconditional": none.
         output
             "mean" or "counts" also decodes the corrected cells, with their own depths.
+        seed
+            Of the counts that are drawn, with output="counts".
+        device, progress
+            As in :meth:`generate`.
+        {options}
+            Here 50 steps by default; weights of guidance in the paper: 1 or 2. Larger ones mix batches by making cells
+            alike.
 
         Returns
         -------
@@ -303,28 +323,29 @@ class LatentFlow(CountGenerator):
         CFGen, arXiv:2407.11734, section 5.5 and appendix G.7.
         """
         self._check_fitted()
-        if not self.guided and guidance is not None:
-            raise ValueError(f"{self.name} is always conditioned on all labels; leave guidance out")
+        config = self._round_trip(options)
         dataset, target = self._dataset(adata), self._reference(batch, reference)
-        weights = self._weights(guidance, adata.n_obs)
+        weights = self._weights(options.get("guidance"), adata.n_obs)
         if bool((weights > COLLAPSE).any()):
             logger.warning(
                 "weights above %g mix batches by making cells alike; look at uns['invirtuo']['collapse']", COLLAPSE
             )
-        back = torch.zeros_like(weights) if invert_with == "unconditional" else weights
         if invert_with not in ("own", "unconditional"):
             raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
-        config = SampleConfig(steps=steps, solver=solver)
+        back = weights
+        if invert_with == "unconditional":
+            back = torch.zeros_like(weights)
+            self._check_null(back)
         size = self._size(dataset, np.arange(adata.n_obs))
-        z = (self._encoded(dataset) - self.latent_mean) / self.latent_sd
+        z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
         own = dataset.condition
         other = replace(own, covariates={**own.covariates, batch: torch.full_like(own.covariates[batch], target)})
         moved = torch.empty_like(z)
-        with self.on_device() as device:
+        with self.on_device(device) as place:
             for rows in track(_chunks(len(z)), "correcting", progress):
-                here = [x.to(device) for x in (z[rows], size[rows], _rows(back, rows), _rows(weights, rows))]
-                backward = self.field(own[rows].to(device), here[1], here[2])
-                forward = self.field(other[rows].to(device), here[1], here[3])
+                here = [x.to(place) for x in (z[rows], size[rows], _rows(back, rows), _rows(weights, rows))]
+                backward = self.field(own[rows].to(place), here[1], here[2])
+                forward = self.field(other[rows].to(place), here[1], here[3])
                 noise = self._solved(reversed_time(backward), here[0], config)
                 moved[rows] = self._solved(forward, noise, config).cpu()
         new = adata.copy()
@@ -338,6 +359,7 @@ class LatentFlow(CountGenerator):
         }  # fmt: skip
         return new
 
+    @takes_options(sampling=SolverSampling)
     @torch.no_grad()
     def impute(
         self,
@@ -345,14 +367,14 @@ class LatentFlow(CountGenerator):
         *,
         mask: Any = None,
         masked_fraction: float = 0.0,
-        noise: float = 0.05,
-        n_draws: int = 10,
+        noise: float = NOISE,
+        n_draws: int = DRAWS,
         conditional: bool = True,
         flow: bool = True,
-        steps: int = 50,
-        solver: str | None = None,
         seed: int = 0,
+        device: str | None = None,
         progress: bool = False,
+        **options: Any,
     ) -> AnnData:
         """Fill in counts that were not measured: encode, go to noise, jitter it, come back, decode, average.
 
@@ -374,6 +396,12 @@ class LatentFlow(CountGenerator):
             Flow under the labels of the cell; else without labels.
         flow
             False decodes the encoded cell as it is: the reconstruction of the autoencoder, to compare with.
+        seed
+            Of the jitter.
+        device, progress
+            As in :meth:`generate`.
+        {options}
+            Here 50 steps by default.
 
         Returns
         -------
@@ -390,19 +418,27 @@ class LatentFlow(CountGenerator):
                 f"masked_fraction={masked_fraction}, noise={noise}, n_draws={n_draws}; expected a fraction below 1, "
                 "noise of at least 0 and at least one draw"
             )
+        if not flow and (options or (noise, n_draws, conditional) != (NOISE, DRAWS, True)):
+            raise ValueError(
+                "flow=False decodes encoded cells as they are; noise, n_draws, conditional, steps and solver act on "
+                "the flow alone. Leave them out"
+            )
+        config = self._round_trip(options)
         dataset = self._dataset(adata)
-        config = SampleConfig(steps=steps, solver=solver)
         size = self._size(dataset, np.arange(adata.n_obs)) / (1 - masked_fraction)
-        z = (self._encoded(dataset) - self.latent_mean) / self.latent_sd
-        weights = self._weights(None, len(z)) * float(conditional)
+        z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
+        weights = self._weights(None, len(z))
+        if not conditional:
+            weights = torch.zeros_like(weights)
+            self._check_null(weights)
         columns = adata.var_names.get_indexer(self.genes)
         filled = Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
-        with self.on_device() as device:
+        with self.on_device(device) as place:
             for rows in track(_chunks(len(z)), "imputing", progress):
-                generator = torch.Generator(device).manual_seed(noise_seed(seed, 5, rows.start))
-                cells = Batch(dataset.condition[rows], target=z[rows], size_factor=size[rows]).to(device)
+                generator = torch.Generator().manual_seed(noise_seed(seed, 5, rows.start))
+                cells = Batch(dataset.condition[rows], target=z[rows], size_factor=size[rows]).to(place)
                 mean = self._resampled(
-                    cells, _rows(weights, rows).to(device), noise, n_draws if flow else 0, generator, config
+                    cells, _rows(weights, rows).to(place), noise, n_draws if flow else 0, generator, config
                 )
                 filled.add(rows, mean.cpu().numpy())
         new = adata.copy()
@@ -418,10 +454,28 @@ class LatentFlow(CountGenerator):
         for _ in range(max(n_draws, 1)):
             z = start
             if n_draws:
-                z = self._solved(field, start + noise * _normal(start, generator), config)
+                jitter = torch.randn(start.shape, generator=generator).to(start.device)
+                z = self._solved(field, start + noise * jitter, config)
             latent = z * self.latent_sd + self.latent_mean
             total = total + self.autoencoder.decode(latent, cells.size_factor, cells.condition).mean
         return total / max(n_draws, 1)
+
+    def _round_trip(self, options: Mapping[str, Any]) -> SolverSampling:
+        """How cells go to noise and back: in 50 steps, if nothing else is said."""
+        config = self._sampling(options)
+        is_adaptive = (config.solver or self.config.solver) == ADAPTIVE
+        return config if config.steps or is_adaptive else replace(config, steps=ROUND_TRIP)
+
+    def _check_null(self, weights: Tensor) -> None:
+        if self.config.prob_unconditional == 0 and bool((self._null_weight(weights) != 0).any()):
+            raise ValueError(
+                f"{self.name}, as it is configured, was never trained on cells without labels, which this asks for; "
+                "fit with prob_unconditional above 0, or leave guidance, conditional and invert_with as they are"
+            )
+
+    def _null_weight(self, weights: Tensor) -> Tensor:
+        """(n,), how much the velocity without labels counts beside those with."""
+        return 1 - (weights[:, :1] if self.config.conditioning == "joint" else weights).sum(dim=1)
 
     def _dataset(self, adata: AnnData) -> CellDataset:
         """Cells to encode, checked."""
@@ -434,12 +488,15 @@ class LatentFlow(CountGenerator):
         return CellDataset(adata, self.design)
 
     @torch.no_grad()
-    def _encoded(self, dataset: CellDataset) -> Tensor:
+    def _encoded(self, dataset: CellDataset, device: str | None = None) -> Tensor:
         """(n, d) latent vectors of all cells, on the autoencoder's scale."""
         n = dataset.matrix.shape[0]
-        with self.on_device() as device:
-            parts = [self.autoencoder.encode(dataset.dense(np.arange(n)[rows]).to(device)) for rows in _chunks(n)]
-            return torch.cat([z.float().cpu() for z in parts])
+        parts = []
+        with self.on_device(device) as place:
+            for rows in _chunks(n):
+                cells = dataset.dense(np.arange(n)[rows])
+                parts.append(self.autoencoder.encode(cells.to(place)).float().cpu())
+        return torch.cat(parts)
 
     def _reference(self, batch: str, label: str | None) -> int:
         """Number of the batch that cells are brought to."""
@@ -483,10 +540,6 @@ def _chunks(n: int) -> list[slice]:
 
 def _rows(weights: Tensor, rows: slice) -> Tensor:
     return weights if len(weights) == 1 else weights[rows]
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device)
 
 
 def _classes(condition: Condition) -> Tensor:

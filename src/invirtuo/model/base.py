@@ -27,9 +27,11 @@ from invirtuo.errors import ExistsError
 from invirtuo.files import check_writable, read_h5ad, writing_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.model import saving
-from invirtuo.model.drawing import Request, SampleConfig, control_pool, drawn, filled, means_of, stored
+from invirtuo.model.device import chosen
+from invirtuo.model.drawing import Request, check_engine, control_pool, drawn, filled, means_of, stored
 from invirtuo.model.effects import Calibration
 from invirtuo.model.pseudobulks import Pseudobulks
+from invirtuo.model.sampling import NoSampling, SampleConfig, takes_options
 from invirtuo.samplers import Sampler
 from invirtuo.transforms import Transform
 from invirtuo.values import require_counts, require_log
@@ -75,7 +77,8 @@ class Model(nn.Module):
     PRESETS: ClassVar[Mapping[str, Preset]] = {}
     SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
-    guides_by_parts: ClassVar[bool] = False  # whether guidance may weigh perturbation and covariates separately
+    Sampling: ClassVar[type[NoSampling]] = SampleConfig  # options of drawing cells from it
+    cpu_only: ClassVar[bool] = False  # whether it computes on CPUs alone
     takes_features: ClassVar[bool] = False  # whether features of the Design let it predict unseen perturbations
     sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
@@ -86,6 +89,7 @@ class Model(nn.Module):
 
     history: pd.DataFrame
     _pseudobulks: Pseudobulks | None
+    _accelerator: str = "auto"  # until there is a card
 
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         super().__init__()
@@ -153,8 +157,12 @@ class Model(nn.Module):
         """What else of the training cells the card of the fitted model keeps, as JSON."""
         return {}
 
-    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
-        """Draw one cell (n, g) for each condition of the batch; `batch.source` holds control cells if needed."""
+    def sample(self, batch: Batch, generator: torch.Generator, config: Any) -> Tensor:
+        """Draw n cells (n, g) of one condition; `batch.source` holds control cells if needed.
+
+        `config` is a record of the class `Sampling`: all its options must act. Noise comes from the generator, on the
+        CPU, and networks are given at most `config.batch_size` cells at once (`in_batches`).
+        """
         raise NotImplementedError
 
     @property
@@ -314,26 +322,21 @@ class Model(nn.Module):
 
     # ---- using -------------------------------------------------------------------------------------------------
 
+    @takes_options(needs="sample")
     def predict(
         self,
         conditions: Conditions,
         n_cells: int = 1000,
         *,
-        guidance: float | Mapping[str, float] = 1.0,
-        steps: int | None = None,
-        solver: str | None = None,
         seed: int = 0,
         controls: AnnData | str | Path | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-        grid: Sequence[float] | None = None,
-        clamp_min: float | None = None,
-        precision: str = "auto",
-        batch_size: int = 256,
         effect_level: float | None = None,
         out: str | Path | None = None,
         engine: str = "local",
         n_jobs: int | None = None,
+        device: str | None = None,
         progress: bool = False,
+        **options: Any,
     ) -> AnnData:
         """Draw cells for conditions.
 
@@ -344,24 +347,12 @@ class Model(nn.Module):
             the Design; or "test" / "val": the conditions held out by the split of the fit.
         n_cells
             Cells per condition.
-        guidance, interval
-            Weight of classifier-free guidance, and between which times it acts; 1 is no guidance. A model that guides
-            by parts takes ``{"perturbation": 2, "covariates": 1}``: how strongly cells are drawn from the control cells
-            of their covariates towards the perturbation, and from all cells towards their covariates.
-        steps, solver, grid
-            Steps and name of the solver, or an own time grid; None takes the model's own.
         seed
-            Same seed, same cells, whatever the batch size and the other conditions.
+            Same seed, same cells, whatever the device, the batch size and the other conditions.
         controls
             Control cells (or their h5ad) to start from, for models that need them; None takes those of the fitted data.
             For models that know covariates by their control cells (`with_controls`) they may be of groups that were
             never seen.
-        clamp_min
-            Raise values below this to it (0 for expression); None leaves them.
-        precision
-            "fp32", "bf16" or "auto".
-        batch_size
-            Cells in the network at once.
         effect_level
             Also give the effect on every gene with an interval, which shall cover this share of all genes. Intervals
             are conformal and calibrated on the conditions that the split of the fit held out for validation, drawn
@@ -372,8 +363,12 @@ class Model(nn.Module):
             "local" draws in this process. "ray" spreads conditions over the Ray cluster of this session or of
             ``RAY_ADDRESS``, or over `n_jobs` processes of this machine: the same cells; those of a lost worker are
             drawn again.
+        device
+            "cpu", "cuda" or "cuda:1"; None or "auto": a GPU if there is one and `FitConfig.accelerator` of the fit
+            allowed it.
         progress
             Show a progress bar.
+        {options}
 
         Returns
         -------
@@ -385,32 +380,21 @@ class Model(nn.Module):
         Raises
         ------
         ValueError
-            If the model is not fitted, a condition has an unknown perturbation or covariate, or intervals are asked
-            for and the fit held out no conditions for validation.
+            If the model is not fitted, a condition has an unknown perturbation or covariate, an option is unknown or
+            cannot act, the device is not there, or intervals are asked for and the fit held out no conditions for
+            validation.
         """
         import anndata
 
-        if engine not in ("local", "ray"):
-            raise ValueError(f"engine is {engine!r}; expected local or ray")
-        if self.verb in ("embed", "forecast"):
-            raise ValueError(f"{self.name} is made to {self.verb} and does not predict populations; call {self.verb}")
+        check_engine(engine, n_jobs)
         self._check_fitted()
         _check_torch()
         n_cells, seed = whole("n_cells", n_cells), whole("seed", seed, 0)
+        config = self._sampling(options)
         controls = read_h5ad(controls) if isinstance(controls, str | Path) else controls
         model = self if controls is None else self.with_controls(controls)
         table = model._conditions(conditions)
-        config = SampleConfig(
-            guidance=self._parts(guidance),
-            interval=interval,
-            steps=steps,
-            solver=solver,
-            grid=None if grid is None else tuple(float(t) for t in grid),
-            clamp_min=clamp_min,
-            precision=precision,
-            batch_size=batch_size,
-        )
-        request = Request(table, n_cells, seed, config, model._pool(controls))
+        request = Request(table, n_cells, seed, config, model._pool(controls), device)
         calibration = None if effect_level is None else Calibration(model, effect_level, controls)
         means = np.empty((len(table), len(self.genes)))
         cells = drawn(model, request, engine, n_jobs)
@@ -435,16 +419,44 @@ class Model(nn.Module):
         return anndata.AnnData(x, obs=obs, var=var, uns=uns, varm=varm)
 
     def with_controls(self, controls: AnnData) -> Self:
-        """The model, or a copy that also knows the covariate groups of these control cells, if it can learn of them."""
+        """The model, or a copy that also knows the covariate groups of these control cells, if it can learn of them.
+
+        Raises
+        ------
+        ValueError
+            If control cells mean nothing to the model.
+        """
+        if not self.needs_source:
+            raise ValueError(
+                f"{self.name}, as it is configured, neither starts from control cells nor learns of covariates by "
+                "them; leave controls= out"
+            )
         return self
 
-    def generate(self, *_: Any, **__: Any) -> AnnData:
-        """Draw cells as counts; only count models can."""
-        raise ValueError(f"{self.name} predicts expression and does not generate counts; use predict")
+    @property
+    def accelerator(self) -> str:
+        """`FitConfig.accelerator` of the fit."""
+        return self.card["fit"]["accelerator"] if self.card else self._accelerator
 
-    def embed(self, adata: AnnData) -> AnnData:
-        """Encode cells; only models with an encoder can."""
-        raise ValueError(f"{self.name} has no encoder; see `invirtuo list models` for models that embed")
+    def device_of(self, name: str | None) -> torch.device:
+        """The device of this name; of None or "auto" that of the fit, if there is one like it."""
+        return chosen(name, self.accelerator, model=self.name, cpu_only=self.cpu_only)
+
+    @contextmanager
+    def on_device(self, name: str | None = None) -> Iterator[torch.device]:
+        """Move the model to a device to be used there, and back to the CPU."""
+        device = self.device_of(name)
+        self.eval().to(device)
+        try:
+            yield device
+        finally:
+            self.cpu()
+
+    def _sampling(self, options: Mapping[str, Any], kind: type[NoSampling] | None = None) -> Any:
+        """The record of sampling options, by default that of the class, checked."""
+        sampling = (kind or self.Sampling)(**options)
+        sampling.check(self.name, self.config)
+        return sampling
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
@@ -496,17 +508,6 @@ class Model(nn.Module):
             raise ValueError(f"config is a {type(config).__name__}; {cls.name} takes {cls.__name__}.Config or a preset")
         same = [preset.fit for preset in cls.PRESETS.values() if preset.config == config]
         return Preset(config, same[0]) if same else Preset(config)
-
-    def _parts(self, guidance: float | Mapping[str, float]) -> float | dict[str, float]:
-        """The weight of guidance, or both of its parts."""
-        if not isinstance(guidance, Mapping):
-            return guidance
-        parts = {"perturbation": 1.0, "covariates": 1.0}
-        if strange := [name for name in guidance if name not in parts]:
-            raise ValueError(f"guidance: {some(strange)} is no part of it; expected {some(parts)}")
-        if not self.guides_by_parts:
-            raise ValueError(f"{self.name} has one weight of guidance; give it as a number")
-        return parts | {name: float(weight) for name, weight in guidance.items()}
 
     def _check_fitted(self) -> None:
         if not self.card:
@@ -601,7 +602,7 @@ class Model(nn.Module):
         dataset = CellDataset(self._with_genes(controls), self.design)
         return control_pool(dataset)
 
-    def _provenance(self, seed: int, config: SampleConfig) -> dict[str, Any]:
+    def _provenance(self, seed: int, config: NoSampling) -> dict[str, Any]:
         return {
             "model": self.name,
             "preset": self.preset or "",

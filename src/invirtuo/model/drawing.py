@@ -1,12 +1,12 @@
-"""Drawing cells from a fitted model: condition by condition, here or on the workers of a cluster."""
+"""Drawing cells from a fitted model: condition by condition, or part by part on the workers of a cluster."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from invirtuo import fit
 from invirtuo.batch import Batch
-from invirtuo.checks import some
-from invirtuo.flow import SOLVERS
-from invirtuo.settings import Settings
+from invirtuo.checks import some, whole
+from invirtuo.model.sampling import SampleConfig
 from invirtuo.workers import n_workers, over_ray
 
 if TYPE_CHECKING:
@@ -27,102 +26,180 @@ if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
     from invirtuo.model.base import Model
 
-__all__ = ["Request", "SampleConfig", "control_pool", "drawn", "filled", "means_of", "stored"]
+__all__ = [
+    "Request",
+    "check_engine",
+    "control_pool",
+    "drawn",
+    "filled",
+    "in_batches",
+    "in_parts",
+    "means_of",
+    "stored",
+]
 
 
-@dataclass(frozen=True)
-class SampleConfig(Settings):
-    """How cells are drawn from a fitted model."""
+class Divisible(Protocol):
+    """A request that can be drawn part by part."""
 
-    guidance: float | Mapping[str, float] = 1.0  # weight of classifier-free guidance, or of its parts; 1 is none
-    interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts
-    steps: int | None = None  # steps of the solver; None: the model's own
-    solver: str | None = None  # name in flow.SOLVERS, or dopri5; None: the model's own
-    grid: tuple[float, ...] | None = None  # times of the steps, instead of `steps` uniform ones
-    clamp_min: float | None = None  # raise values below this to it; None leaves them
-    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where it is measured to be faster
-    batch_size: int = 256  # cells in the network at once; does not change the numbers
+    def __len__(self) -> int:
+        """Give the number of pieces that cannot be divided."""
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
-        if self.solver is not None and self.solver not in (*SOLVERS, "dopri5"):
-            raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}, dopri5")
-        weights = self.guidance if isinstance(self.guidance, Mapping) else {"": self.guidance}
-        if not all(math.isfinite(weight) for weight in weights.values()):
-            raise ValueError(f"guidance is {self.guidance}; expected finite numbers")
-        if not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1] <= 1):
-            raise ValueError(f"interval is {self.interval}; expected two times that rise, between 0 and 1")
-        if self.clamp_min is not None and not math.isfinite(self.clamp_min):
-            raise ValueError(f"clamp_min is {self.clamp_min}; expected a finite number, or None")
-        if self.grid is not None and ([*self.grid] != sorted({*self.grid}) or self.grid[:1] + self.grid[-1:] != (0, 1)):
-            raise ValueError(f"grid is {self.grid}; expected times that rise from 0 to 1")
-        for name in ("steps", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+    def part(self, start: int, stop: int) -> Self:
+        """Some of the pieces."""
+
+    @property
+    def begins_with(self) -> str:
+        """The first cells, for messages."""
+
+    @property
+    def device(self) -> str | None:
+        """The device that is asked for."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Cells to draw: of which conditions, how many of each, and how."""
+    """Cells to draw: of which conditions, how many of each, how, from which control cells, and on which device."""
 
     table: pd.DataFrame
     n_cells: int
     seed: int
     config: SampleConfig
     pool: Mapping[str, sparse.csr_matrix]
+    device: str | None = None
+    first: int = 0  # number of the first condition
+
+    def __len__(self) -> int:
+        """Give the number of conditions."""
+        return len(self.table)
+
+    def part(self, start: int, stop: int) -> Request:
+        """Some of the conditions."""
+        return replace(self, table=self.table.iloc[start:stop], first=self.first + start)
+
+    @property
+    def begins_with(self) -> str:
+        """The first condition."""
+        return str(self.table.iloc[0].to_dict())
 
 
 def drawn(model: Model, request: Request, engine: str, n_jobs: int | None) -> Iterator[tuple[int, np.ndarray]]:
     """Number and cells (n, g) of every condition of a request, as they come."""
-    fit.keep_freed_memory()
-    if engine == "local":
-        yield from _conditions(model, range(len(request.table)), request)
-        return
-    threads = torch.get_num_threads()
-    workers, n = n_jobs or n_workers(threads), len(request.table)
-    precision = "bf16" if fit.use_bf16(request.config) else "fp32"  # as here, not as measured there
-    request = replace(request, config=replace(request.config, precision=precision))
-    size = min(max(n // (4 * workers), 1), 8)  # conditions of a task: the model is sent with each
-    tasks = [range(i, min(i + size, n)) for i in range(0, n, size)]
-    results = over_ray(
-        _on_worker, tasks, model, request, threads, threads=threads, n_jobs=n_jobs, retries=3, at_once=2 * workers
-    )
-    for number, cells in results:
-        if isinstance(cells, Exception):
-            first = request.table.iloc[tasks[number][0]].to_dict()
-            raise RuntimeError(f"the worker that drew {first} and what follows ended: {cells}") from cells
-        yield from zip(tasks[number], cells, strict=True)
+    device = model.device_of(request.device).type
+    precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # of workers as here, not as measured there
+    bare = replace(request, config=replace(request.config, precision=precision), pool={})
+    yield from in_parts(_conditions, bare, model, request.pool, engine=engine, n_jobs=n_jobs)
 
 
 @torch.no_grad()
-def _conditions(model: Model, places: Iterable[int], request: Request) -> Iterator[tuple[int, np.ndarray]]:
+def _conditions(
+    request: Request, model: Model, pool: Mapping[str, sparse.csr_matrix]
+) -> Iterator[tuple[int, np.ndarray]]:
     """Number and cells of some conditions; each depends on the seed and its name alone."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table, config, n_cells = request.table, request.config, request.n_cells
-    model.eval().to(device)
-    bf16 = fit.use_bf16(config)
-    for i in places:
-        name = model.design.names(table.iloc[[i]]).iloc[0]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed}|{name}".encode()))
-        batch = Batch(model.design.encode(table.iloc[[i] * n_cells]))
-        if model.needs_source:
-            source = _sources(request.pool, model.design.groups(table.iloc[[i]]).iloc[0], n_cells, generator)
-            batch = Batch(batch.condition, source=source)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x = model.sample(batch.to(device), generator, config).float().cpu()
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{model.name} draws NaN or infinite values for {name}; fit it again with a lower lr")
-        yield i, (x if config.clamp_min is None else x.clamp_min(config.clamp_min)).numpy()
-    model.cpu()
+    names = model.design.names(table)
+    groups = model.design.groups(table)
+    with model.on_device(request.device) as device:
+        for i, name in enumerate(names):
+            # on the CPU, so that the same seed gives the same cells on every device
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed}|{name}".encode()))
+            batch = Batch(model.design.encode(table.iloc[[i] * n_cells]))
+            if model.needs_source:
+                source = _sources(pool, groups.iloc[i], n_cells, generator)
+                batch = Batch(batch.condition, source=source)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                x = model.sample(batch.to(device), generator, config).float().cpu()
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(f"{model.name} draws NaN or infinite values for {name}; fit it again with a lower lr")
+            if config.clamp_min is not None:
+                x = x.clamp_min(config.clamp_min)
+            yield request.first + i, x.numpy()
 
 
-def _on_worker(places: Sequence[int], model: Model, request: Request, threads: int) -> list[np.ndarray]:
-    """Cells of some conditions, drawn in a process of a cluster."""
+def in_batches(draw: Callable[..., Tensor], size: int, *inputs: Any) -> Tensor:
+    """What a network makes of n rows, (n, g), of which it is given at most `size` at a time."""
+    parts = []
+    for start in range(0, len(inputs[0]), size):
+        rows = slice(start, start + size)
+        own = [x[rows] for x in inputs]
+        parts.append(draw(*own))
+    return torch.cat(parts)
+
+
+# ---- here, or on a cluster -----------------------------------------------------------------------------------------
+
+
+def check_engine(engine: str, n_jobs: int | None) -> None:
+    """Refuse engines that do not exist, and processes for the one that has none."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine is {engine!r}; expected local or ray")
+    if n_jobs is None:
+        return
+    whole("n_jobs", n_jobs)
+    if engine == "local":
+        raise ValueError(f"n_jobs is {n_jobs} and engine is 'local', which draws in this process; pass engine='ray'")
+
+
+class _Parts(Sequence):
+    """The parts of a request that workers draw, cut when they are sent."""
+
+    def __init__(self, request: Divisible, size: int):
+        self.request, self.size = request, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.request) / self.size)
+
+    def __getitem__(self, i):
+        return self.request.part(i * self.size, (i + 1) * self.size)
+
+
+def in_parts(
+    work: Callable[..., Iterator],
+    request: Divisible,
+    model: Model,
+    *shared: Any,
+    engine: str,
+    n_jobs: int | None,
+    in_order: bool = False,
+) -> Iterator:
+    """Yield what ``work(request, model, *shared)`` does, in this process or, part by part, on those of a cluster."""
+    fit.keep_freed_memory()
+    if engine == "local":
+        yield from work(request, model, *shared)
+        return
+    threads = torch.get_num_threads()
+    gpus = "cpu" not in (request.device, model.accelerator)
+    workers = n_jobs or n_workers(threads, gpus=gpus)
+    size = min(max(len(request) // (4 * workers), 1), 8)  # the model is sent with each
+    parts = _Parts(request, size)
+    results = over_ray(
+        _on_worker,
+        parts,
+        work,
+        threads,
+        model,
+        *shared,
+        threads=threads,
+        gpus=gpus,
+        n_jobs=n_jobs,
+        retries=3,
+        at_once=2 * workers,
+        in_order=in_order,
+    )
+    for number, found in results:
+        if isinstance(found, Exception):
+            begin = parts[number].begins_with
+            raise RuntimeError(f"the worker that drew {begin} and what follows ended: {found}") from found
+        yield from found
+
+
+def _on_worker(request: Divisible, work: Callable[..., Iterator], threads: int, *shared: Any) -> list[Any]:
+    """What the work yields for a part, in a process of a cluster."""
     torch.set_num_threads(threads)
-    return [cells for _, cells in _conditions(model, places, request)]
+    return list(work(request, *shared))
+
+
+# ---- into an AnnData -----------------------------------------------------------------------------------------------
 
 
 def stored(file: h5py.File, shape: tuple[int, int]) -> h5py.Dataset:

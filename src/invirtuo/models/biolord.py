@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import Model, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP
 from invirtuo.settings import Settings
 
@@ -96,9 +96,12 @@ class Biolord(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Encode control cells and decode them with the wanted perturbation and covariates, (n, g)."""
-        code = self.encoder(batch.source)
-        if self.config.noise:
-            code = code + self.config.code_noise * torch.randn(code.shape, generator=generator).to(code.device)
+        scale = self.config.code_noise if self.config.noise else 0.0
+        noise = scale * torch.randn(len(batch), self.config.n_latent, generator=generator)
+        return in_batches(self._perturbed, config.batch_size, batch, noise.to(batch.source.device))
+
+    def _perturbed(self, batch: Batch, noise: Tensor) -> Tensor:
+        code = self.encoder(batch.source) + noise
         return self._decode(code, batch.condition, self._embeddings(batch.condition))
 
     def _embeddings(self, condition: Condition) -> list[Tensor]:

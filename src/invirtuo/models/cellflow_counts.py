@@ -114,7 +114,6 @@ class CellFlowCounts(LatentFlow):
         "paper-deep": Preset(replace(_PAPER, n_blocks=4), _PAPER_FIT, "table 2, most blocks"),
     }
     SEARCH = {"fit.lr": (1e-4, 1e-3), "label_embedding": [128, 256], "embedding": [128, 256], "n_blocks": [2, 3, 4]}
-    guided = False
 
     def build(self) -> None:
         """Encoder, depth, velocity network and embeddings."""

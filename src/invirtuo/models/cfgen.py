@@ -32,6 +32,7 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import PathSample
 from invirtuo.generators import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
+from invirtuo.model.sampling import GuidedSampling
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
 from invirtuo.settings import Settings
 
@@ -167,6 +168,8 @@ class CFGen(LatentFlow):
         "cfgen_big": Preset(replace(_PAPER, hidden=64, embedding=100), replace(_FIT, steps=20_000), "public code"),
     }
     SEARCH = {"fit.lr": (1e-4, 1e-2), "n_latent": [20, 50, 100], "hidden": [64, 128, 256, 512]}
+
+    Sampling = GuidedSampling
 
     def build(self) -> None:
         """Autoencoder, depth, velocity network and embeddings."""

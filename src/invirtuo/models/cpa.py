@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import Model, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
 from invirtuo.settings import Settings
 
@@ -163,8 +163,11 @@ class CPA(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Encode control cells, add the embeddings of the condition, decode, (n, g)."""
+        noise = torch.randn(len(batch), self.config.n_latent, generator=generator)
+        return in_batches(self._perturbed, config.batch_size, batch, noise.to(batch.source.device))
+
+    def _perturbed(self, batch: Batch, noise: Tensor) -> Tensor:
         mean, log_variance = self.encoder(batch.source)
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         z = gaussian_sample(mean, log_variance, noise) if self.config.noise else mean
         return self._decode(z, batch.condition)
 

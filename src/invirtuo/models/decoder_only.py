@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import Model, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, one_hots
 from invirtuo.settings import Settings
 
@@ -79,7 +79,7 @@ class DecoderOnly(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The mean of the condition, for every cell, (n, g)."""
-        return self._forward(batch.condition)
+        return in_batches(self._forward, config.batch_size, batch.condition)
 
     def _forward(self, condition: Condition) -> Tensor:
         blocks = one_hots(condition, self.levels) if self.config.use_covariates else []

@@ -28,7 +28,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, exact_coupling, guided, plan_pairs, sinkhorn, solve
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import FlowSampling, Model, Preset
 from invirtuo.nn import MLP, ConditionEncoder, sinusoids
 from invirtuo.settings import Settings
 from invirtuo.transforms import PCA
@@ -134,6 +134,7 @@ class FMPCA(Model):
     SEARCH = {"fit.lr": (1e-4, 1e-2), "hidden_dim": [256, 512, 1024], "n_pcs": [20, 50, 100],
               "prob_unconditional": [0.0, 0.1, 0.2, 0.4]}  # fmt: skip
     takes_features = True
+    Sampling = FlowSampling
 
     def build(self) -> None:
         """The velocity network, and the scale of the scores."""
@@ -225,7 +226,7 @@ class FMPCA(Model):
         rows, columns = plan_pairs(plan, set_size)
         return (first + rows).flatten(), (first + columns).flatten()
 
-    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+    def sample(self, batch: Batch, generator: torch.Generator, config: FlowSampling) -> Tensor:
         """Integrate from noise, or from control cells, and go back to genes, (n, g)."""
         if self.needs_source:
             x0 = self.project(batch.source)
@@ -240,7 +241,7 @@ class FMPCA(Model):
                 both = condition if len(x) == len(condition) else condition[torch.arange(len(x)) % len(condition)]
                 return self.velocity(x, torch.full((len(x),), float(t), device=x.device), both, is_null)
 
-            field = guided(velocity, config.guidance, config.interval)
+            field = guided(velocity, config.weights[0], config.interval)
             cells.append(self.reconstruct(solve(field, x0[rows], grid, config.solver or self.config.solver)))
         return torch.cat(cells)
 

@@ -22,7 +22,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.generators import CountGenerator, check_depths
-from invirtuo.model import SampleConfig
+from invirtuo.model import NoSampling
 from invirtuo.nn import CountLikelihood, SizeFactor
 from invirtuo.settings import Settings
 
@@ -40,7 +40,6 @@ class IndependentNB(CountGenerator):
     name = "independent_nb"
     Config = Config
     SEARCH = {}
-    guided = False
 
     def build(self) -> None:
         """Room for the moments of every class."""
@@ -82,7 +81,7 @@ class IndependentNB(CountGenerator):
         self.log_dispersion = torch.from_numpy(-np.log(np.maximum(inverse, 1e-6))).float()
 
     def likelihood(
-        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SampleConfig
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: NoSampling
     ) -> tuple[CountLikelihood, None]:
         """The negative binomials of the class of every cell."""
         group = self._groups(batch.condition)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import Model, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, one_hots
 from invirtuo.settings import Settings
 
@@ -88,7 +88,7 @@ class LatentAdditive(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Perturb the control cells, (n, g)."""
-        return self._forward(batch.source, batch.condition)
+        return in_batches(self._forward, config.batch_size, batch.source, batch.condition)
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
         config, blocks = self.config, one_hots(condition, self.levels)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import Model, Preset, SampleConfig, in_batches
 from invirtuo.nn import one_hots
 from invirtuo.settings import Settings
 
@@ -64,7 +64,7 @@ class LinearAdditive(Model):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Shift the control cells, (n, g)."""
-        return self._forward(batch.source, batch.condition)
+        return in_batches(self._forward, config.batch_size, batch.source, batch.condition)
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
         blocks = one_hots(condition, map(len, self.design.covariates.values())) if self.config.use_covariates else []

@@ -13,7 +13,6 @@ pseudobulk anchors (docs/models/primeflow.md): far cheaper, and better on condit
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +28,8 @@ from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import FlowSampling, Model, Preset
+from invirtuo.model.sampling import PartsSampling
 from invirtuo.nn import ConditionEncoder, PseudobulkAnchor, SizeFactor, with_mean
 from invirtuo.nn.velocity import VELOCITIES, Point, Sizes
 from invirtuo.settings import Settings
@@ -39,11 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "PRiMeFlow"]
 
-logger = logging.getLogger(__name__)
-
 NEAREST = 0.05  # share of noise below which an expected end of the path is not turned into a velocity
 PILOT = 512  # cells of a condition from which the mean of the flow is taken
 ORDERED_BY = 2000  # most cells whose correlations order the genes
+WHO_LEARNS = "Only models with anchor=True, covariate_scale=0 and depth=False learn of groups by their control cells"
 T_BINS = 5  # bins of time in which the validation loss is reported
 
 
@@ -168,7 +167,7 @@ class PRiMeFlow(Model):
     }  # fmt: skip
 
     takes_features = True
-    guides_by_parts = True
+    Sampling = PartsSampling
 
     def build(self) -> None:
         """Make the velocity network and the statistics that anchor it."""
@@ -231,21 +230,20 @@ class PRiMeFlow(Model):
         Raises
         ------
         ValueError
-            If there are no control cells, or groups are new and the model has no anchors, one-hots of covariates, or
-            depths.
+            If the model has no anchors, there are no control cells, or groups are new and the model has one-hots of
+            covariates, or depths.
         """
         self._check_fitted()
+        if self.anchor is None:
+            raise ValueError(f"this model learns nothing of control cells; leave controls= out. {WHO_LEARNS}")
         controls = controls[self.design.is_control(controls.obs)]
         if not controls.n_obs:
             raise ValueError(f"controls= holds no control cells; expected cells labelled {self.design.control!r}")
         design = self.design.with_levels(controls.obs)
-        if design == self.design and (self.anchor is None or self.anchor.knows(design.encode(controls.obs)).all()):
+        if design == self.design and self.anchor.knows(design.encode(controls.obs)).all():
             return self
-        if self.anchor is None or self.config.covariate_scale or self.config.depth:
-            raise ValueError(
-                "controls= holds covariate groups that this model was not fitted to. Only models with anchor=True, "
-                "covariate_scale=0 and depth=False learn of groups by their control cells"
-            )
+        if self.config.covariate_scale or self.config.depth:
+            raise ValueError(f"controls= holds covariate groups that this model was not fitted to. {WHO_LEARNS}")
         self._check_space(controls)
         table, *moments = CellDataset(self._with_genes(controls), design).pseudobulk()
         new, state = type(self)(design, self.genes, self.config), self.state_dict()
@@ -309,13 +307,10 @@ class PRiMeFlow(Model):
             return da / a * take(x) + (db - da * b / a) * v
         return centre + scale * v
 
-    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+    def sample(self, batch: Batch, generator: torch.Generator, config: FlowSampling) -> Tensor:
         """Integrate from noise to cells (n, g), and bring their mean nearer to what pseudobulks say of it."""
-        is_guided = any(weight != 1 for weight in _weights(config.guidance))
-        if is_guided and self.config.prob_unconditional == 0:
-            logger.warning("the null condition of this model was never trained; guidance other than 1 has no meaning")
         calibrates = self.anchor is not None and self.config.hurdle and self.config.calibrate > 0
-        if is_guided or not calibrates:
+        if config.is_guided or not calibrates:
             return self._observed(self._flow(batch.condition, generator, config))
         x = torch.empty(len(batch), len(self.genes), device=self.gene_mean.device)
         keys = torch.cat([batch.condition.code, batch.condition.groups, *_columns(batch.condition.continuous)], dim=1)
@@ -340,7 +335,7 @@ class PRiMeFlow(Model):
         """
         return torch.where(x < self.smallest / 2, 0.0, x) if self.config.hurdle else x
 
-    def _flow(self, condition: Condition, generator: torch.Generator, config: SampleConfig) -> Tensor:
+    def _flow(self, condition: Condition, generator: torch.Generator, config: FlowSampling) -> Tensor:
         """Integrate from noise to one cell (n, g) for each condition."""
         noise = torch.randn(len(condition), len(self.genes), generator=generator).to(self.gene_mean.device)
         depth = None
@@ -350,7 +345,7 @@ class PRiMeFlow(Model):
         if torch.is_autocast_enabled(noise.device.type):  # weights are cast once, not at every evaluation
             network = copy.deepcopy(network).to(torch.bfloat16)
         grid = config.grid or config.steps or self.config.steps
-        weights = _weights(config.guidance)
+        weights = config.weights
         cells = []
         for start in range(0, len(condition), config.batch_size):
             rows = slice(start, start + config.batch_size)
@@ -368,11 +363,6 @@ class PRiMeFlow(Model):
             field = nested(velocity, weights, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
         return torch.cat(cells)
-
-
-def _weights(guidance: float | Mapping[str, float]) -> list[float]:
-    """Weights of the branches behind the null condition: the condition; or its control cells, then the condition."""
-    return [guidance["covariates"], guidance["perturbation"]] if isinstance(guidance, Mapping) else [guidance]
 
 
 def _unperturbed(condition: Condition, rows: Tensor) -> Condition:

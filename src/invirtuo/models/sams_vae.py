@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import Model, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
 from invirtuo.settings import Settings
 
@@ -155,11 +155,14 @@ class SAMSVAE(Model):
         p, d = len(self.n_trained), self.config.n_latent
         uniform = torch.rand(p, d, generator=generator).to(device)
         normal = [torch.randn(k, d, generator=generator).to(device) * self.config.noise for k in (p, n)]
-        z_p = batch.condition.perturbation @ self._shifts(uniform if self.config.noise else None, normal[0])[0]
-        z = normal[1]
+        shifts = self._shifts(uniform if self.config.noise else None, normal[0])[0]
+        return in_batches(self._perturbed, config.batch_size, batch, batch.condition.perturbation @ shifts, normal[1])
+
+    def _perturbed(self, batch: Batch, z_p: Tensor, z: Tensor) -> Tensor:
+        """Cells (n, g) of shifts (n, d) and of noise (n, d)."""
         if self.config.basal != "prior":
             own = z_p if self.config.basal == "target" else torch.zeros_like(z_p)
-            z = gaussian_sample(*self._encode(batch.source, batch.condition, own), normal[1])
+            z = gaussian_sample(*self._encode(batch.source, batch.condition, own), z)
         return self._decode(z + z_p, batch.condition)
 
     def mask_probability(self) -> Tensor:

@@ -36,7 +36,8 @@ from invirtuo.checks import some
 from invirtuo.dataset import CellDataset, to_csr
 from invirtuo.fit import FitConfig
 from invirtuo.genes import hashed_vectors, read_vectors
-from invirtuo.model import Model, Preset
+from invirtuo.model import Model, NoSampling, Preset
+from invirtuo.model.sampling import takes_options
 from invirtuo.settings import Settings
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class StateEmbedding(Model):
 
     name = "state_embedding"
     verb = "embed"
+    Sampling = NoSampling
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours, for a CPU"),
@@ -377,8 +379,9 @@ class StateEmbedding(Model):
         matrix = sparse.csr_matrix((ordered.data, (ordered.row, columns)), (adata.n_obs, len(self.genes)))
         return anndata.AnnData(matrix, obs=adata.obs, var=pd.DataFrame(index=self.genes))
 
+    @takes_options()
     @torch.no_grad()
-    def embed(self, adata: AnnData) -> AnnData:
+    def embed(self, adata: AnnData, *, device: str | None = None) -> AnnData:
         """Encode cells.
 
         Parameters
@@ -386,6 +389,8 @@ class StateEmbedding(Model):
         adata
             Log expression (log1p of counts per 10 000) of any cells, with some of the genes of the model; its labels
             are not looked at.
+        device
+            As in :meth:`Model.predict`.
 
         Returns
         -------
@@ -402,15 +407,16 @@ class StateEmbedding(Model):
         self._check_fitted()
         self._check_space(adata)
         x = to_csr(self._with_genes(adata))
-        self.eval()
-        codes, allowed = self.gene_codes(), self.known[None]
         z = np.zeros((adata.n_obs, self.n_embedding), np.float32)
-        for start in range(0, adata.n_obs, CHUNK):
-            cells = torch.from_numpy(x[start : start + CHUNK].toarray())
-            n = len(cells)
-            cells = F.pad(cells, (0, 0, 0, CHUNK - n))
-            genes, present = self.sentence(cells, allowed)
-            z[start : start + n] = self.encode(cells, genes, present, codes)[0][:n].numpy()
+        with self.on_device(device) as place:
+            codes, allowed = self.gene_codes(), self.known[None]
+            for start in range(0, adata.n_obs, CHUNK):
+                cells = torch.from_numpy(x[start : start + CHUNK].toarray()).to(place)
+                n = len(cells)
+                cells = F.pad(cells, (0, 0, 0, CHUNK - n))
+                genes, present = self.sentence(cells, allowed)
+                encoded, _ = self.encode(cells, genes, present, codes)
+                z[start : start + n] = encoded[:n].cpu().numpy()
         var = pd.DataFrame(index=[f"state_{i}" for i in range(z.shape[1])])
         about = {"model": self.name, "preset": self.preset or "", "checkpoint": self.checkpoint()}
         return anndata.AnnData(z, obs=adata.obs.copy(), var=var, uns={"invirtuo": about})

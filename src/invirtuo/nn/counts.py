@@ -77,13 +77,16 @@ class CountLikelihood:
         return mean if self.logits is None else torch.cat([mean, self.logits.sigmoid()], dim=1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """(n, g + p), counts of genes, 0 or 1 for peaks."""
+        """(n, g + p), counts of genes, 0 or 1 for peaks; drawn where the generator is."""
+        device = self.log_mean.device if generator is None else generator.device
         drawn = []
         if self.log_mean.shape[1]:
-            drawn.append(nb_sample(self.log_mean.exp(), self._limited.exp(), generator))
+            mean, dispersion = self.log_mean.exp(), self._limited.exp()
+            drawn.append(nb_sample(mean.to(device), dispersion.to(device), generator))
         if self.logits is not None:
-            noise = torch.rand(self.logits.shape, generator=generator, device=self.logits.device)
-            drawn.append((noise < self.logits.sigmoid()).float())
+            chance = self.logits.sigmoid().to(device)
+            noise = torch.rand(chance.shape, generator=generator, device=device)
+            drawn.append((noise < chance).float())
         return torch.cat(drawn, dim=1)
 
     @property

@@ -1,0 +1,385 @@
+"""Contract tests of options, over the registry: an option acts, or is said not to change cells, or is an error."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields, replace
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import invirtuo as iv
+from invirtuo import fit as fitting
+from invirtuo.fit import devices
+from invirtuo.model import Model
+from invirtuo.model.sampling import NoSampling
+
+PRIME = iv.models.PRiMeFlow.Config(
+    hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1, n_sinusoids=4, steps=4
+)
+PLAIN = replace(PRIME, precondition=False, anchor=False, covariate_scale=1.0, loss_genes=0)
+STATE = iv.models.StateTransition.Config(set_size=8, hidden_dim=16, n_layers=1, n_heads=2)
+CFGEN = iv.models.CFGen.Config(hidden_rna=(16, 8), n_latent=4, hidden=16, embedding=8, n_blocks=1, steps=4)
+SMALL = {
+    "primeflow": PRIME,
+    "primeflow unet": replace(
+        PLAIN, velocity="unet", channel_mult=(1, 1), num_res_blocks=1, num_heads=2, attention_resolutions=(2,)
+    ),
+    "primeflow mlp, no null condition": replace(PLAIN, velocity="mlp", prob_unconditional=0.0),
+    "fm_pca": iv.models.FMPCA.Config(n_pcs=4, hidden_dim=16, steps=4),
+    "fm_pca from control cells": iv.models.FMPCA.Config(n_pcs=4, hidden_dim=16, steps=4, source="control"),
+    "state_transition": STATE,
+    "state_transition pca": replace(STATE, space="pca", n_embedding=4, decoder_widths=(8,)),
+    "state_embedding": iv.models.StateEmbedding.Config(gene_width=8, length=8, hidden_dim=16, n_layers=1, n_heads=2),
+    "cpa": iv.models.CPA.Config(width=16, n_latent=4, warmup_steps=2, adversary_width=8),
+    "sams_vae": iv.models.SAMSVAE.Config(width=16, n_latent=4),
+    "sams_vae prior": iv.models.SAMSVAE.Config(width=16, n_latent=4, basal="prior"),
+    "biolord": iv.models.Biolord.Config(width=16, n_latent=4),
+    "latent_additive": iv.models.LatentAdditive.Config(width=16, n_latent=4),
+    "decoder_only": iv.models.DecoderOnly.Config(width=16),
+    "perturbation_mean shift": iv.models.PerturbationMean.Config("shift_cells"),
+    "ridge kernel": iv.models.Ridge.Config(kernel="rbf"),
+    "cfgen": CFGEN,
+    "cfgen joint": replace(CFGEN, conditioning="joint"),
+    "cfgen dopri5": replace(CFGEN, solver="dopri5"),
+    "cellflow_counts": iv.models.CellFlowCounts.Config(
+        hidden_encoder=(16,), hidden=16, label_embedding=8, embedding=8, n_blocks=1, steps=4
+    ),
+    "sparse_ode": iv.models.SparseODE.Config(n_members=2, n_bins=6),
+}  # fmt: skip
+CASES = [*iv.models.MODELS, *(case for case in SMALL if case not in iv.models.MODELS)]
+FIT = iv.FitConfig(steps=4, batch_size=32, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=0)
+N_GENES = 12
+N_CELLS = 40  # of a condition
+
+# An option to another value than its default, and what else is given beside it, with and without the option.
+OTHER: dict[str, object] = {
+    "seed": 1,
+    "effect_level": 0.8,
+    "n_jobs": 2,
+    "device": "cpu",
+    "progress": True,
+    "precision": "bf16",
+    "batch_size": 7,
+    "clamp_min": 1.5,
+    "steps": 3,
+    "solver": "euler",
+    "guidance": 2.0,
+    "interval": (0.0, 0.5),
+    "grid": (0.0, 0.2, 1.0),
+    "prior": "uniform",
+    "size_factor": 50.0,
+    "output": "both",
+    "latent": True,
+    "chunk_size": 7,
+    "where": {"cell_type": "t_cell"},
+    "times": [0.2, 0.9],
+    "level": 0.5,
+    "engine": "nonsense",
+}
+BESIDE = {"interval": {"guidance": 2.0}}
+SAME_CELLS = {"batch_size", "device", "progress", "chunk_size", "out"}  # they are documented not to change cells
+NEARLY = {"precision"}  # rounds
+ASKED = {"conditions", "n_cells", "cells", "labels", "controls"}  # what to draw, not how; controls: test_models.py
+DETERMINISTIC = {"perturbation_mean", "ridge", "ridge kernel", "decoder_only"}  # every seed gives the same cells
+
+
+def kind_of(case: str) -> type[Model]:
+    return iv.models.MODELS[case.split(maxsplit=1)[0]]
+
+
+@cache
+def experiment(kind: type[Model]):
+    """Cells for a model of this kind, their design, and a split with conditions to calibrate on."""
+    cells = iv.datasets.toy(n_cells=240, n_genes=N_GENES)
+    columns = {"perturbation": "perturbation", "control": "control"}
+    if kind.space != "counts":
+        cells = iv.preprocess.normalize(cells)
+    if kind.verb == "forecast":
+        cells.obs["time"] = np.arange(cells.n_obs) // 4 % 10 / 10
+        columns = {"time": "time"}
+    if kind.verb == "generate":
+        columns = {}
+    design = iv.Design.from_adata(cells, covariates=["cell_type"], **columns)
+    split = None
+    if kind.verb == "predict":
+        split = iv.splits.hold_out(cells.obs, design, ["t_cell|A"]).replace({"test": "val"})
+    return cells, design, split
+
+
+@cache
+def fitted(case: str) -> Model:
+    kind = kind_of(case)
+    cells, design, split = experiment(kind)
+    model = kind(design, cells.var_names, SMALL.get(case))
+    config = replace(model.fit_config, steps=4, progress=False) if kind.verb == "forecast" else FIT
+    model.fit(cells, split, config)
+    if kind.verb == "generate":  # a flow that moves cells so far that counts change
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def verbs(model) -> list[str]:
+    return [verb for verb in ("predict", "generate", "forecast") if hasattr(model, verb)]
+
+
+def call(case: str, verb: str, **options):
+    model = fitted(case)
+    cells, _, _ = experiment(kind_of(case))
+    if verb == "forecast":
+        return model.forecast(cells, **options)
+    if verb == "generate":
+        return model.generate(N_CELLS, **({"output": "mean"} | options))
+    wanted = pd.DataFrame({"cell_type": ["b_cell", "t_cell", "t_cell"]})
+    if model.design.perturbation:
+        wanted["perturbation"] = ["A", "B", "control"]
+    fixed = {"precision": "fp32"} if "precision" in {f.name for f in fields(model.Sampling)} else {}
+    return model.predict(wanted.drop_duplicates(), N_CELLS, **(fixed | options))
+
+
+def values(adata) -> list[np.ndarray]:
+    """All numbers of an AnnData."""
+    parts = [adata.X, *adata.layers.values(), *adata.obsm.values(), *adata.varm.values()]
+    parts += [adata.obs[[name]].to_numpy() for name in adata.obs if adata.obs[name].dtype.kind == "f"]
+    return [np.asarray(part.todense() if hasattr(part, "todense") else part) for part in parts]
+
+
+def equal(first, second, atol: float = 0.0) -> bool:
+    a, b = values(first), values(second)
+    return len(a) == len(b) and all(
+        x.shape == y.shape and np.allclose(x, y, atol=atol) for x, y in zip(a, b, strict=True)
+    )
+
+
+EVERY = sorted({name for kind in iv.models.MODELS.values() for verb in verbs(kind)
+                for name in inspect.signature(getattr(kind, verb)).parameters} - {"self"})  # fmt: skip
+
+
+# ---- every option acts, or is an error -------------------------------------------------------------------------------
+
+
+def test_every_option_is_looked_at():
+    assert set(EVERY) == set(OTHER) | ASKED | {"out"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_option_acts_or_is_an_error(case):
+    for verb in verbs(fitted(case)):
+        known = set(inspect.signature(getattr(fitted(case), verb)).parameters)
+        base = {}
+        for option, value in OTHER.items():
+            if option not in known:
+                with pytest.raises(ValueError, match=rf"{verb} has no option {option}; its options: .*device") as error:
+                    call(case, verb, **{option: value})
+                assert all(name in str(error.value) for name in known)
+                continue
+            beside = BESIDE.get(option, {})
+            try:
+                changed = call(case, verb, **beside, **{option: value})
+            except ValueError as error:
+                assert option in str(error) or "guidance" in str(error), error
+                continue
+            key = str(beside)
+            if key not in base:
+                base[key] = call(case, verb, **beside)
+            same = equal(changed, base[key], atol=2e-5 if option in SAME_CELLS else 0.0)
+            keeps = option in SAME_CELLS or (option == "seed" and (case in DETERMINISTIC or verb == "forecast"))
+            assert option in NEARLY or same == keeps, (verb, option)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_options_that_do_not_exist(case):
+    for verb in verbs(fitted(case)):
+        with pytest.raises(ValueError, match=r"has no option no_such_option; its options: "):
+            call(case, verb, no_such_option=1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_options_are_described(case):
+    """By `help`, with their names and what they mean."""
+    for verb in verbs(kind_of(case)):
+        method = getattr(kind_of(case), verb)
+        text = " " + inspect.getdoc(method).replace("\n", " ").replace(",", " ")
+        assert "{options}" not in text
+        assert [
+            name for name in inspect.signature(method).parameters if name != "self" and f" {name} " not in text
+        ] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_which_options_cannot_act(case):
+    """Refused where they depend on the Config."""
+    model = fitted(case)
+    names = {f.name for f in fields(model.Sampling)}
+    verb = verbs(model)[0] if verbs(model) else ""
+    if {"grid", "steps"} <= names:
+        with pytest.raises(ValueError, match="steps is 3 and grid has 2 times; give one of them"):
+            call(case, verb, steps=3, grid=(0, 1))
+        with pytest.raises(ValueError, match=r"interval is \(0.1, 0.5\) and guidance is 1"):
+            call(case, verb, interval=(0.1, 0.5))
+        for grid in ((0.0, 0.5), (0.5, 1.0), (0.0, 1.0, 0.5), (0.0,), "often"):
+            with pytest.raises(ValueError, match="grid is"):
+                call(case, verb, grid=grid)
+        with pytest.raises(ValueError, match="guidance is nan"):
+            call(case, verb, guidance=float("nan"))
+        with pytest.raises(ValueError, match="guidance is 'much'"):
+            call(case, verb, guidance="much")
+    if "steps" in names:
+        for steps in (0, 1.5, "few"):
+            with pytest.raises(ValueError, match=f"steps is {steps!r}; expected a whole number"):
+                call(case, verb, steps=steps)
+        with pytest.raises(ValueError, match="steps is 3 and the solver of .* is dopri5, which finds its steps"):
+            call(case, verb, steps=3, solver="dopri5")
+        with pytest.raises(ValueError, match="solver is 'magic'; expected one of euler"):
+            call(case, verb, solver="magic")
+
+
+def test_null_conditions_that_were_never_learned_are_refused():
+    model = fitted("cellflow_counts")
+    cells, _, _ = experiment(type(model))
+    with pytest.raises(ValueError, match="was never trained on cells without labels"):
+        model.impute(cells, conditional=False)
+    with pytest.raises(ValueError, match="was never trained on cells without labels"):
+        model.correct(cells, "cell_type", invert_with="unconditional")
+    for options in ({"steps": 2}, {"noise": 0.1}, {"n_draws": 2}, {"conditional": False}):
+        with pytest.raises(ValueError, match="flow=False decodes encoded cells as they are"):
+            model.impute(cells, flow=False, **options)
+    with pytest.raises(ValueError, match="impute has no option guidance"):
+        fitted("cfgen").impute(cells, guidance=2.0)
+
+
+@pytest.mark.parametrize("case", ["decoder_only", "fm_pca", "sams_vae prior"])
+def test_control_cells_that_mean_nothing_are_refused(case):
+    cells, _, _ = experiment(kind_of(case))
+    with pytest.raises(ValueError, match="neither starts from control cells nor learns of covariates by them"):
+        call(case, "predict", controls=cells)
+
+
+def test_labels_of_cells_are_theirs():
+    with pytest.raises(ValueError, match="labels= are those of first states"):
+        call("sparse_ode", "forecast", labels={"cell_type": "b_cell"})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_have_the_verbs_that_they_can(case):
+    """What is there can be called; what a model is for is there."""
+    model = fitted(case)
+    assert hasattr(model, model.verb)
+    assert hasattr(model, "predict") == (type(model).sample is not Model.sample or model.verb == "generate")
+    for verb in ("predict", "generate", "embed", "forecast"):
+        assert hasattr(type(model), verb) == hasattr(model, verb)
+        if hasattr(model, verb) and verb not in verbs(model):
+            assert getattr(model, verb)(experiment(type(model))[0]).n_obs > 0
+
+
+def test_records_hold_options_alone():
+    kinds = {kind.Sampling for kind in iv.models.MODELS.values()}
+    assert all(issubclass(kind, NoSampling) for kind in kinds) and len(kinds) > 4
+
+
+# ---- cells at once, random numbers and devices -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if kind_of(case).verb == "predict"])
+def test_batch_size_bounds_the_cells_in_the_network(case):
+    model, largest = fitted(case), []
+
+    def see(module, arguments, named):
+        first = next(iter((*arguments, *named.values())), None)
+        x = first if isinstance(first, torch.Tensor) else getattr(first, "x", None)
+        if isinstance(x, torch.Tensor) and x.ndim > 1:
+            largest.append(len(x) * (x.shape[1] if module is getattr(model, "transformer", None) else 1))
+
+    networks = [module for module in model.children() if module is not getattr(model, "effect", None)]  # not of cells
+    hooks = [network.register_forward_pre_hook(see, with_kwargs=True) for network in networks]
+    try:
+        call(case, "predict", batch_size=16)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    trained = any(p.requires_grad for p in model.parameters())
+    assert bool(largest) == trained
+    assert max(largest, default=0) <= 16
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_random_numbers_are_drawn_on_the_cpu(case, monkeypatch):
+    """So that the same seed gives the same cells on every device."""
+    made = []
+
+    class Spy(torch.Generator):
+        def __new__(cls, *arguments, **named):
+            made.append((arguments, named))
+            return super().__new__(cls, *arguments, **named)
+
+    monkeypatch.setattr(torch, "Generator", Spy)
+    for verb in verbs(fitted(case)):
+        call(case, verb)
+    if hasattr(fitted(case), "impute"):
+        fitted(case).impute(experiment(kind_of(case))[0][:20])
+    assert all(given == ((), {}) for given in made)
+    assert made or not hasattr(fitted(case), "predict")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_devices(case, monkeypatch):
+    """A device that is not there is an error that names those that are; the fit says which one is the default."""
+    model = fitted(case)
+    method = getattr(model, model.verb)
+    cells = experiment(type(model))[0]
+    asked = {"predict": ("val", 5), "generate": (5,)}.get(model.verb, (cells,))
+    with pytest.raises(ValueError, match="device is 'cuda:7'; this machine has cpu"):
+        method(*asked, device="cuda:7")
+    with pytest.raises(ValueError, match="device is 'mps'.*Pass device=\"cpu\""):
+        method(*asked, device="mps")
+    assert method(*asked, device="cpu").n_obs == method(*asked).n_obs == method(*asked, device="auto").n_obs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert model.accelerator == model.card["fit"]["accelerator"]
+    for accelerator, expected in {"cpu": "cpu", "auto": "cuda", "gpu": "cuda", "mps": "cpu"}.items():
+        card = model.card | {"fit": model.card["fit"] | {"accelerator": accelerator}}
+        monkeypatch.setattr(model, "card", card)
+        assert model.device_of(None).type == ("cpu" if model.cpu_only else expected)
+    if model.cpu_only:
+        with pytest.raises(ValueError, match="sparse_ode computes on the CPU alone"):
+            model.device_of("cuda:1")
+    else:
+        assert model.device_of("cuda:1") == torch.device("cuda", 1)
+        with pytest.raises(ValueError, match="this machine has cpu, cuda, cuda:0, cuda:1"):
+            model.device_of("cuda:2")
+
+
+def test_precision_is_that_of_the_device(monkeypatch):
+    """A GPU that is there but not used does not decide."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    fitting.bf16_pays.cache_clear()
+    asked = []
+    monkeypatch.setattr(fitting.machine, "bf16_pays", lambda device=None: asked.append(device))
+    fitting.use_bf16(iv.SampleConfig(), "cpu")
+    fitting.use_bf16(iv.FitConfig(accelerator="cpu"))
+    fitting.use_bf16(iv.FitConfig())
+    assert asked == ["cpu", "cpu", None]
+
+
+def test_models_for_cpus_are_fitted_there():
+    kind = iv.models.SparseODE
+    assert devices.accelerator(kind, iv.FitConfig()) == "cpu"
+    assert devices.accelerator(iv.models.CPA, iv.FitConfig()) == "auto"
+    with pytest.raises(ValueError, match="accelerator is 'gpu'; sparse_ode computes on the CPU alone"):
+        devices.accelerator(kind, iv.FitConfig(accelerator="gpu"))
+
+
+def test_cells_are_encoded_on_the_device_of_the_fit(monkeypatch):
+    """Also between the stages of a fit, when there is no card yet."""
+    cells, design, _ = experiment(iv.models.CFGen)
+    seen = []
+    monkeypatch.setattr("invirtuo.model.base.chosen", lambda name, kind, **_: seen.append(kind) or torch.device("cpu"))
+    iv.models.CFGen(design, cells.var_names, CFGEN).fit(cells, config=FIT)
+    assert seen and set(seen) == {"cpu"}
