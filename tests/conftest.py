@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+# Small networks gain nothing from a second thread, and threads that wait for each other are slow on a busy machine.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 import pytest
 import torch
