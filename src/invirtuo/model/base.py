@@ -383,7 +383,7 @@ class Model(nn.Module):
     @property
     def accelerator(self) -> str:
         """`FitConfig.accelerator` of the fit."""
-        return self.card["fit"]["accelerator"] if self.card else self._accelerator
+        return self.card.get("fit", {}).get("accelerator", self._accelerator)
 
     def device_of(self, name: str | None) -> torch.device:
         """The device of this name; of None or "auto" that of the fit, if there is one like it."""
