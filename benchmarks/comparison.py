@@ -60,6 +60,9 @@ def tuned(entry: Entry, task: Task, trials: int, out: Path, data_dir: str | None
     if trials:
         folder = out / "tuned" / task.name / entry.label.replace(":", "-")
         entry = tune(entry, replace(task, splits=task.splits[:1]), trials, folder, data_dir=data_dir)
+    config, _ = entry.settings()
+    if getattr(config, "prob_unconditional", 1.0) == 0:  # there is no null condition to be guided away from
+        entry = replace(entry, variants={})
     return replace(entry, task=task.name)
 
 

@@ -13,6 +13,7 @@ import torch
 
 import invirtuo as iv
 from invirtuo import fit as fitting
+from invirtuo.bench.entry import as_entries
 from invirtuo.fit import devices
 from invirtuo.model import Model
 from invirtuo.model.sampling import NoSampling
@@ -237,6 +238,17 @@ def test_which_options_cannot_act(case):
             call(case, verb, steps=3, solver="dopri5")
         with pytest.raises(ValueError, match="solver is 'magic'; expected one of euler"):
             call(case, verb, solver="magic")
+
+
+def test_options_of_entries_are_checked_before_a_fit():
+    entry = iv.bench.Entry("mine", "primeflow", {"prob_unconditional": 0.0}, variants={"guided": {"guidance": 2.0}})
+    with pytest.raises(ValueError, match="entry 'mine': guidance is 2.0.*never saw the null condition"):
+        as_entries(entry)
+    with pytest.raises(ValueError, match="entry 'mine': cpa.predict has no option steps; its options: "):
+        as_entries(iv.bench.Entry("mine", "cpa", predict={"steps": 3}))
+    with pytest.raises(ValueError, match="entry 'sparse_ode': sparse_ode cannot predict"):
+        as_entries("sparse_ode")
+    assert as_entries(iv.bench.Entry("mine", "cpa", predict={"clamp_min": 0.0}))
 
 
 def test_null_conditions_that_were_never_learned_are_refused():

@@ -396,7 +396,7 @@ def test_command_line(two, tmp_path, run):
     assert run(*ask, tmp_path / "both.h5ad", "--key", "X_state")[0] == 0
     assert anndata.read_h5ad(tmp_path / "both.h5ad").obsm["X_state"].shape == (two.n_obs, 26)
     code, _, err = run("predict", tmp_path / "run", "--out", tmp_path / "p.h5ad")
-    assert code == 2 and "made to embed" in err and not (tmp_path / "p.h5ad").exists()
+    assert code == 2 and "which cannot predict" in err and not (tmp_path / "p.h5ad").exists()
 
 
 # ---- ST on SE -------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def as_entries(spec: Entry | str | Path) -> list[Entry]:
     Raises
     ------
     ValueError
-        If the model, its preset, or a field is unknown.
+        If the model, its preset, a field, or an option of its `predict` is unknown.
     """
     if isinstance(spec, Entry):
         entries = [spec]
@@ -104,7 +104,9 @@ def as_entries(spec: Entry | str | Path) -> list[Entry]:
         if entry.model not in MODELS:
             raise ValueError(f"unknown model {entry.model!r}; known: {', '.join(MODELS)}")
         try:
-            entry.settings()
+            config, _ = entry.settings()
+            for options in entry.rows.values():
+                MODELS[entry.model].check_options("predict", options, config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"entry {entry.label!r}: {error}") from error
     return entries

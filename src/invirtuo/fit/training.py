@@ -40,7 +40,7 @@ class Training:
 
     def __init__(self, model: Model, dataset: CellDataset, config: FitConfig, folder: Path | None):
         self.given, self.dataset, self.config, self.folder = model, dataset, config, folder
-        self.bf16 = use_bf16(config)
+        self.bf16 = use_bf16(config, "cpu" if model.cpu_only else None)
         self.data_hash = data_hash(dataset)
         self.step, self.lr = 0, config.lr
         self.history: list[dict[str, float]] = []

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -31,7 +31,7 @@ from invirtuo.model.device import chosen
 from invirtuo.model.drawing import Request, check_engine, control_pool, drawn, filled, means_of, stored
 from invirtuo.model.effects import Calibration
 from invirtuo.model.pseudobulks import Pseudobulks
-from invirtuo.model.sampling import NoSampling, SampleConfig, takes_options
+from invirtuo.model.sampling import NoSampling, SampleConfig, check_names, takes_options
 from invirtuo.samplers import Sampler
 from invirtuo.transforms import Transform
 from invirtuo.values import require_counts, require_log
@@ -436,7 +436,7 @@ class Model(nn.Module):
     @property
     def accelerator(self) -> str:
         """`FitConfig.accelerator` of the fit."""
-        return self.card["fit"]["accelerator"] if self.card else self._accelerator
+        return self.card.get("fit", {}).get("accelerator", self._accelerator)
 
     def device_of(self, name: str | None) -> torch.device:
         """The device of this name; of None or "auto" that of the fit, if there is one like it."""
@@ -451,6 +451,22 @@ class Model(nn.Module):
             yield device
         finally:
             self.cpu()
+
+    @classmethod
+    def check_options(cls, verb: str, options: Mapping[str, Any], config: Any) -> None:
+        """Refuse, before a fit, options that a verb of a model with this Config would refuse.
+
+        Raises
+        ------
+        ValueError
+            If the model has not got the verb, or an option is unknown or cannot act.
+        """
+        if not hasattr(cls, verb):
+            raise ValueError(f"{cls.name} cannot {verb}")
+        check_names(getattr(cls, verb), cls.name, options)
+        own = {f.name for f in fields(cls.Sampling)}
+        sampling = cls.Sampling(**{name: value for name, value in options.items() if name in own})
+        sampling.check(cls.name, config)
 
     def _sampling(self, options: Mapping[str, Any], kind: type[NoSampling] | None = None) -> Any:
         """The record of sampling options, by default that of the class, checked."""

@@ -34,8 +34,7 @@ def chosen(name: str | None, accelerator: str, *, model: str, cpu_only: bool = F
         return torch.device("cuda" if on_gpu else "cpu")
     if str(name).split(":")[0] == "mps":
         raise ValueError(
-            f"device is {name!r}; models are fitted on Apple GPUs and drawn from on the CPU, since these GPUs have no "
-            'float64. Pass device="cpu"'
+            f'device is {name!r}; fitted models are not used on Apple GPUs, which have no float64. Pass device="cpu"'
         )
     if name not in there:
         raise ValueError(f"device is {name!r}; this machine has {', '.join(there)}")

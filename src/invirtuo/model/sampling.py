@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ __all__ = [
     "PartsSampling",
     "SampleConfig",
     "SolverSampling",
+    "check_names",
     "takes_options",
 ]
 
@@ -244,19 +245,22 @@ def _of_class(function: Callable[..., Any], sampling: type[NoSampling]) -> Calla
     own = inspect.signature(function)
     named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [] if len(named) == len(own.parameters) else _parameters(sampling)
-    known = [p.name for p in named[1:]] + [p.name for p in options]
 
     @functools.wraps(function)
     def call(model: Any, /, *arguments: Any, **given: Any) -> Any:
-        if strange := [name for name in given if name not in known]:
-            raise ValueError(
-                f"{model.name}.{function.__name__} has no option {some(strange)}; its options: {', '.join(known)}"
-            )
+        check_names(call, model.name, given)
         return function(model, *arguments, **given)
 
     call.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
     call.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("{options}\n", _described(sampling))
     return call
+
+
+def check_names(method: Callable[..., Any], model: str, given: Iterable[str]) -> None:
+    """Refuse options that a verb of a model has not got."""
+    known = list(inspect.signature(method).parameters)[1:]
+    if strange := [name for name in given if name not in known]:
+        raise ValueError(f"{model}.{method.__name__} has no option {some(strange)}; its options: {', '.join(known)}")
 
 
 def _parameters(sampling: type[NoSampling]) -> list[inspect.Parameter]:

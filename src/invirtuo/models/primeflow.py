@@ -234,11 +234,11 @@ class PRiMeFlow(Model):
             covariates, or depths.
         """
         self._check_fitted()
-        if self.anchor is None:
-            raise ValueError(f"this model learns nothing of control cells; leave controls= out. {WHO_LEARNS}")
         controls = controls[self.design.is_control(controls.obs)]
         if not controls.n_obs:
             raise ValueError(f"controls= holds no control cells; expected cells labelled {self.design.control!r}")
+        if self.anchor is None:
+            raise ValueError(f"this model learns nothing of control cells; leave controls= out. {WHO_LEARNS}")
         design = self.design.with_levels(controls.obs)
         if design == self.design and self.anchor.knows(design.encode(controls.obs)).all():
             return self
