@@ -2,8 +2,9 @@
 
     python benchmarks/threads.py --steps 40
 
-On an otherwise idle machine. A row for each number of busy loops (0, 1, 2) and each way: as many threads as cores that spin
-while they wait (the default of OpenMP), that sleep (OMP_WAIT_POLICY=PASSIVE, what the command line sets), and one thread.
+On an otherwise idle machine. A row for each number of busy loops (0, 1, 2) and each way: as many threads as cores that
+spin while they wait, that do as OpenMP does by default (spin for a while), that sleep (OMP_WAIT_POLICY=PASSIVE, as
+the command line sets), and one thread.
 """
 
 from __future__ import annotations

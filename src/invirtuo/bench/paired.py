@@ -61,7 +61,7 @@ def _difference(a: np.ndarray, b: np.ndarray, level: float, n_resamples: int, se
     """Of two models, each (seeds, conditions)."""
     complete = np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0)
     a, b = a[:, complete], b[:, complete]
-    n = a.shape[1]
+    n = a.shape[1] if len(a) and len(b) else 0
     facts = {"difference": np.nan, "low": np.nan, "high": np.nan, "n_conditions": n, "n_seeds": min(len(a), len(b))}
     if n:
         facts["difference"] = float(a.mean() - b.mean())

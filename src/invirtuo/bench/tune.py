@@ -164,9 +164,12 @@ def _tell(study, trial, record: Record, objective: Mapping[str, float]) -> None:
     value, error = math.nan, record["error"]
     if record["scores"] is not None:
         means = scores_of(record).groupby("metric")["value"].mean()
-        for name in objective:
+        # A place among others is NaN for every trial where there is one perturbation, and decides nothing.
+        means = means.drop([name for name in objective if METRICS[name].relative and math.isnan(means[name])])
+        weights = {name: weight for name, weight in objective.items() if name in means}
+        for name in weights:
             trial.set_user_attr(name, float(means[name]))
-        value = sum(weight * float(means[name]) for name, weight in objective.items())
+        value = sum(weight * float(means[name]) for name, weight in weights.items()) if weights else math.nan
         error = "" if math.isfinite(value) else "the objective is not finite"
     if math.isfinite(value):
         study.tell(trial, value)

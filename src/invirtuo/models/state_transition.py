@@ -213,11 +213,7 @@ class StateTransition(Model):
             raise ValueError(f"batch {config.batch!r} is no covariate of the design; found {some(covariates)}")
         if config.batch_encoder and not covariates:
             raise ValueError("a batch encoder needs a covariate; name the batch in covariates= of the Design")
-        batch = config.batch or (list(covariates)[-1] if config.batch_encoder else "")
-        barred = [level for levels in covariates.values() for level in levels if "|" in level]
-        if batch and barred:
-            raise ValueError(f"covariate label(s) {some(barred)} hold a |, which separates covariates; rename them")
-        return batch
+        return config.batch or (list(covariates)[-1] if config.batch_encoder else "")
 
     def _perturbation_encoder(self, mlp) -> nn.Module:
         config, width = self.config, self.design.code_width
