@@ -46,6 +46,7 @@ def forked(work, errors: Path) -> int:
         return process
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         sys.stderr = open(2, "w", closefd=False)
         work()
@@ -59,8 +60,15 @@ def forked(work, errors: Path) -> int:
 
 
 def ended(process: int) -> int:
-    """Exit code of a process, or minus the number of the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    """Exit code of a process, or minus the number of the signal that killed it; it is not waited for without end."""
+    deadline = time.monotonic() + 120
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def killed_at(number: int, work, errors: Path) -> bool:
