@@ -102,6 +102,7 @@ iv.benchmark(task, entries, 2, sys.argv[2], n_jobs=1, baselines=False)
 """
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_equals_uninterrupted(task, entries, tmp_path):
     import cloudpickle
 
@@ -124,6 +125,7 @@ def test_killed_and_restarted_equals_uninterrupted(task, entries, tmp_path):
     assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_tables(task, entries, tmp_path):
     pytest.importorskip("ray", reason="needs ray")
     iv.benchmark(task, entries, 1, tmp_path / "local", baselines=False)
@@ -239,6 +241,7 @@ def test_named_tasks_hold_out_what_they_say(shared):
             assert set(design.groups(tested)) <= set(design.groups(parts["train"])), name
 
 
+@pytest.mark.slow
 def test_a_search_resumes_and_ends_with_the_same_best(task, tmp_path):
     pytest.importorskip("optuna", reason="needs optuna")
     entry = Entry("linear", "linear_additive", None, {"steps": 5, "batch_size": 32, "val_every": 5})

@@ -218,6 +218,7 @@ def test_files_are_read_by_shares(two):
     assert len(first) == len(set(first)) and not set(first) & set(second)
 
 
+@pytest.mark.slow
 def test_killed_workers_change_nothing(two, tmp_path):
     """One is killed in a fit, then, begun anew in place, another while a sharded checkpoint is written."""
     torchrun(KILLED, tmp_path, restarts=2)

@@ -251,6 +251,7 @@ def test_splits_of_courses():
         iv.splits.courses(obs, design, [{"batch": "e"}])
 
 
+@pytest.mark.slow
 def test_pseudotime_finds_the_order():
     rng = np.random.default_rng(0)
     time = rng.permutation(np.linspace(0, 1, 300))

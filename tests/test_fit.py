@@ -251,6 +251,7 @@ def test_same_seed_same_weights(cells, plan):
 MLP = iv.models.PRiMeFlow.Config(velocity="mlp", precondition=False, anchor=False, hidden_dim=16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_networks_learn_the_same(cells, plan):
     plain, compiled = (iv.models.PRiMeFlow(plan, cells.var_names, MLP) for _ in range(2))

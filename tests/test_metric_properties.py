@@ -124,6 +124,7 @@ def test_number_of_threads():
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_hash_seed():
     code = (
         "import runpy, sys; m = runpy.run_path(sys.argv[1]); "

@@ -166,6 +166,7 @@ def test_decoder_only_by_hand(cells, use_covariates, softplus):
     torch.testing.assert_close(model.loss(batch)["total"], ((expected - batch.target) ** 2).mean())
 
 
+@pytest.mark.slow
 def test_decoder_only_learns_means_and_adds(cells):
     """The mean of every condition, for all of its cells; without hidden blocks an unseen combination is the sum."""
     model = iv.models.DecoderOnly(plan_of(cells), GENES, iv.models.DecoderOnly.Config(32, 1)).fit(cells, config=FIT)
@@ -381,6 +382,7 @@ def test_sams_vae_masks_are_hard_and_their_gradient_is_relaxed(cells):
     torch.testing.assert_close(slope, (soft * (1 - soft) / 0.5).sum(0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_sams_vae_masks_find_planted_sparsity():
     """A and B act, E and F do nothing: their masks close, below where they began; those that act keep a dimension."""
     adata = make(("control", "A", "B", "E", "F"), strength=2.5)

@@ -463,6 +463,7 @@ def test_pictures(cells):
 # ---- sparsity against error ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tradeoff():
     from invirtuo.report import dynamics as pictures
 

@@ -686,6 +686,7 @@ def wrong_share(predicted: AnnData, centres: np.ndarray) -> float:
     return float(((response > 0) != (population == 1)).mean())
 
 
+@pytest.mark.slow
 def test_a_hidden_cell_state_needs_attention():
     """In contexts that were never seen responding, ST beats both ablations, the mean effect and its shift of cells."""
     cells, centres = planted()

@@ -89,6 +89,7 @@ def test_a_failed_prediction_leaves_the_old_file(model, plan, cells, tmp_path, m
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_ray_draws_the_same_cells(ray, model, plan, cells, tmp_path):
     wanted = plan.conditions(cells.obs)
     expected = model.predict(wanted, 7, seed=3)
@@ -98,6 +99,7 @@ def test_ray_draws_the_same_cells(ray, model, plan, cells, tmp_path):
     backed.file.close()
 
 
+@pytest.mark.slow
 def test_a_lost_worker_is_replaced(ray, plan, cells, tmp_path):
     mark = tmp_path / "mark"
     mark.write_text(str(os.getpid()))
