@@ -300,6 +300,16 @@ def is_cell(path: Path, parent: int) -> bool:
         return False
 
 
+@pytest.fixture(autouse=True)
+def plain_handlers():
+    """Signals act as in a fresh session, whatever a shell or an earlier test made of them."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Interrupt(lightning.Callback):
     """Interrupts a fit after its second step."""
 

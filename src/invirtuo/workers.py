@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,11 +63,13 @@ def over_ray(
     from ray.exceptions import RayError
 
     started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    elif started:
+    if started:
         workers = n_jobs or n_workers(threads, gpus=gpus)
-        ray.init(num_cpus=workers * threads, include_dashboard=False, log_to_driver=False)
+        on_this_machine = {"num_cpus": workers * threads, "include_dashboard": False}
+        handler = signal.getsignal(signal.SIGTERM)
+        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else on_this_machine))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process with exit code 15
     n_gpus = 1 if gpus and ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=threads, num_gpus=n_gpus, max_retries=retries)(work)
     try:
