@@ -65,7 +65,7 @@ def over_ray(
     started = not ray.is_initialized()
     if started:
         workers = n_jobs or n_workers(threads, gpus=gpus)
-        on_this_machine = {"num_cpus": workers * threads, "include_dashboard": False}
+        on_this_machine: dict[str, Any] = {"num_cpus": workers * threads, "include_dashboard": False}
         handler = signal.getsignal(signal.SIGTERM)
         ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else on_this_machine))
         if threading.current_thread() is threading.main_thread():
