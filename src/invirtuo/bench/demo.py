@@ -21,7 +21,8 @@ __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
 VALIDATION = "NK cell"  # whose response tells how wide intervals must be
-STEPS, LINEAR_STEPS = 1200, 1200  # optimiser steps per `MINUTES`
+STEPS, LINEAR_STEPS = 600, 1200  # optimiser steps per `MINUTES`
+CELLS = 128  # cells of a step
 MINUTES = 2.0
 
 NOTES = (
@@ -81,7 +82,7 @@ def demo(
     def training(preset: Preset, steps: int) -> FitConfig:
         return replace(preset.fit, steps=max(int(steps * minutes / MINUTES), 2), seed=seed, progress=progress)
 
-    fit = training(PRiMeFlow.PRESETS["default"], STEPS)
+    fit = replace(training(PRiMeFlow.PRESETS["default"], STEPS), batch_size=CELLS)
     linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=1e-2, schedule="cosine")
     entries = [
         Entry("primeflow", "primeflow", None, fit, {"progress": progress}),

@@ -33,7 +33,7 @@ MAX_LOG1P = 20.0  # log1p of 485 million: no log-normalised value is larger, mos
 FEW, ABSURD = 1e-2, 100.0  # but a model may overshoot in this share of the values above 0, and up to here
 FRACTION = 1e-3  # how far a count may lie from a whole number
 SAMPLE = 1000  # cells whose scale is compared
-FAR = 2.0  # ratio of the levels of two files that are hardly on one scale
+FAR = (0.25, 2.0)  # ratios of the levels of two files that are hardly on one scale; means of logs lie below 1
 DEPTH = 1e4  # total count to which :func:`per_10k` brings each cell
 
 
@@ -209,7 +209,7 @@ def compare_levels(pred: Cells, real: Cells) -> None:
         if not found.is_usual and found.kind != "zeros":
             logger.warning("%s looks like %s; expected log1p values", name, found.text)
     ratio = pred_total / real_total if real_total > 0 else 1.0
-    if not 1 / FAR < ratio < FAR:
+    if not FAR[0] < ratio < FAR[1]:
         logger.warning(
             "cells of pred add up to %.2g times those of real, logarithms undone; were both normalised alike?",
             ratio,
