@@ -428,6 +428,7 @@ def test_join(cells, caplog):
         CFGen(iv.Design.from_adata(cells, covariates=["kind"]), ["atac:p", "g"])
 
 
+@pytest.mark.slow
 def test_genes_and_peaks_share_a_latent_space(cells):
     joined = multimodal.join(two_modalities(cells))
     design = iv.Design.from_adata(joined, covariates=["kind"])

@@ -320,6 +320,7 @@ def test_benchmark_of_the_bundled_cells(run, tmp_path):
     assert (wide["noise_floor"] < 0.5 * wide["no_change"]).all()
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_exit_code_1(run, tmp_path):
     entry = {"label": "worst", "model": "linear_additive", "fit": {"steps": 3, "lr": 1e30}}
     (tmp_path / "worst.json").write_text(json.dumps(entry))

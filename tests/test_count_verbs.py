@@ -230,6 +230,7 @@ t.resumable("cfgen", Path({folder!r}), resume=False, steps=240)
 """
 
 
+@pytest.mark.slow
 def test_resume_after_sigkill(tmp_path):
     """A process that is killed in the second stage, and one that goes on."""
     code = KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path))

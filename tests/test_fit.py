@@ -262,6 +262,7 @@ def test_compiled_networks_learn_the_same(cells, plan):
     assert compiled.velocity._compiled_call_impl is None
 
 
+@pytest.mark.slow
 def test_without_a_compiler_networks_are_not_compiled(cells, plan, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_fit as here; cells, plan, _ = here.experiment();"

@@ -283,6 +283,7 @@ def test_cpa_one_adam_equals_two(cells):
         torch.testing.assert_close(parameter, other, msg=name, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adversary", [True, False])
 def test_cpa_recovers_additive_effects(adversary):
     """An unseen combination is far closer to the sum of its parts than no change is."""

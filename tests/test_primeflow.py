@@ -431,7 +431,7 @@ def test_calibration(plan, cells):
     np.testing.assert_array_equal(guided, mean(guidance=1.5))
 
 
-@pytest.mark.parametrize("kind", ["genewise", "unet"])
+@pytest.mark.parametrize("kind", ["genewise", pytest.param("unet", marks=pytest.mark.slow)])
 def test_groups_that_were_never_seen(kind, cells):
     """A cell type that no cell of the fit has is known by its control cells, and known groups are as before."""
     new = (cells.obs["cell_type"] == "t_cell").to_numpy()

@@ -217,6 +217,7 @@ def test_padding_has_no_influence(two, design):
     torch.testing.assert_close(model.encode(x, noise, present, codes)[0], both, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_loss_and_tells_populations_apart(design, two):
     rng = np.random.default_rng(0)
     programs = rng.random((2, 30)) < 0.4

@@ -68,6 +68,7 @@ def same(first, second) -> None:
     assert first.uns["invirtuo"].keys() == second.uns["invirtuo"].keys()
 
 
+@pytest.mark.slow
 def test_written_while_drawn(model, plan, cells, tmp_path):
     wanted = plan.conditions(cells.obs)
     expected = model.predict(wanted, 7, seed=3)
