@@ -15,7 +15,7 @@ from scipy import sparse
 from invirtuo.bench.compare import panels
 from invirtuo.bench.entry import FLOOR
 from invirtuo.bench.run import software, write_table
-from invirtuo.checks import some
+from invirtuo.checks import some, whole
 from invirtuo.files import read_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
@@ -94,6 +94,7 @@ def judge(
     ValueError
         If nothing is given to judge, or a file cannot be compared; the message says which.
     """
+    seed = whole("seed", seed, 0)
     if not generated:
         raise ValueError("no generated cells are given; expected a name and an AnnData or a file for each origin")
     if max_cells is not None and max_cells < 1:
