@@ -90,6 +90,21 @@ def test_same_seed_same_table(comparison):
     pd.testing.assert_frame_equal(comparison("a"), comparison("b"))
 
 
+def test_a_comparison_goes_on_and_replaces_nothing_unasked(comparison, tmp_path, monkeypatch):
+    whole = comparison("a")
+    (tmp_path / "a" / "rows" / "none" / "record.json").unlink()  # stopped before the last entry
+    fitted = []
+    fit = iv.models.NoChange.fit
+    monkeypatch.setattr(iv.models.PRiMeFlow, "fit", lambda *_, **__: pytest.fail("fitted again"))
+    monkeypatch.setattr(iv.models.NoChange, "fit", lambda *args, **options: fitted.append(1) or fit(*args, **options))
+    pd.testing.assert_frame_equal(comparison("a"), whole)
+    assert fitted == [1]
+    other = pd.Series("train", index=iv.datasets.toy().obs_names)
+    other[iv.datasets.toy().obs["perturbation"] == "B"] = "test"
+    with pytest.raises(ValueError, match="holds flow with another split"):
+        comparison("a", other)
+
+
 @pytest.mark.slow
 def test_demo_keeps_its_promise(tmp_path):
     """PRiMeFlow is best in every measure on the held-out conditions (two cores: about five minutes)."""
