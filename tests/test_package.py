@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import tomllib
 from importlib import resources
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import pytest
 
@@ -149,3 +152,34 @@ def test_constraints_pin_plain_versions():
 def test_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = iv.nothing
+
+
+# ---- pages of the API ------------------------------------------------------------------------------------------------
+
+
+def documented() -> set[int]:
+    """Identities of what docs/api.md names, by module and members."""
+    directive = re.compile(r"^\.\. auto(\w+):: (\S+)\n((?:   .*\n)*)", re.MULTILINE)
+    found = set()
+    for kind, path, options in directive.findall((ROOT / "docs" / "api.md").read_text()):
+        if kind != "module":
+            found.add(id(pkgutil.resolve_name(path)))
+            continue
+        module = importlib.import_module(path)
+        members = re.search(r":members:([^:]*)", options)
+        names = [name.strip() for name in members[1].split(",")] if members and members[1].strip() else module.__all__
+        found |= {id(getattr(module, name)) for name in names}
+    return found
+
+
+def test_every_public_name_stands_in_the_pages_of_the_api():
+    """What `__all__` of the package and of its public modules names, but for types of arguments and the version."""
+    known, modules, missing = documented(), [iv], []
+    for module in modules:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if isinstance(value, ModuleType):
+                modules += [value] if value not in modules and hasattr(value, "__all__") else []
+            elif (callable(value) or isinstance(value, dict)) and id(value) not in known:
+                missing.append(f"{module.__name__}.{name}")
+    assert missing == []
