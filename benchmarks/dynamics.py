@@ -27,7 +27,7 @@ import torch
 
 import invirtuo as iv
 from invirtuo.dynamics import simulate
-from invirtuo.dynamics.reading import OPEN, edge_matrices
+from invirtuo.dynamics.network import OPEN, edge_matrices
 from invirtuo.flow import trajectory
 from invirtuo.metrics import network
 from invirtuo.nn import SharedField

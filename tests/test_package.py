@@ -183,3 +183,9 @@ def test_every_public_name_stands_in_the_pages_of_the_api():
             elif (callable(value) or isinstance(value, dict)) and id(value) not in known:
                 missing.append(f"{module.__name__}.{name}")
     assert missing == []
+
+
+@pytest.mark.parametrize("name", iv.models.MODELS)
+def test_every_model_stands_in_the_pages_of_the_models(name):
+    pages = [page for page in (ROOT / "docs").glob("models*/**/*.md") if f"`{name}`" in page.read_text()]
+    assert pages

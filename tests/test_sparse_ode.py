@@ -311,7 +311,7 @@ def test_the_caller_keeps_the_cells():
 
 def test_a_linear_network_is_recovered(fitted):
     model, adata, _ = fitted
-    found = dynamics.reading.edge_matrices(model)
+    found = dynamics.network.edge_matrices(model)
     scores = network.edge_recovery(found["size"].mean(axis=0), adata.varp["regulates"])
     assert scores["auroc"] > 0.95
     edges = model.network(n_edges=int(scores["n_edges"]))
@@ -538,7 +538,7 @@ def test_graphs_over_five_seeds(system, auroc):
         adata, design, split = series(system, 10, seed, noise=0.01, n_times=40)
         config = replace(SparseODE.PRESETS["series"].config, n_members=1)
         model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, replace(FIT, steps=400))
-        size, truth = dynamics.reading.edge_matrices(model)["size"].mean(axis=0), adata.varp["regulates"]
+        size, truth = dynamics.network.edge_matrices(model)["size"].mean(axis=0), adata.varp["regulates"]
         rows.append(network.edge_recovery(size, truth) | network.edge_sets(size > 1e-5, truth))
     means = pd.DataFrame(rows).mean()
     assert means["auroc"] > auroc

@@ -19,6 +19,7 @@ _NAMES = {
     "FitConfig": "fit",
     "Model": "model",
     "Pair": "metrics",
+    "PerturbationModel": "model",
     "SampleConfig": "model",
     "benchmark": "bench",
     "evaluate": "metrics",

@@ -2,29 +2,111 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from invirtuo.checks import some
+from invirtuo.dynamics.base import Forecaster
 from invirtuo.dynamics.courses import Course
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from invirtuo.dynamics.base import Forecaster
-
-__all__ = ["OPEN", "edge_matrices", "edge_table", "intervene", "support"]
+__all__ = ["OPEN", "GeneNetwork", "edge_matrices"]
 
 OPEN = 1e-5  # smallest mean |df_j / dx_i| of an edge
 MAX_STATES = 60  # at which the field is read
 
 
+class GeneNetwork(Forecaster):
+    """Base of the forecasters whose field says which gene acts on which."""
+
+    @abstractmethod
+    def jacobian(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """(m, n, g, g) [in, out], derivative of the field at states (m, n, g), gates as for evaluation."""
+
+    @abstractmethod
+    def gate_probability(self) -> np.ndarray:
+        """(g, g) [in, out], probability that a connection is open, mean over members."""
+
+    @abstractmethod
+    def sparsity(self, n_draws: int = 20, *, other: Sequence[str] = (), seed: int = 0) -> pd.DataFrame:
+        """How sparse the field is, for evaluation and for sampled gates."""
+
+    def network(self, labels: Mapping[str, str] | None = None, *, n_edges: int | None = None) -> pd.DataFrame:
+        """Signed edges between genes, read from the Jacobian of the field along the training courses.
+
+        Parameters
+        ----------
+        labels
+            Read along these courses only, for example ``{"lineage": "B"}``.
+        n_edges
+            Keep the strongest ones; None keeps all that are not zero.
+
+        Returns
+        -------
+        DataFrame, strongest first: ``regulator``, ``target``; ``score``, mean ``|df_j / dx_i|``, standardised genes;
+        ``sign`` of the mean; ``consistency``, size of the mean over the score; ``frequency``, share of the ensemble in
+        which the edge is open; ``gate``, probability that it is open; ``support``, what forecasts of held-out
+        courses say: edges have none where they fail, and were not tested where they succeed. Edges are predictive
+        dependencies and no proof of regulation.
+        """
+        self._check_fitted()
+        return edge_table(self, labels, n_edges)
+
+    def knock_out(
+        self, genes: str | Sequence[str], cells: AnnData | None = None, times: Sequence[float] | None = None
+    ) -> AnnData:
+        """Hold genes at zero from the first state on: change of every gene, and of where courses end.
+
+        Parameters
+        ----------
+        genes
+            One name or several.
+        cells, times
+            As in :meth:`forecast`; without cells, the training courses.
+
+        Returns
+        -------
+        AnnData as of :meth:`forecast`, X the change (disturbed minus undisturbed) in the data space, layers "lower" and
+        "upper" (range of the ensemble), "undisturbed", "disturbed". ``var``: ``effect`` at the end in standard
+        deviations, ``agreement`` of its sign over the ensemble and courses. ``uns["fate"]``: how much nearer each
+        course comes to the end of each lineage. Directions are usable, sizes are not calibrated.
+        """
+        return self.overexpress(genes, 0.0, cells, times)
+
+    def overexpress(
+        self,
+        genes: str | Sequence[str],
+        level: float | Sequence[float] | None = None,
+        cells: AnnData | None = None,
+        times: Sequence[float] | None = None,
+    ) -> AnnData:
+        """Hold genes at a level from the first state on; see :meth:`knock_out`.
+
+        Parameters
+        ----------
+        level
+            In the data space, one for all genes or one for each; None: the highest of the training courses.
+        """
+        self._check_fitted()
+        names = [genes] if isinstance(genes, str) else list(genes)
+        if level is None:
+            highest = pd.Series(self.unscaled(self.course_values.numpy()).max(axis=0), self.genes)
+            values = highest.reindex(names).to_numpy()
+        else:
+            values = np.broadcast_to(np.asarray(level, dtype=float), (len(names),))
+        return intervene(self, names, values, cells, times)
+
+
 @torch.no_grad()
-def edge_matrices(model: Forecaster, labels: Mapping[str, str] | None = None, chunk: int = 6) -> dict[str, np.ndarray]:
+def edge_matrices(model: GeneNetwork, labels: Mapping[str, str] | None = None, chunk: int = 6) -> dict[str, np.ndarray]:
     """Mean and mean absolute Jacobian over training states, (m, g, g) [regulator, target], standardised genes.
 
     Parameters
@@ -55,7 +137,7 @@ def _states(parts: Sequence[Course]) -> tuple[np.ndarray, list[Mapping[str, str]
     return values[chosen], [names[i] for i in chosen]
 
 
-def edge_table(model: Forecaster, labels: Mapping[str, str] | None = None, n_edges: int | None = None) -> pd.DataFrame:
+def edge_table(model: GeneNetwork, labels: Mapping[str, str] | None = None, n_edges: int | None = None) -> pd.DataFrame:
     """Signed edges, strongest first; a gene's effect on itself is left out."""
     found = edge_matrices(model, labels)
     score, mean = found["size"].mean(axis=0), found["mean"].mean(axis=0)
@@ -80,7 +162,7 @@ def edge_table(model: Forecaster, labels: Mapping[str, str] | None = None, n_edg
     )
 
 
-def support(model: Forecaster) -> str:
+def support(model: GeneNetwork) -> str:
     """What forecasts of held-out courses say of the field; good ones are no test of its edges."""
     words = {
         True: "forecasts beat simple ones; edges not tested",
@@ -91,7 +173,7 @@ def support(model: Forecaster) -> str:
 
 
 def intervene(
-    model: Forecaster, genes: Sequence[str], values: np.ndarray, cells: AnnData | None, times: Sequence[float] | None
+    model: GeneNetwork, genes: Sequence[str], values: np.ndarray, cells: AnnData | None, times: Sequence[float] | None
 ) -> AnnData:
     """Hold genes at values (data space) from the first state on, and compare with the undisturbed forecast."""
     import anndata
@@ -130,7 +212,7 @@ def intervene(
     return result
 
 
-def fate(model: Forecaster, starts, calm, moved) -> pd.DataFrame:
+def fate(model: GeneNetwork, starts, calm, moved) -> pd.DataFrame:
     """How much nearer each course comes to the end points of the lineages (root mean square over genes, sd)."""
     key = model.lineage
     points: dict[str, list[np.ndarray]] = {}
@@ -146,7 +228,7 @@ def fate(model: Forecaster, starts, calm, moved) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _places(model: Forecaster, genes: Sequence[str]) -> list[int]:
+def _places(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
     known = {gene: i for i, gene in enumerate(model.genes)}
     if not genes:
         raise ValueError("no genes were given; expected at least one")
