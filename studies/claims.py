@@ -1,8 +1,6 @@
 """Which claims of the PRiMeFlow paper hold in a comparison: differences between two models, with intervals.
 
-    python benchmarks/claims.py comparison --out docs/results/primeflow-comparison
-
-Prints a table of scores for each task and one of the claims, as Markdown, and copies the tables and the report.
+Prints a table of scores for each task and one of the claims, as Markdown, and copies the tables beside it.
 
 A difference is taken on the same conditions; its interval covers another choice of conditions and another training
 (`invirtuo.bench.paired_differences`). "yes" and "no": the interval lies on the claimed side of 0, or on the other one.
@@ -10,15 +8,14 @@ A difference is taken on the same conditions; its interval covers another choice
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from invirtuo.bench import paired_differences
+from studies.harness import Tables, study
 
 
 class Claim(NamedTuple):
@@ -75,6 +72,29 @@ CLAIMS = (
 )
 
 
+@study()
+def claims(results: Path, *, out: Path) -> Tables:
+    """Which claims of the PRiMeFlow paper hold in a comparison that has been run.
+
+    Parameters
+    ----------
+    results
+        Folder of the study `comparison`.
+    """
+    summary = pd.read_csv(results / "summary.csv")
+    scores = pd.read_csv(results / "scores.csv")
+    for task, scored in summary.groupby("task", sort=False):
+        print(f"### {task}\n\n{markdown(score_table(scored))}\n")
+    table = judged(scores)
+    order = ["claim", "model", "against", "metric"]
+    wide = table.pivot_table(index=order, columns="task", values="holds", aggfunc="first", sort=False)
+    print(markdown(wide.fillna("").reset_index()))
+    for name in ("summary.csv", "costs.csv", "run.json"):
+        shutil.copy(results / name, out / name)
+    scores.round(5).to_csv(out / "scores.csv.gz", index=False)
+    return {"claims": table}
+
+
 def judged(scores: pd.DataFrame) -> pd.DataFrame:
     """One row per claim and task: values of both models, their difference, its interval, and whether it holds."""
     means = scores.groupby(["task", "metric", "model"])["value"].mean()
@@ -85,8 +105,8 @@ def judged(scores: pd.DataFrame) -> pd.DataFrame:
         for task in scores["task"].unique():
             key = (task, claim.metric, claim.model, claim.other)
             if key in found.index:
-                values = {name: means[task, claim.metric, name] for name in (claim.model, claim.other)}
-                rows.append(_row(claim, task, list(values.values()), found.loc[key]))
+                values = [means[task, claim.metric, name] for name in (claim.model, claim.other)]
+                rows.append(_row(claim, task, values, found.loc[key]))
     return pd.DataFrame(rows)
 
 
@@ -120,28 +140,3 @@ def score_table(summary: pd.DataFrame) -> pd.DataFrame:
         best = {"lower": judged.idxmin(), "higher": judged.idxmax(), "": (judged - 1).abs().idxmin()}[way]
         text.loc[best, metric] = f"**{text.loc[best, metric]}**"
     return text.rename_axis(None, axis=1).reset_index()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print tables, and write what is kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(arguments)
-    summary, scores = (pd.read_csv(args.results / f"{name}.csv") for name in ("summary", "scores"))
-    for task, part in summary.groupby("task", sort=False):
-        print(f"### {task}\n\n{markdown(score_table(part))}\n")
-    table = judged(scores)
-    order = ["claim", "model", "against", "metric"]
-    wide = table.pivot_table(index=order, columns="task", values="holds", aggfunc="first", sort=False)
-    print(markdown(wide.fillna("").reset_index()))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        table.round(4).to_csv(args.out / "claims.csv", index=False)
-        for name in ("summary.csv", "costs.csv", "run.json", "report.html"):
-            shutil.copy(args.results / name, args.out / name)
-        scores.round(5).to_csv(args.out / "scores.csv.gz", index=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """Every row of PRiMeFlow's comparison on data sets that fit a CPU: settings chosen on validation, then all seeds.
 
-    python benchmarks/comparison.py --data-dir DATA --out comparison --trials 3 --seeds 3
-
 Every model gets the same number of trials of the same search (PerturBench's objective on the validation conditions of
 each task, of the first fold where there are several; the first trial is the default). Tasks are done one after the
 other and the report in OUT/report.html grows with them. Everything resumes: the same command goes on after a kill.
@@ -9,7 +7,6 @@ other and the report in OUT/report.html grows with them. Everything resumes: the
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 from joblib import Parallel, delayed
 
 from invirtuo.bench import TASKS, Entry, Task, benchmark, tune
+from studies.harness import study
 
 N_GENES, N_CELLS = 500, 300  # at most so many genes; predicted cells of each condition
 METRICS = ("energy_distance", "variance_ratio")  # beside those of the task
@@ -49,6 +47,42 @@ ENTRIES = (
 )
 
 
+UNPUBLISHED = tuple(name for name, task in TASKS.items() if not task.published)[1:]
+LABELS = tuple(entry.label for entry in ENTRIES)
+
+
+@study(quick={"tasks": ["kang-celltype"], "models": ["ridge"], "trials": 0, "seeds": 1, "jobs": 1})
+def comparison(
+    *,
+    out: Path,
+    data_dir: str | None = None,
+    tasks: Sequence[str] = UNPUBLISHED,
+    models: Sequence[str] = LABELS,
+    trials: int = 3,
+    unguided: bool = False,
+    seeds: int = 3,
+    jobs: int = 2,
+) -> None:
+    """Every row of PRiMeFlow's comparison on data sets that fit a CPU.
+
+    Parameters
+    ----------
+    trials
+        Trials of the search for each model and task; 0: settings as they are.
+    unguided
+        Leave out the rows with guidance.
+    """
+    chosen = [entry for entry in ENTRIES if entry.label in models]
+    if unguided:
+        chosen = [replace(entry, variants={}) for entry in chosen]
+    sized, entries = [task_of(name) for name in tasks], []
+    for i, task in enumerate(sized, start=1):
+        search = (delayed(tuned)(entry, task, trials, out, data_dir) for entry in chosen)
+        entries += Parallel(jobs, backend="threading")(search)
+        judged = [replace(each, metrics=(*each.metrics, *METRICS)) for each in sized[:i]]
+        benchmark(judged, entries, seeds, out, n_jobs=jobs, data_dir=data_dir, progress=True)
+
+
 def task_of(name: str) -> Task:
     """A task at the size of this comparison."""
     task = TASKS[name]
@@ -64,32 +98,3 @@ def tuned(entry: Entry, task: Task, trials: int, out: Path, data_dir: str | None
     if getattr(config, "prob_unconditional", 1.0) == 0:  # there is no null condition to be guided away from
         entry = replace(entry, variants={})
     return replace(entry, task=task.name)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Choose settings, fit, score, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", default=[name for name, t in TASKS.items() if not t.published][1:])
-    parser.add_argument("--models", nargs="*", default=[entry.label for entry in ENTRIES])
-    parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--unguided", action="store_true", help="leave out the rows with guidance")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--out", type=Path, default=Path("comparison"))
-    args = parser.parse_args(arguments)
-    chosen = [entry for entry in ENTRIES if entry.label in args.models]
-    if args.unguided:
-        chosen = [replace(entry, variants={}) for entry in chosen]
-    tasks, entries = [task_of(name) for name in args.tasks], []
-    for i, task in enumerate(tasks, start=1):
-        search = (delayed(tuned)(entry, task, args.trials, args.out, args.data_dir) for entry in chosen)
-        entries += Parallel(args.jobs, backend="threading")(search)
-        judged = [replace(task, metrics=(*task.metrics, *METRICS)) for task in tasks[:i]]
-        benchmark(
-            judged, entries, args.seeds, args.out, n_jobs=args.jobs, data_dir=args.data_dir, progress=True
-        )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,14 @@
 """Sparse neural ODEs: speed, synthetic systems, hematopoiesis, other marrow, motion capture.
 
-python benchmarks/dynamics.py speed
-python benchmarks/dynamics.py synthetic --out docs/results/dynamics
-python benchmarks/dynamics.py PART --data-dir DATA --out docs/results/dynamics
-
-with PART `cells` (held-out donors), `later` (later pseudotime), `penalties` (sparsity against error), `progenitors`
-(CD34+ marrow, Paul15) or `walking` (motion capture). `speed` needs torchdiffeq (pip install torchdiffeq).
-`synthetic` and `cells` write rows as they come; a run that was stopped goes on where it was.
+dynamics-speed needs torchdiffeq (pip install torchdiffeq).
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
-import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +24,8 @@ from invirtuo.flow import trajectory
 from invirtuo.metrics import network
 from invirtuo.nn import SharedField
 from invirtuo.report import dynamics as pictures
+from studies import harness
+from studies.harness import Rows, Tables, filled, in_turn, over_seeds, spent, study
 
 SparseODE = iv.models.SparseODE
 SERIES = replace(SparseODE.PRESETS["series"].config, n_members=1, match_share=0.8, refit_share=0.2)
@@ -54,80 +48,80 @@ CASES = [  # system, data, models
 DATA = {"moderate": MODERATE, "hard": HARD}
 
 
+RUNS = ("ours", "ours, seed 1", "lam 0", "lam 0.01", "lam 0.1", "jitter 0", "pathreg-paper")
+DONORS = [{"donor": donor} for donor in ("s1d1", "s2d1", "s2d4", "s3d6")]
+
+
 def fit(model, adata, split, **settings):
-    """Fit without the warning, which is in the table, and without a progress bar."""
-    config = replace(model.fit_config, progress=False, accelerator="cpu", **settings)
+    """Fit on the CPU, without the warning, which is in the table."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return model.fit(adata, split, config)
+        return harness.fit(model, adata, split, accelerator="cpu", **settings)
+
+
+def evaluated(model, adata, split, part: str = "test") -> pd.DataFrame:
+    """The table of errors without the warning, which is in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.evaluate_forecast(adata, split, part)
 
 
 # ---- speed -------------------------------------------------------------------------------------------------------
 
 
-def speed(repeats: int = 5) -> pd.DataFrame:
-    """Milliseconds of a training step (forward and backward) of the reference network, three courses."""
+@study(quick={"repeats": 1})
+def speed(*, out: Path, repeats: int = 5) -> Tables:
+    """Milliseconds of a training step of the reference network, three courses, beside torchdiffeq."""
     from torchdiffeq import odeint
 
     torch.manual_seed(0)
     field = SharedField(529, 0, (100, 100), 1, activate_all=False)
     x0 = 0.3 * torch.rand(1, 3, 529)
-    weights = field.prepared(field.mode())
+    weights = None
 
     def velocity(x, t):
         return field(x, None, weights)
 
-    def step(solved: Callable[[], torch.Tensor]) -> float:
+    def step(solver: str, times: torch.Tensor) -> None:
         nonlocal weights
         weights = field.prepared(field.mode())
-        begin = time.perf_counter()
-        solved().square().mean().backward()
-        return 1e3 * (time.perf_counter() - begin)
+        if solver == "torchdiffeq dopri5":
+            solved = odeint(lambda s, x: velocity(x, s), x0, times, rtol=1e-3, atol=1e-3)
+        elif solver == "dopri5":
+            solved = trajectory(velocity, x0, 1, "dopri5", tolerance=1e-3).at(times)
+        else:
+            solved = trajectory(velocity, x0, 20).at(times)
+        solved.square().mean().backward()
 
-    rows = []
-    for n in (50, 280, 800):
-        times = torch.linspace(0, 1, n)
-        ways = {
-            "torchdiffeq dopri5": lambda t=times: odeint(lambda s, x: velocity(x, s), x0, t, rtol=1e-3, atol=1e-3),
-            "dopri5": lambda t=times: trajectory(velocity, x0, 1, "dopri5", tolerance=1e-3).at(t),
-            "rk4, 20 steps": lambda t=times: trajectory(velocity, x0, 20).at(t),
-        }
-        seconds = {name: [] for name in ways}
-        for _ in range(repeats + 1):
-            for name, way in ways.items():
-                seconds[name].append(step(way))
-        for name, values in seconds.items():
-            rows.append({"times": n, "solver": name, "ms": statistics.median(values[1:])})
-    table = pd.DataFrame(rows)
-    base = table[table["solver"] == "torchdiffeq dopri5"].set_index("times")["ms"]
-    table["times_faster"] = table["times"].map(base) / table["ms"]
-    return table.round(2)
+    def one(times: int) -> pd.DataFrame:
+        at = torch.linspace(0, 1, times)
+        solvers = ("torchdiffeq dopri5", "dopri5", "rk4, 20 steps")
+        steps = {solver: lambda solver=solver: step(solver, at) for solver in solvers}
+        ms = 1e3 * in_turn(steps, repeats, time.perf_counter).median()
+        return pd.DataFrame({"solver": ms.index, "ms": ms.to_numpy(), "times_faster": (ms.iloc[0] / ms).to_numpy()})
+
+    return {"solvers": filled(out / "speed.csv", one, times=(50, 280, 800))}
 
 
 # ---- synthetic systems ---------------------------------------------------------------------------------------------
 
 
-def synthetic(out: Path, seeds: int, steps: int) -> pd.DataFrame:
+@study(quick={"seeds": 1, "steps": 2})
+def synthetic(*, out: Path, seeds: int = 5, steps: int = 400) -> Tables:
     """Recovery of the graph, forecasts from new and from wider starts, and of an intervention."""
-    path = out / "synthetic.csv"
-    done = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["system", "data", "seed", "model"])
-    for seed in range(seeds):
-        for system, data, names in CASES:
-            for name in names:
-                key = {"system": system, "data": data, "seed": seed, "model": name}
-                if (done[list(key)] == pd.Series(key)).all(axis=1).any():
-                    continue
-                row = key | one_system(system, DATA[data], seed, MODELS[name], steps)
-                done = pd.concat([done, pd.DataFrame([row])], ignore_index=True)
-                done.to_csv(path, index=False, float_format="%.4g")
-                print(row, flush=True)
-    return done
 
+    def one(system: str, data: str, seed: int, model: str) -> dict[str, float]:
+        return one_system(system, DATA[data], seed, MODELS[model], steps)
 
-def claims(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over seeds."""
+    cases = [
+        {"system": system, "data": data, "seed": seed, "model": model}
+        for seed in range(seeds)
+        for system, data, models in CASES
+        for model in models
+    ]
+    table = Rows(out / "synthetic.csv").fill(cases, one)
     columns = ["auroc", "auprc", "tpr", "fpr", "mse_new", "mse_wide", "mse_clamped"]
-    return table.groupby(["system", "data", "model"], sort=False)[columns].agg(["mean", "std"]).round(3)
+    return {"synthetic-summary": over_seeds(table, ["system", "data", "model"], columns)}
 
 
 def one_system(system: str, options: dict, seed: int, config, steps: int) -> dict[str, float]:
@@ -142,9 +136,8 @@ def one_system(system: str, options: dict, seed: int, config, steps: int) -> dic
         test.obs["course"] = f"{name}-" + test.obs["course"]
     everything = anndata.concat([train, *tests.values()], index_unique="-")
     design = iv.Design.from_adata(everything, covariates=["course"], time="time")
-    begin = time.process_time()
-    model = fit(SparseODE(design, train.var_names, config), train, None, steps=steps)
-    seconds = time.process_time() - begin
+    with spent() as cost:
+        model = fit(SparseODE(design, train.var_names, config), train, None, steps=steps)
     scores = {}
     for name, test in tests.items():
         held = {"genes": ["x0"], "level": 1.0} if name == "mse_clamped" else None
@@ -152,24 +145,32 @@ def one_system(system: str, options: dict, seed: int, config, steps: int) -> dic
     truth = train.varp["regulates"]
     size = edge_matrices(model)["size"].mean(axis=0)
     found = network.edge_recovery(size, truth)
-    edges = network.edge_sets(size > OPEN, truth)
-    later = np.concatenate([g.to_numpy()[1:] - g.to_numpy()[:-1] for g in frames(train)])
-    lagged = network.correlation_scores(np.concatenate([g.to_numpy()[:-1] for g in frames(train)]), later=later)
-    rng = np.random.default_rng(seed)
-    chance = {
-        "auroc_lagged_correlation": network.edge_recovery(lagged, truth)["auroc"],
-        "auroc_correlation": network.edge_recovery(network.correlation_scores(train.X), truth)["auroc"],
-        "auprc_random": float(np.mean([network.edge_recovery(network.random_scores(truth, rng), truth)["auprc"]
-                                       for _ in range(20)])),
-        "auprc_degree_matched": float(np.mean([network.edge_recovery(
-            network.random_scores(truth, rng, degree_matched=True), truth)["auprc"] for _ in range(20)])),
-    }  # fmt: skip
     return {
         **{k: found[k] for k in ("auroc", "auprc", "epr", "density")},
-        **edges,
+        **network.edge_sets(size > OPEN, truth),
         **scores,
-        **chance,
-        "cpu_s": seconds,
+        **by_chance(train, truth, seed),
+        "cpu_s": cost["cpu_seconds"],
+    }
+
+
+def by_chance(train, truth: np.ndarray, seed: int) -> dict[str, float]:
+    """What correlations and random edges reach."""
+    courses = [course.to_numpy() for course in frames(train)]
+    before = np.concatenate([course[:-1] for course in courses])
+    later = np.concatenate([course[1:] - course[:-1] for course in courses])
+    lagged = network.correlation_scores(before, later=later)
+    rng = np.random.default_rng(seed)
+
+    def random(**options) -> float:
+        draws = [network.random_scores(truth, rng, **options) for _ in range(20)]
+        return float(np.mean([network.edge_recovery(draw, truth)["auprc"] for draw in draws]))
+
+    return {
+        "auroc_lagged_correlation": network.edge_recovery(lagged, truth)["auroc"],
+        "auroc_correlation": network.edge_recovery(network.correlation_scores(train.X), truth)["auroc"],
+        "auprc_random": random(),
+        "auprc_degree_matched": random(degree_matched=True),
     }
 
 
@@ -200,92 +201,84 @@ def end(model) -> float:
 # ---- hematopoiesis -------------------------------------------------------------------------------------------------
 
 
-def cells(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
-    """Fit on donor s1d2, judge on four other donors: our preparation, and that of the public code."""
+@study(quick={"steps": 2, "runs": ["lam 0"]})
+def cells(*, out: Path, data_dir: str | None = None, steps: int = 600, runs: Sequence[str] = RUNS) -> Tables:
+    """Fits on donor s1d2 judged on four other donors: our preparation, and that of the public code.
+
+    Parameters
+    ----------
+    runs
+        Settings that are fitted.
+    """
     raw = iv.datasets.load("hematopoiesis", data_dir=data_dir)
     log = iv.preprocess.normalize(raw)
     reference = raw.copy()
     reference.X = raw.X.multiply(raw.obs["size_scale"].to_numpy()[:, None]).tocsr()
     design = iv.Design.from_adata(raw, covariates=["lineage", "donor"], time="dpt_pseudotime")
-    split = iv.splits.courses(raw.obs, design, [{"donor": d} for d in ("s1d1", "s2d1", "s2d4", "s3d6")])
-    default = SparseODE.Config()
-    runs = {
-        "ours": (default, log, steps, 0),
-        "ours, seed 1": (replace(default, n_members=1), log, steps, 1),
-        "lam 0": (replace(default, n_members=1, penalty="none"), log, steps // 2, 0),
-        "lam 0.01": (replace(default, n_members=1, lam=0.01), log, steps // 2, 0),
-        "lam 0.1": (replace(default, n_members=1, lam=0.1), log, steps // 2, 0),
-        "jitter 0": (replace(default, n_members=1, jitter=0.0), log, steps // 2, 0),
+    split = iv.splits.courses(raw.obs, design, DONORS)
+    ours = SparseODE.Config()
+    single = replace(ours, n_members=1)
+    settings = {
+        "ours": (ours, log, steps, 0),
+        "ours, seed 1": (single, log, steps, 1),
+        "lam 0": (replace(single, penalty="none"), log, steps // 2, 0),
+        "lam 0.01": (replace(single, lam=0.01), log, steps // 2, 0),
+        "lam 0.1": (replace(single, lam=0.1), log, steps // 2, 0),
+        "jitter 0": (replace(single, jitter=0.0), log, steps // 2, 0),
         "pathreg-paper": ("pathreg-paper", reference, 300, 0),
     }
-    path = out / "hematopoiesis.csv"
-    done = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["run"])
-    for name, (config, adata, n, seed) in runs.items():
-        if name in set(done["run"]):
-            continue
-        begin = time.process_time()
-        model = fit(SparseODE(design, raw.var_names, config), adata, split, steps=n, seed=seed)
-        seconds = time.process_time() - begin
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            table = model.evaluate_forecast(adata, split)
-        sizes = model.sparsity(3).loc["evaluation"]
-        facts = {"run": name, "cpu_s": seconds, "open_inputs": sizes["open_inputs"], "features": sizes["features"]}
-        table = table.assign(**facts)[["run", *table.columns, "open_inputs", "features", "cpu_s"]]
-        done = pd.concat([done, table], ignore_index=True)
-        done.to_csv(path, index=False, float_format="%.5g")
-        print(by_donor(table).round(4).to_string(), "\n", facts, flush=True)
-        if name == "ours":
+
+    def one(run: str) -> pd.DataFrame:
+        config, adata, n, seed = settings[run]
+        with spent() as cost:
+            model = fit(SparseODE(design, raw.var_names, config), adata, split, steps=n, seed=seed)
+        if run == "ours":
             model.network(n_edges=500).to_csv(out / "edges.csv", index=False, float_format="%.4g")
-    return done
+        sizes = model.sparsity(3).loc["evaluation"]
+        facts = {"open_inputs": sizes["open_inputs"], "features": sizes["features"], "cpu_s": cost["cpu_seconds"]}
+        return evaluated(model, adata, split).assign(**facts)
+
+    table = filled(out / "hematopoiesis.csv", one, run=runs)
+    by_donor = table.pivot_table(index=["run", "model"], columns="donor", values="mse", aggfunc="sum", sort=False)
+    return {"cells-by-donor": by_donor}
 
 
-def by_donor(table: pd.DataFrame) -> pd.DataFrame:
-    """Sum over lineages of the mean squared errors, a row per method."""
-    return table.pivot_table(index="model", columns="donor", values="mse", aggfunc="sum", sort=False)
-
-
-def evaluated(model, adata, split, part: str = "test") -> pd.DataFrame:
-    """The table of errors without the warning, which is in it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model.evaluate_forecast(adata, split, part)
-
-
-def hematopoiesis(data_dir: str):
+def hematopoiesis(data_dir: str | None):
     """Log-normalised cells of hematopoiesis, and the Design."""
     raw = iv.datasets.load("hematopoiesis", data_dir=data_dir)
     design = iv.Design.from_adata(raw, covariates=["lineage", "donor"], time="dpt_pseudotime")
     return iv.preprocess.normalize(raw), design
 
 
-def later(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
-    """Fit on the first three quarters of pseudotime of donor s1d2, judge on the last quarter."""
+@study(quick={"steps": 2})
+def later(*, out: Path, data_dir: str | None = None, steps: int = 600, seeds: int = 1) -> Tables:
+    """A fit on the first three quarters of pseudotime of donor s1d2, judged on the last quarter."""
     adata, design = hematopoiesis(data_dir)
     adata = adata[(adata.obs["donor"] == "s1d2").to_numpy()].copy()
     split = iv.splits.courses(adata.obs, design, later=0.25)
-    model = fit(SparseODE(design, adata.var_names, SparseODE.Config()), adata, split, steps=steps)
-    table = evaluated(model, adata, split)
     n_cells = adata.obs.loc[split == "test", "lineage"].value_counts()
-    table["n_cells"] = table["lineage"].map(n_cells.to_dict())
-    table.to_csv(out / "later.csv", index=False, float_format="%.5g")
-    return table.pivot_table(index="model", columns="lineage", values="mse", sort=False).assign(
-        sum=lambda t: t.sum(axis=1)
-    )
+
+    def one(seed: int) -> pd.DataFrame:
+        model = fit(SparseODE(design, adata.var_names, SparseODE.Config()), adata, split, steps=steps, seed=seed)
+        table = evaluated(model, adata, split)
+        return table.assign(n_cells=table["lineage"].map(n_cells.to_dict()))
+
+    table = filled(out / "later.csv", one, seed=range(seeds))
+    wide = table.pivot_table(index="model", columns="lineage", values="mse", sort=False)
+    return {"later-summary": wide.assign(sum=wide.sum(axis=1))}
 
 
-def penalties(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
+@study(quick={"steps": 2})
+def penalties(*, out: Path, data_dir: str | None = None, steps: int = 300) -> Tables:
     """Weights of the penalty against errors on held-out cells of donor s1d2 and on other donors, one member."""
     adata, design = hematopoiesis(data_dir)
-    others = [{"donor": d} for d in ("s1d1", "s2d1", "s2d4", "s3d6")]
-    split = iv.splits.courses(adata.obs, design, others, val_fraction=0.2)
+    split = iv.splits.courses(adata.obs, design, DONORS, val_fraction=0.2)
     model = SparseODE(design, adata.var_names, replace(SparseODE.Config(), n_members=1))
     config = replace(model.fit_config, steps=steps, progress=False, accelerator="cpu")
     table = iv.dynamics.tradeoff(model, adata, split, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), config)
-    table.to_csv(out / "penalties.csv", index=False, float_format="%.5g")
     picture = pictures.tradeoff(table)
     (out / "penalties.png").write_bytes(base64.b64decode(picture.partition(",")[2]))
-    return table
+    return {"penalties": table}
 
 
 # ---- other marrow --------------------------------------------------------------------------------------------------
@@ -298,19 +291,24 @@ MARKERS = {
 }
 
 
-def progenitors(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
+@study(quick={"steps": 2})
+def progenitors(*, out: Path, data_dir: str | None = None, steps: int = 400) -> Tables:
     """CD34+ marrow and Paul15: pseudotime, the 300 most variable genes, held-out cells and samples; one member."""
-    tables = []
-    for name, prepared in (("marrow", marrow), ("paul15", paul15)):
-        adata, design, split = prepared(data_dir)
+    prepared = {"marrow": marrow, "paul15": paul15}
+
+    def one(data: str) -> pd.DataFrame:
+        adata, design, split = prepared[data](data_dir)
         config = replace(SparseODE.Config(), n_members=1)
         model = fit(SparseODE(design, adata.var_names, config), adata, split, steps=steps)
-        for part in sorted(set(split) - {"train"}):
-            tables.append(evaluated(model, adata, split, part).assign(data=name, part=part))
-            tables[-1]["n_part"] = int((split == part).sum())
-    table = pd.concat(tables, ignore_index=True)
-    table.to_csv(out / "progenitors.csv", index=False, float_format="%.5g")
-    return table.pivot_table(index="model", columns=["data", "part"], values=["mse", "mse_bins"], sort=False)
+        tables = []
+        for name in sorted(set(split) - {"train"}):
+            table = evaluated(model, adata, split, name)
+            tables.append(table.assign(part=name, n_part=int((split == name).sum())))
+        return pd.concat(tables)
+
+    table = filled(out / "progenitors.csv", one, data=prepared)
+    wide = table.pivot_table(index="model", columns=["data", "part"], values=["mse", "mse_bins"], sort=False)
+    return {"progenitors-summary": wide}
 
 
 def marrow(data_dir: str):
@@ -354,12 +352,13 @@ def variable_genes(raw, ordered, split, n: int = 300):
 # ---- motion capture --------------------------------------------------------------------------------------------------
 
 
-def walking(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
+@study(quick={"steps": 2, "seeds": 1})
+def walking(*, out: Path, data_dir: Path, steps: int = 400, seeds: int = 3) -> Tables:
     """Forecasts of 300 frames of 50 channels from the first frame, or the first three; squared errors per element."""
-    adata = iv.dynamics.motion_capture(Path(data_dir) / "cmu_mocap35.mat")
-    part = adata.obs["split"].to_numpy()
+    adata = iv.dynamics.motion_capture(data_dir / "cmu_mocap35.mat")
+    train = (adata.obs["split"] == "train").to_numpy()
     x = np.asarray(adata.X, dtype=float)
-    _, _, components = np.linalg.svd(x[part == "train"], full_matrices=False)
+    _, _, components = np.linalg.svd(x[train], full_matrices=False)
     z = x @ components[:5].T
     moves = np.gradient(z.reshape(-1, 300, 5), axis=1)
     moves[:, 0] = moves[:, 1]
@@ -368,15 +367,15 @@ def walking(out: Path, data_dir: str, steps: int) -> pd.DataFrame:
         "5 components": (z, components[:5]),
         "5 components and their changes": (np.c_[z, moves.reshape(-1, 5)], np.r_[components[:5], np.zeros((5, 50))]),
     }
-    rows = []
-    for seed in range(3):
-        for name, (state, back) in states.items():
-            varies = state[part == "train"].std(axis=0) > 1e-3
-            found = walked(name, state[:, varies], back[varies], adata.obs, x, steps=steps, seed=seed)
-            rows += [row | {"seed": seed} for row in found]
-        table = pd.DataFrame(rows).drop_duplicates(["model", "part", "seed"])
-        table.to_csv(out / "walking.csv", index=False, float_format="%.5g")
-    return table.groupby(["part", "model"], sort=False)[["mse_50", "mse"]].agg(["mean", "std"])
+
+    def one(state: str, seed: int) -> list[dict]:
+        values, back = states[state]
+        varies = values[train].std(axis=0) > 1e-3
+        return walked(state, values[:, varies], back[varies], adata.obs, x, steps=steps, seed=seed)
+
+    table = filled(out / "walking.csv", one, seed=range(seeds), state=states)
+    table = table.drop_duplicates(["model", "part", "seed"])
+    return {"walking-summary": over_seeds(table, ["part", "model"], ["mse_50", "mse"])}
 
 
 def walked(name: str, state: np.ndarray, back: np.ndarray, obs, x: np.ndarray, **settings) -> list[dict]:
@@ -404,40 +403,3 @@ def walked(name: str, state: np.ndarray, back: np.ndarray, obs, x: np.ndarray, *
             square = (values - truth) ** 2
             rows.append({"model": model_name, "part": part, "mse_50": square[:, :50].mean(), "mse": square.mean()})
     return rows
-
-
-PARTS = {  # steps, function
-    "cells": (600, cells),
-    "later": (600, later),
-    "penalties": (300, penalties),
-    "progenitors": (400, progenitors),
-    "walking": (400, walking),
-}
-
-
-def main() -> None:
-    """Run one of the parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "synthetic", *PARTS])
-    parser.add_argument("--out", type=Path, default=Path("dynamics"))
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=None, help="of a fit; the default depends on the part")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.part == "speed":
-        table = speed()
-        table.to_csv(options.out / "speed.csv", index=False)
-    elif options.part == "synthetic":
-        table = synthetic(options.out, options.seeds, options.steps or 400)
-        print(claims(table).to_string())
-    else:
-        steps, function = PARTS[options.part]
-        table = function(options.out, options.data_dir, options.steps or steps)
-    whole = options.part not in ("synthetic", "cells")
-    print(table.round(4).to_string() if whole else f"{len(table)} rows in {options.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """SE trained on several data sets at once, beside principal components of the same number: what each knows of cells.
 
-    python benchmarks/embedding.py --data-dir DATA --out embedding --vectors gene2vec_200d_f16.npz --seeds 2
-
 Training: PBMC3K, the control cells of Kang, and CD34+ marrow, without the cell types HELD_OUT. Components are fitted on
 the same cells and genes, those that have a vector. Then all cells of PBMC3K and Kang are embedded, held-out types and
 stimulated cells too, and `label_scores` reads from them: the type, of all cells and of those of held-out types alone,
@@ -11,8 +9,6 @@ logistic regression of the types that was trained on PBMC3K. The embedding is al
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +16,6 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -29,8 +24,59 @@ from sklearn.metrics import balanced_accuracy_score
 import invirtuo as iv
 from invirtuo.genes import read_vectors
 from invirtuo.metrics import label_scores
+from studies.harness import Rows, Tables, filled, over_seeds, spent, study
 
 HELD_OUT = ("B cells", "NK cells", "Dendritic cells")  # in no training cell
+
+
+@study(quick={"steps": 2, "seeds": 1})
+def embedding(
+    *,
+    out: Path,
+    vectors: Path,
+    data_dir: str | None = None,
+    steps: int | None = None,
+    variants: Sequence[str] = ("SE, gene2vec", "SE, random vectors"),
+    seeds: int = 2,
+) -> Tables:
+    """What SE, trained on several data sets, knows of cells, beside principal components.
+
+    Parameters
+    ----------
+    variants
+        Vectors of genes that SE begins with, beside components of as many numbers.
+    """
+    with np.load(vectors) as arrays:
+        data = cells(data_dir, arrays["genes"].astype(str))
+    train = training_cells(data)
+    print(f"{train.n_obs} training cells of {train.obs['dataset'].nunique()} data sets, {train.n_vars} genes")
+    design = iv.Design.from_adata(train, covariates=["dataset"])
+    kind = iv.models.StateEmbedding
+    width = read_vectors(vectors, train.var_names[:1]).shape[1]
+    options = {"SE, gene2vec": {"gene_vectors": str(vectors), "gene_width": width}, "SE, random vectors": {}}
+    preset = replace(kind.PRESETS["default"].fit, progress=False)
+    preset = replace(preset, steps=steps) if steps else preset
+    costs = Rows(out / "costs.csv")
+
+    def one(embedding: str, seed: int) -> pd.DataFrame:
+        if embedding not in options:
+            return scores(components(train, data, n, seed), data, seed)
+        model = kind(design, train.var_names, replace(kind.Config(), **options[embedding]))
+        with spent() as fitting:
+            model.fit(train, config=replace(preset, seed=seed))
+        with spent() as embedded:
+            z = {name: model.embed(adata).X for name, adata in data.items()}
+        again = model.embed(data["pbmc3k"][::-1].copy()).X[::-1]
+        backwards = np.abs(again - z["pbmc3k"]).max()
+        row = {"fit_seconds": fitting["cpu_seconds"], "embed_seconds": embedded["cpu_seconds"], "backwards": backwards}
+        costs.add({"embedding": embedding, "seed": seed}, row)
+        return scores(z, data, seed)
+
+    n = kind(design, train.var_names).n_embedding
+    names = [*(name for name in options if name in variants), f"PCA, {n} components"]
+    table = filled(out / "scores.csv", one, seed=range(seeds), embedding=names)
+    summary = over_seeds(table, ["data", "task", "metric", "embedding"])
+    return {"summary": summary, "means": summary["mean"].unstack()}
 
 
 def cells(data_dir: str | None, genes: Sequence[str]) -> dict[str, anndata.AnnData]:
@@ -63,14 +109,12 @@ def training_cells(data: dict[str, anndata.AnnData]) -> anndata.AnnData:
 def components(train: anndata.AnnData, data: dict[str, anndata.AnnData], n: int, seed: int) -> dict[str, np.ndarray]:
     """Principal components of every data set, fitted on the training cells."""
     pca = PCA(n, svd_solver="randomized", random_state=seed).fit(train.X.toarray())
-    place = {name: train.var_names.get_indexer(adata.var_names) for name, adata in data.items()}
-    spread = {
-        name: sparse.csr_matrix(
-            (np.ones(adata.n_vars), (np.arange(adata.n_vars), place[name])), (adata.n_vars, train.n_vars)
-        )
-        for name, adata in data.items()
-    }
-    return {name: pca.transform((adata.X @ spread[name]).toarray()) for name, adata in data.items()}
+    z = {}
+    for name, adata in data.items():
+        own, shared = np.arange(adata.n_vars), train.var_names.get_indexer(adata.var_names)
+        spread = sparse.csr_matrix((np.ones(adata.n_vars), (own, shared)), (adata.n_vars, train.n_vars))
+        z[name] = pca.transform((adata.X @ spread).toarray())
+    return z
 
 
 def scores(z: dict[str, np.ndarray], data: dict[str, anndata.AnnData], seed: int) -> pd.DataFrame:
@@ -105,61 +149,3 @@ def transferred(z: dict[str, np.ndarray], data: dict[str, anndata.AnnData]) -> f
     mean, spread = z["pbmc3k"].mean(axis=0), z["pbmc3k"].std(axis=0) + 1e-6
     model = LogisticRegression(max_iter=2000).fit((z["pbmc3k"][at[0]] - mean) / spread, kinds[0][at[0]])
     return balanced_accuracy_score(kinds[1][at[1]], model.predict((z["kang"][at[1]] - mean) / spread))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, embed, score; print means over groups and seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir")
-    parser.add_argument("--vectors", required=True, help=".npz with vectors of genes, such as gene2vec")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("embedding"))
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--variants", nargs="*", default=["SE, gene2vec", "SE, random vectors"])
-    parser.add_argument("--set", nargs="*", default=[], help="field=value of the Config")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with np.load(args.vectors) as arrays:
-        data = cells(args.data_dir, arrays["genes"].astype(str))
-    train = training_cells(data)
-    print(f"{train.n_obs} training cells of {train.obs['dataset'].nunique()} data sets, {train.n_vars} genes")
-    design = iv.Design.from_adata(train, covariates=["dataset"])
-    kind = iv.models.StateEmbedding
-    width = read_vectors(args.vectors, train.var_names[:1]).shape[1]
-    changes = {k: type(getattr(kind.Config(), k))(v) for k, v in (pair.split("=") for pair in args.set)}
-    variants = {"SE, gene2vec": {"gene_vectors": str(args.vectors), "gene_width": width}, "SE, random vectors": {}}
-    tables = []
-    for seed in range(args.seeds):
-        n_embedding = 0
-        for name, options in variants.items():
-            if name not in args.variants:
-                continue
-            model = kind(design, train.var_names, replace(kind.Config(), **options, **changes))
-            fit = replace(kind.PRESETS["default"].fit, seed=seed, progress=False)
-            fit = replace(fit, steps=args.steps) if args.steps else fit
-            fit = replace(fit, lr=args.lr) if args.lr else fit
-            start = time.process_time()
-            model.fit(train, config=fit)
-            fitted = time.process_time() - start
-            z = {d: model.embed(adata).X for d, adata in data.items()}
-            seconds = time.process_time() - start - fitted
-            again = model.embed(data["pbmc3k"][::-1].copy()).X[::-1]
-            print(f"{name}, seed {seed}: fit {fitted:.0f}, embedding {seconds:.0f} CPU s; "
-                  f"backwards differs by {np.abs(again - z['pbmc3k']).max():.1e}", flush=True)  # fmt: skip
-            tables.append(scores(z, data, seed).assign(embedding=name, seed=seed))
-            model.history.to_csv(args.out / f"history-{seed}.csv", index=False)
-            n_embedding = model.n_embedding
-        z = components(train, data, n_embedding, seed)
-        tables.append(scores(z, data, seed).assign(embedding=f"PCA, {n_embedding} components", seed=seed))
-        table = pd.concat(tables, ignore_index=True)
-        table.to_csv(args.out / "scores.csv", index=False)
-    means = table.groupby(["data", "task", "metric", "embedding", "seed"])["value"].mean().groupby(level=[0, 1, 2, 3])
-    summary = means.agg(["mean", "std"]).round(4)
-    summary.to_csv(args.out / "summary.csv")
-    print(summary["mean"].unstack().to_string())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,5 @@
 """Cost of judging: the PerturBench set against its published arrangement, the cell-eval set against the package itself.
 
-    python benchmarks/metrics.py perturbench --threads 2
-    python benchmarks/metrics.py cell-eval --threads 2 --cell-eval-python OTHER/bin/python
-
 The first compares one call of `evaluate`, ranks included, with one uncached pair after another: P^2 pairs for every
 ranked metric, three float32 distance matrices a pair for the energy distances. A sample of the pairs is timed and
 scaled up to all. Principal components, which both need once, are timed once and count for both. The second runs our
@@ -12,49 +9,123 @@ profile "cell_eval" and the package (in another environment, it is no dependency
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-SEED = 0
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
 
-THEIRS = """
-import json, resource, sys
-def cpu():
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-import anndata, logging
-from cell_eval import MetricsEvaluator
-pred, real, out, threads, warm = sys.argv[1:]
-def score(pred, real):
-    roles = {"control_pert": "control", "pert_col": "gene"}
-    evaluator = MetricsEvaluator(pred, real, **roles, num_threads=int(threads), outdir=out)
-    return evaluator.compute(skip_metrics=["clustering_agreement"], write_csv=False)
-pred, real = anndata.read_h5ad(pred), anndata.read_h5ad(real)
-if warm == "warm":
-    few = ["control", "P00", "P01", "P02"]
-    score(*(adata[adata.obs["gene"].isin(few).to_numpy()][:, :200].copy() for adata in (pred, real)))
-before = cpu()
-score(pred, real)
-print(json.dumps({"cpu": cpu() - before, "total": cpu(), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
-"""
+import invirtuo as iv
+from invirtuo.files import writing
+from invirtuo.metrics import Pair, de, distribution, mean
+from studies import rivals
+from studies.harness import Tables, apart, cpu_seconds, filled, spent, study
+
+SEED = 0
+FEW = ["control", "P00", "P01", "P02"]
+
+
+@study(quick={"perturbations": 3, "cells": 20, "controls": 20, "genes": 200, "sample": 1, "repeats": 1})
+def perturbench(
+    *,
+    out: Path,
+    perturbations: int = 60,
+    cells: int = 500,
+    controls: int = 1000,
+    genes: int = 5000,
+    sample: int = 20,
+    repeats: int = 3,
+    threads: int = 2,
+) -> Tables:
+    """CPU seconds of the PerturBench set with ranks, beside uncached pairs of the published arrangement.
+
+    Parameters
+    ----------
+    perturbations, cells, controls, genes
+        Size of the synthetic screen: perturbations, cells of each, control cells, genes.
+    sample
+        Pairs timed for each metric; what all would take is extrapolated.
+    """
+    paths = files(out, perturbations, cells, controls, genes)
+
+    def one(repeat: int) -> dict:
+        ours = apart(score, threads=threads, profile="perturbench", warm=False, **paths)
+        pairs = apart(published, threads=threads, n_sample=sample, **paths)
+        return {name: ours[name] for name in ("scoring_seconds", "scoring_wall_seconds", "peak_gib")} | pairs["seconds"]
+
+    runs = filled(out / "runs.csv", one, repeat=range(repeats))
+    once, ours = runs["principal components"], runs["scoring_seconds"]
+    pairs = runs[list(METRICS)] * perturbations**2
+    theirs = pairs.sum(axis=1) + once
+    summary = {
+        "published, extrapolated": theirs.median(),
+        "ours": ours.median(),
+        "ratio": (theirs / ours).median(),
+        "ratio without principal components": ((theirs - once) / (ours - once)).median(),
+        "ours, wall": runs["scoring_wall_seconds"].median(),
+        "ours, peak GiB": runs["peak_gib"].max(),
+    }
+    by_metric = pd.DataFrame({"ms a pair": runs[list(METRICS)].median() * 1e3, "all pairs, s": pairs.median()})
+    return {"by-metric": by_metric.rename_axis("metric"), "summary": pd.DataFrame([summary])}
+
+
+@study(quick={"perturbations": 4, "cells": 20, "controls": 40, "genes": 300, "repeats": 1})
+def cell_eval(
+    *,
+    out: Path,
+    cell_eval_python: str,
+    perturbations: int = 50,
+    cells: int = 100,
+    controls: int = 2000,
+    genes: int = 5000,
+    repeats: int = 3,
+    threads: int = 2,
+) -> Tables:
+    """CPU seconds of the profile cell_eval, beside the package cell-eval.
+
+    Parameters
+    ----------
+    cell_eval_python
+        Interpreter of an environment with cell-eval.
+    perturbations, cells, controls, genes
+        Size of the synthetic screen: perturbations, cells of each, control cells, genes.
+    """
+    paths = files(out, perturbations, cells, controls, genes)
+
+    def one(repeat: int, start: str) -> dict:
+        warm = start == "warm"
+        ours = apart(score, threads=threads, profile="cell_eval", warm=warm, **paths)
+        theirs = apart(rivals.cell_eval, python=cell_eval_python, threads=threads, out=out, warm=warm, **paths)
+        key = "scoring_seconds" if warm else "cpu_seconds"
+        return {"cell-eval": theirs[key], "ours": ours[key], "ratio": theirs[key] / ours[key]}
+
+    runs = filled(out / "runs.csv", one, repeat=range(repeats), start=("cold", "warm"))
+    medians = runs.groupby("start")[["cell-eval", "ours", "ratio"]].median()
+    names = {"cold": "whole process, imports and compilation", "warm": "scoring after a small warm-up"}
+    return {"summary": medians.rename(names)}
+
+
+# ---- a synthetic screen --------------------------------------------------------------------------------------------
+
+
+def files(out: Path, n_perturbations: int, n_cells: int, n_controls: int, n_genes: int) -> dict[str, Path]:
+    """Paths of both sides, written unless they are there."""
+    paths = {"pred": out / "pred.h5ad", "real": out / "real.h5ad"}
+    for seed, path in enumerate(paths.values(), start=1):
+        if not path.exists():
+            adata = screen(seed, n_perturbations, n_cells, n_controls, n_genes)
+            with writing(path) as unfinished:
+                adata.write_h5ad(unfinished)
+            print(f"{path.name}: {adata.n_obs} cells, {adata.X.nnz / np.prod(adata.shape):.0%} non-zero")
+    return paths
 
 
 def screen(seed: int, n_perturbations: int, n_cells: int, n_controls: int, n_genes: int):
     """Log1p of counts per 10 000 of a synthetic screen, CSR float32; two seeds share the effects."""
-    import anndata
-    import numpy as np
-    import pandas as pd
-    from scipy import sparse
-
     truth, rng = np.random.default_rng(99), np.random.default_rng(seed)
     base = truth.lognormal(-2.2, 1.4, n_genes)
     blocks, labels = [], []
@@ -72,181 +143,65 @@ def screen(seed: int, n_perturbations: int, n_cells: int, n_controls: int, n_gen
     return anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=[f"G{i:05d}" for i in range(n_genes)]))
 
 
-def cpu() -> float:
-    """CPU seconds of this process so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+# ---- what is measured, each in a process of its own -----------------------------------------------------------------
 
 
-def ours(pred: str, real: str, profile: str, warm: bool) -> dict[str, float]:
-    """Score two files once: seconds, CPU seconds, CPU seconds with imports, peak memory in GiB."""
-    import anndata
-
-    import invirtuo as iv
-
+def score(pred: str, real: str, profile: str, warm: bool) -> dict[str, float]:
+    """Score two files once: CPU and wall seconds of that alone."""
     sides = [anndata.read_h5ad(path) for path in (pred, real)]
     design = iv.Design.from_adata(sides[1], perturbation="gene", control="control")
     if warm:
-        small = [a[a.obs["gene"].isin(["control", "P00", "P01", "P02"]).to_numpy()][:, :200].copy() for a in sides]
+        small = [adata[adata.obs["gene"].isin(FEW).to_numpy()][:, :200].copy() for adata in sides]
         iv.evaluate(*small, design, profile, controls="pred")
-    before, started = cpu(), time.perf_counter()
-    iv.evaluate(*sides, design, profile, controls="pred" if profile == "cell_eval" else "real")
-    return {
-        "seconds": time.perf_counter() - started,
-        "cpu": cpu() - before,
-        "total": cpu(),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    with spent() as cost:
+        iv.evaluate(*sides, design, profile, controls="pred" if profile == "cell_eval" else "real")
+    return {"scoring_seconds": cost["cpu_seconds"], "scoring_wall_seconds": cost["wall_seconds"]}
 
 
-def published(pred: str, real: str, n_sample: int) -> dict[str, float]:
+def published(pred: str, real: str, n_sample: int) -> dict[str, dict[str, float]]:
     """Median CPU seconds of one uncached pair of conditions by metric, and those of the principal components."""
-    import anndata
-    import numpy as np
-    import torch
-
-    import invirtuo as iv
-    from invirtuo.metrics import Pair, de, distribution, mean
-
     sides = [anndata.read_h5ad(path) for path in (pred, real)]
-    design = iv.Design.from_adata(sides[1], perturbation="gene", control="control")
-    pair = Pair(*sides, design)
-    before = cpu()
+    pair = Pair(*sides, iv.Design.from_adata(sides[1], perturbation="gene", control="control"))
+    before = cpu_seconds()
     distribution.axes_of_all(pair)
-    found = {"principal components": cpu() - before}
+    seconds = {"principal components": cpu_seconds() - before}
     rng = np.random.default_rng(SEED)
+    for metric, (view, function) in METRICS.items():
+        sampled = [seconds_of_a_pair(pair, view, function, rng) for _ in range(n_sample + 1)]
+        seconds[metric] = statistics.median(sampled[1:])
+    return {"seconds": seconds}
 
-    def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        squares = (x * x).sum(1)[:, None] - 2 * (x @ y.T) + (y * y).sum(1)[None]
-        return squares.clamp_min(1e-8).sqrt().mean()
 
-    def energy(x: np.ndarray, y: np.ndarray) -> float:
-        x, y = torch.from_numpy(x), torch.from_numpy(y)
-        return float(distances(x, y) - distances(x, x) / 2 - distances(y, y) / 2)
-
-    metrics = {
-        "mmd_gex": ("cells", energy),
-        "mmd_pca": ("pca", energy),
-        "deg_recall": ("scores", de.top_k_recall),
-        "cosine_logfc": ("logfc", mean.cosine),
-        "rmse_mean": ("mean", mean.rmse),
-    }
+def seconds_of_a_pair(pair: Pair, view: str, function: Callable, rng: np.random.Generator) -> float:
+    """CPU seconds of one metric of a predicted and a real condition, drawn with equal chance."""
     names = pair.conditions.index
-    for metric, (view, function) in metrics.items():
-        times = []
-        for repeat in range(n_sample + 1):
-            i, j = rng.choice(len(names), 2)
-            views = [pair.see(view, side, names[k]) for side, k in (("pred", i), ("real", j))]
-            if function is energy:
-                views = [np.ascontiguousarray(cells, dtype=np.float32) for cells in views]
-            before = cpu()
-            for _ in range(1 if function is energy else 100):
-                function(*views)
-            if repeat:
-                times.append((cpu() - before) / (1 if function is energy else 100))
-        found[metric] = statistics.median(times)
-    return found
+    i, j = rng.choice(len(names), 2)
+    views = [pair.see(view, side, names[k]) for side, k in (("pred", i), ("real", j))]
+    times = 100
+    if function is energy:
+        views, times = [np.ascontiguousarray(cells, dtype=np.float32) for cells in views], 1
+    before = cpu_seconds()
+    for _ in range(times):
+        function(*views)
+    return (cpu_seconds() - before) / times
 
 
-def child(arguments: list[str], threads: int, python: str = sys.executable, code: str | None = None) -> dict:
-    """Run one measurement in a process of its own; its last line is JSON."""
-    call = [python, "-c", code] if code else [python, __file__]
-    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
-    done = subprocess.run([*call, *arguments], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(call[:1])} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def energy(x: np.ndarray, y: np.ndarray) -> float:
+    """Half the energy distance, from three distance matrices."""
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    return float(distances(x, y) - distances(x, x) / 2 - distances(y, y) / 2)
 
 
-def files(args: argparse.Namespace, folder: str, n_controls: int) -> list[str]:
-    """Write both sides; print what they are."""
-    paths = []
-    for seed, name in ((1, "pred"), (2, "real")):
-        adata = screen(seed, args.perturbations, args.cells, n_controls, args.genes)
-        paths.append(str(Path(folder) / f"{name}.h5ad"))
-        adata.write_h5ad(paths[-1])
-    filled = adata.X.nnz / (adata.n_obs * adata.n_vars)
-    print(f"{args.perturbations} perturbations x {args.cells} cells + {n_controls} controls, {args.genes} genes, "
-          f"{filled:.0%} non-zero, {args.threads} threads, medians of {args.repeats} runs")  # fmt: skip
-    return paths
+def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean distance between the rows of x and those of y."""
+    squares = (x * x).sum(1)[:, None] - 2 * (x @ y.T) + (y * y).sum(1)[None]
+    return squares.clamp_min(1e-8).sqrt().mean()
 
 
-def perturbench(args: argparse.Namespace) -> None:
-    """The published set with ranks against uncached pairs."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = files(args, folder, args.controls or 1000)
-        rows = []
-        for _ in range(args.repeats):
-            pairs = child(["published", *paths, str(args.sample)], args.threads)
-            rows.append((child(["ours", *paths, "perturbench", "cold"], args.threads), pairs))
-    total = args.perturbations**2
-    print(f"published arrangement: {args.sample} of {total} pairs of each metric timed, EXTRAPOLATED to {total}")
-    once = [pairs.pop("principal components") for _, pairs in rows]
-    for metric in rows[0][1]:
-        one = statistics.median(pairs[metric] for _, pairs in rows)
-        print(f"  {metric:14s}{one * 1e3:10.3f} ms a pair{one * total:10.1f} s")
-    print(f"  principal components, once on both sides{statistics.median(once):8.1f} s")
-    theirs = [sum(pairs.values()) * total + shared for (_, pairs), shared in zip(rows, once, strict=True)]
-    mine = [run["cpu"] for run, _ in rows]
-    ratio = statistics.median(a / b for a, b in zip(theirs, mine, strict=True))
-    without = statistics.median((a - c) / (b - c) for a, b, c in zip(theirs, mine, once, strict=True))
-    print(f"CPU seconds: published {statistics.median(theirs):.1f} (extrapolated), ours {statistics.median(mine):.1f} "
-          f"({statistics.median(run['seconds'] for run, _ in rows):.1f} s wall), ratio {ratio:.1f}, "
-          f"without principal components {without:.1f}; "
-          f"our peak {max(run['peak'] for run, _ in rows):.2f} GiB")  # fmt: skip
-
-
-def cell_eval(args: argparse.Namespace) -> None:
-    """The profile "cell_eval" against the package."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = files(args, folder, args.controls or 2000)
-        runs: dict[str, list[tuple[dict, dict]]] = {"cold": [], "warm": []}
-        for _ in range(args.repeats):
-            for state, rows in runs.items():
-                mine = child(["ours", *paths, "cell_eval", state], args.threads)
-                theirs = child([*paths, folder, str(args.threads), state], args.threads, args.cell_eval_python, THEIRS)
-                rows.append((mine, theirs))
-    print(f"{'CPU seconds':38s}{'cell-eval':>10s}{'ours':>8s}{'ratio':>8s}")
-    for label, state, key in (
-        ("whole process, imports and compilation", "cold", "total"),
-        ("scoring after a small warm-up", "warm", "cpu"),
-    ):
-        pairs = [(theirs[key], mine[key]) for mine, theirs in runs[state]]
-        columns = [statistics.median(pair[k] for pair in pairs) for k in (0, 1)]
-        ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{label:38s}{columns[0]:10.2f}{columns[1]:8.2f}{ratio:8.1f}")
-
-
-def main() -> None:
-    """Measure one of the two, or be the process that is measured."""
-    if sys.argv[1:2] == ["ours"]:
-        _, _, pred, real, profile, state = sys.argv
-        print(json.dumps(ours(pred, real, profile, state == "warm")))
-        return
-    if sys.argv[1:2] == ["published"]:
-        import torch
-
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        print(json.dumps(published(*sys.argv[2:4], int(sys.argv[4]))))
-        return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("which", choices=["perturbench", "cell-eval"])
-    parser.add_argument("--perturbations", type=int, default=0, help="0: 60 for perturbench, 50 for cell-eval")
-    parser.add_argument("--cells", type=int, default=0, help="of each perturbation; 0: 500 and 100")
-    parser.add_argument("--controls", type=int, default=0, help="0: 1,000 and 2,000")
-    parser.add_argument("--genes", type=int, default=5000)
-    parser.add_argument("--sample", type=int, default=20, help="pairs timed for each metric")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cell-eval-python", help="interpreter of an environment with cell-eval")
-    args = parser.parse_args()
-    first = args.which == "perturbench"
-    if not first and not args.cell_eval_python:
-        parser.error("cell-eval: give --cell-eval-python, an interpreter with that package installed")
-    args.perturbations = args.perturbations or (60 if first else 50)
-    args.cells = args.cells or (500 if first else 100)
-    (perturbench if first else cell_eval)(args)
-
-
-if __name__ == "__main__":
-    main()
+METRICS = {
+    "mmd_gex": ("cells", energy),
+    "mmd_pca": ("pca", energy),
+    "deg_recall": ("scores", de.top_k_recall),
+    "cosine_logfc": ("logfc", mean.cosine),
+    "rmse_mean": ("mean", mean.rmse),
+}

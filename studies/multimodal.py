@@ -1,7 +1,5 @@
 """CFGen on peaks, and on genes and a second modality together: profiles of classes in generated and in held-out cells.
 
-    python benchmarks/multimodal.py --data-dir DATA --out multimodal
-
 Open bins of PBMC10k multiome (1,092 bins of 1 kb; its genes are no counts and are left out), by cell type. CITE-seq
 mini (400 cells): its genes as counts and its 14 proteins as above or below their median, by cluster of the proteins:
 too few cells for more than to see that it works. "training cells" are the mark to meet.
@@ -9,22 +7,32 @@ too few cells for more than to see that it works. "training cells" are the mark 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
 from sklearn.cluster import KMeans
 
 import invirtuo as iv
 from invirtuo.bench import marker_correlation
+from studies.harness import Tables, filled, fit, study
 
 BY = "cell_type"
+
+
+@study()
+def multimodal(*, out: Path, data_dir: Path, seeds: int = 1) -> Tables:
+    """Class profiles of peaks, genes and proteins in generated and in held-out cells."""
+
+    def one(dataset: str, seed: int) -> pd.DataFrame:
+        return compared(READERS[dataset](data_dir), seed)
+
+    table = filled(out / "profiles.csv", one, dataset=READERS, seed=range(seeds))
+    keys = ["dataset", "features", "model"]
+    return {"summary": table.groupby(keys, sort=False)[["pearson", "pearson_centred"]].mean()}
 
 
 def modality(path: Path, name: str):
@@ -53,14 +61,15 @@ def citeseq(folder: Path):
     return joined
 
 
+READERS = {"multiome": multiome, "citeseq": citeseq}
+
+
 def compared(cells, seed: int) -> pd.DataFrame:
     """Correlations of profiles of held-out cells with those of generated and of training cells."""
     test = np.random.default_rng(seed).random(cells.n_obs) < 1 / 3
     train, real = cells[~test].copy(), cells[test].copy()
     design = iv.Design.from_adata(train, covariates=[BY])
-    model = iv.models.CFGen(design, train.var_names, "multimodal")
-    options = vars(model.fit_config) | {"seed": seed, "progress": False}
-    model.fit(train, config=iv.FitConfig(**options))
+    model = fit(iv.models.CFGen(design, train.var_names, "multimodal"), train, seed=seed)
     made = model.generate(labels=real.obs[[BY]].astype(str).reset_index(drop=True), seed=seed)
     tables = []
     for kind, is_peak in {"genes": False, "peaks or proteins": True}.items():
@@ -69,25 +78,3 @@ def compared(cells, seed: int) -> pd.DataFrame:
             table = marker_correlation(side, real, BY, markers)
             tables.append(table.assign(model=name, features=kind, n_features=len(markers)))
     return pd.concat(tables)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit, generate, compare; print the mean over classes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("multimodal"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tables = []
-    for name, read in {"multiome": multiome, "citeseq": citeseq}.items():
-        tables.append(compared(read(args.data_dir), args.seed).assign(dataset=name))
-    table = pd.concat(tables)
-    table.round(4).to_csv(args.out / "profiles.csv", index=False)
-    keys = ["dataset", "features", "model"]
-    print(table.groupby(keys, sort=False)[["pearson", "pearson_centred"]].mean().round(3).to_string())
-
-
-if __name__ == "__main__":
-    main()

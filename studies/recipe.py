@@ -1,7 +1,5 @@
 """What a given quality costs: the paper's recipe (U-Net, 100 Euler steps) beside the default network, CPU seconds.
 
-    python benchmarks/recipe.py --data-dir DATA --out recipe
-
 Held-out donors of Kang. The U-Net (preset `small`) is fitted for a number of steps and sampled with 100 Euler steps;
 then the default is fitted for a tenth of the U-Net's CPU seconds, and for a fifth, and sampled with its own solver. One
 thread for both, one after the other.
@@ -9,7 +7,6 @@ thread for both, one after the other.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,13 +14,14 @@ from pathlib import Path
 
 import lightning
 import pandas as pd
-import torch
 
 from invirtuo.bench import TASKS
-from invirtuo.metrics import Pair, score
+from invirtuo.metrics import Pair
 from invirtuo.models.primeflow import PRiMeFlow
+from studies.harness import Rows, Tables, fit, grid, mean_scores, part, spent, study
 
 METRICS = ("mmd_gex", "mmd_pca", "energy_distance", "variance_ratio", "deg_recall", "cosine_logfc", "rmse_mean")
+UNET = "U-Net, 100 Euler steps"
 PACE = 20  # steps of the fit that shows how long a step takes
 
 
@@ -40,50 +38,63 @@ class Until(lightning.Callback):
         trainer.should_stop |= time.process_time() - self.began >= self.seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit, sample, judge, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir")
-    parser.add_argument("--out", type=Path, default=Path("recipe"))
-    parser.add_argument("--task", default="kang-donor")
-    parser.add_argument("--genes", type=int, default=500)
-    parser.add_argument("--unet-steps", type=int, default=600)
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2], help="of the U-Net's CPU seconds")
-    parser.add_argument("--cells", type=int, default=100, help="of every condition")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    adata, design, split = replace(TASKS[args.task], n_genes=args.genes).load(0, data_dir=args.data_dir)
-    real = adata[(split == "test").to_numpy()].copy()
-    rows = []
+@study(quick={"genes": 100, "unet_steps": 2, "shares": [0.5], "cells": 10})
+def recipe(
+    *,
+    out: Path,
+    data_dir: str | None = None,
+    task: str = "kang-donor",
+    genes: int = 500,
+    unet_steps: int = 600,
+    shares: Sequence[float] = (0.1, 0.2),
+    cells: int = 100,
+    seeds: int = 1,
+) -> Tables:
+    """Quality of the default network at shares of the CPU seconds of the paper's recipe.
 
-    def judged(name: str, model: PRiMeFlow, fit, callbacks=(), **sampling) -> float:
-        start = time.process_time()
-        model.fit(adata, split, replace(fit, val_every=0, progress=False, seed=args.seed), callbacks=callbacks)
-        fitted = time.process_time()
-        predicted = model.predict("test", args.cells, seed=args.seed, **sampling)
-        seconds = {"fit_seconds": fitted - start, "sample_seconds": time.process_time() - fitted}
-        scores = score(Pair(predicted, real, design, n_pcs=30), METRICS)
-        wanted = design.names(pd.DataFrame(model.card["held_out"]["test"]))
-        means = scores[scores["condition"].isin(wanted)].groupby("metric")["value"].mean()
-        rows.append({"model": name, **seconds, "cells": predicted.n_obs, **means.reindex(METRICS)})
-        print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False), flush=True)
-        return seconds["fit_seconds"]
+    Parameters
+    ----------
+    task
+        Task of `invirtuo list tasks`.
+    unet_steps
+        Training steps of the U-Net.
+    shares
+        Shares of the U-Net's CPU seconds of training.
+    """
+    adata, design, split = replace(TASKS[task], n_genes=genes).load(0, data_dir=data_dir)
+    real = part(adata, split, "test")
+    rows = Rows(out / "recipe.csv")
 
-    unet = PRiMeFlow(design, adata.var_names, "small")
-    recipe = judged("U-Net, 100 Euler steps", unet, replace(unet.fit_config, steps=args.unet_steps),
-                    solver="euler", steps=100)  # fmt: skip
-    for share in args.shares:
-        model = PRiMeFlow(design, adata.var_names)
-        start = time.process_time()
-        model.fit(adata, split, replace(model.fit_config, steps=PACE, progress=False, val_every=0))
-        pace = (time.process_time() - start) / PACE
-        steps = max(int(share * recipe / pace), 1)
-        judged(f"default, {share:g} of the time", model, replace(model.fit_config, steps=steps),
-               [Until(share * recipe)])  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(args.out / f"recipe-{args.task}-{args.seed}.csv", index=False)
+    def one(model: str, seed: int) -> dict:
+        if model == UNET:
+            made, settings = PRiMeFlow(design, adata.var_names, "small"), {"steps": unet_steps}
+            callbacks, sampling = [], {"solver": "euler", "steps": 100}
+        else:
+            made, sampling = PRiMeFlow(design, adata.var_names), {}
+            seconds = float(model.split()[1]) * seconds_of_unet(rows.table, seed)
+            settings = {"steps": steps_within(seconds, made, adata, split)}
+            callbacks = [Until(seconds)]
+        with spent() as fitting:
+            fit(made, adata, split, val_every=0, seed=seed, callbacks=callbacks, **settings)
+        with spent() as sampled:
+            predicted = made.predict("test", cells, seed=seed, **sampling)
+        wanted = design.names(pd.DataFrame(made.card["held_out"]["test"]))
+        means = mean_scores(Pair(predicted, real, design, n_pcs=30), METRICS, wanted)
+        costs = {"fit_seconds": fitting["cpu_seconds"], "sample_seconds": sampled["cpu_seconds"]}
+        return costs | {"cells": predicted.n_obs} | means
+
+    models = [UNET, *(f"default, {share:g} of the time" for share in shares)]
+    return {"recipe": rows.fill(grid(seed=range(seeds), model=models), one)}
 
 
-if __name__ == "__main__":
-    main()
+def seconds_of_unet(table: pd.DataFrame, seed: int) -> float:
+    """CPU seconds that the U-Net was fitted for."""
+    mine = (table["model"] == UNET) & (table["seed"] == seed)
+    return float(table.loc[mine, "fit_seconds"].iloc[0])
+
+
+def steps_within(seconds: float, model: PRiMeFlow, adata, split) -> int:
+    """As many training steps as the seconds hold, by a short fit."""
+    with spent() as cost:
+        fit(model, adata, split, steps=PACE, val_every=0)
+    return max(int(seconds * PACE / cost["cpu_seconds"]), 1)

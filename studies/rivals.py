@@ -1,28 +1,94 @@
-"""What scDataset and cell-load read of the files of `scale.py make`; run by `scale.py measure --rivals PYTHON`.
+"""What other packages do of the same work; called in environments of their own, which lack this package.
 
-    pip install scDataset==0.3.0 cell-load==0.10.4        # in an environment of their own
-
-No worker processes: these would spread the same CPU seconds. Batches of 512 cells, dense float32; the pass ends after
-`--cells` cells and includes opening and what is read ahead for them. scDataset reads backed h5ad files through an
-AnnCollection, as in its paper (arXiv:2506.01883), in blocks of 16 rows and fetches of 256 batches, or with the blocks
-and the memory that ours has. cell-load gives sets of 64 cells with as many control cells, 8 sets at a time, with and
-without `use_consecutive_loading`.
+pip install scDataset==0.3.0 cell-load==0.10.4        # for scale-measure
+pip install cell-eval                                 # for metrics-cell-eval
+pip install scvi-tools                                # for generate
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import resource
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
+from studies.harness import cpu_seconds, spent
+
+CHUNK = 8192  # cells that are written at a time
 BATCH, SET = 512, 64
-CASES = ("scDataset", "scDataset, blocks of 512", "cell-load", "cell-load, consecutive")
+
+
+def scvi(data: str, out: str, n: int) -> dict:
+    """Train scVI for one epoch, sample its prior and write the counts."""
+    import anndata
+    import h5py
+    import torch
+    from anndata.io import sparse_dataset, write_elem
+    from scipy import sparse
+    from scvi.model import SCVI
+
+    adata = anndata.read_h5ad(data)
+    SCVI.setup_anndata(adata)
+    model = SCVI(adata, gene_likelihood="nb")
+    model.train(max_epochs=1, accelerator="cpu", logger=False)
+    depth = np.asarray(adata.X.sum(axis=1)).ravel()
+    rng, generative = np.random.default_rng(0), model.module.eval().generative
+    with spent() as cost, h5py.File(out, "w") as file, torch.no_grad():
+        for begin in range(0, n, CHUNK):
+            m = min(CHUNK, n - begin)
+            z = torch.randn(m, model.module.n_latent)
+            library = torch.log(torch.from_numpy(rng.choice(depth, m)).float())[:, None]
+            counts = generative(z, library, torch.zeros(m, 1, dtype=torch.long))["px"].sample()
+            chunk = sparse.csr_matrix(counts.numpy().astype(np.int32))
+            if begin:
+                sparse_dataset(file["X"]).append(chunk)
+            else:
+                chunk.indptr = chunk.indptr.astype(np.int64)
+                write_elem(file, "X", chunk, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+    return cost
+
+
+def cell_eval(pred: str, real: str, out: str, warm: bool) -> dict:
+    """Score two files with cell-eval; CPU seconds of scoring alone."""
+    import anndata
+    from cell_eval import MetricsEvaluator
+
+    def score(pred, real):
+        roles = {"control_pert": "control", "pert_col": "gene"}
+        evaluator = MetricsEvaluator(pred, real, **roles, num_threads=int(os.environ["OMP_NUM_THREADS"]), outdir=out)
+        return evaluator.compute(skip_metrics=["clustering_agreement"], write_csv=False)
+
+    sides = [anndata.read_h5ad(path) for path in (pred, real)]
+    if warm:
+        few = ["control", "P00", "P01", "P02"]
+        score(*(adata[adata.obs["gene"].isin(few).to_numpy()][:, :200].copy() for adata in sides))
+    before = cpu_seconds()
+    score(*sides)
+    return {"scoring_seconds": cpu_seconds() - before}
+
+
+def read_files(case: str, folder: str, cells: int) -> dict:
+    """One pass of scDataset or cell-load over the files of `scale-make`, until so many cells are read.
+
+    No worker processes: these would spread the same CPU seconds. Batches of 512 cells, dense float32; opening counts,
+    and what is read ahead. scDataset reads backed h5ad files through an AnnCollection, as in its paper
+    (arXiv:2506.01883), in blocks of 16 rows and fetches of 256 batches, or with the blocks and the memory that ours
+    has. cell-load gives sets of 64 cells with as many control cells, 8 sets at a time, with and without
+    `use_consecutive_loading`.
+    """
+    files = sorted(Path(folder).glob("*.h5ad"))
+    if case.startswith("cell-load"):
+        batches = cell_load(files, case.endswith("consecutive"))
+    else:
+        batches = scdataset(files, *((16, 256) if case == "scDataset" else (512, 180)))
+    n = 0
+    with spent() as cost:
+        for size in batches:
+            n += size
+            if n >= cells:
+                break
+    return {"cells": n} | cost
 
 
 def scdataset(files: list[Path], block: int, fetches: int):
@@ -62,32 +128,3 @@ def cell_load(files: list[Path], consecutive: bool):
         module.setup()
         for batch in module.train_dataloader():
             yield len(batch["pert_cell_emb"])
-
-
-def main() -> None:
-    """Print one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=CASES)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--cells", type=int, default=100_000)
-    args = parser.parse_args()
-    files = sorted(args.folder.glob("*.h5ad"))
-    if args.case.startswith("cell-load"):
-        batches = cell_load(files, args.case.endswith("consecutive"))
-    else:
-        batches = scdataset(files, *((16, 256) if args.case == "scDataset" else (512, 180)))
-    n, begun, started = 0, os.times(), time.perf_counter()
-    for size in batches:
-        n += size
-        if n >= args.cells:
-            break
-    spent, wall = sum(os.times()[:4]) - sum(begun[:4]), time.perf_counter() - started
-    print(json.dumps({
-        "case": args.case, "cells": n, "cpu_seconds": round(spent, 2),
-        "wall_seconds": round(wall, 2),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "cells_per_cpu_second": round(n / spent), "cells_per_second": round(n / wall)}))  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

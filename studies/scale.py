@@ -1,24 +1,15 @@
 """Reading cells from disk: cells per second, CPU seconds, peak memory and mixing of one pass, a fit, and scores.
 
-    python benchmarks/scale.py make FOLDER --cells 1000000     # generated cells in 20 files, and a shuffled store
-    python benchmarks/scale.py measure FOLDER --out scale.csv  # every case in a process of its own
-    python benchmarks/scale.py measure FOLDER --rivals PYTHON  # with scDataset and cell-load of another environment
-
 Cells are generated: 2,000 genes, 100 to 200 of them above zero in a cell; each file is a plate, sorted by perturbation,
-as files of screens often are. Batches of 512 cells are made dense, float32. On a busy machine look at CPU seconds.
+as files of screens often are. Batches of 512 cells are made dense, float32. Every case is measured in a process of its
+own. On a busy machine look at CPU seconds.
 
 `entropy` is the mean entropy of the labels in a batch over its mean in batches of a full shuffle: 1 is perfect mixing.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
@@ -26,10 +17,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+import invirtuo as iv
+from studies import rivals
+from studies.harness import Tables, apart, filled, spent, study
+
 N_GENES, N_FILES, N_PERTURBATIONS, BATCH = 2000, 20, 200, 512
-CASES = ("memory", "files", "store", "pairs", "sets", "sets of the files", "fit", "evaluate")
 SCORES = ("mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean")
-RIVALS = {
+CASES = ("memory", "files", "store", "pairs", "sets", "sets of the files", "fit", "evaluate")
+RIVALS = {  # cells that each reads
     "scDataset": 262_144,
     "scDataset, blocks of 512": 184_320,
     "cell-load": 2048,
@@ -37,18 +32,66 @@ RIVALS = {
 }
 
 
-def make(folder: Path, n_cells: int) -> None:
-    """Write the files and the shuffled store."""
-    import invirtuo as iv
+@study(quick={"cells": 2000})
+def make(folder: Path, *, out: Path, cells: int = 1_000_000) -> Tables:
+    """Generated cells in 20 files and in a shuffled store, for scale-measure; what the shuffling costs.
 
-    (folder / "files").mkdir(parents=True, exist_ok=True)
-    for k in range(N_FILES):
-        plate(k, n_cells // N_FILES).write_h5ad(folder / "files" / f"plate_{k:02d}.h5ad")
-    before = os.times()
-    started = time.perf_counter()
-    iv.store.shuffle(iv.CellStore.open(folder / "files"), folder / "store")
-    spent = cpu(before) | {"wall_seconds": round(time.perf_counter() - started, 1), "peak_gib": peak()}
-    print(json.dumps({"case": "shuffling", "cells": n_cells, **spent}))
+    Parameters
+    ----------
+    folder
+        Where the files and the store are written.
+    cells
+        Cells of all files together.
+    """
+
+    def one(cells: int) -> dict:
+        (folder / "files").mkdir(parents=True, exist_ok=True)
+        for k in range(N_FILES):
+            plate(k, cells // N_FILES).write_h5ad(folder / "files" / f"plate_{k:02d}.h5ad")
+        return apart(shuffle, folder=folder)
+
+    return {"shuffling": filled(out / "shuffling.csv", one, cells=[cells])}
+
+
+def shuffle(folder: str) -> dict:
+    """Write the shuffled store; in a process of its own."""
+    with spent() as cost:
+        iv.store.shuffle(iv.CellStore.open(Path(folder) / "files"), Path(folder) / "store")
+    return cost
+
+
+@study(quick={"cases": ["store"]})
+def measure(
+    folder: Path, *, out: Path, cases: Sequence[str] = CASES, memory: str = "256 MiB", rivals_python: str | None = None
+) -> Tables:
+    """Cells per second, memory and mixing of a pass, a fit and scores, from memory and from disk.
+
+    Parameters
+    ----------
+    folder
+        What scale-make has written.
+    cases
+        What is measured: memory, files, store, pairs, sets, sets of the files, fit, evaluate.
+    memory
+        Memory of a store for what it reads ahead.
+    rivals_python
+        Interpreter of an environment with scDataset and cell-load, to have them beside ours.
+    """
+
+    def one(case: str) -> dict:
+        if case in RIVALS:
+            row = apart(rivals.read_files, python=rivals_python, case=case, folder=folder / "files", cells=RIVALS[case])
+        else:
+            row = apart(MEASURED.get(case, one_pass), case=case, folder=folder, memory=memory)
+        for seconds, rate in (("cpu_seconds", "cells_per_cpu_second"), ("wall_seconds", "cells_per_second")):
+            row[rate] = row["cells"] / row[seconds]
+        return row
+
+    every = [*cases, *RIVALS] if rivals_python else cases
+    return {"scale": filled(out / "rows.csv", one, case=every)}
+
+
+# ---- cells ---------------------------------------------------------------------------------------------------------
 
 
 def plate(k: int, n: int) -> anndata.AnnData:
@@ -74,14 +117,62 @@ def plate(k: int, n: int) -> anndata.AnnData:
     return anndata.AnnData(x, obs=obs, var=pd.DataFrame(index=[f"gene_{i}" for i in range(N_GENES)]))
 
 
-def cpu(before: os.times_result) -> dict[str, float]:
-    """CPU seconds of this process and its children since `before`."""
-    return {"cpu_seconds": round(sum(os.times()[:4]) - sum(before[:4]), 2)}
+def dataset(case: str, folder: Path, memory: str):
+    """The cells of a case as a CellDataset."""
+    if case == "memory":
+        files = [anndata.read_h5ad(path) for path in sorted((folder / "files").iterdir())]
+        cells = anndata.concat(files, merge="same")
+        cells.obs = cells.obs.astype("category")
+    else:
+        cells = iv.CellStore.open(folder / ("files" if case.endswith("files") else "store"), memory=memory)
+    roles = {"perturbation": "perturbation", "control": "control", "covariates": ["cell_line"]}
+    return cells, iv.Design.from_adata(cells.obs, **roles)
 
 
-def peak() -> float:
-    """Largest resident memory of this process so far, GiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+# ---- cases, each in a process of its own -----------------------------------------------------------------------------
+
+
+def one_pass(case: str, folder: str, memory: str) -> dict:
+    """One pass over all cells."""
+    with spent() as opening:
+        cells, design = dataset(case, Path(folder), memory)
+        data = iv.CellDataset(cells, design)
+    kind = case.split(maxsplit=1)[0]
+    grouped = kind in ("pairs", "sets")
+    sampler = iv.samplers.named(kind if grouped else "cells", 64)
+    seen, total = [], 0.0
+    with spent() as cost:
+        for batch in data.batches(sampler, BATCH, seed=1):
+            seen.append(batch.index.numpy())
+            total += float(batch.target[0, 0])
+    n = sum(map(len, seen))
+    opened = opening["cpu_seconds"]
+    row = {"cells": n, "opening_cpu_seconds": opened, "with_opening": n / (opened + cost["cpu_seconds"])}
+    return row | cost | ({} if grouped else mixing(data.obs, seen))
+
+
+def fit(case: str, folder: str, memory: str) -> dict:
+    """Fit a small model for 500 steps."""
+    with spent() as cost:
+        cells, design = dataset(case, Path(folder), memory)
+        model = iv.models.LinearAdditive(design, cells.var_names)
+        rng = np.random.default_rng(0)
+        split = pd.Series(np.where(rng.random(cells.n_obs) < 0.9, "train", "val"), index=cells.obs.index)
+        config = iv.FitConfig(steps=500, batch_size=BATCH, val_every=100, progress=False, precision="fp32")
+        model.fit(cells, split, config)
+    return {"cells": 500 * BATCH} | cost
+
+
+def evaluate(case: str, folder: str, memory: str) -> dict:
+    """Score the cells of the shuffled store, as predictions, against those of the files."""
+    design = iv.Design(perturbation="perturbation", control="control", covariates=("cell_line",))
+    with spent() as cost:
+        scores = iv.evaluate(Path(folder) / "store", Path(folder) / "files", design, list(SCORES))
+    cells = int(scores.loc[scores["metric"] == SCORES[0], "n_real"].sum())
+    return {"cells": cells, "conditions": len(scores) // len(SCORES)} | cost
+
+
+MEASURED = {"fit": fit, "evaluate": evaluate}
 
 
 def entropies(labels: list[np.ndarray]) -> float:
@@ -94,129 +185,10 @@ def mixing(obs: pd.DataFrame, batches: list[np.ndarray]) -> dict[str, float]:
     """Entropy of the plates and perturbations of batches over that of a full shuffle."""
     order = np.random.default_rng(12345).permutation(len(obs))
     whole = [order[i : i + BATCH] for i in range(0, len(obs), BATCH)]
+    full = [batch for batch in batches if len(batch) == BATCH]
     found = {}
     for column in ("plate", "perturbation"):
         codes = obs[column].cat.codes.to_numpy().astype(np.int64)
-        full = [b for b in batches if len(b) == BATCH]
-        found[f"entropy_{column}"] = round(
-            entropies([codes[b] for b in full]) / entropies([codes[b] for b in whole]), 4
-        )
+        best = entropies([codes[batch] for batch in whole])
+        found[f"entropy_{column}"] = entropies([codes[batch] for batch in full]) / best
     return found
-
-
-def dataset(case: str, folder: Path, memory: str):
-    """The cells of a case as a CellDataset."""
-    import invirtuo as iv
-
-    if case == "memory":
-        files = [anndata.read_h5ad(path) for path in sorted((folder / "files").iterdir())]
-        cells = anndata.concat(files, merge="same")
-        cells.obs = cells.obs.astype("category")
-    else:
-        cells = iv.CellStore.open(folder / ("files" if case.endswith("files") else "store"), memory=memory)
-    roles = {"perturbation": "perturbation", "control": "control", "covariates": ["cell_line"]}
-    return cells, iv.Design.from_adata(cells.obs, **roles)
-
-
-def measure(case: str, folder: Path, memory: str) -> dict:
-    """One pass of a case, in this process."""
-    import torch
-
-    import invirtuo as iv
-
-    torch.set_num_threads(1)
-    before, started = os.times(), time.perf_counter()
-    if case == "evaluate":
-        return evaluate(folder, before, started)
-    cells, design = dataset(case, folder, memory)
-    if case == "fit":
-        return fit(cells, design, before, started)
-    data = iv.CellDataset(cells, design)
-    opened = cpu(before)["cpu_seconds"]
-    seen, total, before, started = [], 0.0, os.times(), time.perf_counter()
-    kind = case.split(maxsplit=1)[0]  # of sampler; cells are the other cases
-    sampler = iv.samplers.named(kind if kind in ("pairs", "sets") else "cells", 64)
-    for batch in data.batches(sampler, BATCH, seed=1):
-        seen.append(batch.index.numpy())
-        total += float(batch.target[0, 0])
-    spent = cpu(before) | {"wall_seconds": round(time.perf_counter() - started, 2)}
-    n = sum(map(len, seen))
-    result = {"case": case, "cells": n, "opening_cpu_seconds": opened, **spent, "peak_gib": peak()}
-    result["cells_per_cpu_second"] = round(n / spent["cpu_seconds"])
-    result["cells_per_second"] = round(n / spent["wall_seconds"])
-    result["with_opening"] = round(n / (opened + spent["cpu_seconds"]))  # cells per CPU second
-    return result | (mixing(data.obs, seen) if kind not in ("pairs", "sets") else {})
-
-
-def fit(cells, design, before, started) -> dict:
-    """Fit a small model for 500 steps."""
-    import invirtuo as iv
-
-    model = iv.models.LinearAdditive(design, cells.var_names)
-    rng = np.random.default_rng(0)
-    split = pd.Series(np.where(rng.random(cells.n_obs) < 0.9, "train", "val"), index=cells.obs.index)
-    config = iv.FitConfig(steps=500, batch_size=BATCH, val_every=100, progress=False, precision="fp32")
-    model.fit(cells, split, config)
-    spent = cpu(before) | {"wall_seconds": round(time.perf_counter() - started, 2)}
-    return {"case": "fit", "cells": 500 * BATCH, **spent, "peak_gib": peak()}
-
-
-def evaluate(folder: Path, before, started) -> dict:
-    """Score the cells of the shuffled store, as predictions, against those of the files."""
-    import invirtuo as iv
-
-    design = iv.Design(perturbation="perturbation", control="control", covariates=("cell_line",))
-    scores = iv.evaluate(folder / "store", folder / "files", design, list(SCORES))
-    spent = cpu(before) | {"wall_seconds": round(time.perf_counter() - started, 2)}
-    cells = int(scores.loc[scores["metric"] == SCORES[0], "n_real"].sum())
-    return {"case": "evaluate", "cells": cells, "conditions": len(scores) // len(SCORES), **spent, "peak_gib": peak()}
-
-
-def in_a_process(command: list, **environment: str) -> dict:
-    """Measure a case in a process of its own."""
-    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, command)], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"case": command[-3], "failed": done.stderr[-500:]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def commands(args: argparse.Namespace) -> list[list]:
-    """What is run for each case."""
-    own = [sys.executable, "-W", "ignore", __file__, "measure", args.folder, "--memory", args.memory, "--case"]
-    runs = [[*own, case] for case in args.cases]
-    if args.rivals:
-        script = [args.rivals, "-W", "ignore", Path(__file__).with_name("scale_rivals.py")]
-        runs += [[*script, case, args.folder / "files", "--cells", n] for case, n in RIVALS.items()]
-    return runs
-
-
-def main() -> None:
-    """Make the files, or print a line for every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("make", "measure"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--cells", type=int, default=1_000_000)
-    parser.add_argument("--memory", default="256 MiB")
-    parser.add_argument("--case", choices=CASES)
-    parser.add_argument("--cases", nargs="*", default=CASES)
-    parser.add_argument("--rivals", type=Path, help="Python with scDataset and cell-load.")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.verb == "make":
-        make(args.folder, args.cells)
-    elif args.case:
-        print(json.dumps(measure(args.case, args.folder, args.memory)))
-    else:
-        rows = []
-        for command in commands(args):
-            rows.append(in_a_process(command))
-            print(json.dumps(rows[-1]), flush=True)
-        if args.out:
-            pd.DataFrame(rows).to_csv(args.out, index=False)
-
-
-if __name__ == "__main__":
-    main()

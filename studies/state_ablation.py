@@ -1,7 +1,5 @@
 """ST and its ablations on cells with a hidden state, and what the size of the sets does there (figure 1B of STATE).
 
-    python benchmarks/state_ablation.py
-
 Every context holds two unlabelled populations, one in a hidden state that the perturbation turns up, one in a state
 that it turns down. Where a population lies is new in every context, and its state shows so weakly in single cells that
 only cells of the same population together tell it. All models see the same number of cells in a step, predict in sets
@@ -11,53 +9,61 @@ of the size they were trained with, and are judged on 64 cells of each of 30 con
 
 from __future__ import annotations
 
-import argparse
-import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 
 import invirtuo as iv
 from invirtuo.metrics.distribution import energy_distance
+from studies.harness import Tables, filled, spent, study
 
 N_UNSEEN, N_CELLS = 30, 64
 DIRECTION = np.array([1, -1, 1, -1])
+SMALL = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "n_encoder_layers": 2}
+MEANS = {"perturbation mean": None, "perturbation mean, shifted cells": "shift-cells"}
 
 
-def main() -> None:
-    """Fit every variant and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--contexts", type=int, default=240)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    cells, centres = planted(args.seed, args.contexts)
-    design = iv.Design.from_adata(cells, perturbation="p", control="control", covariates=["context"])
-    held_out = [f"c{i:03d}|A" for i in range(N_UNSEEN)]
-    split = iv.splits.hold_out(cells.obs, design, held_out, val_fraction=0.0, control_fractions=(1, 0, 0))
-    small = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "n_encoder_layers": 2}
-    variants = {f"attention, sets of {size}": {"set_size": size} for size in args.sizes}
-    largest = max(args.sizes)
+@study(quick={"steps": 1, "contexts": 40, "sizes": [4]})
+def state_ablation(
+    *, out: Path, steps: int = 500, contexts: int = 240, sizes: Sequence[int] = (1, 4, 16, 64), seeds: int = 1
+) -> Tables:
+    """ST and its ablations on planted cells that need attention.
+
+    Parameters
+    ----------
+    contexts
+        Contexts of the planted cells, 30 of them never seen responding.
+    sizes
+        Sizes of the sets.
+    """
+    variants = {f"attention, sets of {size}": {"set_size": size} for size in sizes}
+    largest = max(sizes)
     variants |= {f"{mixing}, sets of {largest}": {"mixing": mixing, "set_size": largest} for mixing in ("mean", "none")}
-    models = {
-        name: iv.models.StateTransition(design, cells.var_names, iv.models.StateTransition.Config(**small, **options))
-        for name, options in variants.items()
-    }
-    models["perturbation mean"] = iv.models.PerturbationMean(design, cells.var_names)
-    models["perturbation mean, shifted cells"] = iv.models.PerturbationMean(design, cells.var_names, "shift-cells")
-    fit = iv.FitConfig(steps=args.steps, batch_size=512, lr=4e-3, warmup=20, ema=0.9, clip=10.0, val_every=0,
-                       precision="fp32", accelerator="cpu", progress=False)  # fmt: skip
-    print(f"{'model':36s}{'distance':>10s}{'wrong':>8s}{'CPU s':>8s}")
-    for name, model in models.items():
-        start = time.process_time()
-        model.fit(cells, split, config=fit)
-        seconds = time.process_time() - start
-        predicted = model.predict("test", N_CELLS, seed=args.seed, precision="fp32")
-        print(f"{name:36s}{distance(predicted, cells):10.3f}{wrong(predicted, centres):8.3f}{seconds:8.0f}", flush=True)
+    config = iv.FitConfig(steps=steps, batch_size=512, lr=4e-3, warmup=20, ema=0.9, clip=10.0, val_every=0,
+                          precision="fp32", accelerator="cpu", progress=False)  # fmt: skip
+    planted_cells = cache(planted)
+
+    def one(model: str, seed: int) -> dict:
+        cells, centres = planted_cells(seed, contexts)
+        design = iv.Design.from_adata(cells, perturbation="p", control="control", covariates=["context"])
+        unseen = [f"c{i:03d}|A" for i in range(N_UNSEEN)]
+        split = iv.splits.hold_out(cells.obs, design, unseen, val_fraction=0.0, control_fractions=(1, 0, 0))
+        if model in MEANS:
+            made = iv.models.PerturbationMean(design, cells.var_names, MEANS[model])
+        else:
+            settings = iv.models.StateTransition.Config(**SMALL, **variants[model])
+            made = iv.models.StateTransition(design, cells.var_names, settings)
+        with spent() as cost:
+            made.fit(cells, split, config=config)
+        predicted = made.predict("test", N_CELLS, seed=seed, precision="fp32")
+        scores = {"distance": distance(predicted, cells), "wrong": wrong(predicted, centres)}
+        return scores | {"fit_cpu_seconds": cost["cpu_seconds"]}
+
+    return {"state-ablation": filled(out / "rows.csv", one, seed=range(seeds), model=[*variants, *MEANS])}
 
 
 def planted(seed: int, n_contexts: int) -> tuple[AnnData, np.ndarray]:
@@ -95,7 +101,3 @@ def wrong(predicted: AnnData, centres: np.ndarray) -> float:
     context = predicted.obs["context"].astype(str).str[1:].astype(int).to_numpy()
     population = np.linalg.norm(predicted.X[:, None, :4] - centres[context], axis=2).argmin(axis=1)
     return float(((predicted.X[:, 8:] @ DIRECTION > 0) != (population == 1)).mean())
-
-
-if __name__ == "__main__":
-    main()

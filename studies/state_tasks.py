@@ -1,7 +1,5 @@
 """ST on genes, on principal components and on SE's embeddings, beside means, ridge and PRiMeFlow, in contexts held out.
 
-    python benchmarks/state_tasks.py --data-dir DATA --vectors gene2vec_200d_f16.npz --out state-tasks --seeds 3
-
 SE is trained once, on PBMC3K, CD34+ marrow, and control cells: of Kang without the cell types and donors that a task
 holds out, of glioblastoma and of THP-1 all of them, as ST has these as well. It never sees a perturbed cell. The cells
 of every task are then written with their embedding, and `invirtuo.benchmark` does the rest; it resumes after a kill.
@@ -9,7 +7,6 @@ of every task are then written with their embedding, and `invirtuo.benchmark` do
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,6 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.decomposition import PCA
 
 import invirtuo as iv
@@ -25,11 +21,54 @@ from invirtuo.bench import TASKS, Entry, Task, paired_differences
 from invirtuo.genes import read_vectors
 from invirtuo.metrics import label_scores
 from invirtuo.preprocess import with_embedding
+from studies.harness import Tables, filled, study
 
 N_GENES, N_CELLS = 500, 300  # at most so many genes; predicted cells of each condition
 METRICS = ("energy_distance", "pearson_delta", "de_overlap_n", "variance_ratio")  # beside those of the task
 UNSEEN_TYPES, UNSEEN_DONORS = ("B cells", "FCGR3A+ Monocytes", "NK cells"), ("101", "1015", "1256")
+TRAINED_ON = ("pbmc3k", "marrow", "kang_full", "glioblastoma", "papalexi")
+NAMES = ("kang-celltype", "kang-donor", "glioblastoma-donor", "papalexi-replicate")
+SHOWN = ["mmd_gex", "energy_distance", "pearson_delta", "deg_recall", "cosine_logfc", "variance_ratio"]
+REAL = "real cells"
 ON_SE = {"space": "obsm", "obsm": "X_state"}
+
+
+@study(quick={"tasks": ["kang-celltype"], "ablations": [], "steps": 2, "encoder_steps": 2, "seeds": 1})
+def state_tasks(
+    *,
+    out: Path,
+    vectors: Path,
+    data_dir: str | None = None,
+    tasks: Sequence[str] = NAMES,
+    steps: int = 500,
+    encoder_steps: int | None = None,
+    ablations: Sequence[str] = ("kang-celltype",),
+    seeds: int = 3,
+    jobs: int = 1,
+) -> Tables:
+    """ST on genes, components and SE beside means, ridge and PRiMeFlow, where a context is held out.
+
+    Parameters
+    ----------
+    encoder_steps
+        Training steps of SE.
+    ablations
+        Tasks on which ST is taken apart.
+    """
+    model = encoder(data_dir, vectors, out, encoder_steps)
+    embedded = [embedded_task(name, model, out, data_dir) for name in tasks]
+    chosen = []
+    for task in embedded:
+        compared = entries(model.n_embedding, steps, task.name in ablations)
+        chosen += [replace(entry, task=task.name) for entry in compared]
+    scores = iv.benchmark(embedded, chosen, seeds, out, n_jobs=jobs, progress=True)
+    means = scores.groupby(["task", "model", "metric"])["value"].mean().unstack()[SHOWN]
+    pairs = paired_differences(scores[scores["metric"].isin(["mmd_gex", "pearson_delta"])])
+    found = {"means": means, "differences": pairs[pairs["model"].str.startswith("ST")]}
+    for task in embedded:
+        if len(task.design.perturbations) > 1:
+            found[f"recognised, {task.name}"] = recognised(task, chosen, out)
+    return found
 
 
 def entries(n_embedding: int, steps: int, ablations: bool) -> list[Entry]:
@@ -51,8 +90,7 @@ def entries(n_embedding: int, steps: int, ablations: bool) -> list[Entry]:
 
 def controls(data_dir: str | None) -> dict[str, anndata.AnnData]:
     """What SE is trained on: log expression of untouched cells, data set by data set."""
-    loaded = {name: iv.datasets.load(name, data_dir=data_dir)
-              for name in ("pbmc3k", "marrow", "kang_full", "glioblastoma", "papalexi")}  # fmt: skip
+    loaded = {name: iv.datasets.load(name, data_dir=data_dir) for name in TRAINED_ON}
     seen = {"pbmc3k": ~loaded["pbmc3k"].obs["cell_type"].isin(UNSEEN_TYPES)}
     kang = loaded["kang_full"].obs
     seen["kang_full"] = ~kang["cell_type_coarse"].isin(UNSEEN_TYPES) & ~kang["donor"].isin(UNSEEN_DONORS)
@@ -96,7 +134,7 @@ def embedded_task(name: str, model: iv.models.StateEmbedding, out: Path, data_di
                    metrics=(*task.metrics, *METRICS))  # fmt: skip
 
 
-def recognised(task: Task, chosen: Sequence[Entry], n_components: int = 50) -> pd.DataFrame:
+def recognised(task: Task, chosen: Sequence[Entry], out: Path, n_components: int = 50) -> pd.DataFrame:
     """How often a network that was trained on real cells names the perturbation of predicted ones (extrinsic, fig. 2D).
 
     It reads principal components of the real test cells. The row "real cells" is its score on a fifth of these.
@@ -105,53 +143,16 @@ def recognised(task: Task, chosen: Sequence[Entry], n_components: int = 50) -> p
     real = adata[(split == "test").to_numpy() & ~design.is_control(adata.obs)]
     pca = PCA(n_components, random_state=0).fit(real.X.toarray())
     z, labels = pca.transform(real.X.toarray()), real.obs[design.perturbation]
-    rows = [label_scores(z, labels).assign(model="real cells")]
-    for entry in (entry for entry in chosen if entry.task == task.name):
-        model, fit = entry.make(design, adata.var_names)
-        model.fit(adata, split, replace(fit, progress=False))
-        cells = model.predict("test", task.n_cells)
+    mine = {entry.label: entry for entry in chosen if entry.task == task.name}
+
+    def one(model: str) -> pd.DataFrame:
+        if model == REAL:
+            return label_scores(z, labels)
+        made, config = mine[model].make(design, adata.var_names)
+        made.fit(adata, split, replace(config, progress=False))
+        cells = made.predict("test", task.n_cells)
         predicted = pca.transform(np.asarray(cells.X)), cells.obs[design.perturbation]
-        rows.append(label_scores(z, labels, predicted=predicted).assign(model=entry.label))
-    return pd.concat(rows).drop(columns=["group", "silhouette"]).assign(task=task.name)
+        return label_scores(z, labels, predicted=predicted)
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Embed, fit, score; print means, differences of ST to the others, and how well predicted cells are recognised."""
-    names = ("kang-celltype", "kang-donor", "glioblastoma-donor", "papalexi-replicate")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", default=names)
-    parser.add_argument("--data-dir")
-    parser.add_argument("--vectors", type=Path, required=True, help=".npz with vectors of genes, such as gene2vec")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--encoder-steps", type=int)
-    parser.add_argument("--ablations", nargs="*", default=["kang-celltype"], help="tasks on which ST is taken apart")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("state-tasks"))
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = encoder(args.data_dir, args.vectors, args.out, args.encoder_steps)
-    tasks = [embedded_task(name, model, args.out, args.data_dir) for name in args.tasks]
-    chosen = [
-        replace(entry, task=task.name)
-        for task in tasks
-        for entry in entries(model.n_embedding, args.steps, task.name in args.ablations)
-    ]
-    scores = iv.benchmark(tasks, chosen, args.seeds, args.out, n_jobs=args.jobs, progress=True)
-    shown = ["mmd_gex", "energy_distance", "pearson_delta", "deg_recall", "cosine_logfc", "variance_ratio"]
-    scores = scores[scores["metric"].isin(shown)]
-    means = scores.groupby(["task", "model", "metric"])["value"].mean().unstack()[shown]
-    print(means.round(3).to_string())
-    pairs = paired_differences(scores[scores["metric"].isin(["mmd_gex", "pearson_delta"])])
-    pairs = pairs[pairs["model"].str.startswith("ST")]
-    print(pairs.round(3).to_string(index=False))
-    several = [task for task in tasks if len(task.design.perturbations) > 1]
-    for task in several:
-        table = recognised(task, chosen)
-        table.to_csv(args.out / f"recognised-{task.name}.csv", index=False)
-        print(table.round(3).to_string(index=False))
-
-
-if __name__ == "__main__":
-    main()
+    rows = filled(out / f"recognised-{task.name}.csv", one, model=(REAL, *mine))
+    return rows.drop(columns=["group", "silhouette"])

@@ -1,7 +1,5 @@
 """Training-step and sampling throughput of our U-Net against the same network in fp32 conv1d, channels first.
 
-    python benchmarks/unet.py --width 64 --genes 1024 --batch 32
-
 Both networks hold the same weights and are timed in turn in one process; the table gives medians, the ratio, and the
 fraction of the matrix-product peak measured just before (bf16 for ours, fp32 for the plain form). Time is compared in
 one run only: absolute numbers of shared machines mean little.
@@ -9,10 +7,10 @@ one run only: absolute numbers of shared machines mean little.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,99 @@ from torch.utils.flop_counter import FlopCounterMode
 from invirtuo.fit import bf16_pays, keep_freed_memory
 from invirtuo.nn import UNet1d
 from invirtuo.nn.unet1d import Attention, ResBlock, Up
+from studies.harness import Tables, filled, in_turn, study
+
+
+@study(quick={"width": 16, "mult": [1, 2], "genes": 64, "batch": 2, "repeats": 1})
+def unet(
+    *,
+    out: Path,
+    width: int = 64,
+    mult: Sequence[int] = (1, 2, 2),
+    genes: int = 1024,
+    batch: int = 32,
+    repeats: int = 7,
+    threads: int = 0,
+) -> Tables:
+    """Seconds of a training step and of an evaluation of the U-Net, beside plain fp32 convolutions.
+
+    Parameters
+    ----------
+    width
+        Channels of the U-Net.
+    mult
+        Multipliers of its levels.
+    genes
+        Genes, the length of what it reads.
+    batch
+        Cells of a batch.
+    """
+    keep_freed_memory()
+    torch.manual_seed(0)
+    bottom = 2 ** (len(mult) - 1)
+    ours = UNet1d(width, width=width, mult=mult, attention=(bottom,), d_embedding=4 * width, heads=4)
+    for parameter in ours.parameters():  # zero-initialised layers would make the comparison of outputs empty
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    plain, half = PlainUNet(copy.deepcopy(ours)), copy.deepcopy(ours).bfloat16().eval()
+    x, e = torch.randn(batch, genes, width), torch.randn(batch, 4 * width)
+    check(ours.eval(), plain.eval(), half, x, e)
+    flop = flop_of_forward(plain, x, e)
+    peak = {dtype: matmul_peak(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    print(f"threads {torch.get_num_threads()}, bf16 pays: {bf16_pays()}, "
+          f"matmul peak GFLOP/s: fp32 {peak[torch.float32] / 1e9:.0f}, bf16 {peak[torch.bfloat16] / 1e9:.0f}; "
+          f"forward {flop / batch / 1e9:.2f} GFLOP per cell")  # fmt: skip
+
+    def one(levels: str, what: str) -> dict:
+        if what == "train":
+            forms = {"plain": training(plain.train(), x, e, False), "ours": training(ours.train(), x, e, True)}
+        else:
+            forms = {"plain": sampling(plain.eval(), x, e), "ours": sampling(half, x.bfloat16(), e.bfloat16())}
+        seconds = in_turn(forms, repeats, time.perf_counter)
+        plain_s, ours_s = seconds.median()
+        needed = 3 * flop if what == "train" else flop
+        return {
+            "plain fp32, s": plain_s,
+            "ours bf16, s": ours_s,
+            "ratio": (seconds["plain"] / seconds["ours"]).median(),
+            "of fp32 peak": needed / plain_s / peak[torch.float32],
+            "of bf16 peak": needed / ours_s / peak[torch.bfloat16],
+        }
+
+    return {"unet": filled(out / "rows.csv", one, levels=["-".join(map(str, mult))], what=("train", "sample"))}
+
+
+def check(ours: nn.Module, plain: nn.Module, half: nn.Module, x: Tensor, e: Tensor) -> None:
+    """Print how far the outputs of the networks are from each other."""
+    with torch.no_grad():
+        reference = plain(x, e)
+        in_fp32 = float((ours(x, e) - reference).abs().max())
+        in_bf16 = float((half(x.bfloat16(), e.bfloat16()) - reference).abs().max())
+    largest = float(reference.abs().max())
+    print(f"largest difference in fp32: {in_fp32:.2e}, in bf16: {in_bf16:.2e}, largest output: {largest:.2e}")
+
+
+def flop_of_forward(net: nn.Module, x: Tensor, e: Tensor) -> int:
+    """Floating-point operations of an evaluation."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x, e)
+    return counter.get_total_flops()
+
+
+def training(net: nn.Module, x: Tensor, e: Tensor, bf16: bool) -> Callable[[], None]:
+    """Forward and backward."""
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = net(x, e)
+        out.float().square().mean().backward()
+
+    return step
+
+
+def sampling(net: nn.Module, x: Tensor, e: Tensor) -> Callable[[], None]:
+    """Forward without gradients."""
+    return torch.no_grad()(lambda: net(x, e))
 
 
 class PlainUNet(nn.Module):
@@ -82,84 +173,5 @@ def norm(layer: nn.GroupNorm, x: Tensor) -> Tensor:
 def matmul_peak(dtype: torch.dtype, n: int = 2048) -> float:
     """FLOP/s of a large matrix product: the best of several."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
-
-
-def main() -> None:
-    """Time both networks in turn and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--mult", type=int, nargs="+", default=[1, 2, 2])
-    parser.add_argument("--genes", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    torch.manual_seed(0)
-    width, bottom = args.width, 2 ** (len(args.mult) - 1)
-    ours = UNet1d(width, width=width, mult=args.mult, attention=(bottom,), d_embedding=4 * width, heads=4)
-    for parameter in ours.parameters():  # zero-initialised layers would make the comparison of outputs empty
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    plain, half = PlainUNet(copy.deepcopy(ours)), copy.deepcopy(ours).bfloat16().eval()
-    x, e = torch.randn(args.batch, args.genes, args.width), torch.randn(args.batch, 4 * args.width)
-    ours.eval(), plain.eval()
-    with torch.no_grad():
-        reference = plain(x, e)
-        print(f"largest difference in fp32: {float((ours(x, e) - reference).abs().max()):.2e}, "
-              f"in bf16: {float((half(x.bfloat16(), e.bfloat16()) - reference).abs().max()):.2e}, "
-              f"largest output: {float(reference.abs().max()):.2e}")  # fmt: skip
-        with FlopCounterMode(display=False) as counter:
-            plain(x, e)
-    forward_flop = counter.get_total_flops()
-    ours.train(), plain.train()
-
-    def train(net: nn.Module, bf16: bool):
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                out = net(x, e)
-            out.float().square().mean().backward()
-
-        return step
-
-    def sample(net: nn.Module, dtype: torch.dtype):
-        def step() -> None:
-            with torch.no_grad():
-                net(x.to(dtype), e.to(dtype))
-
-        return step
-
-    peak = {dtype: matmul_peak(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    print(f"threads {torch.get_num_threads()}, bf16 pays: {bf16_pays()}, "
-          f"matmul peak GFLOP/s: fp32 {peak[torch.float32] / 1e9:.0f}, bf16 {peak[torch.bfloat16] / 1e9:.0f}; "
-          f"forward {forward_flop / args.batch / 1e9:.2f} GFLOP per cell")  # fmt: skip
-    rows = {
-        "train": (train(plain, False), train(ours, True), 3 * forward_flop),
-        "sample": (sample(plain.eval(), torch.float32), sample(half, torch.bfloat16), forward_flop),
-    }
-    print(f"{'':8s}{'plain fp32 s':>14s}{'ours bf16 s':>14s}{'ratio':>8s}{'of fp32 peak':>14s}{'of bf16 peak':>14s}")
-    for name, (slow, fast, flop) in rows.items():
-        (plain.train(), ours.train()) if name == "train" else (plain.eval(), ours.eval())
-        seconds: dict[str, list[float]] = {"slow": [], "fast": []}
-        for repeat in range(args.repeats + 1):
-            for key, step in (("slow", slow), ("fast", fast)):
-                start = time.perf_counter()
-                step()
-                if repeat:
-                    seconds[key].append(time.perf_counter() - start)
-        a, b = (statistics.median(seconds[key]) for key in ("slow", "fast"))
-        ratio = statistics.median(p / q for p, q in zip(seconds["slow"], seconds["fast"], strict=True))
-        print(f"{name:8s}{a:14.3f}{b:14.3f}{ratio:8.2f}{flop / a / peak[torch.float32]:14.2f}"
-              f"{flop / b / peak[torch.bfloat16]:14.2f}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+    seconds = in_turn({"product": lambda: a @ b}, 7, time.perf_counter)
+    return 2 * n**3 / seconds["product"].min()

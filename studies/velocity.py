@@ -1,35 +1,31 @@
 """What a velocity network in gene space needs: networks taken apart, at equal time, equal arithmetic and equal steps.
 
-    python benchmarks/velocity.py --data-dir DATA --out velocity --tasks kang-celltype --seeds 3
-
 Every variant is one run with a constant learning rate; its averaged weights are taken when it has done so many steps,
 so many floating-point operations, and so many CPU seconds. At each mark cells are drawn for the held-out conditions of
 the task and for some that were trained on ("seen"), and judged. Every network gets the same anchors, batches of the
-same size, no calibration. Runs are files in OUT/runs and are not made again; OUT/scores.csv gathers them, a picture
-for each task shows them.
+same size, no calibration. A picture for each task shows OUT/scores.csv.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from torch.utils.flop_counter import FlopCounterMode
 
 from invirtuo.bench import TASKS
 from invirtuo.files import writing
 from invirtuo.fit import FitConfig
-from invirtuo.metrics import Pair, score
+from invirtuo.metrics import Pair
 from invirtuo.models.primeflow import PRiMeFlow
+from studies.harness import Tables, filled, mean_scores, part, study
 
 METRICS = ("mmd_gex", "mmd_pca", "variance_ratio", "deg_recall", "cosine_logfc", "rmse_mean", "correlation_error",
            "zeros_distance")  # fmt: skip
@@ -104,46 +100,35 @@ def flops_of_a_step(model: PRiMeFlow, adata, design) -> float:
     return float(counter.get_total_flops())
 
 
-def run(task_name: str, variant: str, seed: int, args: argparse.Namespace) -> pd.DataFrame:
+def run(task: str, variant: str, seed: int, *, marks: dict, n_genes: int, data_dir: str | None) -> list[dict]:
     """Fit one variant and judge it at its marks."""
     torch.set_num_threads(1)
-    name = f"{task_name}-{variant}-{seed}".replace(" ", "_").replace(",", "")
-    file = args.out / "runs" / f"{name}.json"
-    if file.exists():
-        return pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
-    task = TASKS[task_name]
-    task = replace(task, n_genes=args.genes) if not task.is_normalised else task
-    adata, design, split = task.load(0, data_dir=args.data_dir)
-    if adata.n_vars > args.genes:
-        adata = adata[:, : args.genes].copy()
+    chosen = TASKS[task]
+    chosen = replace(chosen, n_genes=n_genes) if not chosen.is_normalised else chosen
+    adata, design, split = chosen.load(0, data_dir=data_dir)
+    adata = adata[:, :n_genes].copy()
     config = replace(PRiMeFlow.Config(), **VARIANTS[variant])
     model = PRiMeFlow(design, adata.var_names, config)
     train = adata[(split == "train").to_numpy()]
-    marks = Marks({"steps": args.steps, "flops": args.flops, "seconds": args.seconds}, 0.0)
+    taker = Marks(marks, 0.0)
     model.fit(adata, split, FitConfig(steps=1, batch_size=BATCH, val_every=0, progress=False, seed=seed))
-    marks.flops = flops_of_a_step(model, train, design)
+    taker.flops = flops_of_a_step(model, train, design)
     fit = FitConfig(steps=10**6, batch_size=BATCH, lr=LR[config.velocity], schedule="constant", ema=0.995, clip=1.0,
                     betas=(0.9, 0.99), val_every=0, progress=False, seed=seed)  # fmt: skip
-    model.fit(adata, split, fit, callbacks=[marks])
+    model.fit(adata, split, fit, callbacks=[taker])
     seen = design.conditions(train.obs)
     seen = seen[~design.is_control(seen)].head(N_SEEN)
     held_out = pd.DataFrame(model.card["held_out"]["test"])
     rows = []
-    for view, (done, weights) in marks.taken.items():
+    for view, (done, weights) in taker.taken.items():
         model.load_state_dict(weights)
-        for kind, wanted, part in (("held out", held_out, "test"), ("seen", seen, "train")):
-            real = adata[(split == part).to_numpy()].copy()
-            pair = Pair(model.predict(wanted, N_CELLS, seed=seed), real, design, n_pcs=30)
-            scores = score(pair, METRICS)
-            scores = scores[scores["condition"].isin(design.names(wanted))]
-            for metric, value in scores.groupby("metric")["value"].mean().items():
-                rows.append({"task": task_name, "variant": variant, "seed": seed, "view": view, **done,
-                             "conditions": kind, "metric": metric, "value": float(value)})  # fmt: skip
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with writing(file) as path:
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    print(name, {view: round(done["seconds"]) for view, (done, _) in marks.taken.items()}, flush=True)
-    return pd.DataFrame(rows)
+        for kind, wanted, name in (("held out", held_out, "test"), ("seen", seen, "train")):
+            predicted = model.predict(wanted, N_CELLS, seed=seed)
+            pair = Pair(predicted, part(adata, split, name), design, n_pcs=30)
+            means = mean_scores(pair, METRICS, design.names(wanted))
+            about = {"view": view, **done, "conditions": kind}
+            rows += [about | {"metric": metric, "value": value} for metric, value in means.items()]
+    return rows
 
 
 def draw(table: pd.DataFrame, path: Path, metric: str = "mmd_gex") -> None:
@@ -175,27 +160,37 @@ def draw(table: pd.DataFrame, path: Path, metric: str = "mmd_gex") -> None:
         figure.savefig(partial, dpi=110, format="png")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir")
-    parser.add_argument("--out", type=Path, default=Path("velocity"))
-    parser.add_argument("--tasks", nargs="*", default=["kang-celltype"])
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--genes", type=int, default=128, help="most genes")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--flops", type=float, default=7e11)
-    parser.add_argument("--seconds", type=float, default=45.0, help="CPU seconds of training")
-    parser.add_argument("--jobs", type=int, default=1)
-    args = parser.parse_args(arguments)
-    wanted = [(task, variant, seed) for seed in range(args.seeds) for task in args.tasks for variant in args.variants]
-    tables = Parallel(args.jobs)(delayed(run)(*each, args) for each in wanted)
-    table = pd.concat(tables, ignore_index=True)
-    table.to_csv(args.out / "scores.csv", index=False)
+@study(quick={"variants": ["mlp"], "seeds": 1, "steps": 3, "flops": 1e6, "seconds": 1.0})
+def velocity(
+    *,
+    out: Path,
+    data_dir: str | None = None,
+    tasks: Sequence[str] = ("kang-celltype",),
+    variants: Sequence[str] = tuple(VARIANTS),
+    seeds: int = 3,
+    genes: int = 128,
+    steps: int = 200,
+    flops: float = 7e11,
+    seconds: float = 45.0,
+    jobs: int = 1,
+) -> Tables:
+    """Velocity networks taken apart, at equal time, equal arithmetic and equal steps.
+
+    Parameters
+    ----------
+    variants
+        Networks that are fitted.
+    steps
+        Training steps at which a network is judged.
+    flops
+        Floating-point operations of training at which it is judged.
+    seconds
+        CPU seconds of training at which it is judged.
+    """
+    marks = {"steps": steps, "flops": flops, "seconds": seconds}
+    one = partial(run, marks=marks, n_genes=genes, data_dir=data_dir)
+    table = filled(out / "scores.csv", one, jobs, seed=range(seeds), task=tasks, variant=variants)
     for task, rows in table.groupby("task"):
-        draw(rows, args.out / f"{task}.png")
-
-
-if __name__ == "__main__":
-    main()
+        draw(rows, out / f"{task}.png")
+    shown = table[(table["metric"] == "mmd_gex") & (table["conditions"] == "held out")]
+    return {"mmd_gex": shown.pivot_table(index=["task", "variant"], columns="view", values="value")}
