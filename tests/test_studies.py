@@ -1,7 +1,9 @@
 """Studies: the list and the help of each, rows that are kept, processes that are measured."""
 
 import inspect
+import shlex
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -35,6 +37,26 @@ def test_options_are_described_and_quick_names_some(name):
 def test_every_module_has_a_study():
     shared = {"studies.__main__", "studies.harness", "studies.rivals"}
     assert {study.run.__module__ for study in harness.STUDIES.values()} == set(cli.modules()) - shared
+
+
+def quoted():
+    """Commands that pages quote: in fenced blocks, a line each, and in spans of code, which may be broken."""
+    root = Path(__file__).parents[1]
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
+        for i, text in enumerate(page.read_text(encoding="utf-8").split("```")):
+            fenced = text.replace("\\\n", " ").splitlines()
+            spans = [" ".join(span.split()) for span in text.split("`")[1::2]]
+            for line in fenced if i % 2 else spans:
+                if line.startswith("python -m studies ") and "NAME" not in line:
+                    words = shlex.split(line, comments=True)[3:]
+                    if words:
+                        yield pytest.param(words, id=f"{page.name} {words[0]}")
+
+
+@pytest.mark.parametrize("words", list(quoted()))
+def test_commands_of_the_pages_are_understood(words):
+    name, *options = words
+    assert cli.parsed(name, harness.STUDIES[name], options)
 
 
 def test_an_unknown_study_is_refused():
