@@ -63,7 +63,7 @@ def recipe(
     """
     adata, design, split = replace(TASKS[task], n_genes=genes).load(0, data_dir=data_dir)
     real = part(adata, split, "test")
-    rows = Rows(out / "recipe.csv")
+    rows = Rows(out / "rows.csv")
 
     def one(model: str, seed: int) -> dict:
         if model == UNET:
