@@ -46,8 +46,6 @@ CASES = [  # system, data, models
     ("lorenz96", "moderate", ("per-target, none", "per-target, L0 gates")),
 ]
 DATA = {"moderate": MODERATE, "hard": HARD}
-
-
 RUNS = ("ours", "ours, seed 1", "lam 0", "lam 0.01", "lam 0.1", "jitter 0", "pathreg-paper")
 DONORS = [{"donor": donor} for donor in ("s1d1", "s2d1", "s2d4", "s3d6")]
 

@@ -166,7 +166,7 @@ def cpu_seconds() -> float:
 def peak_gib() -> float:
     """Largest resident memory of this process so far."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux counts what the parent had as a child's own in getrusage
+    if status.exists():  # getrusage has at least what the parent had
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
@@ -199,6 +199,8 @@ def process(
     command: Sequence, threads: int = 1, limit: float | None = None, environment: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, float]]:
     """Run a command to its end; its standard output, and CPU seconds, wall seconds and peak memory with its children.
+
+    Linux counts the memory of this process at the start as a child's own: no peak is smaller.
 
     Raises
     ------
