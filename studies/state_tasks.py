@@ -67,7 +67,7 @@ def state_tasks(
     found = {"means": means, "differences": pairs[pairs["model"].str.startswith("ST")]}
     for task in embedded:
         if len(task.design.perturbations) > 1:
-            found[f"recognised, {task.name}"] = recognised(task, chosen, out)
+            found[f"{task.name}-recognised"] = recognised(task, chosen, out)
     return found
 
 
