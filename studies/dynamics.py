@@ -23,7 +23,7 @@ from invirtuo.dynamics.network import OPEN, edge_matrices
 from invirtuo.flow import trajectory
 from invirtuo.metrics import network
 from invirtuo.nn import SharedField
-from invirtuo.report import dynamics as pictures
+from invirtuo.reports import dynamics as pictures
 from studies import harness
 from studies.harness import Rows, Tables, filled, in_turn, over_seeds, spent, study
 

@@ -23,7 +23,7 @@ import invirtuo as iv
 from invirtuo.bench import TASKS
 from invirtuo.bench import effects as effects_of
 from invirtuo.metrics import Pair
-from invirtuo.report.effects import coverage
+from invirtuo.reports.effects import coverage
 from studies.harness import Rows, Tables, filled, fit, mean_scores, part, study
 
 KANG_AND_PAPALEXI = ("kang-celltype", "kang-donor", "papalexi-replicate")

@@ -49,7 +49,7 @@ def _walk(node: ast.AST, *, types: bool) -> Iterator[ast.AST]:
 
 def room_of(module: str) -> str:
     """First name below the package: the folder or file at the top."""
-    return (module.split(".") + [PACKAGE])[1]
+    return [*module.split("."), PACKAGE][1]
 
 
 def arrows(root: Path) -> set[tuple[str, str]]:
@@ -87,7 +87,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def file_circles(root: Path) -> list[list[str]]:
-    """Circles of files, imports for the type checker included; a package's face hands names on and is passed through."""
+    """Circles of files, imports for the type checker included."""
     known = modules(root)
     graph = {name: imported(file, known) - {name} for name, file in known.items()}
     return circles(graph)

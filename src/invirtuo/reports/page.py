@@ -12,23 +12,21 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from invirtuo import __version__
 from invirtuo.files import writing
-from invirtuo.report import benchmark, folder
-from invirtuo.report.effects import COLUMNS, coverage, effects_figure
-from invirtuo.report.figures import as_png, curves, panels, populations
-from invirtuo.report.tables import BASELINES, FLOOR, condition_tables, headline, score_table
+from invirtuo.reports import benchmark, folder
+from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
+from invirtuo.reports.figures import as_png, curves, panels, populations
+from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, score_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["write_report"]
+__all__ = ["report"]
 
 GENES = 12  # largest effects of a condition that are drawn
 MAX_CELLS = 5000  # numbers in the tables by condition of a benchmark; beyond, the charts must do
 
 
-def write_report(
-    results: str | os.PathLike, out: str | os.PathLike = "report.html", *, title: str | None = None
-) -> Path:
+def report(results: str | os.PathLike, out: str | os.PathLike = "report.html", *, title: str | None = None) -> Path:
     r"""Write one self-contained HTML page about a folder of results.
 
     Parameters
@@ -63,7 +61,7 @@ def write_report(
     --------
     >>> results = getfixture("tmp_path")
     >>> _ = (results / "scores.csv").write_text("condition,metric,value,model\nT|A,rmse_mean,0.2,mine\n")
-    >>> write_report(results, results / "report.html").name
+    >>> report(results, results / "report.html").name
     'report.html'
     """
     path = Path(results)
@@ -102,7 +100,7 @@ def write_report(
 
 def _environment() -> Environment:
     """Templates of this package; all that they show is escaped."""
-    files = resources.files("invirtuo.report")
+    files = resources.files("invirtuo.reports")
     loader = FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8"))
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.report.figures import GREY, LINES, PREDICTED, REAL, _clean, _figure, as_png
+from invirtuo.reports.figures import GREY, LINES, PREDICTED, REAL, _clean, _figure, as_png
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from invirtuo.report import charts
-from invirtuo.report.tables import Cell, Column, ScoreTable, number
+from invirtuo.reports import charts
+from invirtuo.reports.tables import Cell, Column, ScoreTable, number
 
 __all__ = [
     "costs_section",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from invirtuo.files import writing
-from invirtuo.report.figures import PREDICTED, REAL
+from invirtuo.reports.figures import PREDICTED, REAL
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from invirtuo.report.tables import number
+from invirtuo.reports.tables import number
 
 __all__ = ["Dot", "Interval", "Spread", "forest", "quality_by_cost", "scatter", "spreads"]
 
