@@ -19,7 +19,7 @@ from invirtuo.metrics.distribution import energy_distance
 from invirtuo.model import SampleConfig
 from invirtuo.nn import energy_loss
 from invirtuo.nn.attention import SetTransformer, pad, windows
-from invirtuo.samplers import Layout, mapped_sets
+from invirtuo.samplers import Layout, MappedSets
 
 ST = iv.models.StateTransition
 Config = ST.Config
@@ -180,7 +180,7 @@ def test_loss_is_computed_in_full_precision():
 def test_loss_of_the_model_is_that_of_its_sets(cells, plan):
     """Recomputed from predictions set by set; half of it with loss_scale; genes enter with decoder_weight."""
     dataset = iv.CellDataset(cells, plan)
-    batch = next(dataset.batches(lambda *a: iv.samplers.sets(*a, set_size=16), 64))
+    batch = next(dataset.batches(iv.samplers.Sets(16), 64))
     for config in (TINY, replace(TINY, space="pca", n_embedding=5, decoder_widths=(8,), decoder_dropout=0.0)):
         torch.manual_seed(0)
         model = ST(plan, cells.var_names, config)
@@ -304,7 +304,7 @@ def test_every_option_trains_every_parameter_and_predicts(options, cells, batche
 def test_residuals(cells, plan):
     """Equation 16 and its variants, recomputed from the parts."""
     dataset = iv.CellDataset(cells, plan)
-    batch = next(dataset.batches(lambda *a: iv.samplers.sets(*a, set_size=16), 32))
+    batch = next(dataset.batches(iv.samplers.Sets(16), 32))
     for residual in ("hidden", "cell", "expression", "none"):
         torch.manual_seed(0)
         model = ST(plan, cells.var_names, replace(TINY, residual=residual))
@@ -379,7 +379,7 @@ def layout(cells, batched):
 @pytest.mark.parametrize("mapping", ["batch", "context"])
 def test_controls_of_the_batch_or_of_the_context(mapping, cells, layout):
     obs, lonely, mixed = cells.obs, 0, 0
-    for rows in mapped_sets(layout, 32, np.random.default_rng(0), set_size=8, mapping=mapping, place=1):
+    for rows in MappedSets(8, mapping, 1)(layout, 32, np.random.default_rng(0)):
         assert (obs["perturbation"].iloc[rows.source] == "control").all()
         types = obs["cell_type"].to_numpy()
         np.testing.assert_array_equal(types[rows.source], types[rows.target])
@@ -400,7 +400,7 @@ def test_sets_of_an_epoch(cells, batched, layout):
     """Every cell at least once, redrawn every epoch, the same with the same seed."""
 
     def epoch(seed):
-        return list(mapped_sets(layout, 32, np.random.default_rng(seed), set_size=4, mapping="batch", place=1))
+        return list(MappedSets(4, "batch", 1)(layout, 32, np.random.default_rng(seed)))
 
     first, again, second = epoch(0), epoch(0), epoch(1)
     assert set(np.concatenate([r.target for r in first])) == set(layout.rows)

@@ -21,7 +21,7 @@ from invirtuo.preprocess import TOTAL, check_genes
 from invirtuo.samplers import Layout, Rows, Sampler
 from invirtuo.store import CellStore
 from invirtuo.values import canonical_csr, check_values
-from invirtuo.windows import Held, Stock, ahead, windows
+from invirtuo.windows import ControlCache, LoadedRows, prefetched, windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -78,8 +78,8 @@ class CellDataset:
         depth = _stored_depth(adata, signed) if isinstance(adata, CellStore) else _depth(adata, self.matrix)
         self.size_factor = torch.from_numpy(_size_factors(depth, self.split == "train"))
         self._layouts: dict[str, Layout] = {}
-        self._stock: Stock | None = None
-        self._kept: dict[tuple, tuple[list[Rows], Held]] = {}
+        self._controls: ControlCache | None = None
+        self._first: dict[tuple, tuple[list[Rows], LoadedRows]] = {}
 
     @classmethod
     def open(
@@ -102,7 +102,7 @@ class CellDataset:
     def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
         """The same cells with values (n, d) in place of expression (latent vectors), and other depths (n,)."""
         other = copy.copy(self)
-        other.values, other.size_factor, other._kept = values, size_factor, {}
+        other.values, other.size_factor, other._first = values, size_factor, {}
         return other
 
     def with_validation(self, share: float) -> Self:
@@ -111,7 +111,7 @@ class CellDataset:
         rows = self.rows("train")
         other.split = self.split.copy()
         other.split[np.random.default_rng(0).permutation(rows)[: int(share * len(rows))]] = "val"
-        other._layouts, other._stock, other._kept = {}, None, {}
+        other._layouts, other._controls, other._first = {}, None, {}
         return other
 
     def rows(self, part: str) -> np.ndarray:
@@ -154,14 +154,14 @@ class CellDataset:
             for number, seed in enumerate(seeds):
                 yield number, layout, np.random.default_rng(seed), self.dense
             return
-        self._stock = self._stock or Stock(self.matrix.store, self.layout())
-        stock, epochs = self._stock, map(_as_list, seeds)
+        store = self.matrix.store
+        self._controls = controls = self._controls or ControlCache(store, self.layout())
         planned = (
             (number, window)
-            for number, seed in enumerate(epochs)
-            for window in windows(self.matrix.store, layout, stock, sampler, seed, rank=rank, n_ranks=n_ranks)
+            for number, seed in enumerate(map(_as_list, seeds))
+            for window in windows(store, layout, controls, sampler, seed, rank=rank, n_ranks=n_ranks)
         )
-        for number, window in ahead(planned):
+        for number, window in prefetched(planned):
             yield number, window.layout, window.rng, window.dense
 
     def batches(
@@ -190,24 +190,18 @@ class CellDataset:
         self, sampler: Sampler, batch_size: int, n_batches: int, *, part: str, seed: int
     ) -> Iterable[Batch]:
         """The same few batches at every call, drawn from all cells of a part; those of files are read once."""
-        key = (
-            getattr(sampler, "func", sampler),
-            str(getattr(sampler, "keywords", "")),
-            batch_size,
-            n_batches,
-            part,
-            seed,
-        )
         if not self.on_disk:
             return islice(self.batches(sampler, batch_size, part=part, seed=seed), n_batches)
-        if key not in self._kept:
+        key = (sampler, batch_size, n_batches, part, seed)
+        if key not in self._first:
             drawn = sampler(self.layout(part), batch_size, np.random.default_rng(seed))
             batches = list(islice(drawn, n_batches))
-            wanted = [part for rows in batches for part in (rows.target, rows.source) if part is not None]
+            wanted = [rows.target for rows in batches]
+            wanted += [rows.source for rows in batches if rows.source is not None]
             needed = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
-            self._kept[key] = batches, Held(needed, self.matrix.store.read(needed))
-        batches, held = self._kept[key]
-        return (self.take(rows, held.dense) for rows in batches)
+            self._first[key] = batches, LoadedRows(needed, self.matrix.store.read(needed))
+        batches, loaded = self._first[key]
+        return (self.take(rows, loaded.dense) for rows in batches)
 
     def take(self, rows: Rows | np.ndarray, dense: Dense | None = None) -> Batch:
         """Read some rows as a Batch, with `dense` where they are in a window."""

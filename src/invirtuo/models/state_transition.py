@@ -40,7 +40,7 @@ from invirtuo.model import Model, Preset, SampleConfig
 from invirtuo.nn.attention import SetTransformer, pad, windows
 from invirtuo.nn.energy import energy_loss
 from invirtuo.preprocess import EMBEDDED
-from invirtuo.samplers import Sampler, mapped_sets, without
+from invirtuo.samplers import MappedSets, Sampler, without
 from invirtuo.settings import Settings
 from invirtuo.transforms import PCA
 
@@ -181,10 +181,8 @@ class StateTransition(Model):
         self.n_in = n_in if self.embedded else self.n_genes
         self.batch = self._find_batch()
         if self.batch:
-            self.sampler = partial(
-                mapped_sets, set_size=config.set_size, mapping=config.mapping,
-                place=list(self.design.covariates).index(self.batch),
-            )  # fmt: skip
+            covariate = list(self.design.covariates).index(self.batch)
+            self.sampler = MappedSets(config.set_size, config.mapping, covariate)
         mlp = partial(encoder, norm=config.encoder_norm, dropout=config.dropout)
         self.cell_encoder = mlp(self.n_in, width, config.n_encoder_layers, width)
         self.perturbation_encoder = self._perturbation_encoder(mlp)
@@ -313,9 +311,9 @@ class StateTransition(Model):
         """Fit principal components to training cells, unless those of an earlier model are kept."""
         if self.batch and self.config.mapping == "batch":
             layout = dataset.layout()
-            lonely = sorted(set(layout.group) - set(layout.group[layout.is_control]))
-            if lonely:
-                names = some([layout.group_names[g] for g in lonely])
+            without_controls = sorted(set(layout.group) - set(layout.group[layout.is_control]))
+            if without_controls:
+                names = some([layout.group_names[g] for g in without_controls])
                 logger.info("no control cells of the same batch for %s; those of the context are taken", names)
         if self.config.space != "pca" or self._start:
             return
@@ -436,15 +434,15 @@ class StateTransition(Model):
         own = super()._pool(controls)
         if not self.batch:
             return own
-        place = list(self.design.covariates).index(self.batch)
+        covariate = list(self.design.covariates).index(self.batch)
         contexts: dict[str, list[sparse.csr_matrix]] = {}
         for group, cells in own.items():
-            contexts.setdefault(without(group, place), []).append(cells)
+            contexts.setdefault(without(group, covariate), []).append(cells)
         pool = {}
         for context, parts in contexts.items():
             merged, labels = sparse.vstack(parts, format="csr"), context.split("|") if context else []
             for level in self.design.covariates[self.batch]:
-                group = "|".join([*labels[:place], level, *labels[place:]])
+                group = "|".join([*labels[:covariate], level, *labels[covariate:]])
                 pool[group] = own[group] if self.config.mapping == "batch" and group in own else merged
         return pool
 
