@@ -17,16 +17,17 @@ from scipy import sparse
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import some
 from invirtuo.design import Design
-from invirtuo.preprocess import TOTAL, check_genes
+from invirtuo.preprocess import check_genes
 from invirtuo.samplers import Layout, Rows, Sampler
-from invirtuo.store import CellStore
-from invirtuo.values import canonical_csr, check_values
+from invirtuo.source import MemorySource, TrainingSource, opened, training_source
 from invirtuo.windows import ControlCache, LoadedRows, prefetched, windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["CellDataset", "opened", "to_csr"]
+    from invirtuo.store import CellStore
+
+__all__ = ["CellDataset", "EncodedConditions"]
 
 Dense = Callable[[np.ndarray], torch.Tensor]  # (n,) rows to their (n, g) values
 
@@ -66,17 +67,15 @@ class CellDataset:
         self, adata: AnnData | CellStore, design: Design, split: pd.Series | None = None, *, signed: bool = False
     ):
         check_genes(adata)
-        if not isinstance(adata, CellStore):  # whose values are looked at below, or were when it was written
-            check_values(adata, allow_negative=signed)
+        self.source: TrainingSource = training_source(adata, signed=signed)
         self.design = design
         self.obs = adata.obs
-        self.genes = adata.var_names.astype(str).to_numpy()
-        self.values: torch.Tensor | None = None
-        self.matrix: Any = adata.X if isinstance(adata, CellStore) else to_csr(adata)
-        self.condition: Any = Conditions(design, adata.obs) if self.on_disk else design.encode(adata.obs)
+        self.genes = self.source.genes.to_numpy()
+        self.values: torch.Tensor | None = None  # in place of expression
+        self.condition = EncodedConditions(design, adata.obs)
         self.split = _aligned(split, adata.obs)
-        depth = _stored_depth(adata, signed) if isinstance(adata, CellStore) else _depth(adata, self.matrix)
-        self.size_factor = torch.from_numpy(_size_factors(depth, self.split == "train"))
+        size = _size_factors(self.source.depth(signed=signed), self.split == "train")
+        self.size_factor = torch.from_numpy(size)
         self._layouts: dict[str, Layout] = {}
         self._controls: ControlCache | None = None
         self._first: dict[tuple, tuple[list[Rows], LoadedRows]] = {}
@@ -97,7 +96,7 @@ class CellDataset:
     @property
     def on_disk(self) -> bool:
         """Whether batches are read from files."""
-        return self.values is None and not sparse.issparse(self.matrix)
+        return self.values is None and self.source.on_disk
 
     def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
         """The same cells with values (n, d) in place of expression (latent vectors), and other depths (n,)."""
@@ -150,11 +149,11 @@ class CellDataset:
         For every window the number of the pass, a layout, a generator for the sampler, and what reads rows.
         """
         layout = self.layout(part)
-        if not self.on_disk:
+        if self.values is not None or isinstance(self.source, MemorySource):
             for number, seed in enumerate(seeds):
                 yield number, layout, np.random.default_rng(seed), self.dense
             return
-        store = self.matrix.store
+        store = self.source.store
         self._controls = controls = self._controls or ControlCache(store, self.layout())
         planned = (
             (number, window)
@@ -199,7 +198,7 @@ class CellDataset:
             wanted = [rows.target for rows in batches]
             wanted += [rows.source for rows in batches if rows.source is not None]
             needed = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
-            self._first[key] = batches, LoadedRows(needed, self.matrix.store.read(needed))
+            self._first[key] = batches, LoadedRows(needed, self.source.read(needed))
         batches, loaded = self._first[key]
         return (self.take(rows, loaded.dense) for rows in batches)
 
@@ -221,15 +220,11 @@ class CellDataset:
         """(n, g) values of some rows, float32."""
         if self.values is not None:
             return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
-        return torch.from_numpy(self.matrix[rows].toarray())
+        return torch.from_numpy(self.source.read(rows).toarray())
 
     def blocks(self, part: str | np.ndarray = "train") -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Pass over the cells of a part, or some rows (rising): rows and values; at once where they are in memory."""
-        rows = self.rows(part) if isinstance(part, str) else part
-        if sparse.issparse(self.matrix):
-            yield rows, self.matrix[rows]
-        else:
-            yield from self.matrix.store.blocks(rows)
+        yield from self.source.blocks(self.rows(part) if isinstance(part, str) else part)
 
     def totals(self, rows: np.ndarray, n_columns: int | None = None) -> np.ndarray:
         """(n,) float32 sums of rows (rising) over the first columns; None: over all."""
@@ -287,25 +282,18 @@ class CellDataset:
         Files have a hash of their own, in which the memory and the block they are read with count too.
         """
         digest = hashlib.blake2b(digest_size=8)
-        matrix = self.matrix
-        if not sparse.issparse(matrix):
-            table, kind = self.design.kinds(self.obs)
-            for text in (matrix.store.digest(), *self.genes, *self.design.names(table)):
-                digest.update(str(text).encode() + b"\0")
-            digest.update(kind.data)
-            return digest.hexdigest()
-        if not matrix.data.all():
-            matrix = matrix.copy()
-            matrix.eliminate_zeros()
-        for array in (matrix.data, matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)):
-            digest.update(np.ascontiguousarray(array).data)
-        for text in (*self.genes, *self.design.names(self.obs)):
+        self.source.add_to(digest)
+        table, kind = self.design.kinds(self.obs)
+        names = self.design.names(table).to_numpy()
+        for text in (*self.genes, *(names if self.source.on_disk else names[kind])):
             digest.update(str(text).encode() + b"\0")
+        if self.source.on_disk:
+            digest.update(kind.data)
         return digest.hexdigest()
 
 
-class Conditions:
-    """Conditions of the cells of files, each kept once: taking rows gives a :class:`Condition`.
+class EncodedConditions:
+    """Conditions of n cells, each distinct one encoded once: taking rows gives a :class:`Condition`.
 
     Parameters
     ----------
@@ -317,35 +305,22 @@ class Conditions:
 
     def __init__(self, design: Design, obs: pd.DataFrame):
         table, kind = design.kinds(obs)
-        self.each, self.kind = design.encode(table), torch.from_numpy(kind)
+        self.distinct = design.encode(table)
+        self.kind = torch.from_numpy(kind)
 
-    def __getitem__(self, rows) -> Condition:
-        return self.each[self.kind[rows].long()]
+    def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
+        return self.distinct[self.kind[rows].long()]
 
     def __len__(self) -> int:
         return len(self.kind)
 
-    def __getattr__(self, name: str) -> Any:
-        """A field of all cells at once, as a :class:`Condition` has it."""
-        if name.startswith("_") or name in ("each", "kind"):
-            raise AttributeError(name)
-        value, kind = getattr(self.each, name), self.kind.long()
-        return {key: column[kind] for key, column in value.items()} if isinstance(value, dict) else value[kind]
-
-
-def opened(cells: Any, design: Design, **options: Any) -> Any:
-    """A path, or several, as a :class:`CellStore` with the columns of a design; anything else as it is."""
-    is_path = isinstance(cells, (str, Path)) or (isinstance(cells, (list, tuple)))
-    return CellStore.open(cells, columns=[*design.columns, TOTAL], **options) if is_path else cells
+    def map(self, function: Callable[[Condition], torch.Tensor]) -> torch.Tensor:
+        """What a function makes of every condition, (n, ...) for the cells."""
+        return function(self.distinct)[self.kind.long()]
 
 
 def _as_list(seed: int | Sequence[int]) -> list[int]:
     return [seed] if isinstance(seed, int) else list(seed)
-
-
-def to_csr(adata: AnnData) -> sparse.csr_matrix:
-    """X as CSR float32, every entry stored once; a copy only where the format demands it."""
-    return canonical_csr(adata.to_memory().X if adata.isbacked else adata.X, np.float32)
 
 
 def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
@@ -370,23 +345,6 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
     if not (values == "train").any():
         raise ValueError('the split has no "train" cells; nothing to fit')
     return values
-
-
-def _depth(adata: AnnData, matrix: sparse.csr_matrix) -> np.ndarray:
-    """(n,) depth of each cell in memory."""
-    if TOTAL in adata.obs:
-        return adata.obs[TOTAL].to_numpy(np.float64)
-    counts = adata.layers["counts"] if "counts" in adata.layers else matrix
-    return np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-
-
-def _stored_depth(store: CellStore, signed: bool) -> np.ndarray:
-    """(n,) depth of each cell in files; files that were not checked when they were written are checked here."""
-    known = store.obs[TOTAL].to_numpy(np.float64) if TOTAL in store.obs else None
-    if known is not None and store.manifest is not None:
-        return known
-    totals = store.scan(signed=signed).totals
-    return totals if known is None else known
 
 
 def _size_factors(depth: np.ndarray, train: np.ndarray) -> np.ndarray:

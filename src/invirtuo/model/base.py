@@ -21,7 +21,7 @@ from invirtuo import fit as fitting
 from invirtuo.batch import Batch
 from invirtuo.checks import label_findings, some, whole
 from invirtuo.conditions import Conditions, as_table
-from invirtuo.dataset import CellDataset, opened
+from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
 from invirtuo.errors import ExistsError
 from invirtuo.files import check_writable, read_h5ad, writing_h5ad
@@ -33,6 +33,7 @@ from invirtuo.model.effects import Calibration
 from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.model.sampling import NoSampling, SampleConfig, check_names, takes_options
 from invirtuo.samplers import Sampler
+from invirtuo.source import opened
 from invirtuo.transforms import Transform
 from invirtuo.values import require_counts, require_log
 
@@ -531,7 +532,7 @@ class Model(nn.Module):
 
     def _check_labels(self, dataset: CellDataset) -> None:
         """Unknown labels are for models that do not predict responses."""
-        unknown = [name for name, codes in dataset.condition.covariates.items() if bool((codes < 0).any())]
+        unknown = [name for name, codes in dataset.condition.distinct.covariates.items() if bool((codes < 0).any())]
         if unknown and self.verb == "predict":
             raise ValueError(
                 f"{self.name} needs the labels of all cells; {some(unknown)} is unknown for some. Remove these cells"

@@ -236,7 +236,7 @@ def control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, sparse.cs
     pool = {}
     for g in np.unique(group[control]):
         members = rows[(group == g) & control]
-        pool[str(names[g])] = dataset.matrix[np.sort(rng.permutation(members)[:limit])]
+        pool[str(names[g])] = dataset.source.read(np.sort(rng.permutation(members)[:limit]))
     return pool
 
 
