@@ -192,7 +192,7 @@ def test_loss_of_the_model_is_that_of_its_sets(cells, plan):
         if config.space == "genes":
             torch.testing.assert_close(losses["total"], main)
         else:
-            decoded = model.decode(predicted, hidden, batch.source)
+            decoded = model.decode(predicted, hidden, batch.source, z0)
             change = model.decoder(predicted) - model.decoder(z0)
             torch.testing.assert_close(decoded, batch.source + change)
             genes = energy_loss(decoded.view(4, 16, -1), batch.target.view(4, 16, -1)).mean()
@@ -516,9 +516,14 @@ def test_obsm_enters_as_it_is(cells, plan, tmp_path):
     model = ST(plan, cells.var_names, config)
     with pytest.raises(ValueError, match=r"expected obsm\['X_emb'\] of width 4; found no obsm"):
         model.fit(cells, config=FIT)
-    read = iv.CellDataset(model._with_genes(z), plan).dense(np.arange(5))
-    np.testing.assert_allclose(model.represent(read), z.obsm["X_emb"][:5], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(read[:, :14], z.X[:5].toarray())
+    dataset = iv.CellDataset(z, plan, obsm="X_emb")
+    batch = next(dataset.batches(iv.samplers.pairs, 5))
+    np.testing.assert_allclose(model.represent(batch.target, batch.embedding), z.obsm["X_emb"][batch.index], rtol=1e-6)
+    rows = [np.flatnonzero((z.X.toarray() == x).all(1))[0] for x in batch.source.numpy()]
+    np.testing.assert_allclose(batch.source_embedding, z.obsm["X_emb"][rows], rtol=1e-6)
+    assert dataset.fingerprint() != iv.CellDataset(z, plan).fingerprint()
+    with pytest.raises(ValueError, match=r"there is no obsm\['X_other'\]; found X_emb"):
+        iv.CellDataset(z, plan, obsm="X_other")
     model.fit(z[:, ::-1].copy(), config=FIT)
     wanted = pd.DataFrame({"perturbation": ["A"], "cell_type": ["t_cell"]})
     predicted = model.predict(wanted, 20, precision="fp32")

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import some
 from invirtuo.design import Design
 from invirtuo.preprocess import check_genes
+from invirtuo.pseudobulk import Pseudobulk, group_sums
 from invirtuo.samplers import Layout, Rows, Sampler
 from invirtuo.source import MemorySource, TrainingSource, opened, training_source
 from invirtuo.windows import ControlCache, LoadedRows, prefetched, windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scipy import sparse
 
     from invirtuo.store import CellStore
 
@@ -46,6 +47,8 @@ class CellDataset:
         (n,) "train", "val", "test" for each cell, indexed like obs; None puts every cell into "train".
     signed
         Whether values below zero are data, as in synthetic systems.
+    obsm
+        Entry of obsm with an embedding of the cells, which batches hold beside expression; None leaves it out.
 
     Raises
     ------
@@ -64,7 +67,13 @@ class CellDataset:
     """
 
     def __init__(
-        self, adata: AnnData | CellStore, design: Design, split: pd.Series | None = None, *, signed: bool = False
+        self,
+        adata: AnnData | CellStore,
+        design: Design,
+        split: pd.Series | None = None,
+        *,
+        signed: bool = False,
+        obsm: str | None = None,
     ):
         check_genes(adata)
         self.source: TrainingSource = training_source(adata, signed=signed)
@@ -72,6 +81,7 @@ class CellDataset:
         self.obs = adata.obs
         self.genes = self.source.genes.to_numpy()
         self.values: torch.Tensor | None = None  # in place of expression
+        self.embedding = None if obsm is None else _embedding(adata, obsm)
         self.condition = EncodedConditions(design, adata.obs)
         self.split = _aligned(split, adata.obs)
         size = _size_factors(self.source.depth(signed=signed), self.split == "train")
@@ -211,10 +221,16 @@ class CellDataset:
             condition=self.condition[index],
             target=dense(rows.target),
             source=None if rows.source is None else dense(rows.source),
+            embedding=self._embedded(rows.target),
+            source_embedding=self._embedded(rows.source),
             size_factor=self.size_factor[index],
             index=index,
             set_size=rows.set_size,
         )
+
+    def _embedded(self, rows: np.ndarray | None) -> torch.Tensor | None:
+        """(n, d) embedding of some rows."""
+        return None if self.embedding is None or rows is None else self.embedding[torch.from_numpy(rows)]
 
     def dense(self, rows: np.ndarray) -> torch.Tensor:
         """(n, g) values of some rows, float32."""
@@ -235,30 +251,24 @@ class CellDataset:
         """Smallest value above zero of a part; infinity if there is none."""
         return min((float(x.data[x.data > 0].min(initial=np.inf)) for _, x in self.blocks(part)), default=np.inf)
 
-    def pseudobulk(self, part: str | np.ndarray = "train") -> tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]:
-        """Mean and variance of every condition of a part, or of some rows (rising).
-
-        Returns
-        -------
-        Table of the conditions (columns of the Design), their means (c, g), variances (c, g; ddof 0) and numbers of
-        cells (c,), all in float64 and in the order of the condition names.
-        """
+    def pseudobulk(self, part: str | np.ndarray = "train") -> Pseudobulk:
+        """Mean and variance of every condition of a part, or of some rows (rising), in the order of their names."""
         rows = self.rows(part) if isinstance(part, str) else part
         table, kind = self.design.kinds(self.obs.iloc[rows])
         codes, names = pd.factorize(self.design.names(table), sort=True)
         number = np.zeros(len(self.split), dtype=np.int64)  # of the condition, by row
         number[rows] = codes[kind]
-        counts = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
+        n_cells = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
         total, square = np.zeros((2, len(names), len(self.genes)))
         for own, values in self.blocks(rows):
-            places = (number[own], np.arange(len(own)))
-            members = sparse.csr_matrix((np.ones(len(own)), places), (len(names), len(own)))
             x = values.astype(np.float64)
-            total += (members @ x).toarray()
-            square += (members @ x.multiply(x)).toarray()
-        mean = total / counts[:, None]
-        variance = np.maximum(square / counts[:, None] - mean**2, 0)
-        return table.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True), mean, variance, counts
+            total += group_sums(x, number[own], len(names))
+            square += group_sums(x.multiply(x), number[own], len(names))
+        mean = total / n_cells[:, None]
+        variance = np.maximum(square / n_cells[:, None] - mean**2, 0)
+        table = table.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True)
+        moments = [torch.from_numpy(array) for array in (mean, variance, n_cells)]
+        return Pseudobulk(table, self.design.encode(table), *moments)
 
     def overdispersion(self, part: str = "train") -> np.ndarray:
         """(g,) inverse of the dispersion r of counts with variance m + m^2 / r, m = depth x share; by moments."""
@@ -283,6 +293,8 @@ class CellDataset:
         """
         digest = hashlib.blake2b(digest_size=8)
         self.source.add_to(digest)
+        if self.embedding is not None:
+            digest.update(self.embedding.numpy().data)
         table, kind = self.design.kinds(self.obs)
         names = self.design.names(table).to_numpy()
         for text in (*self.genes, *(names if self.source.on_disk else names[kind])):
@@ -317,6 +329,13 @@ class EncodedConditions:
     def map(self, function: Callable[[Condition], torch.Tensor]) -> torch.Tensor:
         """What a function makes of every condition, (n, ...) for the cells."""
         return function(self.distinct)[self.kind.long()]
+
+
+def _embedding(adata: AnnData | CellStore, key: str) -> torch.Tensor:
+    """(n, d) float32, an entry of obsm."""
+    if key not in adata.obsm:
+        raise ValueError(f"there is no obsm[{key!r}]; found {some(adata.obsm) or 'no obsm'}. Embed the cells first")
+    return torch.from_numpy(np.array(adata.obsm[key], dtype=np.float32))
 
 
 def _as_list(seed: int | Sequence[int]) -> list[int]:

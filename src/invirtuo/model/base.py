@@ -27,6 +27,7 @@ from invirtuo.errors import ExistsError
 from invirtuo.files import check_writable, read_h5ad, writing_h5ad
 from invirtuo.fit import FitConfig
 from invirtuo.model import saving
+from invirtuo.model.controls import ControlCells
 from invirtuo.model.device import chosen
 from invirtuo.model.drawing import Request, check_engine, control_pool, drawn, filled, means_of, stored
 from invirtuo.model.effects import Calibration
@@ -39,7 +40,6 @@ from invirtuo.values import require_counts, require_log
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from scipy import sparse
 
     from invirtuo.store import CellStore
 
@@ -85,6 +85,8 @@ class Model(nn.Module):
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
     signed: bool = False  # whether values below zero are data; `build` may choose
+    obsm: str | None = None  # entry of obsm that is read beside expression; `build` may choose
+    obsm_width: int = 0  # its width
     verb: ClassVar[str] = "predict"  # what it is for; to "generate", "embed" or "forecast" needs no perturbation
     stage: str = ""  # the part that is being trained, while `fit` runs and the model has stages
 
@@ -110,7 +112,7 @@ class Model(nn.Module):
         self.transforms: dict[str, Transform] = {}
         self.history = pd.DataFrame()
         self.card: dict[str, Any] = {}
-        self._controls: dict[str, sparse.csr_matrix] = {}
+        self._controls: dict[str, ControlCells] = {}
         self._pseudobulks = None
         with fitting.GENERATOR_LOCK:  # layers draw their first weights
             self.build()
@@ -165,11 +167,6 @@ class Model(nn.Module):
         CPU, and networks are given at most `config.batch_size` cells at once (`in_batches`).
         """
         raise NotImplementedError
-
-    @property
-    def n_columns(self) -> int:
-        """Columns of the cells that the model reads: its genes, and what `_with_genes` puts beside them."""
-        return len(self.genes)
 
     # ---- fitting -----------------------------------------------------------------------------------------------
 
@@ -229,7 +226,7 @@ class Model(nn.Module):
         adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
-        dataset = CellDataset(adata, self.design, split, signed=self.signed)
+        dataset = CellDataset(adata, self.design, split, signed=self.signed, obsm=self.obsm)
         self._check_labels(dataset)
         with self._unchanged_on_failure():
             self.card = {}
@@ -297,7 +294,7 @@ class Model(nn.Module):
         table, kind = design.kinds(dataset.obs)
         wanted = design.is_control(table) | design.names(table).isin(design.names(held_out)).to_numpy()
         rows = np.flatnonzero(wanted[kind] & np.isin(dataset.split, ("train", "val")))
-        return Pseudobulks.of(dataset, rows, len(self.genes))
+        return Pseudobulks.of(dataset, rows)
 
     @contextmanager
     def _training(self, stage: str) -> Iterator[None]:
@@ -612,11 +609,11 @@ class Model(nn.Module):
         """Whether perturbations that are not among the training cells can be predicted."""
         return self.takes_features and bool(self.design.features)
 
-    def _pool(self, controls: AnnData | None) -> dict[str, sparse.csr_matrix]:
+    def _pool(self, controls: AnnData | None) -> dict[str, ControlCells]:
         if controls is None:
             return self._controls
         self._check_space(controls)
-        dataset = CellDataset(self._with_genes(controls), self.design)
+        dataset = CellDataset(self._with_genes(controls), self.design, obsm=self.obsm)
         return control_pool(dataset)
 
     def _provenance(self, seed: int, config: NoSampling) -> dict[str, Any]:

@@ -18,13 +18,13 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from scipy import sparse
 from torch import Tensor
 
 from invirtuo.design import Design
 from invirtuo.errors import ExistsError
 from invirtuo.files import making
 from invirtuo.fit.checkpoint import write_tensors
+from invirtuo.model.controls import ControlCells
 from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.transforms import TRANSFORMS
 
@@ -148,8 +148,8 @@ def restore(cls: type[Model], folder: Path) -> Any:
 def _arrays(model: Model) -> dict[str, Any]:
     """What a model knows beside its weights, by room, name and part."""
     arrays = {f"{k}/{type(t).__name__}/{n}": a for k, t in model.transforms.items() for n, a in t.state().items()}
-    for group, x in model._controls.items():
-        arrays |= {f"controls/{group}/{part}": getattr(x, part) for part in ("data", "indices", "indptr")}
+    for group, cells in model._controls.items():
+        arrays |= {f"controls/{group}/{part}": array for part, array in cells.state().items()}
     if model._pseudobulks is not None:
         arrays |= {f"pseudobulks/all/{part}": array for part, array in model._pseudobulks.state().items()}
     return arrays
@@ -163,10 +163,7 @@ def _load_arrays(model: Model, arrays: dict[str, np.ndarray]) -> None:
         states.setdefault((head, middle), {})[tail] = array
     for (head, middle), state in states.items():
         if head == "controls":
-            shape = (len(state["indptr"]) - 1, model.n_columns)
-            cells = sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape)
-            cells.check_format(full_check=True)  # indices out of bounds would read foreign memory
-            model._controls[middle] = cells
+            model._controls[middle] = ControlCells.load(state, len(model.genes), model.obsm_width)
         elif head == "pseudobulks":
             model._pseudobulks = Pseudobulks.load(state)
         else:
