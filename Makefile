@@ -1,15 +1,16 @@
 # Every target makes .venv if it is missing and installs into it when pyproject.toml or constraints.txt changed.
-.PHONY: help install demo test lint docs clean
+.PHONY: help install demo test test-slow lint docs clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
 
 help:
-	@echo "make demo      fit, predict and score on the bundled cells; writes demo/report.html"
-	@echo "make test      the tests"
-	@echo "make lint      style, types, spelling"
-	@echo "make docs      the documentation, into site/"
-	@echo "make install   only set up .venv"
+	@echo "make demo       fit, predict and score on the bundled cells; writes demo/report.html"
+	@echo "make test       the tests"
+	@echo "make test-slow the tests that take minutes"
+	@echo "make lint       style, types, spelling"
+	@echo "make docs       the documentation, into site/"
+	@echo "make install    only set up .venv"
 
 install: .venv/installed
 
@@ -18,6 +19,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-slow: install
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -50,7 +50,6 @@ CASES = [*iv.models.MODELS, *(case for case in SMALL if case not in iv.models.MO
 FIT = iv.FitConfig(steps=4, batch_size=32, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=0)
 N_GENES = 12
 N_CELLS = 40  # of a condition
-DETERMINISTIC = {"perturbation_mean", "ridge", "ridge kernel", "decoder_only"}  # every seed gives the same cells
 
 
 def kind_of(case: str) -> type[Model]:

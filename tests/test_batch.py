@@ -47,3 +47,12 @@ def test_records_are_frozen():
         record().set_size = 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         record().condition.perturbation = torch.zeros(1, 1)
+
+
+def test_unperturbed_cells_are_controls_in_everything_that_a_network_is_told():
+    """Also in features, which stand for the perturbation where a Design has them."""
+    condition = Condition(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), features=torch.tensor([[0.5, -1.0], [3.0, 0.0]]))
+    assert condition.unperturbed().is_control.all() and not condition.unperturbed().code.any()
+    first = condition.unperturbed(torch.tensor([True, False]))
+    assert first.is_control.tolist() == [True, False]
+    assert not first.code[0].any() and torch.equal(first.code[1], condition.code[1])

@@ -15,7 +15,7 @@ from anndata import AnnData
 
 import invirtuo as iv
 from invirtuo.files import read_h5ad
-from invirtuo.fit import FitConfig, validation_losses
+from invirtuo.fit import FitConfig, Trainable, validation_losses
 from invirtuo.samplers import SAMPLERS
 
 # those with other verbs: test_count_verbs.py, test_sparse_ode.py
@@ -43,7 +43,6 @@ SMALL = {  # settings that are small enough to train in seconds; other models ar
     ),
 }  # fmt: skip
 CASES = [*MODELS, "primeflow unet", "primeflow mlp", "fm_pca ot", "state_transition pca"]
-DETERMINISTIC = {"perturbation_mean", "ridge", "decoder_only"}  # every seed gives the same cells
 N_GENES = 14  # needs padding in a U-Net of three levels
 FIT = FitConfig(steps=6, batch_size=64, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=3)
 
@@ -254,6 +253,46 @@ def test_genes_in_another_order_are_sorted(case, cells, design, split, fitted):
     np.testing.assert_allclose(predict(model).X, predict(fitted(case)).X, atol=1e-5)
 
 
+# ---- what a class declares is true -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", iv.models.MODELS)
+def test_what_fitting_is_told_of_a_model(name):
+    """By flags, not by looking which methods there are."""
+    kind = iv.models.MODELS[name]
+    assert kind.has_proximal_step == (kind.proximal_step is not Trainable.proximal_step)
+    assert kind.has_unused_parameters or kind.update is Trainable.update
+
+
+def test_a_class_that_samples_predicts():
+    with pytest.raises(TypeError, match="Shift writes `sample`; derive it from invirtuo.PerturbationModel"):
+        type("Shift", (iv.Model,), {"name": "shift", "sample": lambda *_: None})
+    assert not hasattr(iv.Model, "predict") and not hasattr(iv.Model, "sample")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if MODELS[case.split(maxsplit=1)[0]].takes_features])
+def test_control_conditions_are_controls_in_their_features_too(case, cells, monkeypatch):
+    """A network is told of perturbations by features, if there are some; a record in which they disagree lies."""
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(3, 4)), index=["A", "B", "C"])
+    columns = {"perturbation": "perturbation", "control": "control", "covariates": ["cell_type"]}
+    design = iv.Design.from_adata(cells, **columns, features=features)
+    made = []
+    monkeypatch.setattr(iv.Condition, "__init__", noting(iv.Condition.__init__, made))
+    new(case, design, cells.var_names).fit(cells, config=FIT).predict(ASKED, 5)
+    assert made
+    assert all(not condition.code[condition.is_control].any() for condition in made)
+
+
+def noting(method, made: list):
+    """The constructor of a record, which notes what it makes."""
+
+    def init(self, *arguments, **named):
+        method(self, *arguments, **named)
+        made.append(self)
+
+    return init
+
+
 # ---- prediction ------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +348,7 @@ def test_same_seed_same_cells(case, fitted):
     np.testing.assert_array_equal(predict(model).X, first.X)
     other = predict(model, seed=1)
     generative = not np.array_equal(other.X, first.X)
-    assert generative == (case not in DETERMINISTIC)
+    assert generative == (not model.deterministic)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import invirtuo as iv
-from invirtuo.model import Model
+from invirtuo.model import PerturbationModel
 from invirtuo.workers import over_ray
 
 
@@ -24,7 +24,7 @@ class Setting:
     mark: str = ""
 
 
-class Fragile(Model):
+class Fragile(PerturbationModel):
     """Draws noise; its first worker process dies in the middle of the work."""
 
     name = "fragile"

@@ -19,11 +19,12 @@ _NAMES = {
     "FitConfig": "fit",
     "Model": "model",
     "Pair": "metrics",
+    "PerturbationModel": "model",
     "SampleConfig": "model",
     "benchmark": "bench",
     "evaluate": "metrics",
     "load": "models",
-    "report": "report",
+    "report": "reports",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]  # noqa: PLE0604 - the names are strings

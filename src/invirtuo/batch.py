@@ -73,6 +73,13 @@ class Condition(_Record):
         """(n, f) or (n, p), what a network is told of the perturbations: their features, or else the multi-hot."""
         return self.perturbation if self.features is None else self.features
 
+    def unperturbed(self, rows: Tensor | None = None) -> Self:
+        """The same cells without perturbation, in what a network is told of it too; only those of a mask (n,)."""
+        keep = torch.zeros_like(self.is_control) if rows is None else ~rows
+        perturbation = torch.where(keep[:, None], self.perturbation, 0.0)
+        features = None if self.features is None else torch.where(keep[:, None], self.features, 0.0)
+        return dataclasses.replace(self, perturbation=perturbation, features=features)
+
     @property
     def groups(self) -> Tensor:
         """(n, number of covariates), level of every covariate; equal rows are one covariate group."""

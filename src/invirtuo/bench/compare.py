@@ -25,13 +25,14 @@ from invirtuo.dataset import CellDataset
 from invirtuo.files import check_writable, write_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
+from invirtuo.model import PerturbationModel
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from invirtuo.bench.entry import Predictor
     from invirtuo.design import Design
     from invirtuo.fit import FitConfig
-    from invirtuo.model import Model
 
 __all__ = ["compare", "panels"]
 
@@ -78,7 +79,7 @@ def compare(
     part
         Which held-out part is predicted and scored.
     metrics, n_cells, n_pcs
-        As in `evaluate` and `Model.predict`.
+        As in `evaluate` and `PerturbationModel.predict`.
     seed
         Of sampling and of the halves of the noise floor.
     about
@@ -208,14 +209,17 @@ def _drawn(
     return predicted, facts | {"intervals": "effect" in predicted.varm}, model.history.assign(model=row.entry.label)
 
 
-def _gives_intervals(model: Model, part: str) -> bool:
+def _gives_intervals(model: Predictor, part: str) -> bool:
     """Whether the fit held out conditions for validation, and all groups have control cells."""
-    held_out, seen, design = model.card["held_out"], model._pseudobulks, model.design
+    held_out, design = model.card["held_out"], model.design
+    seen = model._pseudobulks if isinstance(model, PerturbationModel) else None
     asked = pd.DataFrame(held_out["val"] + held_out[part], columns=design.columns)
     return bool(held_out["val"]) and seen is not None and set(design.groups(asked)) <= set(seen.groups)
 
 
-def _facts(entry: Entry, model: Model, fit: FitConfig, fit_seconds: float, predict_seconds: float) -> dict[str, Any]:
+def _facts(
+    entry: Entry, model: Predictor, fit: FitConfig, fit_seconds: float, predict_seconds: float
+) -> dict[str, Any]:
     trained = any(p.requires_grad for p in model.parameters())
     return {
         "label": entry.label,

@@ -10,6 +10,7 @@ import pandas as pd
 
 from invirtuo.checks import EFFECT_COLUMNS, some
 from invirtuo.dataset import CellDataset
+from invirtuo.model import PerturbationModel
 from invirtuo.model.effects import bounds
 from invirtuo.model.pseudobulks import Pseudobulks
 
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.design import Design
-    from invirtuo.model import Model
 
 __all__ = ["effects", "effects_of", "tabulate"]
 
 
 def effects(
-    models: Model | Sequence[Model],
+    models: PerturbationModel | Sequence[PerturbationModel],
     adata: AnnData,
     conditions: pd.DataFrame | str = "test",
     *,
@@ -34,8 +34,8 @@ def effects(
 ) -> pd.DataFrame:
     """Difference of means to the control cells of the same covariates, and how far the truth may lie from it.
 
-    `Model.predict(effect_level=)` gives intervals of one model beside its cells. Here several models are taken
-    together, whose spread counts in the intervals, and calibration conditions may be chosen
+    `PerturbationModel.predict(effect_level=)` gives intervals of one model beside its cells. Here several models
+    are taken together, whose spread counts in the intervals, and calibration conditions may be chosen
     (:mod:`invirtuo.model.effects`). Intervals hold for new conditions as far as these are like the calibration
     conditions; with one or two of those, take them as a rough size of the error.
 
@@ -47,7 +47,7 @@ def effects(
         Real cells in the models' data space, with control cells of every covariate group that is asked for, and the
         cells of the calibration conditions.
     conditions
-        As for `Model.predict`.
+        As for `predict`.
     level
         Share of genes that intervals shall cover; None gives no intervals.
     calibration
@@ -65,6 +65,8 @@ def effects(
         If the models differ in genes or Design, a group has no control cells, or no calibration conditions have cells.
     """
     models = [models] if not isinstance(models, Sequence) else list(models)
+    if others := [model.name for model in models if not isinstance(model, PerturbationModel)]:
+        raise ValueError(f"effects are those of models that predict log expression; {some(others)} does not")
     design, genes = models[0].design, models[0].genes
     if any(model.genes != genes or model.design.to_json() != design.to_json() for model in models):
         raise ValueError("the models have different genes or Designs; give models fitted to the same data")
@@ -124,7 +126,7 @@ def tabulate(
 
 
 def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFrame:
-    """Effects of cells that `Model.predict` drew, with intervals as wide as it gave them, beside those of real cells.
+    """Effects of predicted cells, with intervals as wide as `predict` gave them, beside those of real cells.
 
     Parameters
     ----------
@@ -151,13 +153,13 @@ def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFra
     return tabulate(design, list(predicted.var_names), table, seen, effect, half)
 
 
-def _means(models: Sequence[Model], table: pd.DataFrame, n_cells: int, seed: int) -> np.ndarray:
+def _means(models: Sequence[PerturbationModel], table: pd.DataFrame, n_cells: int, seed: int) -> np.ndarray:
     """(m, c, g) means of the cells that each model draws."""
     cells = (model.predict(table, n_cells, seed=seed).X for model in models)
     return np.stack([x.reshape(len(table), n_cells, -1).mean(axis=1, dtype=np.float64) for x in cells])
 
 
-def _table(model: Model, conditions: pd.DataFrame | str) -> pd.DataFrame:
+def _table(model: PerturbationModel, conditions: pd.DataFrame | str) -> pd.DataFrame:
     """The conditions as `predict` takes them, without control conditions."""
-    table = model._conditions(conditions)
+    table = model.wanted(conditions)
     return table[~model.design.is_control(table)].reset_index(drop=True)

@@ -6,21 +6,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
 from invirtuo.fit import FitConfig
-from invirtuo.model import config_from
+from invirtuo.generators import CountGenerator
+from invirtuo.model import PerturbationModel, config_from
 from invirtuo.models import MODELS
+from invirtuo.reports.tables import FLOOR
 
 if TYPE_CHECKING:
     from invirtuo.design import Design
-    from invirtuo.model import Model
 
-__all__ = ["BASELINES", "FLOOR", "Entry", "as_entries", "as_entry"]
+__all__ = ["BASELINES", "FLOOR", "Entry", "Predictor", "as_entries", "as_entry"]
 
-FLOOR = "noise_floor"
+Predictor: TypeAlias = PerturbationModel | CountGenerator  # what has `predict`
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Entry:
     fit
         How to train: a FitConfig, a mapping of fields to replace in the preset's, or None for the preset's.
     predict
-        Options of ``Model.predict``.
+        Options of ``PerturbationModel.predict``.
     variants
-        Further rows from the same fit: label to options of ``Model.predict``.
+        Further rows from the same fit: label to options of ``PerturbationModel.predict``.
     task
         Name of the only task that the entry is for, where settings were chosen task by task; None: every task.
     """
@@ -55,7 +56,7 @@ class Entry:
 
     @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
-        """Label of every row to its options of ``Model.predict``."""
+        """Label of every row to its options of ``PerturbationModel.predict``."""
         return {self.label: self.predict, **self.variants}
 
     def settings(self) -> tuple[Any, FitConfig]:
@@ -67,10 +68,10 @@ class Entry:
             return config, self.fit
         return config, config_from(FitConfig, {**asdict(preset.fit), **(self.fit or {})})
 
-    def make(self, design: Design, genes: Sequence[str]) -> tuple[Model, FitConfig]:
+    def make(self, design: Design, genes: Sequence[str]) -> tuple[Predictor, FitConfig]:
         """The unfitted model, and how to fit it."""
         config, fit = self.settings()
-        return MODELS[self.model](design, genes, config), fit
+        return cast("Predictor", MODELS[self.model](design, genes, config)), fit
 
     def describe(self) -> dict[str, Any]:
         """All fields as JSON."""

@@ -21,7 +21,7 @@ from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
 from invirtuo.model.base import track
 from invirtuo.multimodal import PEAK
-from invirtuo.report import write_report
+from invirtuo.reports import report
 from invirtuo.values import looks_like_counts
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def judge(
         ]
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
-    write_report(out, out / "report.html")
+    report(out, out / "report.html")
     return scores
 
 

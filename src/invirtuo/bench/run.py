@@ -25,7 +25,7 @@ from invirtuo.files import writing
 from invirtuo.fit import bf16_pays
 from invirtuo.metrics import METRICS, choose
 from invirtuo.models import MODELS
-from invirtuo.report import write_report
+from invirtuo.reports import report
 
 if TYPE_CHECKING:
     import os
@@ -263,7 +263,7 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
     write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")
-    write_report(out, out / "report.html")
+    report(out, out / "report.html")
     return scores
 
 

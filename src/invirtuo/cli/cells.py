@@ -308,11 +308,11 @@ def embed(
 
 def _is_finished(out: Path, model: Any, config: Any) -> bool:
     """Whether a saved model has the settings, the labels and the genes of the fit that is asked for."""
-    from invirtuo.fit.checkpoint import check_same, identity
+    from invirtuo.fit.checkpoint import check_same
     from invirtuo.models import load
 
     saved = load(out)
-    if identity(saved) != identity(model):
+    if saved.identity() != model.identity():
         return False
     check_same(saved.card["fit"], config, out)
     return True

@@ -17,6 +17,7 @@ from invirtuo.cli.options import (
     Perturbation,
     Quiet,
     Separator,
+    model_with,
     pairs,
     print_scores,
     read_conditions,
@@ -84,11 +85,10 @@ def effects(
     """Predicted effect of each perturbation on each gene, with intervals; writes a tidy CSV."""
     from invirtuo.bench import effects as effects_
     from invirtuo.files import read_h5ad, writing
-    from invirtuo.models import load
-    from invirtuo.report.effects import plot_effects
+    from invirtuo.reports.effects import plot_effects
 
     table = effects_(
-        [load(folder) for folder in run],
+        [model_with(folder, "predict") for folder in run],
         read_h5ad(data),
         read_conditions(conditions),
         level=level or None,
@@ -227,7 +227,7 @@ def report(
     out: Out = Path("report.html"),
 ) -> None:
     """Write one HTML page about a folder of results."""
-    from invirtuo.report import write_report
+    from invirtuo.reports import report as write_report
 
     typer.echo(f"report: {write_report(results, out)}")
 

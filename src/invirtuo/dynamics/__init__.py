@@ -14,6 +14,7 @@ from invirtuo.dynamics.courses import (
     smoothed,
 )
 from invirtuo.dynamics.mocap import motion_capture
+from invirtuo.dynamics.network import GeneNetwork
 from invirtuo.dynamics.systems import SYSTEMS, simulate
 from invirtuo.dynamics.tradeoff import tradeoff
 
@@ -24,6 +25,7 @@ __all__ = [
     "SYSTEMS",
     "Course",
     "Forecaster",
+    "GeneNetwork",
     "anchors",
     "baselines",
     "best_bandwidth",

@@ -20,7 +20,6 @@ from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.dynamics.baselines import baselines
 from invirtuo.dynamics.courses import Course, anchors, binned, courses, reference, rescaled
-from invirtuo.dynamics.reading import edge_table, intervene
 from invirtuo.flow import Trajectory, trajectory
 from invirtuo.model import Model, NoSampling
 from invirtuo.model.sampling import takes_options
@@ -67,14 +66,6 @@ class Forecaster(Model):
         self, labels: Tensor | None, *, sampled: bool = False, held: Tensor | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The field for states (m, n, g) of courses with these labels (n, c); `held` (g,) is 0 for clamped genes."""
-
-    @abstractmethod
-    def jacobian(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """(m, n, g, g) [in, out], derivative of the field at states (m, n, g), gates as for evaluation."""
-
-    @abstractmethod
-    def gate_probability(self) -> np.ndarray:
-        """(g, g) [in, out], probability that a connection is open, mean over members."""
 
     def keep_courses(self) -> None:
         """Check the Design, and make room for the training courses."""
@@ -264,7 +255,7 @@ class Forecaster(Model):
         level
             Of the interval: the range of the ensemble, widened by the residuals of held-out (else training) bins.
         device
-            As in :meth:`Model.predict`; `sparse_ode` computes on the CPU.
+            As in :meth:`PerturbationModel.predict`; `sparse_ode` computes on the CPU.
 
         Returns
         -------
@@ -371,73 +362,6 @@ class Forecaster(Model):
         rows = self.calibration.numpy()
         wide = np.array([np.interp(level, LEVELS, column) for column in rows.T])
         return members.mean(axis=0), members.min(axis=0) - wide, members.max(axis=0) + wide
-
-    # ---- reading -------------------------------------------------------------------------------------------------
-
-    def network(self, labels: Mapping[str, str] | None = None, *, n_edges: int | None = None) -> pd.DataFrame:
-        """Signed edges between genes, read from the Jacobian of the field along the training courses.
-
-        Parameters
-        ----------
-        labels
-            Read along these courses only, for example ``{"lineage": "B"}``.
-        n_edges
-            Keep the strongest ones; None keeps all that are not zero.
-
-        Returns
-        -------
-        DataFrame, strongest first: ``regulator``, ``target``; ``score``, mean ``|df_j / dx_i|``, standardised genes;
-        ``sign`` of the mean; ``consistency``, size of the mean over the score; ``frequency``, share of the ensemble in
-        which the edge is open; ``gate``, probability that it is open; ``support``, what forecasts of held-out
-        courses say: edges have none where they fail, and were not tested where they succeed. Edges are predictive
-        dependencies and no proof of regulation.
-        """
-        self._check_fitted()
-        return edge_table(self, labels, n_edges)
-
-    def knock_out(
-        self, genes: str | Sequence[str], cells: AnnData | None = None, times: Sequence[float] | None = None
-    ) -> AnnData:
-        """Hold genes at zero from the first state on: change of every gene, and of where courses end.
-
-        Parameters
-        ----------
-        genes
-            One name or several.
-        cells, times
-            As in :meth:`forecast`; without cells, the training courses.
-
-        Returns
-        -------
-        AnnData as of :meth:`forecast`, X the change (disturbed minus undisturbed) in the data space, layers "lower" and
-        "upper" (range of the ensemble), "undisturbed", "disturbed". ``var``: ``effect`` at the end in standard
-        deviations, ``agreement`` of its sign over the ensemble and courses. ``uns["fate"]``: how much nearer each
-        course comes to the end of each lineage. Directions are usable, sizes are not calibrated.
-        """
-        return self.overexpress(genes, 0.0, cells, times)
-
-    def overexpress(
-        self,
-        genes: str | Sequence[str],
-        level: float | Sequence[float] | None = None,
-        cells: AnnData | None = None,
-        times: Sequence[float] | None = None,
-    ) -> AnnData:
-        """Hold genes at a level from the first state on; see :meth:`knock_out`.
-
-        Parameters
-        ----------
-        level
-            In the data space, one for all genes or one for each; None: the highest of the training courses.
-        """
-        self._check_fitted()
-        names = [genes] if isinstance(genes, str) else list(genes)
-        if level is None:
-            highest = pd.Series(self.unscaled(self.course_values.numpy()).max(axis=0), self.genes)
-            values = highest.reindex(names).to_numpy()
-        else:
-            values = np.broadcast_to(np.asarray(level, dtype=float), (len(names),))
-        return intervene(self, names, values, cells, times)
 
     # ---- judging -------------------------------------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ from invirtuo.checks import some
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from invirtuo.dynamics.network import GeneNetwork
     from invirtuo.fit import FitConfig
-    from invirtuo.models.sparse_ode import SparseODE
 
 __all__ = ["tradeoff"]
 
 
 def tradeoff(
-    model: SparseODE,
+    model: GeneNetwork,
     adata: AnnData,
     split: pd.Series,
     lams: Sequence[float] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0),

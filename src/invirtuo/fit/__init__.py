@@ -10,6 +10,7 @@ from invirtuo.fit.devices import is_main
 from invirtuo.fit.loop import run
 from invirtuo.fit.machine import bf16_pays, keep_freed_memory, use_bf16
 from invirtuo.fit.stream import GENERATOR_LOCK, Stream, noise_seed, seeded
+from invirtuo.fit.trainable import Trainable
 from invirtuo.fit.validation import validation_losses
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LAST",
     "FitConfig",
     "Stream",
+    "Trainable",
     "bf16_pays",
     "is_main",
     "keep_freed_memory",

@@ -23,14 +23,13 @@ from torch import Tensor
 
 from invirtuo.files import writing
 from invirtuo.fit.config import FitConfig
-from invirtuo.fit.devices import agreed, barrier, is_main, place
+from invirtuo.fit.devices import barrier, broadcast, is_main, rank_and_size
 from invirtuo.fit.sharding import is_sharded, local, own_rows
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
-    from invirtuo.model import Model
 
-__all__ = ["BEST", "LAST", "Checkpoint", "check_same", "data_hash", "identity", "remove", "write", "write_tensors"]
+__all__ = ["BEST", "LAST", "Checkpoint", "check_same", "data_hash", "remove", "write", "write_tensors"]
 
 LAST = "last.safetensors"  # everything that a resumed fit needs
 BEST = "best.safetensors"  # weights with the lowest validation loss so far
@@ -40,17 +39,17 @@ SHARDS = "last-*-of-*.safetensors"  # rows of sharded tensors
 def write(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a checkpoint in place of the last one; if tensors are sharded, every device must take part."""
     rows = {k: local(v) for k, v in tensors.items() if is_sharded(v)}
-    rank, n_devices = place()
+    rank, n_devices = rank_and_size()
     names = []
     if rows:
-        name = agreed(uuid.uuid4().hex[:8])  # of this writing alone: no file of an earlier one is touched
+        name = broadcast(uuid.uuid4().hex[:8])  # of this writing alone: no file of an earlier one is touched
         names = [f"last-{name}-{i:05d}-of-{n_devices:05d}.safetensors" for i in range(1, n_devices + 1)]
         write_tensors(folder / names[rank], rows)
         barrier()
     if is_main():
-        told = {**facts, "shards": names, "shapes": {k: list(tensors[k].shape) for k in rows}}
-        whole = {k: v for k, v in tensors.items() if k not in rows}
-        write_tensors(folder / LAST, whole, invirtuo=json.dumps(told))
+        facts = {**facts, "shards": names, "shapes": {k: list(tensors[k].shape) for k in rows}}
+        others = {k: v for k, v in tensors.items() if k not in rows}
+        write_tensors(folder / LAST, others, invirtuo=json.dumps(facts))
         for old in set(folder.glob(SHARDS)) - {folder / name for name in names}:
             old.unlink(missing_ok=True)
 
@@ -108,7 +107,7 @@ class Checkpoint:
         shape, own = self._shapes.get(key), local(target)
         if shape is None or tuple(shape) != tuple(target.shape):
             raise ValueError(self._damaged(f"{key} has shape {shape}, expected {tuple(target.shape)}"))
-        rows = own_rows(shape[0], *place()) if is_sharded(target) else None
+        rows = own_rows(shape[0], *rank_and_size()) if is_sharded(target) else None
         with torch.no_grad():
             if own.numel():
                 own.copy_(self.rows(key, rows))
@@ -140,14 +139,6 @@ class Checkpoint:
 
     def _damaged(self, reason: str, name: str = LAST) -> str:
         return f"the checkpoint {self.path.with_name(name)} is damaged ({reason}); remove it and fit again"
-
-
-def identity(model: Model) -> dict[str, Any]:
-    """What a checkpoint must agree with to belong to a model."""
-    facts = {"name": model.name, "config": asdict(model.config), "design": model.design.to_json(), "genes": model.genes}
-    if model.stage:
-        facts["stage"] = model.stage
-    return json.loads(json.dumps(facts))
 
 
 def data_hash(dataset: CellDataset) -> str:

@@ -10,18 +10,28 @@ import torch
 from torch import Tensor
 
 from invirtuo.fit.config import FitConfig
+from invirtuo.fit.trainable import Trainable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from invirtuo.model import Model
 
-__all__ = ["accelerator", "agreed", "barrier", "devices_of", "is_main", "place", "several", "shared", "strategy"]
+__all__ = [
+    "accelerator",
+    "barrier",
+    "broadcast",
+    "devices_of",
+    "is_main",
+    "mean_over_devices",
+    "rank_and_size",
+    "several",
+    "strategy",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def strategy(model: Model, config: FitConfig) -> Any:
+def strategy(model: Trainable, config: FitConfig) -> Any:
     """How Lightning trains on several devices.
 
     Under DDP, parameters without gradient are looked for where there may be some.
@@ -50,16 +60,16 @@ def strategy(model: Model, config: FitConfig) -> Any:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     if config.strategy == "fsdp":
-        if type(model).proximal_step.__qualname__ != "Model.proximal_step":
+        if model.has_proximal_step:
             raise ValueError(
                 f"{model.name} takes proximal steps on whole parameters, which FitConfig.strategy 'fsdp' spreads over "
                 "devices; use 'ddp'"
             )
         return ModelParallelStrategy()
-    return DDPStrategy(find_unused_parameters=type(model).update.__qualname__ != "Model.update")
+    return DDPStrategy(find_unused_parameters=model.has_unused_parameters)
 
 
-def accelerator(model: Model, config: FitConfig) -> str:
+def accelerator(model: Trainable, config: FitConfig) -> str:
     """What Lightning trains on; models that compute on CPUs alone stay there.
 
     Raises
@@ -88,21 +98,21 @@ def several(config: FitConfig) -> bool:
 
 def is_main() -> bool:
     """Whether this process is the one that writes: the only one, or the first of those that fit together."""
-    return place()[0] == 0
+    return rank_and_size()[0] == 0
 
 
-def shared(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+def mean_over_devices(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """Means of losses over all devices."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return losses
     values = torch.stack([value.detach().float() for value in losses.values()])
     torch.distributed.all_reduce(values)
-    return dict(zip(losses, values / place()[1], strict=True))
+    return dict(zip(losses, values / rank_and_size()[1], strict=True))
 
 
-def agreed(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What the first device says."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box)
@@ -111,11 +121,11 @@ def agreed(value: Any) -> Any:
 
 def barrier() -> None:
     """Wait for all devices."""
-    if place()[1] > 1:
+    if rank_and_size()[1] > 1:
         torch.distributed.barrier()
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """Number of this device, and of how many."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

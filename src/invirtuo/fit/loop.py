@@ -17,17 +17,17 @@ from invirtuo.fit.config import FitConfig
 from invirtuo.fit.devices import accelerator, devices_of, several, strategy
 from invirtuo.fit.machine import keep_freed_memory
 from invirtuo.fit.stream import Stream
+from invirtuo.fit.trainable import Trainable
 from invirtuo.fit.training import Training
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
-    from invirtuo.model import Model
 
 __all__ = ["run"]
 
 
 def run(
-    model: Model,
+    model: Trainable,
     dataset: CellDataset,
     config: FitConfig,
     *,

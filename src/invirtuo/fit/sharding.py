@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from invirtuo.fit.devices import place
+from invirtuo.fit.devices import rank_and_size
+from invirtuo.fit.trainable import Trainable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
     from invirtuo.batch import Batch
-    from invirtuo.model import Model
 
-__all__ = ["Losses", "is_sharded", "let_go", "local", "own_rows", "sharded", "units", "whole"]
+__all__ = ["Losses", "gathered", "is_sharded", "local", "own_rows", "reshard", "sharded", "units"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ UNIT = 1 << 20  # parameters that make a block a unit: gathered for its own forw
 class Losses(nn.Module):
     """Losses of a model as a forward pass, around which sharded weights are gathered and let go."""
 
-    def __init__(self, model: Model, *, compiled: bool = False):
+    def __init__(self, model: Trainable, *, compiled: bool = False):
         super().__init__()
         self.model = model
         self._compiled = [block for block in model.children() if any(True for _ in block.parameters())] * compiled
@@ -70,7 +70,7 @@ def sharded(losses: Losses, mesh: DeviceMesh) -> Losses:
     model = losses.model
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # shards are rows; convolutions order their weights as they like
-    for block in [] if type(model).update.__qualname__ != "Model.update" else units(model):
+    for block in [] if model.has_unused_parameters else units(model):
         fully_shard(block, mesh=mesh)
     fully_shard(losses, mesh=mesh)
     return losses
@@ -79,8 +79,7 @@ def sharded(losses: Losses, mesh: DeviceMesh) -> Losses:
 def units(module: nn.Module) -> Iterator[nn.Module]:
     """Large blocks that are gathered by themselves: what stands in lists and sequences, which is called by `forward`.
 
-    All other parameters are gathered once for the whole step. Models that override `update` have no units: they take
-    gradients within a step, or use parameters of a block without calling it.
+    All other parameters are gathered once for the whole step. Models with `has_unused_parameters` have no units.
     """
     for child in module.children():
         large = sum(p.numel() for p in child.parameters()) >= UNIT
@@ -90,7 +89,7 @@ def units(module: nn.Module) -> Iterator[nn.Module]:
             yield from units(child)
 
 
-def let_go(losses: Losses) -> None:
+def reshard(losses: Losses) -> None:
     """Drop gathered weights after a forward pass without a backward pass, which would do it."""
     cast("FSDPModule", losses).reshard()
 
@@ -105,11 +104,11 @@ def local(tensor: Tensor) -> Tensor:
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """All rows of a sharded tensor, and what the first device has of others; every device must ask."""
     if is_sharded(tensor):
         return cast("DTensor", tensor).full_tensor()
-    if place()[1] > 1:
+    if rank_and_size()[1] > 1:
         tensor = tensor.clone()
         torch.distributed.broadcast(tensor, 0)
     return tensor

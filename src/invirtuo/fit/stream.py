@@ -13,12 +13,12 @@ import torch
 
 from invirtuo import samplers
 from invirtuo.fit.config import FitConfig
-from invirtuo.fit.devices import place
+from invirtuo.fit.devices import rank_and_size
+from invirtuo.fit.trainable import Trainable
 
 if TYPE_CHECKING:
     from invirtuo.batch import Batch
     from invirtuo.dataset import CellDataset
-    from invirtuo.model import Model
 
 __all__ = ["GENERATOR_LOCK", "Stream", "noise_seed", "seeded"]
 
@@ -28,11 +28,11 @@ GENERATOR_LOCK = threading.RLock()  # held by who draws from torch's global gene
 class Stream:
     """Batches of the training cells without end; of several devices each takes its share, after the first `start`."""
 
-    def __init__(self, dataset: CellDataset, model: Model, config: FitConfig, start: int):
+    def __init__(self, dataset: CellDataset, model: Trainable, config: FitConfig, start: int):
         self.dataset, self.model, self.config, self.start = dataset, model, config, start
 
     def __iter__(self) -> Iterator[Batch]:
-        rank, n_devices = place()
+        rank, n_devices = rank_and_size()
         sampler, number = samplers.named(self.model.sampler, self.model.set_size), 0
         shares = 1 if self.dataset.on_disk else n_devices  # cells in memory are dealt batch by batch, files by blocks
         seeds = ([self.config.seed, epoch] for epoch in count())

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from invirtuo.files import writing
-from invirtuo.fit.checkpoint import BEST, Checkpoint, check_same, data_hash, identity, write, write_tensors
+from invirtuo.fit.checkpoint import BEST, Checkpoint, check_same, data_hash, write, write_tensors
 from invirtuo.fit.config import FitConfig, learning_rate
-from invirtuo.fit.devices import agreed, place, shared
+from invirtuo.fit.devices import broadcast, mean_over_devices, rank_and_size
 from invirtuo.fit.machine import use_bf16
-from invirtuo.fit.sharding import Losses, let_go, local, sharded, whole
+from invirtuo.fit.sharding import Losses, gathered, local, reshard, sharded
 from invirtuo.fit.stream import noise_seed, seeded
+from invirtuo.fit.trainable import Trainable
 from invirtuo.fit.validation import validation_losses
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from invirtuo.batch import Batch
     from invirtuo.dataset import CellDataset
-    from invirtuo.model import Model
 
 __all__ = ["Training"]
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Training:
     """One model in training: optimiser, averaged weights, validation, history, checkpoints."""
 
-    def __init__(self, model: Model, dataset: CellDataset, config: FitConfig, folder: Path | None):
+    def __init__(self, model: Trainable, dataset: CellDataset, config: FitConfig, folder: Path | None):
         self.given, self.dataset, self.config, self.folder = model, dataset, config, folder
         self.bf16 = use_bf16(config, "cpu" if model.cpu_only else None)
         self.data_hash = data_hash(dataset)
@@ -69,12 +69,12 @@ class Training:
             self._checkpoint = None
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Trainable:
         """The model whose weights are trained."""
         return self.trained.model
 
     @property
-    def average(self) -> Model | None:
+    def average(self) -> Trainable | None:
         """The model of averaged weights, if they are wanted."""
         return None if self.averaged is None else self.averaged.model
 
@@ -87,12 +87,12 @@ class Training:
         """Losses of one batch, with the noise of its number among the batches of all devices."""
         for group in self.optimizer.param_groups if self.plateau is None else []:
             group["lr"] = learning_rate(self.config, self.step)
-        turn, (rank, n_devices) = batch_index % self.config.accumulate, place()
+        turn, (rank, n_devices) = batch_index % self.config.accumulate, rank_and_size()
         number = (self.step * self.config.accumulate + turn) * n_devices + rank
         with seeded(noise_seed(self.config.seed, number, 0)):
             losses = self.trained(batch, self.step)
-        told = {k: v.detach() / self.config.accumulate for k, v in losses.items()}
-        self._losses = {k: v + self._losses[k] for k, v in told.items()} if turn else told
+        shares = {k: v.detach() / self.config.accumulate for k, v in losses.items()}
+        self._losses = {k: v + self._losses[k] for k, v in shares.items()} if turn else shares
         total = float(losses["total"].detach())
         if not math.isfinite(total):
             raise FloatingPointError(
@@ -108,14 +108,14 @@ class Training:
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.model.proximal_step(self.lr)
         if self.plateau is not None:
-            self.plateau.step(float(shared(self._losses)["total"]))
+            self.plateau.step(float(mean_over_devices(self._losses)["total"]))
         if self.average is not None:
             _move_average(self.average, self.model, min(config.ema, (1 + self.step) / (10 + self.step)))
         last = self.step == config.steps
         validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
         losses = {}
         if validates:
-            losses = agreed(self._validate(device) if main or self.is_sharded else {})
+            losses = broadcast(self._validate(device) if main or self.is_sharded else {})
             if losses and self._improves(losses["total"]) and folder is not None:
                 self._save_best(folder / BEST, main)
         if validates or last or self.step % 20 == 0 or self.step == 1:
@@ -132,20 +132,20 @@ class Training:
         config, kept = self.config, self.kept
         losses = validation_losses(kept.model, self.dataset, config, device, bf16=self.bf16, losses_of=kept)
         if self.is_sharded:
-            let_go(kept)
+            reshard(kept)
         return losses
 
     def _save_best(self, path: Path, main: bool) -> None:
         if main or self.is_sharded:
             weights = self.kept.model.state_dict()
-            weights = {k: whole(v).cpu() if self.is_sharded else v.cpu() for k, v in weights.items()}
+            weights = {k: gathered(v).cpu() if self.is_sharded else v.cpu() for k, v in weights.items()}
         if main:
             write_tensors(path, weights)
 
     def _record(self, validation: dict[str, float]) -> None:
         seconds = self.elapsed + time.perf_counter() - self.began
         row = {"step": self.step, "seconds": round(seconds, 3), "lr": self.lr}
-        row |= {f"train_{k}": float(v) for k, v in shared(self._losses).items()}
+        row |= {f"train_{k}": float(v) for k, v in mean_over_devices(self._losses).items()}
         self.history.append(row | {f"val_{k}": v for k, v in validation.items()})
 
     def _improves(self, value: float) -> bool:
@@ -169,7 +169,7 @@ class Training:
         tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
         facts = {
             "config": asdict(self.config),
-            "model": identity(self.given),
+            "model": self.given.identity(),
             "data": self.data_hash,
             "bf16": self.bf16,
             "step": self.step,
@@ -188,7 +188,7 @@ class Training:
         checkpoint = self._checkpoint = Checkpoint(path)
         facts = checkpoint.facts
         check_same(facts["config"], self.config, path)
-        if facts["model"] != identity(self.given):
+        if facts["model"] != self.given.identity():
             raise ValueError(f"the checkpoint {path} belongs to another model; fit this one into a new folder")
         if facts["data"] != self.data_hash:
             raise ValueError(
@@ -223,7 +223,7 @@ class Training:
         """Take the kept weights, with the buffers of the first device, to the CPU of every device; all take part."""
         if self.best_weights is not None:
             self.kept.model.load_state_dict(self.best_weights)
-        self._collected = {k: whole(v).cpu() for k, v in self.kept.model.state_dict().items()}
+        self._collected = {k: gathered(v).cpu() for k, v in self.kept.model.state_dict().items()}
 
     def finish(self) -> None:
         """Leave the kept weights in the model that was given, on the CPU."""
@@ -233,7 +233,7 @@ class Training:
         self.given.load_state_dict({k: v.cpu() for k, v in weights.items()})
 
 
-def _optimizer(model: Model, config: FitConfig) -> torch.optim.Optimizer:
+def _optimizer(model: Trainable, config: FitConfig) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     parameters = [p for p in model.parameters() if p.requires_grad]
     return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
@@ -246,7 +246,7 @@ def _plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.Reduc
 
 
 @torch.no_grad()
-def _move_average(average: Model, model: Model, decay: float) -> None:
+def _move_average(average: Trainable, model: Trainable, decay: float) -> None:
     still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # of other stages
     pairs = zip(average.state_dict().values(), model.state_dict().items(), strict=True)
     floating = [(local(old), local(new)) for old, (name, new) in pairs if old.is_floating_point() and name not in still]

@@ -11,17 +11,17 @@ from invirtuo import samplers
 from invirtuo.fit.config import FitConfig
 from invirtuo.fit.machine import use_bf16
 from invirtuo.fit.stream import noise_seed, seeded
+from invirtuo.fit.trainable import Trainable
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
-    from invirtuo.model import Model
 
 __all__ = ["validation_losses"]
 
 
 @torch.no_grad()
 def validation_losses(
-    model: Model,
+    model: Trainable,
     dataset: CellDataset,
     config: FitConfig,
     device="cpu",

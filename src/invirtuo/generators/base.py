@@ -29,9 +29,10 @@ from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.generators.drawing import Request, drawn
 from invirtuo.generators.labels import Prior, check_labels, draw, given_labels, observed, rare_counts
 from invirtuo.generators.output import assembled, write_cells
-from invirtuo.model import Model, NoSampling, track
+from invirtuo.model import Model, track
 from invirtuo.model.drawing import check_engine
 from invirtuo.model.sampling import takes_options
+from invirtuo.model.wanted import wanted_conditions
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
 from invirtuo.source import opened
@@ -58,7 +59,6 @@ class CountGenerator(Model):
 
     space = "counts"
     verb = "generate"
-    Sampling: ClassVar[type[NoSampling]] = NoSampling
     has_latent: ClassVar[bool] = False  # whether cells have latent vectors
     depth: SizeFactor
 
@@ -226,7 +226,7 @@ class CountGenerator(Model):
             ``RAY_ADDRESS``, or over `n_jobs` processes of this machine: the same cells; those of a lost worker are
             drawn again.
         device
-            As in :meth:`Model.predict`.
+            As in :meth:`PerturbationModel.predict`.
         progress
             Show a progress bar.
         {options}
@@ -279,12 +279,12 @@ class CountGenerator(Model):
         progress: bool = False,
         **options: Any,
     ) -> AnnData:
-        """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of :meth:`Model.predict`.
+        """Draw `n_cells` for each condition, as counts: :meth:`generate` in the words of `PerturbationModel.predict`.
 
         Parameters
         ----------
         conditions, n_cells, seed, out, engine, n_jobs, device, progress
-            As in :meth:`Model.predict`.
+            As in :meth:`PerturbationModel.predict`.
         {options}
 
         Returns
@@ -292,7 +292,7 @@ class CountGenerator(Model):
         AnnData as of :meth:`generate`.
         """
         self._check_fitted()
-        table = self._conditions(conditions)
+        table = wanted_conditions(conditions, self)
         n_cells = whole("n_cells", n_cells)
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         return self.generate(
@@ -329,7 +329,7 @@ class CountGenerator(Model):
         if self.design.perturbation not in given.columns:
             return
         parts = {part for label in given[self.design.perturbation].unique() for part in self.design.parts(label)}
-        trained = set(self.design.perturbations if self._takes_unseen() else self.card["perturbations"])
+        trained = set(self.design.perturbations if self.takes_unseen else self.card["perturbations"])
         if strange := sorted(parts - trained):
             raise ValueError(
                 f"{self.design.perturbation}: {some(strange)} do not occur in the training cells; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 import torch
@@ -14,11 +14,21 @@ from torch import Tensor
 from invirtuo import fit
 from invirtuo.batch import Batch
 from invirtuo.generators.output import Block, in_rows
-from invirtuo.model.drawing import in_parts
+from invirtuo.model.drawing import OnDevices, in_parts
 from invirtuo.model.sampling import NoSampling
 
 if TYPE_CHECKING:
-    from invirtuo.generators.base import CountGenerator
+    from invirtuo.nn import CountLikelihood
+
+
+class Likely(OnDevices, Protocol):
+    """A model that says how likely counts are."""
+
+    def likelihood(
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: Any
+    ) -> tuple[CountLikelihood, Tensor | None]:
+        """What is known of the counts of cells; latent vectors."""
+
 
 __all__ = ["Request", "drawn"]
 
@@ -55,13 +65,13 @@ class Request:
         return f"cell {self.first * BLOCK}"
 
 
-def drawn(model: CountGenerator, request: Request, engine: str, n_jobs: int | None) -> Iterator[Block]:
+def drawn(model: Likely, request: Request, engine: str, n_jobs: int | None) -> Iterator[Block]:
     """Draw the blocks of a request, in their order; what is random in one depends on the seed and its number."""
     yield from in_parts(_blocks, request, model, engine=engine, n_jobs=n_jobs, in_order=True)
 
 
 @torch.no_grad()
-def _blocks(request: Request, model: CountGenerator) -> Iterator[Block]:
+def _blocks(request: Request, model: Likely) -> Iterator[Block]:
     """Draw the blocks in this process."""
     with model.on_device(request.device) as device:
         for i in range(len(request)):

@@ -260,7 +260,7 @@ class LatentFlow(CountGenerator):
         adata
             Raw counts in X, or in ``layers["counts"]``.
         device
-            As in :meth:`Model.predict`.
+            As in :meth:`PerturbationModel.predict`.
 
         Returns
         -------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     import h5py
 
     from invirtuo.dataset import CellDataset
-    from invirtuo.model.base import Model
+    from invirtuo.design import Design
 
 __all__ = [
     "Request",
+    "Sampled",
     "check_engine",
     "control_pool",
     "drawn",
@@ -57,6 +59,32 @@ class Divisible(Protocol):
         """The device that is asked for."""
 
 
+class OnDevices(Protocol):
+    """A model that can be sent to a worker, and moved to a device."""
+
+    name: ClassVar[str]
+    design: Design
+
+    @property
+    def accelerator(self) -> str:
+        """`FitConfig.accelerator` of the fit."""
+
+    def device_of(self, name: str | None) -> torch.device:
+        """The device of a name."""
+
+    def on_device(self, name: str | None = None) -> AbstractContextManager[torch.device]:
+        """Move the model to a device to be used there."""
+
+
+class Sampled(OnDevices, Protocol):
+    """A model that draws the cells of a condition."""
+
+    needs_source: bool
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: Any) -> Tensor:
+        """Cells (n, g) of one condition."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Cells to draw: of which conditions, how many of each, how, from which control cells, and on which device."""
@@ -83,7 +111,7 @@ class Request:
         return str(self.table.iloc[0].to_dict())
 
 
-def drawn(model: Model, request: Request, engine: str, n_jobs: int | None) -> Iterator[tuple[int, np.ndarray]]:
+def drawn(model: Sampled, request: Request, engine: str, n_jobs: int | None) -> Iterator[tuple[int, np.ndarray]]:
     """Number and cells (n, g) of every condition of a request, as they come."""
     device = model.device_of(request.device).type
     precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # of workers as here, not as measured there
@@ -92,7 +120,7 @@ def drawn(model: Model, request: Request, engine: str, n_jobs: int | None) -> It
 
 
 @torch.no_grad()
-def _conditions(request: Request, model: Model, pool: Mapping[str, ControlCells]) -> Iterator[tuple[int, np.ndarray]]:
+def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCells]) -> Iterator[tuple[int, np.ndarray]]:
     """Number and cells of some conditions; each depends on the seed and its name alone."""
     table, config, n_cells = request.table, request.config, request.n_cells
     names = model.design.names(table)
@@ -154,7 +182,7 @@ class _Parts(Sequence):
 def in_parts(
     work: Callable[..., Iterator],
     request: Divisible,
-    model: Model,
+    model: OnDevices,
     *shared: Any,
     engine: str,
     n_jobs: int | None,

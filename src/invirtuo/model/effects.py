@@ -14,17 +14,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
-from invirtuo.dataset import CellDataset
-from invirtuo.model.drawing import Request, drawn, means_of
-from invirtuo.model.pseudobulks import Pseudobulks
+from invirtuo.model.drawing import Request, Sampled, drawn, means_of
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    import pandas as pd
 
     from invirtuo.design import Design
-    from invirtuo.model.base import Model
+    from invirtuo.model.pseudobulks import Pseudobulks
 
 __all__ = ["Calibration", "bounds"]
 
@@ -41,10 +38,12 @@ class Calibration:
     ----------
     model
         A fitted model.
+    seen
+        Real cells: controls, and those of the known conditions.
+    known
+        The conditions that were held out for validation.
     level
         Share of genes that intervals cover.
-    controls
-        Further control cells, of groups that the fit did not see.
 
     Raises
     ------
@@ -52,20 +51,15 @@ class Calibration:
         If the fit held out no conditions for validation, or the level is no share.
     """
 
-    def __init__(self, model: Model, level: float, controls: AnnData | None = None):
+    def __init__(self, model: Sampled, seen: Pseudobulks | None, known: pd.DataFrame, level: float):
         if not 0 < level < 1:
             raise ValueError(f"effect_level is {level}; expected a share between 0 and 1, or None for no intervals")
-        known, seen, design = model.card["held_out"]["val"], model._pseudobulks, model.design
-        if seen is None or not known:
+        if seen is None or known.empty:
             raise ValueError(
                 "intervals of effects are calibrated on conditions that the fit held out for validation, and there are "
                 'none; fit with a split that has whole conditions as "val", or pass effect_level=None'
             )
-        if controls is not None:
-            cells = model._with_genes(controls[design.is_control(controls.obs)])
-            seen = seen.with_groups(Pseudobulks.of(CellDataset(cells, design)))
-        self.model, self.seen, self.level = model, seen, level
-        self.known = pd.DataFrame(known, columns=design.columns)
+        self.model, self.seen, self.known, self.level = model, seen, known, level
 
     def intervals(self, request: Request, means: np.ndarray) -> dict[str, np.ndarray]:
         """Effects on every gene and their bounds, (g, c) each.

@@ -207,19 +207,16 @@ class PartsSampling(FlowSampling):
 class takes_options:
     """A method that takes the options of the model it is called on, in place of its ``**options``, and no others.
 
-    Its signature and its docstring, with ``{options}`` for these, name them. A model that does not write the method
-    `needs` has not got the verb.
+    Its signature and its docstring, with ``{options}`` for these, name them.
 
     Parameters
     ----------
-    needs
-        Method by which a class has the verb; None: every class has it.
     sampling
         Record of the options; None takes `Sampling` of the class.
     """
 
-    def __init__(self, *, needs: str | None = None, sampling: type[NoSampling] | None = None):
-        self.needs, self.sampling = needs, sampling
+    def __init__(self, *, sampling: type[NoSampling] | None = None):
+        self.sampling = sampling
         self.made: dict[type, Callable[..., Any]] = {}
 
     def __call__(self, function: Callable[..., Any]) -> takes_options:
@@ -228,12 +225,7 @@ class takes_options:
         self.__doc__ = function.__doc__
         return self
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.owner = owner
-
     def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
-        if self.needs and owner is not self.owner and getattr(owner, self.needs) is getattr(self.owner, self.needs):
-            raise AttributeError(f"{owner.__name__} cannot {self.function.__name__}")
         if owner not in self.made:
             self.made[owner] = _of_class(self.function, self.sampling or owner.Sampling)  # type: ignore[attr-defined]
         made = self.made[owner]

@@ -24,16 +24,13 @@ from invirtuo.design import Design
 from invirtuo.errors import ExistsError
 from invirtuo.files import making
 from invirtuo.fit.checkpoint import write_tensors
-from invirtuo.model.controls import ControlCells
-from invirtuo.model.pseudobulks import Pseudobulks
-from invirtuo.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
     from invirtuo.fit import FitConfig
     from invirtuo.model.base import Model
 
-__all__ = ["card", "check_free", "config_from", "holds_model", "path_of", "restore", "save", "size_buffers"]
+__all__ = ["by_owner", "card", "check_free", "config_from", "holds_model", "path_of", "restore", "save", "size_buffers"]
 
 PENDING = ".saved"  # holds the files of a model that is wholly written, until they have taken the places of others
 
@@ -91,7 +88,8 @@ def _write(model: Model, folder: Path) -> None:
     """All files of a model; config.json comes last and knows the others by their hashes."""
     (folder / "design.json").write_text(model.design.to_json())
     (folder / "card.json").write_text(json.dumps(model.card, indent=2))
-    np.savez_compressed(folder / "transforms.npz", **_arrays(model))
+    arrays: dict[str, Any] = model.arrays()
+    np.savez_compressed(folder / "transforms.npz", **arrays)
     model.history.to_csv(folder / "history.csv", index=False)
     write_tensors(folder / "weights.safetensors", model.state_dict())
     facts = {
@@ -137,7 +135,7 @@ def restore(cls: type[Model], folder: Path) -> Any:
     model.history = pd.read_csv(history) if history.exists() and history.stat().st_size > 2 else pd.DataFrame()
     with _reading(folder, "transforms.npz") as path, path.open("rb") as file:
         arrays = np.load(file, allow_pickle=False)
-        _load_arrays(model, {key: arrays[key] for key in arrays.files})
+        model.load_arrays({key: arrays[key] for key in arrays.files})
     with _reading(folder, "weights.safetensors") as path:
         tensors = load_file(path)
         size_buffers(model, tensors)
@@ -145,29 +143,14 @@ def restore(cls: type[Model], folder: Path) -> Any:
     return model.eval()
 
 
-def _arrays(model: Model) -> dict[str, Any]:
-    """What a model knows beside its weights, by room, name and part."""
-    arrays = {f"{k}/{type(t).__name__}/{n}": a for k, t in model.transforms.items() for n, a in t.state().items()}
-    for group, cells in model._controls.items():
-        arrays |= {f"controls/{group}/{part}": array for part, array in cells.state().items()}
-    if model._pseudobulks is not None:
-        arrays |= {f"pseudobulks/all/{part}": array for part, array in model._pseudobulks.state().items()}
-    return arrays
-
-
-def _load_arrays(model: Model, arrays: dict[str, np.ndarray]) -> None:
+def by_owner(arrays: Mapping[str, np.ndarray]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """Saved arrays by whom they belong to, of their paths ``owner/name/part``; the name may hold slashes."""
     states: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for key, array in arrays.items():
-        head, rest = key.split("/", 1)
-        middle, tail = rest.rsplit("/", 1)
-        states.setdefault((head, middle), {})[tail] = array
-    for (head, middle), state in states.items():
-        if head == "controls":
-            model._controls[middle] = ControlCells.load(state, len(model.genes), model.obsm_width)
-        elif head == "pseudobulks":
-            model._pseudobulks = Pseudobulks.load(state)
-        else:
-            model.transforms[head] = TRANSFORMS[middle].load(state)
+    for path, array in arrays.items():
+        owner, rest = path.split("/", 1)
+        name, part = rest.rsplit("/", 1)
+        states.setdefault((owner, name), {})[part] = array
+    return states
 
 
 def size_buffers(model: Model, tensors: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig, in_batches
+from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP
 from invirtuo.settings import Settings
 
@@ -51,7 +51,7 @@ _BEST = "PerturBench, best of 60 trials; the same for both data sets, none for J
 _PAPER = Config(2304, 512, 1, 0.4, code_penalty=0.0, penalty=2621.0)
 
 
-class Biolord(Model):
+class Biolord(PerturbationModel):
     """Autoencoder with a noisy code and embeddings for all that is known of a cell.
 
     References

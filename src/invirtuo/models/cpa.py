@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig, in_batches
+from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
 from invirtuo.settings import Settings
 
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         return self.mean(h), self.log_variance(h)
 
 
-class CPA(Model):
+class CPA(PerturbationModel):
     """Autoencoder with additive embeddings and an adversary.
 
     References
@@ -121,6 +121,7 @@ class CPA(Model):
     SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "kl_weight": (0.1, 20.0),
               "adversary_weight": (0.1, 100.0)}  # fmt: skip
     needs_source = True
+    has_unused_parameters = True  # the adversary's, in the steps of the autoencoder
     takes_features = True
 
     def build(self) -> None:

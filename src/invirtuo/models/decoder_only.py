@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig, in_batches
+from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, one_hots
 from invirtuo.settings import Settings
 
@@ -40,7 +40,7 @@ _FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0
 _BEST = "PerturBench, best of 60 trials"
 
 
-class DecoderOnly(Model):
+class DecoderOnly(PerturbationModel):
     """softplus(MLP([perturbation, covariates])).
 
     References
@@ -64,6 +64,7 @@ class DecoderOnly(Model):
     }  # fmt: skip
     SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_layers": (0, 3), "fit.weight_decay": (1e-9, 1e-3)}
     takes_features = True
+    deterministic = True
 
     def build(self) -> None:
         """One MLP from condition to genes."""

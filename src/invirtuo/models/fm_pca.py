@@ -28,7 +28,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, exact_coupling, guided, plan_pairs, sinkhorn, solve
-from invirtuo.model import FlowSampling, Model, Preset
+from invirtuo.model import FlowSampling, PerturbationModel, Preset
 from invirtuo.nn import MLP, ConditionEncoder, sinusoids
 from invirtuo.settings import Settings
 from invirtuo.transforms import PCA
@@ -111,7 +111,7 @@ _NORMAN_FIT = replace(_FIT, lr=1.73e-4, weight_decay=6.75e-6, batch_size=2048)
 _DEFAULT_FIT = FitConfig(steps=3000, batch_size=256, lr=1e-3, clip=1.0)
 
 
-class FMPCA(Model):
+class FMPCA(PerturbationModel):
     """Conditional flow matching on principal components, from noise or from control cells.
 
     References

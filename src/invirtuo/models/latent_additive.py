@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig, in_batches
+from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, one_hots
 from invirtuo.settings import Settings
 
@@ -43,7 +43,7 @@ _FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0
 _BEST = "PerturBench, best of 60 trials"
 
 
-class LatentAdditive(Model):
+class LatentAdditive(PerturbationModel):
     """softplus(decode(encode(x_control) + embed(perturbation))), trained on control-perturbed pairs.
 
     References

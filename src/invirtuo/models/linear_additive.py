@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig, in_batches
+from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import one_hots
 from invirtuo.settings import Settings
 
@@ -33,7 +33,7 @@ _FIT = FitConfig(steps=2000, batch_size=4000, schedule="constant", warmup=0, ema
 _BEST = "PerturBench, best of 60 trials"
 
 
-class LinearAdditive(Model):
+class LinearAdditive(PerturbationModel):
     """softplus(x_control + W [perturbation, covariates] + b), trained on control-perturbed pairs.
 
     References

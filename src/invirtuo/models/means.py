@@ -13,7 +13,7 @@ from torch import Tensor
 
 from invirtuo.batch import Batch
 from invirtuo.dataset import CellDataset
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import PerturbationModel, Preset, SampleConfig
 from invirtuo.pseudobulk import Pseudobulk, weighted_mean
 from invirtuo.settings import Settings
 
@@ -76,7 +76,7 @@ class RidgeConfig(Settings):
             )
 
 
-class NoChange(Model):
+class NoChange(PerturbationModel):
     """Control cells of the same covariates, as they are."""
 
     name = "no_change"
@@ -89,13 +89,14 @@ class NoChange(Model):
         return batch.source
 
 
-class _ConditionMeans(Model):
+class _ConditionMeans(PerturbationModel):
     """Keeps the mean of every training condition."""
 
     SEARCH = {}
     needs_source = True
 
     def build(self) -> None:
+        self.deterministic = getattr(self.config, "mode", "") == "profile"
         g, p = len(self.genes), len(self.design.perturbations)
         self.register_buffer("means", torch.zeros(0, g))
         self.register_buffer("perturbations", torch.zeros(0, p))
@@ -282,8 +283,9 @@ class Ridge(_ConditionMeans):
         effect = torch.where(condition.is_control[:, None], 0.0, effect)
         return (batch.source + effect).clamp_min(0) if self.config.mode == "shift_cells" else mean + effect
 
-    def _takes_unseen(self) -> bool:
-        return self.config.unseen != "raise" or super()._takes_unseen()
+    @property
+    def takes_unseen(self) -> bool:
+        return self.config.unseen != "raise" or super().takes_unseen
 
     def _effects(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Code, effect, control mean and size of every perturbed condition with control cells, in float64."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Self
@@ -28,7 +28,7 @@ from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
-from invirtuo.model import FlowSampling, Model, Preset
+from invirtuo.model import FlowSampling, PerturbationModel, Preset
 from invirtuo.model.sampling import PartsSampling
 from invirtuo.nn import ConditionEncoder, PseudobulkAnchor, SizeFactor, with_mean
 from invirtuo.nn.velocity import VELOCITIES, Point, Sizes
@@ -134,7 +134,7 @@ _FIT = FitConfig(steps=2000, batch_size=256, lr=2e-3, clip=1.0, betas=(0.9, 0.99
 _PAPER_FIT = FitConfig(steps=20_000, lr=5e-5, schedule="constant", warmup=0, ema=0.0, accumulate=4, keep="best")
 
 
-class PRiMeFlow(Model):
+class PRiMeFlow(PerturbationModel):
     """Conditional flow matching from noise to log-normalised expression.
 
     References
@@ -308,14 +308,9 @@ class PRiMeFlow(Model):
         calibrates = self.anchor is not None and self.config.hurdle and self.config.calibrate > 0
         if config.is_guided or not calibrates:
             return self._observed(self._flow(batch.condition, generator, config))
-        x = torch.empty(len(batch), len(self.genes), device=self.gene_mean.device)
-        keys = torch.cat([batch.condition.code, batch.condition.groups, *_columns(batch.condition.continuous)], dim=1)
-        _, members = keys.unique(dim=0, return_inverse=True)
-        for number in range(int(members.max()) + 1):
-            rows = (members == number).nonzero().flatten()
-            drawn = rows.repeat(-(-PILOT // len(rows)))[: max(PILOT, len(rows))]
-            x[rows] = self._calibrated(self._flow(batch.condition[drawn], generator, config), batch.condition[rows])
-        return x
+        # the mean of the flow is taken from a pilot of the condition: the cells themselves, and more where they are few
+        drawn = torch.arange(max(PILOT, len(batch))) % len(batch)
+        return self._calibrated(self._flow(batch.condition[drawn], generator, config), batch.condition)
 
     def _calibrated(self, x: Tensor, condition: Condition) -> Tensor:
         """The first n of the flow's cells (m, g), for n rows of one condition, with a mean nearer to pseudobulks."""
@@ -352,26 +347,13 @@ class PRiMeFlow(Model):
                     again = torch.arange(len(x), device=x.device) % len(own)
                     own, depth = own[again], None if depth is None else depth[again]
                 if len(weights) > 1:
-                    own = _unperturbed(own, branch == 1)
+                    own = own.unperturbed(branch == 1)
                 time, null = torch.full((len(x),), float(t), device=x.device), branch == 0
                 return self.evaluate(x, time, own, null if null.any() else None, depth, network=network)
 
             field = nested(velocity, weights, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
         return torch.cat(cells)
-
-
-def _unperturbed(condition: Condition, rows: Tensor) -> Condition:
-    """The conditions, those of some rows (n,) without their perturbation."""
-
-    def without(code: Tensor | None) -> Tensor | None:
-        return None if code is None else torch.where(rows[:, None], 0.0, code)
-
-    return replace(condition, perturbation=without(condition.perturbation), features=without(condition.features))
-
-
-def _columns(values: Mapping[str, Tensor]) -> list[Tensor]:
-    return [value[:, None] for value in values.values()]
 
 
 def _gene_order(kind: str, dataset: CellDataset) -> Tensor:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig, in_batches
+from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
 from invirtuo.settings import Settings
 
@@ -74,7 +74,7 @@ _DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
 _MASKED_FIT = replace(_DEFAULT_FIT, lr=1e-2)  # mask logits begin at -1 and must cross 0 in few steps
 
 
-class SAMSVAE(Model):
+class SAMSVAE(PerturbationModel):
     """Autoencoder whose perturbations shift few latent dimensions.
 
     References

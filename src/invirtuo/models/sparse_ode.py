@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from invirtuo.batch import Batch
 from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
-from invirtuo.dynamics import Course, Forecaster, best_bandwidth, local_fit
+from invirtuo.dynamics import Course, GeneNetwork, best_bandwidth, local_fit
 from invirtuo.fit import FitConfig, seeded
 from invirtuo.model import Preset
 from invirtuo.nn import PENALTIES, SharedField, TargetField
@@ -142,7 +142,7 @@ _SERIES = Config(space="any", time="global", n_bins=0, jitter=0.0, lam=0.2, matc
 _SHARED = replace(_SERIES, field="shared", activation="elu")
 
 
-class SparseODE(Forecaster):
+class SparseODE(GeneNetwork):
     """Neural ODE with sparse connections: forecasts, a network, knock-outs.
 
     References
@@ -151,6 +151,8 @@ class SparseODE(Forecaster):
     """
 
     name = "sparse_ode"
+    has_unused_parameters = True  # those of closed gates
+    has_proximal_step = True
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours, for pseudotime"),

@@ -392,7 +392,7 @@ class StateEmbedding(Model):
             Log expression (log1p of counts per 10 000) of any cells, with some of the genes of the model; its labels
             are not looked at.
         device
-            As in :meth:`Model.predict`.
+            As in :meth:`PerturbationModel.predict`.
 
         Returns
         -------

@@ -35,7 +35,7 @@ from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
 from invirtuo.fit import FitConfig
-from invirtuo.model import Model, Preset, SampleConfig
+from invirtuo.model import PerturbationModel, Preset, SampleConfig
 from invirtuo.model.controls import ControlCells
 from invirtuo.nn.attention import SetTransformer, pad, windows
 from invirtuo.nn.energy import energy_loss
@@ -136,7 +136,7 @@ _FIT = FitConfig(steps=1000, batch_size=256, lr=1e-3, clip=10.0, ema=0.99)
 _PAPER_FIT = FitConfig(steps=40_000, lr=1e-4, schedule="constant", warmup=0, clip=10.0, ema=0.0, keep="best")
 
 
-class StateTransition(Model):
+class StateTransition(PerturbationModel):
     """Control cells in sets -> perturbed cells in sets, by a transformer over the cells of a set.
 
     Every condition is predicted from control cells of the same covariates. With `batch`, sets hold cells of one batch;
@@ -411,7 +411,7 @@ class StateTransition(Model):
         """
         if not self.config.confidence or not self.card:
             raise ValueError("expected_loss needs a fitted model with a confidence head; set confidence=True and fit")
-        table, pool, rng = self._conditions(conditions), self._pool(None), np.random.default_rng(seed)
+        table, pool, rng = self.wanted(conditions), self._pool(None), np.random.default_rng(seed)
         found = {}
         for i in range(len(table)):
             row = table.iloc[[i]]

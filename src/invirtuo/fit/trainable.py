@@ -1,0 +1,46 @@
+"""What fitting asks of a model, and all that it knows of one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from invirtuo.batch import Batch
+    from invirtuo.samplers import Sampler
+
+__all__ = ["Trainable"]
+
+
+class Trainable(nn.Module):
+    """A module with losses, a name, and a way of drawing its batches.
+
+    Its parameters that require a gradient are trained; the others, and its buffers, are kept.
+    """
+
+    name: ClassVar[str]
+    cpu_only: ClassVar[bool] = False  # whether it computes on CPUs alone
+    has_unused_parameters: ClassVar[bool] = False  # whether a step may use parameters of a block without calling it
+    has_proximal_step: ClassVar[bool] = False  # whether `proximal_step` does anything
+    sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
+    set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of a batch, among them "total", which is minimised."""
+        raise NotImplementedError
+
+    def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Losses of an optimiser step (counted from 0), among them "total".
+
+        Models with two objectives override it, and set `has_unused_parameters`. Parameters that get no gradient in a
+        step keep their values and the state of their optimiser.
+        """
+        return self.loss(batch)
+
+    def proximal_step(self, lr: float) -> None:
+        """Bring parameters to where they may be, after an optimiser step of this learning rate."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to belong to this model, as JSON."""
+        return {"name": self.name}
