@@ -23,8 +23,8 @@ SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
         *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "reports"),
-        *("checks", "conditions", "errors", "files", "genes", "multimodal", "pseudotime", "settings", "store"),
-        *("threads", "values", "workers"),
+        *("checks", "conditions", "errors", "files", "genes", "multimodal", "pseudobulk", "pseudotime"),
+        *("settings", "source", "store", "threads", "values", "workers"),
     },
     {"samplers", "datasets", "fit", "windows"},
     {"dataset"},

@@ -46,10 +46,10 @@ def evaluate(
     import invirtuo
     from invirtuo.files import writing
     from invirtuo.metrics.cells import of_side
-    from invirtuo.metrics.streamed import opened
+    from invirtuo.source import opened
 
     layers = _layers(layer)
-    reality = opened(real, layer=of_side(layers, "real"))
+    reality = opened(real, small_in_memory=True, layer=of_side(layers, "real"))
     design = invirtuo.Design.from_adata(
         reality.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from invirtuo.batch import Batch, Condition
 from invirtuo.checks import some, whole
 from invirtuo.conditions import Conditions
-from invirtuo.dataset import CellDataset, opened
+from invirtuo.dataset import CellDataset
 from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.generators.drawing import Request, drawn
@@ -35,6 +35,7 @@ from invirtuo.model.sampling import takes_options
 from invirtuo.model.wanted import wanted_conditions
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
+from invirtuo.source import opened
 from invirtuo.store import CellStore
 from invirtuo.values import check_values, looks_like_counts, require_counts
 
@@ -112,7 +113,7 @@ class CountGenerator(Model):
         """Learn the distribution of the depth of training cells."""
         rows = dataset.rows("train")
         _, column = self._depth_kind()
-        groups = self._groups(dataset.condition)[torch.from_numpy(rows)]
+        groups = dataset.condition.map(self._groups)[torch.from_numpy(rows)]
         size = self._size(dataset, rows)
         check_depths(size)
         self.depth.fit(size, groups, len(self.design.covariates[column]) if column else 0)

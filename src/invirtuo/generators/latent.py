@@ -338,7 +338,7 @@ class LatentFlow(CountGenerator):
             self._check_null(back)
         size = self._size(dataset, np.arange(adata.n_obs))
         z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
-        own = dataset.condition
+        own = dataset.condition[:]
         other = replace(own, covariates={**own.covariates, batch: torch.full_like(own.covariates[batch], target)})
         moved = torch.empty_like(z)
         with self.on_device(device) as place:
@@ -490,7 +490,7 @@ class LatentFlow(CountGenerator):
     @torch.no_grad()
     def _encoded(self, dataset: CellDataset, device: str | None = None) -> Tensor:
         """(n, d) latent vectors of all cells, on the autoencoder's scale."""
-        n = dataset.matrix.shape[0]
+        n = len(dataset.obs)
         parts = []
         with self.on_device(device) as place:
             for rows in _chunks(n):

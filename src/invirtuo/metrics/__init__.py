@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
     from invirtuo.metrics.cells import Layer, Scale
-    from invirtuo.metrics.streamed import Source
+    from invirtuo.source import AnyCells
 
 __all__ = [
     "METRICS",
@@ -81,8 +81,8 @@ ABSENT = ("de_direction_match", "de_recall", "de_spearman_lfc")  # no value, not
 
 
 def evaluate(
-    pred: Source,
-    real: Source,
+    pred: AnyCells,
+    real: AnyCells,
     design: Design,
     metrics: Sequence[str] | str | None = None,
     *,
@@ -147,7 +147,7 @@ def evaluate(
 
 
 def noise_floor(
-    real: Source,
+    real: AnyCells,
     design: Design,
     metrics: Sequence[str] | str | None = None,
     *,
@@ -178,7 +178,7 @@ def noise_floor(
 
 
 def ceiling(
-    real: Source,
+    real: AnyCells,
     design: Design,
     metrics: Sequence[str] | str | None = "cell_eval",
     *,

@@ -33,12 +33,13 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch
 from invirtuo.checks import some
-from invirtuo.dataset import CellDataset, to_csr
+from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.genes import hashed_vectors, read_vectors
 from invirtuo.model import Model, NoSampling, Preset
 from invirtuo.model.sampling import takes_options
 from invirtuo.settings import Settings
+from invirtuo.source import to_csr
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -211,11 +212,12 @@ class StateEmbedding(Model):
         """Look up the vectors of genes, and which genes each data set has."""
         n_genes = len(self.genes)
         self._set_vectors()
-        levels = dataset.condition.covariates.get(self.config.dataset)
-        rows = dataset.rows("train")
-        if levels is not None and bool((levels < 0).any()):
-            raise ValueError(f"{self.config.dataset!r} is unknown for some cells; name the data set of every cell")
-        of_level = np.zeros(len(dataset.split), np.int64) if levels is None else levels.numpy()
+        name, rows = self.config.dataset, dataset.rows("train")
+        of_level = np.zeros(len(dataset.split), np.int64)
+        if name in self.design.covariates:
+            of_level = dataset.condition.map(lambda condition: condition.covariates[name]).numpy()
+        if (of_level < 0).any():
+            raise ValueError(f"{name!r} is unknown for some cells; name the data set of every cell")
         n_cells = np.zeros((len(self.measured), n_genes), np.int64)  # that express a gene, by data set
         for own, x in dataset.blocks("train"):
             for level in np.unique(of_level[own]):

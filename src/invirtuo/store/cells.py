@@ -48,7 +48,7 @@ class CellStore:
     genes
         (g,) names of the genes, in the order of columns read.
     memory
-        Bytes that reading may take: two windows of cells and a stock of control cells.
+        Bytes that reading may take: two windows of cells and a cache of control cells.
     block
         Rows that are read in one piece.
     manifest
