@@ -12,8 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from invirtuo import fit as fitting
@@ -23,6 +25,7 @@ from invirtuo.design import Design
 from invirtuo.errors import ExistsError, preview
 from invirtuo.files import check_writable
 from invirtuo.fit import FitConfig, Trainable
+from invirtuo.fit.checkpoint import write_tensors
 from invirtuo.model import saving
 from invirtuo.model.device import chosen
 from invirtuo.model.sampling import NoSampling, check_names
@@ -31,7 +34,6 @@ from invirtuo.transforms import TRANSFORMS, Transform
 from invirtuo.values import require_counts, require_log
 
 if TYPE_CHECKING:
-    import numpy as np
     from anndata import AnnData
 
     from invirtuo.store import CellStore
@@ -235,7 +237,7 @@ class Model(Trainable):
                     for stage, plan in self.stages(config).items()
                 ]
                 self.history = pd.concat(runs, ignore_index=True)
-            self.card = saving.card(self, dataset, config) | self.facts(dataset)
+            self.card = saving.card(self.name, dataset, config) | self.facts(dataset)
             self.remember(dataset)
         if not config.keep_checkpoints and fitting.is_main():
             for checkpoints in reversed(folders.values()):
@@ -350,7 +352,17 @@ class Model(Trainable):
             If a model is saved there and `overwrite` is not set.
         """
         if fitting.is_main():
-            saving.save(self, Path(folder), overwrite=overwrite)
+            saving.write_folder(Path(folder), self._write, overwrite=overwrite)
+
+    def _write(self, folder: Path) -> dict[str, Any]:
+        """Write all files but config.json, whose content is returned."""
+        (folder / "design.json").write_text(self.design.to_json())
+        (folder / "card.json").write_text(json.dumps(self.card, indent=2))
+        arrays: dict[str, Any] = self.arrays()
+        np.savez_compressed(folder / "transforms.npz", **arrays)
+        self.history.to_csv(folder / "history.csv", index=False)
+        write_tensors(folder / "weights.safetensors", self.state_dict())
+        return {"model": self.name, "preset": self.preset, "config": asdict(self.config), "genes": self.genes}
 
     @classmethod
     def restore(cls, folder: str | Path) -> Self:
@@ -361,7 +373,28 @@ class Model(Trainable):
         ValueError
             If a file is missing, damaged, or contradicts the others.
         """
-        return saving.restore(cls, Path(folder))
+        folder = Path(folder)
+        with saving.reading(folder, "config.json") as path:
+            facts = json.loads(path.read_text())
+            genes, preset, config = facts["genes"], facts["preset"], saving.config_from(cls.Config, facts["config"])
+        saving.check_hashes(folder, facts.get("sha256", {}))
+        with saving.reading(folder, "design.json") as path:
+            design = Design.from_json(path.read_text())
+        model = cls(design, genes, config)
+        model.preset = preset
+        with saving.reading(folder, "card.json") as path:
+            model.card = json.loads(path.read_text())
+        history = saving.path_of(folder, "history.csv")
+        if history.exists() and history.stat().st_size > 2:
+            model.history = pd.read_csv(history)
+        with saving.reading(folder, "transforms.npz") as path, path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            model.load_arrays({key: arrays[key] for key in arrays.files})
+        with saving.reading(folder, "weights.safetensors") as path:
+            tensors = load_file(path)
+            saving.size_buffers(model, tensors)
+            model.load_state_dict(tensors)
+        return model.eval()
 
     # ---- checks ------------------------------------------------------------------------------------------------
 

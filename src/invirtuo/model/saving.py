@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -13,38 +13,53 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from invirtuo.design import Design
 from invirtuo.errors import ExistsError
 from invirtuo.files import making
-from invirtuo.fit.checkpoint import write_tensors
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from invirtuo.dataset import CellDataset
     from invirtuo.fit import FitConfig
-    from invirtuo.model.base import Model
 
-__all__ = ["by_owner", "card", "check_free", "config_from", "holds_model", "path_of", "restore", "save", "size_buffers"]
+__all__ = [
+    "by_owner",
+    "card",
+    "check_free",
+    "check_hashes",
+    "config_from",
+    "holds_model",
+    "path_of",
+    "reading",
+    "size_buffers",
+    "write_folder",
+]
 
 PENDING = ".saved"  # holds the files of a model that is wholly written, until they have taken the places of others
 
 
-def save(model: Model, folder: Path, *, overwrite: bool = False) -> None:
+def write_folder(folder: Path, write: Callable[[Path], dict[str, Any]], *, overwrite: bool = False) -> None:
     """Write a model into a folder; at any moment the model that was there, or the new one, is whole.
 
     A new folder appears when all files are written. In a folder that exists they are written into a folder within it,
     of which the renaming decides: from then on its files are read, until each has moved to its place.
+
+    Parameters
+    ----------
+    write
+        Writes all files into the folder that it is given but config.json, and returns what that holds; it comes last
+        and knows the others by their hashes.
     """
     check_free(folder, overwrite=overwrite)
     _settle(folder)
     with making(folder / PENDING if folder.exists() else folder) as part:
-        _write(model, part)
+        facts = write(part)
+        hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+        (part / "config.json").write_text(json.dumps(facts | {"sha256": hashes}, indent=2))
     _settle(folder)
 
 
@@ -84,63 +99,21 @@ def _settle(folder: Path) -> None:
         pending.rmdir()
 
 
-def _write(model: Model, folder: Path) -> None:
-    """All files of a model; config.json comes last and knows the others by their hashes."""
-    (folder / "design.json").write_text(model.design.to_json())
-    (folder / "card.json").write_text(json.dumps(model.card, indent=2))
-    arrays: dict[str, Any] = model.arrays()
-    np.savez_compressed(folder / "transforms.npz", **arrays)
-    model.history.to_csv(folder / "history.csv", index=False)
-    write_tensors(folder / "weights.safetensors", model.state_dict())
-    facts = {
-        "model": model.name,
-        "preset": model.preset,
-        "config": asdict(model.config),
-        "genes": model.genes,
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
-    }
-    (folder / "config.json").write_text(json.dumps(facts, indent=2))
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+def check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
     """Refuse files that were not saved together; models that were saved before there were hashes have none."""
     for name, expected in hashes.items():
-        with _reading(folder, name) as path:
+        with reading(folder, name) as path:
             found = _sha256(path)
         if found != expected:
             raise ValueError(
                 f"{path} is not the file that was saved with config.json: it is damaged, was changed, or files of two "
                 "models are mixed. Copy the folder as a whole, or save the model again"
             )
-
-
-def restore(cls: type[Model], folder: Path) -> Any:
-    """Read what :func:`save` wrote."""
-    with _reading(folder, "config.json") as path:
-        facts = json.loads(path.read_text())
-        genes, preset, config = facts["genes"], facts["preset"], config_from(cls.Config, facts["config"])
-    _check_hashes(folder, facts.get("sha256", {}))
-    with _reading(folder, "design.json") as path:
-        design = Design.from_json(path.read_text())
-    model = cls(design, genes, config)
-    model.preset = preset
-    with _reading(folder, "card.json") as path:
-        model.card = json.loads(path.read_text())
-    history = path_of(folder, "history.csv")
-    model.history = pd.read_csv(history) if history.exists() and history.stat().st_size > 2 else pd.DataFrame()
-    with _reading(folder, "transforms.npz") as path, path.open("rb") as file:
-        arrays = np.load(file, allow_pickle=False)
-        model.load_arrays({key: arrays[key] for key in arrays.files})
-    with _reading(folder, "weights.safetensors") as path:
-        tensors = load_file(path)
-        size_buffers(model, tensors)
-        model.load_state_dict(tensors)
-    return model.eval()
 
 
 def by_owner(arrays: Mapping[str, np.ndarray]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -153,7 +126,7 @@ def by_owner(arrays: Mapping[str, np.ndarray]) -> dict[tuple[str, str], dict[str
     return states
 
 
-def size_buffers(model: Model, tensors: Mapping[str, Tensor]) -> None:
+def size_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give buffers that have no rows before a fit the number of rows that was saved."""
     for key, buffer in list(model.named_buffers()):
         if buffer.ndim and not len(buffer) and key in tensors and tensors[key].shape[1:] == buffer.shape[1:]:
@@ -161,9 +134,9 @@ def size_buffers(model: Model, tensors: Mapping[str, Tensor]) -> None:
             setattr(model.get_submodule(path), name, torch.empty_like(tensors[key]))
 
 
-def card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
+def card(name: str, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
     """What a user of the saved model needs to know of its fit."""
-    design = model.design
+    design = dataset.design
     kinds = {part: design.kinds(dataset.obs.iloc[dataset.rows(part)])[0] for part in ("train", "val", "test")}
     train = kinds["train"]
     seen = set(design.names(train))
@@ -173,7 +146,7 @@ def card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any
         held_out[part] = table[~design.names(table).isin(seen)].to_dict("records")
     labels = [] if design.perturbation is None else train[design.perturbation].unique()
     return {
-        "model": model.name,
+        "model": name,
         "version": version("invirtuo"),
         "seed": config.seed,
         "fit": asdict(config),
@@ -197,7 +170,7 @@ def config_from(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _reading(folder: Path, name: str) -> Iterator[Path]:
+def reading(folder: Path, name: str) -> Iterator[Path]:
     """Turn whatever goes wrong while a file of a saved model is read into one clear error."""
     trouble = (
         OSError,
