@@ -26,6 +26,7 @@ __all__ = [
     "check_genes",
     "label_findings",
     "labels",
+    "require_column",
     "some",
     "whole",
     "with_likely",
@@ -230,9 +231,37 @@ def labels(adata: AnnData, by: str, name: str = "the data") -> np.ndarray:
     ValueError
         If obs has no such column.
     """
-    if by not in adata.obs:
-        raise ValueError(f"{name} has no column {by!r} in obs; found {some(adata.obs.columns)}")
+    require_column(adata.obs, by, name, allow_missing=True)
     return adata.obs[by].astype(str).to_numpy()
+
+
+def require_column(
+    obs: pd.DataFrame, column: str, where: str, *, allow_missing: bool = False, advice: str = ""
+) -> None:
+    """Raise ValueError if a table of cells lacks a column, or a label of it is missing.
+
+    Parameters
+    ----------
+    obs
+        (n, columns)
+    column
+        Its name.
+    where
+        What the message begins with: whose table it is, or what the column is for.
+    allow_missing
+        Whether labels may be missing.
+    advice
+        What else could be done about missing labels.
+    """
+    if column not in obs.columns:
+        files = obs.attrs.get("lacking", {}).get(column, ())
+        lacking = f" ({some(files)} lacks it)" if files else ""
+        raise ValueError(f"{where}: column {column!r} is not in the table{lacking}; found {some(obs.columns)}")
+    n_missing = 0 if allow_missing else int(obs[column].isna().sum())
+    if n_missing:
+        raise ValueError(
+            f"{where}: column {column!r} has {n_missing} missing values; remove these cells or label them{advice}"
+        )
 
 
 def some(values, limit: int = 5) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from invirtuo.batch import Condition
-from invirtuo.checks import some, with_likely
+from invirtuo.checks import require_column, some, with_likely
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -398,12 +398,5 @@ def _written(value: float) -> str:
 
 
 def _check_column(obs: pd.DataFrame, column: str, role: str, *, missing: bool = False) -> None:
-    if column not in obs.columns:
-        files = obs.attrs.get("lacking", {}).get(column, ())
-        lacking = f" ({some(files)} lacks it)" if files else ""
-        raise ValueError(f"{role}: column {column!r} is not in the table{lacking}; found {some(obs.columns)}")
-    if not missing and obs[column].isna().any():
-        raise ValueError(
-            f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; "
-            "remove these cells or label them (or, for covariates, give the Design unknown=, the label to read them as)"
-        )
+    advice = " (or, for covariates, give the Design unknown=, the label to read them as)"
+    require_column(obs, column, role, allow_missing=missing, advice=advice)
