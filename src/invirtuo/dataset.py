@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.design import Design
+from invirtuo.errors import preview
 from invirtuo.preprocess import check_genes
 from invirtuo.pseudobulk import Pseudobulk, group_sums
 from invirtuo.samplers import Layout, Rows, Sampler
@@ -334,7 +334,7 @@ class EncodedConditions:
 def _embedding(adata: AnnData | CellStore, key: str) -> torch.Tensor:
     """(n, d) float32, an entry of obsm."""
     if key not in adata.obsm:
-        raise ValueError(f"there is no obsm[{key!r}]; found {some(adata.obsm) or 'no obsm'}. Embed the cells first")
+        raise ValueError(f"there is no obsm[{key!r}]; found {preview(adata.obsm) or 'no obsm'}. Embed the cells first")
     return torch.from_numpy(np.array(adata.obsm[key], dtype=np.float32))
 
 
@@ -347,7 +347,7 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
     if split is None:
         return np.full(len(obs), "train", dtype=object)
     if isinstance(split, pd.DataFrame):
-        raise ValueError(f"split is a DataFrame with {some(split.columns)}; expected one of its columns, a Series")
+        raise ValueError(f"split is a DataFrame with {preview(split.columns)}; expected one of its columns, a Series")
     if not isinstance(split, pd.Series):
         split = pd.Series(np.asarray(split), index=obs.index) if len(split) == len(obs) else pd.Series(split)
     if len(split) != len(obs) or not split.index.equals(obs.index):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import labels, some
+from invirtuo.checks import labels
+from invirtuo.errors import preview
 from invirtuo.values import require_log
 
 if TYPE_CHECKING:
@@ -100,6 +101,6 @@ def _root(part: AnnData, position: np.ndarray, root: str | Mapping[str, str]) ->
     known = labels(part, column)
     mine = np.flatnonzero(known == str(label))
     if not len(mine):
-        raise ValueError(f"no cell has {column} = {label!r}; found {some(sorted(set(known)))}")
+        raise ValueError(f"no cell has {column} = {label!r}; found {preview(sorted(set(known)))}")
     centre = position[mine].mean(axis=0)
     return int(mine[((position[mine] - centre) ** 2).sum(axis=1).argmin()])

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.files import bytes_by_row, read_h5ad
 from invirtuo.preprocess import TOTAL
 from invirtuo.store.cells import CellStore
@@ -254,7 +254,7 @@ def _check_filled(cells: AnnData | CellStore, name: str, layer: str | None) -> N
     others = [*cells.layers, *cells.obsm]
     raise ValueError(
         f"{name}: expected cells and genes with log1p expression in X; found {(cells.n_obs, cells.n_vars)}"
-        + ("" if cells.n_obs == 0 or not others else f". If it stands in {some(others)}, name it with layer=")
+        + ("" if cells.n_obs == 0 or not others else f". If it stands in {preview(others)}, name it with layer=")
     )
 
 
@@ -264,8 +264,8 @@ def _named_values(adata: AnnData, names: pd.Index, layer: str, name: str) -> tup
         return names, _in_rows(adata.layers[layer])
     if layer not in adata.obsm:
         raise ValueError(
-            f"{name}: there is no layer and no obsm {layer!r}; found layers {some(adata.layers) or 'none'}, "
-            f"obsm {some(adata.obsm) or 'none'}"
+            f"{name}: there is no layer and no obsm {layer!r}; found layers {preview(adata.layers) or 'none'}, "
+            f"obsm {preview(adata.obsm) or 'none'}"
         )
     values = adata.obsm[layer]
     if isinstance(values, pd.DataFrame):

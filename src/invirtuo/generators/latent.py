@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
 from invirtuo.generators.base import CountGenerator, counted
@@ -502,11 +502,11 @@ class LatentFlow(CountGenerator):
         """Number of the batch that cells are brought to."""
         if batch not in self.design.covariates:
             raise ValueError(
-                f"batch={batch!r} is no covariate of this model; covariates: {some(self.design.covariates)}"
+                f"batch={batch!r} is no covariate of this model; covariates: {preview(self.design.covariates)}"
             )
         table = self._table.groupby(batch)["n_cells"].sum().drop([self.design.unknown], errors="ignore")
         if label is not None and str(label) not in table.index:
-            raise ValueError(f"reference={label!r} does not occur in the training cells; known: {some(table.index)}")
+            raise ValueError(f"reference={label!r} does not occur in the training cells; known: {preview(table.index)}")
         return self.design.covariates[batch].index(str(table.idxmax() if label is None else label))
 
     def _decoded_layer(

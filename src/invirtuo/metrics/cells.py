@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import SCORE_COLUMNS, require_column, some
+from invirtuo.checks import SCORE_COLUMNS
+from invirtuo.errors import preview, require_column
 from invirtuo.metrics.streamed import BLOCK, Streamed
 from invirtuo.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
 from invirtuo.values import Values, canonical_csr, log_normalised, look, require_same_scale
@@ -212,7 +213,7 @@ def read_cells(
     table.index = pd.Index(design.names(table))
     names = source.genes
     if not names.is_unique:
-        repeated = some(names[names.duplicated()].unique())
+        repeated = preview(names[names.duplicated()].unique())
         raise ValueError(f"{name}: gene names are not unique: {repeated}; call adata.var_names_make_unique()")
     genes = np.array(sorted(names), dtype=object) if genes is None else genes
     columns = names.get_indexer(genes)
@@ -308,7 +309,7 @@ def of_side(layer: Layer, side: Side) -> str | None:
     """Where the values of a file stand."""
     if isinstance(layer, Mapping):
         if unknown := set(layer) - {"pred", "real"}:
-            raise ValueError(f"layer= by file has the keys 'pred' and 'real'; found {some(sorted(unknown))}")
+            raise ValueError(f"layer= by file has the keys 'pred' and 'real'; found {preview(sorted(unknown))}")
         return layer.get(side)
     return layer
 
@@ -327,12 +328,14 @@ def _check_genes(name: str, names: pd.Index, genes: np.ndarray, columns: np.ndar
     if nameless and name == "pred":
         logger.warning("neither file has gene names; the columns are taken to be in the same order")
     if len(missing):
-        raise ValueError(f"{name} lacks {len(missing)} of the {len(genes)} genes of real: {some(missing)}")
+        raise ValueError(f"{name} lacks {len(missing)} of the {len(genes)} genes of real: {preview(missing)}")
 
 
 def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
     if taken := SCORE_COLUMNS & set(design.columns) - {design.perturbation}:
-        raise ValueError(f"covariate columns {some(sorted(taken))} clash with columns of the score table; rename them")
+        raise ValueError(
+            f"covariate columns {preview(sorted(taken))} clash with columns of the score table; rename them"
+        )
     for column in design.columns:
         require_column(obs, column, name)
     return obs[design.columns]

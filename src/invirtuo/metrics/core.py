@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, compare_levels, of_side, read_cells
 from invirtuo.metrics.rank import ranks
 from invirtuo.metrics.streamed import Streamed
@@ -236,7 +236,7 @@ class Pair:
         both = [name for name in real.rows if name in pred.rows]
         if not both:
             raise ValueError(
-                f"no condition is in both files: pred has {some(pred.rows)}; real has {some(real.rows)}. "
+                f"no condition is in both files: pred has {preview(pred.rows)}; real has {preview(real.rows)}. "
                 f"Conditions are named by {' | '.join(design.columns)}"
             )
         self.skipped: dict[str, str] = {}
@@ -260,7 +260,7 @@ class Pair:
         single = {name: "only one cell" for name, rows in whole.rows.items() if len(rows) < 2}
         if len(single) == len(whole.rows):
             raise ValueError(
-                f"real: no condition has two or more cells to divide; found {some(single) or 'no conditions'}"
+                f"real: no condition has two or more cells to divide; found {preview(single) or 'no conditions'}"
             )
         rng = np.random.default_rng(seed)
         rest, pred = {}, {}
@@ -292,7 +292,7 @@ class Pair:
         if all(name in single for name in whole.rows):
             raise ValueError("real: no condition has two or more cells to divide")
         if no_control := [f"controls of {name}" for name in whole.controls if f"controls of {name}" in single]:
-            raise ValueError(f"real: {some(no_control)}: fewer than two cells to divide")
+            raise ValueError(f"real: {preview(no_control)}: fewer than two cells to divide")
         sides = []
         for i in (0, 1):
             rows = {name: pieces[name][i] for name in whole.rows if name in pieces}
@@ -315,7 +315,7 @@ class Pair:
         self.skipped |= reasons
         if reasons:
             reason = next(iter(reasons.values()))
-            logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, some(reasons))
+            logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, preview(reasons))
 
     @property
     def groups(self) -> list[str]:
@@ -403,7 +403,7 @@ class Pair:
     def see(self, name: str, side: Side, condition: str) -> np.ndarray:
         """The named view of one condition."""
         if name not in VIEWS:
-            raise ValueError(f"unknown view {name!r}; known: {some(sorted(VIEWS), 99)}")
+            raise ValueError(f"unknown view {name!r}; known: {preview(sorted(VIEWS), 99)}")
         if name in _UNCACHED:
             return VIEWS[name](self, side, condition)
         return self.once(side, ("view", name, condition), lambda: VIEWS[name](self, side, condition))
@@ -439,7 +439,7 @@ class Pair:
         if rows is None:
             raise ValueError(
                 f"{cells.name}: group {group!r} has no control cells (label {self.design.control!r} in "
-                f"obs[{self.design.perturbation!r}]); groups with controls: {some(cells.controls) or 'none'}. "
+                f"obs[{self.design.perturbation!r}]); groups with controls: {preview(cells.controls) or 'none'}. "
                 "Add them, or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
             )
         return cells, rows

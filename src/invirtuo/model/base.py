@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from invirtuo import fit as fitting
-from invirtuo.checks import label_findings, some
+from invirtuo.checks import label_findings
 from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
-from invirtuo.errors import ExistsError
+from invirtuo.errors import ExistsError, preview
 from invirtuo.files import check_writable
 from invirtuo.fit import FitConfig, Trainable
 from invirtuo.model import saving
@@ -392,7 +392,7 @@ class Model(Trainable):
         missing = [gene for gene in self.genes if gene not in known]
         if missing:
             raise ValueError(
-                f"{len(missing)} of the model's {len(self.genes)} genes are not in the data: {some(missing)}; "
+                f"{len(missing)} of the model's {len(self.genes)} genes are not in the data: {preview(missing)}; "
                 "use the gene set that the model was made with"
             )
         if list(adata.var_names) == self.genes:

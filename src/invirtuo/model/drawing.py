@@ -16,7 +16,7 @@ from torch import Tensor
 
 from invirtuo import fit
 from invirtuo.batch import Batch
-from invirtuo.checks import some, whole
+from invirtuo.errors import preview, whole_number
 from invirtuo.model.controls import ControlCells
 from invirtuo.model.sampling import SampleConfig
 from invirtuo.workers import n_workers, over_ray
@@ -161,7 +161,7 @@ def check_engine(engine: str, n_jobs: int | None) -> None:
         raise ValueError(f"engine is {engine!r}; expected local or ray")
     if n_jobs is None:
         return
-    whole("n_jobs", n_jobs)
+    whole_number("n_jobs", n_jobs)
     if engine == "local":
         raise ValueError(f"n_jobs is {n_jobs} and engine is 'local', which draws in this process; pass engine='ray'")
 
@@ -274,7 +274,7 @@ def _sources(
     """n control cells of a group, and their embedding; each is used once before any is used again."""
     if group not in pool:
         raise ValueError(
-            f"no control cells for the covariates {group!r}; known: {some(pool)}. Pass them with controls="
+            f"no control cells for the covariates {group!r}; known: {preview(pool)}. Pass them with controls="
         )
     cells = pool[group]
     rows = torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(-(-n // len(cells)))])[:n]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from invirtuo.batch import Batch
-from invirtuo.checks import some, whole
 from invirtuo.conditions import Conditions
 from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
+from invirtuo.errors import preview, whole_number
 from invirtuo.files import read_h5ad, writing_h5ad
 from invirtuo.model import saving
 from invirtuo.model.base import Model, check_torch, track
@@ -134,7 +134,7 @@ class PerturbationModel(Model):
         check_engine(engine, n_jobs)
         self._check_fitted()
         check_torch()
-        n_cells, seed = whole("n_cells", n_cells), whole("seed", seed, 0)
+        n_cells, seed = whole_number("n_cells", n_cells), whole_number("seed", seed, 0)
         config = self._sampling(options)
         controls = read_h5ad(controls) if isinstance(controls, str | Path) else controls
         model = self if controls is None else self.with_controls(controls)
@@ -211,7 +211,7 @@ class PerturbationModel(Model):
         unknown = [name for name, codes in dataset.condition.distinct.covariates.items() if bool((codes < 0).any())]
         if unknown:
             raise ValueError(
-                f"{self.name} needs the labels of all cells; {some(unknown)} is unknown for some. Remove these cells"
+                f"{self.name} needs the labels of all cells; {preview(unknown)} is unknown for some. Remove these cells"
             )
         super().check_labels(dataset)
         self._check_responses(dataset)
@@ -231,7 +231,9 @@ class PerturbationModel(Model):
         unseen = sorted((parts["val"] | parts["test"]) - parts["train"])
         if unseen and not self.takes_unseen:
             logger.warning(
-                "perturbations %s are held out everywhere; %s cannot predict what it never saw", some(unseen), self.name
+                "perturbations %s are held out everywhere; %s cannot predict what it never saw",
+                preview(unseen),
+                self.name,
             )
 
     def remember(self, dataset: CellDataset) -> None:

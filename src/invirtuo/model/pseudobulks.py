@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
@@ -80,7 +80,8 @@ class Pseudobulks:
         groups = design.groups(table)
         if missing := sorted(set(groups) - set(self.groups)):
             raise ValueError(
-                f"there are no control cells of {some(missing)}, and effects are differences to them; pass such cells"
+                f"there are no control cells of {preview(missing)}, and effects are differences to them; pass such "
+                "cells"
             )
         rows = [self.groups.index(group) for group in groups]
         return self.control[rows].astype(np.float64), self.sd[rows].astype(np.float64)

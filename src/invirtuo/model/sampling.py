@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
-from invirtuo.checks import some, whole
+from invirtuo.errors import preview, whole_number
 from invirtuo.flow import SOLVERS
 from invirtuo.settings import Settings
 
@@ -62,7 +62,7 @@ class SampleConfig(NoSampling):
         super().__post_init__()
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
-        whole("batch_size", self.batch_size)
+        whole_number("batch_size", self.batch_size)
         if self.clamp_min is not None and not _is_finite(self.clamp_min):
             raise ValueError(f"clamp_min is {self.clamp_min!r}; expected a finite number, or None")
 
@@ -85,7 +85,7 @@ class SolverSampling(NoSampling):
         """Refuse values that cannot be meant."""
         super().__post_init__()
         if self.steps is not None:
-            whole("steps", self.steps)
+            whole_number("steps", self.steps)
         if self.solver is not None and self.solver not in (*SOLVERS, ADAPTIVE):
             raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}, {ADAPTIVE}")
 
@@ -157,7 +157,7 @@ class FlowSampling(SolverSampling, SampleConfig):
             if not self.parts:
                 raise ValueError(f"guidance is {dict(weights)}; this model has one weight of guidance, a number")
             if strange := [name for name in weights if name not in self.parts]:
-                raise ValueError(f"guidance: {some(strange)} is no part of it; expected {some(self.parts)}")
+                raise ValueError(f"guidance: {preview(strange)} is no part of it; expected {preview(self.parts)}")
             weights = dict.fromkeys(self.parts, 1.0) | dict(weights)
             object.__setattr__(self, "guidance", weights)
         if not all(map(_is_finite, self.weights)):
@@ -252,7 +252,7 @@ def check_names(method: Callable[..., Any], model: str, given: Iterable[str]) ->
     """Refuse options that a verb of a model has not got."""
     known = list(inspect.signature(method).parameters)[1:]
     if strange := [name for name in given if name not in known]:
-        raise ValueError(f"{model}.{method.__name__} has no option {some(strange)}; its options: {', '.join(known)}")
+        raise ValueError(f"{model}.{method.__name__} has no option {preview(strange)}; its options: {', '.join(known)}")
 
 
 def _parameters(sampling: type[NoSampling]) -> list[inspect.Parameter]:

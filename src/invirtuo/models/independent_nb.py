@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.generators import CountGenerator, check_depths
 from invirtuo.model import NoSampling
 from invirtuo.nn import CountLikelihood, SizeFactor
@@ -87,7 +87,7 @@ class IndependentNB(CountGenerator):
         if bool((group < 0).any()):
             raise ValueError(
                 f"{self.name} knows only combinations of labels that occur in the training cells, and cannot put "
-                f"{some(self.design.attributes)} together anew"
+                f"{preview(self.design.attributes)} together anew"
             )
         return CountLikelihood(
             self.log_share[group] + batch.size_factor.log()[:, None], self.log_dispersion[group]

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from invirtuo.batch import Batch
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig
 from invirtuo.genes import hashed_vectors, read_vectors
 from invirtuo.model import Model, NoSampling, Preset
@@ -245,7 +245,7 @@ class StateEmbedding(Model):
         found = np.isfinite(table).all(axis=1)
         if not found.any():
             raise ValueError(
-                f"{source} has no vector for any of the genes {some(self.genes)}; expected gene names alike"
+                f"{source} has no vector for any of the genes {preview(self.genes)}; expected gene names alike"
             )
         logger.info("%d of %d genes have a vector; the others are not read", found.sum(), len(found))
         self.known.copy_(torch.from_numpy(found))
@@ -372,7 +372,7 @@ class StateEmbedding(Model):
         shared = int((place >= 0).sum())
         if not shared:
             raise ValueError(
-                f"none of the genes {some(adata.var_names)} is known to the model, which has {some(self.genes)}; "
+                f"none of the genes {preview(adata.var_names)} is known to the model, which has {preview(self.genes)}; "
                 "use the same kind of gene names"
             )
         logger.info("%d of the %d genes of the data are known to the model", shared, adata.n_vars)

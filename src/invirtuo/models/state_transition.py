@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig
 from invirtuo.model.controls import ControlCells
@@ -210,7 +210,7 @@ class StateTransition(PerturbationModel):
         """Name of the covariate that is the batch, or ""."""
         config, covariates = self.config, self.design.covariates
         if config.batch and config.batch not in covariates:
-            raise ValueError(f"batch {config.batch!r} is no covariate of the design; found {some(covariates)}")
+            raise ValueError(f"batch {config.batch!r} is no covariate of the design; found {preview(covariates)}")
         if config.batch_encoder and not covariates:
             raise ValueError("a batch encoder needs a covariate; name the batch in covariates= of the Design")
         return config.batch or (list(covariates)[-1] if config.batch_encoder else "")
@@ -303,7 +303,7 @@ class StateTransition(PerturbationModel):
             layout = dataset.layout()
             without_controls = sorted(set(layout.group) - set(layout.group[layout.is_control]))
             if without_controls:
-                names = some([layout.group_names[g] for g in without_controls])
+                names = preview([layout.group_names[g] for g in without_controls])
                 logger.info("no control cells of the same batch for %s; those of the context are taken", names)
         if self.config.space != "pca" or self._start:
             return
