@@ -205,7 +205,7 @@ def other_genes(adata, folder):
         (lambda adata, folder: [folder / "absent.h5ad"], "does not exist"),
         (lambda adata, folder: [], "no files were given"),
         (with_nan, "real: X holds 1 NaN"),
-        (unlabelled, "real: obs has no column 'cell_type'"),
+        (unlabelled, "real: column 'cell_type' is not in the table"),
         (other_genes, "has 50 genes"),
         (lambda adata, folder: [h5ad(iv.datasets.toy(n_cells=900, n_genes=60), folder)], "raw counts"),
     ],

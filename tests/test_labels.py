@@ -82,7 +82,7 @@ def made_of(obs: pd.DataFrame) -> dict:
         "names": design.names(obs).tolist(),
         "codes": design.encode(obs).perturbation.tolist(),
         "splits": {name: function(obs, design).tolist() for name, function in SPLITS.items()},
-        "pools": {group: cells.toarray().tolist() for group, cells in control_pool(dataset).items()},
+        "pools": {group: cells.expression.toarray().tolist() for group, cells in control_pool(dataset).items()},
         "card": model.card,
         "asked": as_table("K562|B+ctrl+A", design).to_dict("list"),
         "scores": scores.to_dict("list"),

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.errors import preview
+from invirtuo.errors import preview, require_column
 from invirtuo.values import check_values, look, require_counts, require_log
 
 if TYPE_CHECKING:
@@ -226,6 +226,5 @@ def labels(adata: AnnData, by: str, name: str = "the data") -> np.ndarray:
     ValueError
         If obs has no such column.
     """
-    if by not in adata.obs:
-        raise ValueError(f"{name} has no column {by!r} in obs; found {preview(adata.obs.columns)}")
+    require_column(adata.obs, by, name, allow_missing=True)
     return adata.obs[by].astype(str).to_numpy()

@@ -15,7 +15,15 @@ from invirtuo.checks import check, check_genes
 from invirtuo.errors import preview, whole_number
 from invirtuo.genes import variable_genes
 from invirtuo.pseudotime import pseudotime
-from invirtuo.values import canonical_csr, check_values, looks_like_counts, matrix, require_counts, require_log
+from invirtuo.values import (
+    canonical_csr,
+    check_values,
+    log_normalised,
+    looks_like_counts,
+    matrix,
+    require_counts,
+    require_log,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -100,7 +108,7 @@ def normalize(
     wanted = _positions(adata, keep)
     counts = _counts(adata, layer)
     total = _depth(adata.obs, counts, size_factor)
-    new = _assemble(adata, counts, _log_normalise(counts, total, target_sum), total)
+    new = _assemble(adata, counts, log_normalised(counts, total, target_sum), total)
     train = _training_rows(adata, split)
     if n_genes is not None:
         chosen = _variable(new, n_genes, train, flavor)
@@ -164,7 +172,7 @@ def perturbench(
     counts, adata = counts[:, seen], adata[:, seen]
     total = _depth(adata.obs, counts, None)
     depth = float(np.median(total)) if target_sum is None else target_sum
-    new = _assemble(adata, counts, _log_normalise(counts, total, depth), total)
+    new = _assemble(adata, counts, log_normalised(counts, total, depth), total)
     new.uns["invirtuo"] |= {"target_sum": depth, "genes": f"perturbench, {n_genes} + {degs}"}
     if n_genes == 0:
         return new
@@ -294,12 +302,6 @@ def check_target_sum(target_sum: float) -> None:
     """Raise ValueError unless cells can be brought to that depth."""
     if not (np.isfinite(target_sum) and target_sum > 0):
         raise ValueError(f"target_sum is {target_sum}; expected a finite number above 0, for example 1e4")
-
-
-def _log_normalise(counts: sparse.csr_matrix, total: np.ndarray, target_sum: float) -> sparse.csr_matrix:
-    scaled = counts.copy()
-    scaled.data = np.log1p(scaled.data * np.repeat(target_sum / total, np.diff(counts.indptr))).astype(np.float32)
-    return scaled
 
 
 def _assemble(adata: AnnData, counts: sparse.csr_matrix, log_expr: sparse.csr_matrix, total: np.ndarray) -> AnnData:

@@ -14,7 +14,7 @@ from invirtuo.batch import Condition
 __all__ = ["Pseudobulk", "group_sums", "weighted_mean"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pseudobulk:
     """Mean and variance of the cells of c conditions.
 

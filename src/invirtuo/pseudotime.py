@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from invirtuo.checks import labels
 from invirtuo.errors import preview
 from invirtuo.values import require_log
 
@@ -60,9 +61,9 @@ def pseudotime(
     Haghverdi et al. 2016, Nature Methods, doi:10.1038/nmeth.3971.
     """
     require_log(adata)
-    groups = pd.Series("all", index=adata.obs_names) if by is None else _column(adata, by)
+    groups = np.full(adata.n_obs, "all") if by is None else labels(adata, by)
     time = np.full(adata.n_obs, np.nan)
-    for _, rows in groups.groupby(groups.to_numpy()).indices.items():
+    for _, rows in pd.Series(groups).groupby(groups).indices.items():
         time[rows] = _ordered(adata[rows], root, n_pcs, n_neighbors, n_components)
     connected = np.isfinite(time)
     if connected.mean() < 0.5:
@@ -97,14 +98,9 @@ def _root(part: AnnData, position: np.ndarray, root: str | Mapping[str, str]) ->
             raise ValueError(f"there is no cell {root!r} to begin at; pass the name of a cell, or {{column: label}}")
         return int(part.obs_names.get_loc(root))
     ((column, label),) = root.items()
-    mine = np.flatnonzero((_column(part, column) == str(label)).to_numpy())
+    known = labels(part, column)
+    mine = np.flatnonzero(known == str(label))
     if not len(mine):
-        raise ValueError(f"no cell has {column} = {label!r}; found {preview(sorted(set(_column(part, column))))}")
+        raise ValueError(f"no cell has {column} = {label!r}; found {preview(sorted(set(known)))}")
     centre = position[mine].mean(axis=0)
     return int(mine[((position[mine] - centre) ** 2).sum(axis=1).argmin()])
-
-
-def _column(adata: AnnData, name: str) -> pd.Series:
-    if name not in adata.obs:
-        raise ValueError(f"obs has no column {name!r}; found {preview(adata.obs.columns)}")
-    return adata.obs[name].astype(str)

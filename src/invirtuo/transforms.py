@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PCA", "TRANSFORMS", "GeneOrder", "LogNormalize", "Standardize", "Transform"]
+__all__ = ["PCA", "TRANSFORMS", "Standardize", "Transform"]
 
 
 class Transform(Protocol):
@@ -58,24 +58,6 @@ class _Fitted:
         return torch.as_tensor(self.state()[name], dtype=like.dtype, device=like.device)
 
 
-class LogNormalize(_Fitted):
-    """counts -> log1p(target_sum counts / depth); the inverse gives counts per target_sum, not the counts."""
-
-    names = ("target_sum",)
-
-    def __init__(self, target_sum: float = 1e4):
-        self.target_sum = np.float64(target_sum)
-
-    def fit(self, x: np.ndarray) -> Self:
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.log1p(x * (float(self.target_sum) / x.sum(dim=1, keepdim=True).clamp_min(1e-12)))
-
-    def inverse(self, z: Tensor) -> Tensor:
-        return torch.expm1(z)
-
-
 class Standardize(_Fitted):
     """Subtract the mean and divide by the standard deviation of each gene (1 where it is 0)."""
 
@@ -123,29 +105,4 @@ class PCA(_Fitted):
         return z @ self._tensor("components", z) + self._tensor("mean", z)
 
 
-class GeneOrder(_Fitted):
-    """Put correlated genes beside each other: leaves of average-linkage clustering on 1 - correlation."""
-
-    names = ("order",)
-
-    def fit(self, x: np.ndarray) -> Self:
-        from scipy.cluster.hierarchy import leaves_list, linkage
-        from scipy.spatial.distance import squareform
-
-        x = np.asarray(x, dtype=np.float64)
-        z = x - x.mean(axis=0)
-        norm = np.sqrt((z**2).sum(axis=0))
-        correlation = (z.T @ z) / np.maximum(np.outer(norm, norm), 1e-12)
-        distance = np.clip(1 - correlation, 0, 2)
-        np.fill_diagonal(distance, 0)
-        self.order = leaves_list(linkage(squareform(distance, checks=False), "average")).astype(np.int64)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, torch.as_tensor(self.state()["order"], device=x.device)]
-
-    def inverse(self, z: Tensor) -> Tensor:
-        return z[:, torch.as_tensor(np.argsort(self.state()["order"]), device=z.device)]
-
-
-TRANSFORMS = {cls.__name__: cls for cls in (LogNormalize, Standardize, PCA, GeneOrder)}
+TRANSFORMS = {cls.__name__: cls for cls in (Standardize, PCA)}

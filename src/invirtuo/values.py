@@ -20,6 +20,7 @@ __all__ = [
     "Values",
     "canonical_csr",
     "check_values",
+    "log_normalised",
     "look",
     "looks_like_counts",
     "matrix",
@@ -228,6 +229,13 @@ def canonical_csr(x: Any, dtype: Any = None) -> sparse.csr_matrix:
     rows = rows.copy()  # the arrays may be the caller's
     rows.sum_duplicates()
     return rows
+
+
+def log_normalised(counts: sparse.csr_matrix, depth: np.ndarray, target_sum: float) -> sparse.csr_matrix:
+    """(n, g) log1p(target_sum x counts / depth), CSR in float32; cells without depth (n,) stay empty."""
+    per_count = np.divide(target_sum, depth, out=np.zeros(len(depth)), where=depth > 0)
+    values = np.log1p(counts.data * np.repeat(per_count, np.diff(counts.indptr))).astype(np.float32)
+    return sparse.csr_matrix((values, counts.indices.copy(), counts.indptr.copy()), counts.shape)
 
 
 def _logarithm(rows: sparse.csr_matrix, maximum: float) -> tuple[Kind, float | None, bool]:

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["ControlCells"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ControlCells:
     """Control cells of one covariate group.
 

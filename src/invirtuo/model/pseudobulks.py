@@ -41,15 +41,11 @@ class Pseudobulks:
         controls, others = seen[control], seen[~control]
         groups = design.groups(controls.table).to_numpy(dtype=str)
         names = tuple(np.unique(groups))
-        pooled = [controls[torch.from_numpy(groups == name)].pooled() for name in names]
-        n_genes = seen.mean.shape[1]
-        return cls(
-            names,
-            np.array([mean.numpy() for mean, _ in pooled], np.float32).reshape(-1, n_genes),
-            np.array([variance.sqrt().numpy() for _, variance in pooled], np.float32).reshape(-1, n_genes),
-            tuple(design.names(others.table)),
-            others.mean.numpy().astype(np.float32),
-        )
+        mean, sd = np.zeros((2, len(names), seen.mean.shape[1]), np.float32)
+        for i, name in enumerate(names):
+            own_mean, own_variance = controls[torch.from_numpy(groups == name)].pooled()
+            mean[i], sd[i] = own_mean.numpy(), own_variance.sqrt().numpy()
+        return cls(names, mean, sd, tuple(design.names(others.table)), others.mean.numpy().astype(np.float32))
 
     def state(self) -> dict[str, np.ndarray]:
         """As arrays, to be saved."""

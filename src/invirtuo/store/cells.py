@@ -172,8 +172,8 @@ class CellStore:
             raise IndexError(f"rows from {rows.min()} to {rows.max()}; the store has {self.n_obs}")
         if (np.diff(rows) > 0).all():
             return self._gather(rows)
-        ordered, place = np.unique(rows, return_inverse=True)
-        return self._gather(ordered)[place]
+        ordered, position = np.unique(rows, return_inverse=True)
+        return self._gather(ordered)[position]
 
     def _gather(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Values of rows that rise."""
@@ -184,12 +184,12 @@ class CellStore:
         with self._lock:
             for i in np.flatnonzero(np.diff(bounds)):
                 own = rows[bounds[i] : bounds[i + 1]] - self.starts[i]
-                place = slice(indptr[bounds[i]], indptr[bounds[i + 1]])
-                self._reading(int(i), own, data[place], indices[place])
+                here = slice(indptr[bounds[i]], indptr[bounds[i + 1]])
+                self._read_file(int(i), own, data[here], indices[here])
         x = _assembled(data, indices, indptr, self.n_vars, dropped=any(part.is_dense for part in self.parts))
         return canonical_csr(x) if any(part.has_repeats for part in self.parts) else x
 
-    def _reading(self, i: int, rows: np.ndarray, data: np.ndarray, indices: np.ndarray) -> None:
+    def _read_file(self, i: int, rows: np.ndarray, data: np.ndarray, indices: np.ndarray) -> None:
         """Read rows of one file, its columns renamed to those of the store; -1 for genes that are not wanted."""
         try:
             self.parts[i].gather(rows, data, indices)
@@ -224,11 +224,11 @@ class CellStore:
             for rows, x in self.blocks():
                 if len(x.data) and not (np.isfinite(x.data.min()) and np.isfinite(x.data.max())):
                     raise ValueError(
-                        f"{self._place(rows, ~np.isfinite(x.data), x)} NaN or infinite values; remove them"
+                        f"{self._bad_row(rows, ~np.isfinite(x.data), x)} NaN or infinite values; remove them"
                     )
                 if not signed and len(x.data) and x.data.min() < 0:
                     raise ValueError(
-                        f"{self._place(rows, x.data < 0, x)} negative values, as scaled data do; expected values >= 0"
+                        f"{self._bad_row(rows, x.data < 0, x)} negative values, as scaled data do; expected values >= 0"
                     )
                 digest.update(x.data)
                 digest.update(x.indices)
@@ -237,16 +237,17 @@ class CellStore:
             self._scan = Scan(np.concatenate(totals), digest.hexdigest(), low, whole)
         return self._scan
 
-    def _place(self, rows: np.ndarray, bad: np.ndarray, x: sparse.csr_matrix) -> str:
+    def _bad_row(self, rows: np.ndarray, bad: np.ndarray, x: sparse.csr_matrix) -> str:
+        """File and row of the first bad value, as the beginning of a message."""
         row = rows[np.searchsorted(x.indptr, np.argmax(bad), side="right") - 1]
         i = int(np.searchsorted(self.starts, row, side="right")) - 1
         return f"{self.parts[i].path}: X holds (first in row {row - self.starts[i]})"
 
     def digest(self) -> str:
         """Short hash of the values and of how they are read."""
-        told = self.manifest["digest"] if self.manifest is not None else self.scan().digest
+        of_values = self.manifest["digest"] if self.manifest is not None else self.scan().digest
         settings = json.dumps([self.memory, self.block, list(self.var_names)])
-        return hashlib.blake2b(f"{told}{settings}".encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(f"{of_values}{settings}".encode(), digest_size=8).hexdigest()
 
 
 class Scan:
@@ -338,9 +339,9 @@ def _from_manifest(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             raise ValueError("fields have other types")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}); write the store again") from error
-    if strange := [name for name in names if Path(name).name != name]:
+    if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(
-            f"{folder / MANIFEST} names files outside of its folder: {preview(strange)}; write the store again"
+            f"{folder / MANIFEST} names files outside of its folder: {preview(outside)}; write the store again"
         )
     return [folder / name for name in names], manifest
 

@@ -20,7 +20,7 @@ from invirtuo.files import making, writing_hdf5
 from invirtuo.genes import variable_genes_of
 from invirtuo.preprocess import TOTAL, check_target_sum
 from invirtuo.store.cells import MANIFEST, ROW, VALUE, CellStore
-from invirtuo.values import looks_like_counts
+from invirtuo.values import log_normalised, looks_like_counts
 
 __all__ = ["shuffle"]
 
@@ -113,8 +113,8 @@ def _depths(store: CellStore, column: str | None) -> np.ndarray:
 
 def _chosen(store: CellStore, n_genes: int, keep: list[str], split: pd.Series | None) -> pd.Index:
     """Names of the genes that stay, in their order."""
-    if strange := [gene for gene in keep if gene not in store.var_names]:
-        raise ValueError(f"keep: {len(strange)} genes are not in the data: {preview(strange)}")
+    if unknown := [gene for gene in keep if gene not in store.var_names]:
+        raise ValueError(f"keep: {len(unknown)} genes are not in the data: {preview(unknown)}")
     if split is not None and (len(split) != store.n_obs or not (split == "train").any()):
         raise ValueError(f"the split has {len(split)} entries for {store.n_obs} cells; make it from store.obs")
     rows = None if split is None else np.flatnonzero(np.asarray(split) == "train")
@@ -131,7 +131,7 @@ class _Plan:
         self.store = store if genes is store.var_names else store[:, genes]
         size = int(store.lengths.sum(dtype=np.int64)) * VALUE + store.n_obs * ROW
         self.n_files = max(-(-size // (store.memory // 4)), 1)
-        self.order = np.random.default_rng(seed).permutation(store.n_obs)  # place of every cell
+        self.order = np.random.default_rng(seed).permutation(store.n_obs)  # position of every cell
         self.bucket = (self.order * self.n_files // store.n_obs).astype(np.int32)
         self.lengths = np.zeros(store.n_obs, np.int32)
 
@@ -140,7 +140,9 @@ class _Plan:
         buckets = folder / "buckets"
         buckets.mkdir()
         for rows, x in self.store.blocks():
-            self._deal(rows, self._normalised(rows, x), buckets)
+            if self.target_sum is not None:
+                x = log_normalised(x, self.depth[rows], self.target_sum)
+            self._deal(rows, x, buckets)
         digest, names = hashlib.blake2b(digest_size=16), []
         for k in range(self.n_files):
             names.append(f"{k:05d}.h5ad")
@@ -157,12 +159,6 @@ class _Plan:
             "shuffled": self.seed,
             "digest": digest.hexdigest(),
         }
-
-    def _normalised(self, rows: np.ndarray, x: sparse.csr_matrix) -> sparse.csr_matrix:
-        if self.target_sum is not None:
-            scale = np.repeat(self.target_sum / self.depth[rows], np.diff(x.indptr))
-            x.data = np.log1p(x.data * scale).astype(np.float32)
-        return x
 
     def _deal(self, rows: np.ndarray, x: sparse.csr_matrix, buckets: Path) -> None:
         """Append rows to their buckets, in the order of the files."""
