@@ -23,9 +23,9 @@ from invirtuo.bench import (
     rare_recall,
     trivial_answers,
 )
-from invirtuo.generators import mask_entries
 from invirtuo.metrics.cells import per_10k
 from invirtuo.metrics.copies import copying, nearest
+from invirtuo.verbs.hidden_entries import mask_entries
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 import invirtuo as iv
 from invirtuo.bench import effects
 from invirtuo.cli import app
-from invirtuo.model.effects import _factor, bounds
-from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.reports.effects import plot_effects
+from invirtuo.verbs.effects import _factor, bounds
+from invirtuo.verbs.pseudobulks import Pseudobulks
 
 
 @pytest.fixture(scope="module")

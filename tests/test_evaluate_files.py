@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo import source
+from invirtuo.cells import source
 from invirtuo.metrics import axes, cells, core, streamed
 
 NAMES = ["mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean"]

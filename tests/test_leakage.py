@@ -11,8 +11,8 @@ import torch
 from scipy import sparse
 
 import invirtuo as iv
+from invirtuo.cells.transforms import TRANSFORMS
 from invirtuo.fit import FitConfig
-from invirtuo.transforms import TRANSFORMS
 
 MODELS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "predict"}
 SMALL = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn import decomposition
 
-from invirtuo.transforms import PCA, TRANSFORMS, Standardize
+from invirtuo.cells.transforms import PCA, TRANSFORMS, Standardize
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import EFFECT_COLUMNS
-from invirtuo.dataset import CellDataset
+from invirtuo.cells.checks import EFFECT_COLUMNS
+from invirtuo.cells.dataset import CellDataset
 from invirtuo.errors import preview
-from invirtuo.model import PerturbationModel
-from invirtuo.model.effects import bounds
-from invirtuo.model.pseudobulks import Pseudobulks
+from invirtuo.verbs.effects import bounds
+from invirtuo.verbs.predict import PerturbationModel
+from invirtuo.verbs.pseudobulks import Pseudobulks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -37,7 +37,7 @@ def effects(
 
     `PerturbationModel.predict(effect_level=)` gives intervals of one model beside its cells. Here several models
     are taken together, whose spread counts in the intervals, and calibration conditions may be chosen
-    (:mod:`invirtuo.model.effects`). Intervals hold for new conditions as far as these are like the calibration
+    (:mod:`invirtuo.verbs.effects`). Intervals hold for new conditions as far as these are like the calibration
     conditions; with one or two of those, take them as a rough size of the error.
 
     Parameters

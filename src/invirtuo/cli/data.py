@@ -47,7 +47,8 @@ def demo(
 
 def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets, tasks or splits.")]) -> None:
     """List what there is, with one line on each."""
-    from invirtuo import bench, datasets, metrics, models, splits
+    from invirtuo import bench, metrics, models, splits
+    from invirtuo.cells import datasets
 
     def first_line(thing: Any) -> str:
         return (thing.__doc__ or "").strip().splitlines()[0]
@@ -83,9 +84,9 @@ def check(
     unknown: Unknown = None,
 ) -> None:
     """Say what is in a file, and what would go wrong with it; exit code 2 if something would."""
-    from invirtuo import preprocess
+    from invirtuo.cells import preprocess
+    from invirtuo.cells.files import read_h5ad
     from invirtuo.design import Design
-    from invirtuo.files import read_h5ad
 
     adata = read_h5ad(data)
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
@@ -167,8 +168,8 @@ def _prepare(
     data: Path, out: Path, parts_of: Any, design_of: Any, unmeasured: Literal["drop", "keep"], **options: Any
 ) -> None:
     """Normalise one file, and filter knock-downs if there is a Design for it."""
-    from invirtuo import preprocess
-    from invirtuo.files import check_h5ad_name, check_writable, read_h5ad, write_h5ad
+    from invirtuo.cells import preprocess
+    from invirtuo.cells.files import check_h5ad_name, check_writable, read_h5ad, write_h5ad
 
     check_h5ad_name(out)
     check_writable(out, inputs=[data])
@@ -188,8 +189,8 @@ def _prepare(
 def _shuffle(files: list[Path], out: Path, parts_of: Any, memory: str, **options: Any) -> None:
     """Write a shuffled store."""
     from invirtuo import CellStore
-    from invirtuo.files import check_writable
-    from invirtuo.store import shuffle
+    from invirtuo.cells.files import check_writable
+    from invirtuo.cells.shuffle import shuffle
 
     check_writable(out, folder=True)
     store = CellStore.open(files, memory=memory)

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import SCORE_COLUMNS
+from invirtuo.cells.checks import SCORE_COLUMNS
+from invirtuo.cells.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
+from invirtuo.cells.values import Values, canonical_csr, log_normalised, look, require_same_scale
 from invirtuo.errors import preview, require_column
 from invirtuo.metrics.streamed import BLOCK, Streamed
-from invirtuo.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
-from invirtuo.values import Values, canonical_csr, log_normalised, look, require_same_scale
 
 if TYPE_CHECKING:
     from invirtuo.design import Design

@@ -28,8 +28,8 @@ from invirtuo.metrics.rank import ranks
 from invirtuo.metrics.streamed import Streamed
 
 if TYPE_CHECKING:
+    from invirtuo.cells.source import AnyCells
     from invirtuo.design import Design
-    from invirtuo.source import AnyCells
 
 __all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from invirtuo.conditions import Conditions, wanted
+from invirtuo.cells.conditions import Conditions, wanted
 from invirtuo.design import Design
 from invirtuo.errors import preview
 
