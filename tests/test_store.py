@@ -221,7 +221,7 @@ def test_memory_is_bounded(whole, folder, plan):
 
 def test_samplers_of_time_courses_stay_in_memory(small, plan):
     dataset = iv.CellDataset(small, plan)
-    with pytest.raises(ValueError, match="'courses' needs whole time courses and reads from memory only; pass an AnnD"):
+    with pytest.raises(ValueError, match="'courses' needs whole time courses and reads from memory only"):
         next(dataset.batches(SAMPLERS["courses"], 32))
 
 

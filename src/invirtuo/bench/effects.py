@@ -12,8 +12,8 @@ from invirtuo.cells.checks import EFFECT_COLUMNS
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.errors import preview
 from invirtuo.verbs.effects import bounds
+from invirtuo.verbs.observed import ObservedMeans
 from invirtuo.verbs.predict import PerturbationModel
-from invirtuo.verbs.pseudobulks import Pseudobulks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -73,7 +73,7 @@ def effects(
         raise ValueError("the models have different genes or Designs; give models fitted to the same data")
     if level is not None and not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a share between 0 and 1, or None for no intervals")
-    seen = Pseudobulks.of(CellDataset(adata[:, genes], design, signed=models[0].signed))
+    seen = ObservedMeans.of(CellDataset(adata[:, genes], design, signed=models[0].signed))
     wanted = _table(models[0], conditions)
     seen.of_control(design, wanted)  # before anything is drawn
     known = known_means = None
@@ -94,7 +94,7 @@ def tabulate(
     design: Design,
     genes: Sequence[str],
     table: pd.DataFrame,
-    seen: Pseudobulks,
+    seen: ObservedMeans,
     effect: np.ndarray,
     half: np.ndarray,
 ) -> pd.DataFrame:
@@ -140,7 +140,7 @@ def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFra
     -------
     As :func:`tabulate` gives it.
     """
-    seen = Pseudobulks.of(CellDataset(adata, design))
+    seen = ObservedMeans.of(CellDataset(adata, design))
     names = design.names(predicted.obs)
     codes, _ = pd.factorize(names)
     first = np.unique(codes, return_index=True)[1]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from invirtuo.design import Design
-    from invirtuo.verbs.pseudobulks import Pseudobulks
+    from invirtuo.verbs.observed import ObservedMeans
 
 __all__ = ["Calibration", "bounds"]
 
@@ -51,7 +51,7 @@ class Calibration:
         If the fit held out no conditions for validation, or the level is no share.
     """
 
-    def __init__(self, model: Sampled, seen: Pseudobulks | None, known: pd.DataFrame, level: float):
+    def __init__(self, model: Sampled, seen: ObservedMeans | None, known: pd.DataFrame, level: float):
         if not 0 < level < 1:
             raise ValueError(f"effect_level is {level}; expected a share between 0 and 1, or None for no intervals")
         if seen is None or known.empty:
@@ -80,7 +80,7 @@ class Calibration:
 
 
 def bounds(
-    observed: Pseudobulks,
+    observed: ObservedMeans,
     design: Design,
     table: pd.DataFrame,
     means: np.ndarray,
@@ -119,7 +119,7 @@ def bounds(
     return effect, half
 
 
-def _told(observed: Pseudobulks, design: Design, table, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _told(observed: ObservedMeans, design: Design, table, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the models' effects (c, g), and what tells the size of their errors (c, g, 4)."""
     control, sd = observed.of_control(design, table)
     mean = np.mean(means, axis=0)

@@ -23,7 +23,7 @@ from invirtuo.verbs.controls import ControlCells
 from invirtuo.verbs.draw import Request, check_engine, control_pool, drawn, filled, means_of, stored
 from invirtuo.verbs.effects import Calibration
 from invirtuo.verbs.model import Model, check_torch, track
-from invirtuo.verbs.pseudobulks import Pseudobulks
+from invirtuo.verbs.observed import ObservedMeans
 from invirtuo.verbs.sampling import NoSampling, SampleConfig, takes_options
 from invirtuo.verbs.wanted import wanted_conditions
 
@@ -44,7 +44,7 @@ class PerturbationModel(Model):
     deterministic: bool = False  # whether every seed gives the same cells; `build` may choose
 
     _controls: dict[str, ControlCells]
-    _pseudobulks: Pseudobulks | None
+    _pseudobulks: ObservedMeans | None
 
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         if design.perturbation is None:
@@ -173,7 +173,7 @@ class PerturbationModel(Model):
         seen, design = self._pseudobulks, self.design
         if seen is not None and controls is not None:
             cells = self._with_genes(controls[design.is_control(controls.obs)])
-            seen = seen.with_groups(Pseudobulks.of(CellDataset(cells, design)))
+            seen = seen.with_groups(ObservedMeans.of(CellDataset(cells, design)))
         known = pd.DataFrame(self.card["held_out"]["val"], columns=design.columns)
         return Calibration(self, seen, known, level)
 
@@ -243,7 +243,7 @@ class PerturbationModel(Model):
         table, kind = design.kinds(dataset.obs)
         wanted = design.is_control(table) | design.names(table).isin(design.names(held_out)).to_numpy()
         rows = np.flatnonzero(wanted[kind] & np.isin(dataset.split, ("train", "val")))
-        self._pseudobulks = Pseudobulks.of(dataset, rows)
+        self._pseudobulks = ObservedMeans.of(dataset, rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Transforms, control cells and pseudobulks."""
@@ -260,7 +260,7 @@ class PerturbationModel(Model):
             if owner == "controls":
                 self._controls[name] = ControlCells.load(state, len(self.genes), self.obsm_width)
             elif owner == "pseudobulks":
-                self._pseudobulks = Pseudobulks.load(state)
+                self._pseudobulks = ObservedMeans.load(state)
 
     def replaced_by_fits(self) -> list[Any]:
         return [*super().replaced_by_fits(), self._pseudobulks, *self._controls.values()]

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from invirtuo.cells.dataset import CellDataset
     from invirtuo.design import Design
 
-__all__ = ["Pseudobulks"]
+__all__ = ["ObservedMeans"]
 
 
 @dataclass(frozen=True)
-class Pseudobulks:
+class ObservedMeans:
     """Means of real cells: of the control cells of every covariate group, with their spread, and of conditions.
 
     `control` (k, g), `sd` (k, g) have a row for each of `groups`; `mean` (c, g) one for each of `conditions` (names).
