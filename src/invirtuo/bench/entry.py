@@ -13,6 +13,7 @@ import numpy as np
 from invirtuo.fit import FitConfig
 from invirtuo.models import MODELS
 from invirtuo.reports.tables import FLOOR
+from invirtuo.settings import comparable
 from invirtuo.verbs.generate import CountGenerator
 from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.verbs.saving import config_from
@@ -125,7 +126,7 @@ def as_entry(spec: Entry | str | Path) -> Entry:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
+    return comparable(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
 
 
 def _read(path: Path) -> list[Entry]:

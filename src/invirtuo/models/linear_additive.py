@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.nn import one_hots
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 from invirtuo.verbs.draw import in_batches
 from invirtuo.verbs.model import Preset
 from invirtuo.verbs.predict import PerturbationModel
@@ -28,8 +28,8 @@ __all__ = ["Config", "LinearAdditive"]
 class Config(Settings):
     """What enters the linear map."""
 
-    use_covariates: bool = True  # whether the covariate one-hots enter beside the perturbation
-    softplus: bool = True  # keep predictions positive, as published
+    use_covariates: bool = setting(True, "whether the covariate one-hots enter beside the perturbation")
+    softplus: bool = setting(True, "keep predictions positive, as published")
 
 
 _FIT = FitConfig(steps=2000, batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best")

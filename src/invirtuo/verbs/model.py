@@ -29,6 +29,7 @@ from invirtuo.design import Design
 from invirtuo.errors import ExistsError, preview
 from invirtuo.fit import FitConfig, Trainable
 from invirtuo.fit.checkpoint import write_tensors
+from invirtuo.settings import comparable
 from invirtuo.verbs import saving
 from invirtuo.verbs.device import chosen
 from invirtuo.verbs.sampling import NoSampling, check_names
@@ -435,8 +436,8 @@ class Model(Trainable):
         return adata[:, self.genes]
 
     def identity(self) -> dict[str, Any]:
-        """Name, settings, Design, genes and stage."""
-        facts = {"config": asdict(self.config), "design": self.design.to_json(), "genes": self.genes}
+        """Name, settings (those of earlier versions among them), Design, genes and stage."""
+        facts = {"config": comparable(self.config), "design": self.design.to_json(), "genes": self.genes}
         if self.stage:
             facts["stage"] = self.stage
         return json.loads(json.dumps(super().identity() | facts))

@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.fit import FitConfig
-from invirtuo.flow import PATHS, gaussian_velocity, nested, solve
+from invirtuo.flow import PATHS, SOLVER_NAMES, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.models.primeflow.anchor import PseudobulkAnchor
 from invirtuo.models.primeflow.calibrate import with_mean
 from invirtuo.models.primeflow.velocity import VELOCITIES, Point, Sizes
 from invirtuo.nn import ConditionEncoder, SizeFactor
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 from invirtuo.verbs.model import Preset
 from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.verbs.sampling import FlowSampling, PartsSampling
@@ -42,9 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "PRiMeFlow"]
 
-NEAREST = 0.05  # share of noise below which an expected end of the path is not turned into a velocity
 PILOT = 512  # cells of a condition from which the mean of the flow is taken
-ORDERED_BY = 2000  # most cells whose correlations order the genes
 WHO_LEARNS = "Only models with anchor=True, covariate_scale=0 and depth=False learn of groups by their control cells"
 T_BINS = 5  # bins of time in which the validation loss is reported
 
@@ -53,70 +50,62 @@ T_BINS = 5  # bins of time in which the validation loss is reported
 class Config(Settings):
     """Architecture, path and sampler. Names are those of tables 10-13 where the paper has one."""
 
-    velocity: str = "genewise"  # "unet" (the paper), "mlp" (its ablation), "genewise" (ours)
-    precondition: bool = True  # remove the closed-form Gaussian velocity of each gene; off in the paper
-    anchor: bool = True  # give every gene its control mean and sd and its expected effect; off in the paper
-    covariate_scale: float = 0.0  # factor on the covariate one-hots; 1 in the paper, 0 trusts the anchors alone
-    hidden_dim: int = 256  # U-Net: base width and input MLPs; MLP: width; genewise: embedding of time and condition
-    dropout: float = 0.0
-    n_layers_gene_expression: int = 2  # layers of the value MLP (U-Net: shared by genes; MLP: whole cell)
-    n_layers_conditions: int = 2  # layers of the condition MLP
-    n_layers_time: int = 2  # layers of the time MLP
-    n_layers_decoding: int = 2  # MLP: hidden layers after the concatenation
-    channel_mult: tuple[int, ...] = (1, 2, 2, 4, 4)  # U-Net: width multiplier per level
-    num_res_blocks: int = 2  # U-Net: residual blocks per level
-    conv_resample: bool = True  # U-Net: learned down- and upsampling
-    num_heads: int = 8  # U-Net: attention heads
-    attention_resolutions: tuple[int, ...] = (16,)  # U-Net: downsampling factors with attention
-    film: bool = False  # U-Net: scale and shift instead of adding the embedding
-    recompute: bool = False  # U-Net: recompute blocks in the backward pass to save memory
-    gene_order: str = (
-        "file"  # U-Net: "file" (the paper), "random", or "correlation": genes that vary alike are neighbours
+    velocity: str = setting(
+        "genewise", 'velocity network: "unet" is the paper\'s, "mlp" its ablation, "genewise" ours', choices=VELOCITIES
     )
-    kernel_size: int = 3  # U-Net: of its convolutions
-    skips: bool = True  # U-Net: long skip connections
-    patch: int = 1  # U-Net: neighbouring genes that share one position
-    gene_identity: bool = True  # U-Net, genewise: tell the network which gene is which
-    gene_width: int = 64  # genewise: width of the network shared by all genes
-    n_context: int = 8  # genewise: context numbers per gene
-    cell_width: int = 512  # genewise: width of the network that reads the whole cell
-    n_blocks: int = 3  # genewise: its residual blocks
-    n_sinusoids: int = 32  # genewise: sinusoidal features of a value
-    loss_genes: int = 512  # genewise: genes drawn for the loss of each step, 0 for all
-    prediction: str = (
-        "velocity"  # of the network: "velocity" (the paper), or "x1", the end of the path (the same if preconditioned)
+    precondition: bool = setting(True, "remove the closed-form Gaussian velocity of each gene; off in the paper")
+    anchor: bool = setting(True, "give every gene its control mean and sd and its expected effect; off in the paper")
+    covariate_scale: float = setting(
+        0.0, "factor on the covariate one-hots; 1 in the paper, 0 trusts the anchors alone"
     )
-    depth: bool = False  # tell the network the depth of the cell; when sampling it is drawn from control cells
-    prob_unconditional: float = 0.1  # probability that a cell's condition is replaced by the null condition
-    interpl_type: str = "linear"  # path: "linear" or "trigonometric"
-    sigma: float = 0.0  # constant noise level of the path
-    time_scale: float = 1000.0  # scale of t inside its sinusoids
-    value_scale: float = 10.0  # scale of expression inside its sinusoids
-    hurdle: bool = True  # set sampled values below half the smallest positive training value to 0; off in the paper
-    calibrate: float = 0.5  # weight of the anchors in the mean of unseen conditions, with hurdle; 0 in the paper
-    solver: str = "ab2"  # default solver of predict
-    steps: int = 10  # default number of its steps
+    hidden_dim: int = setting(
+        256, "U-Net: base width and input MLPs; MLP: width; genewise: embedding of time and condition", ge=1
+    )
+    dropout: float = setting(0.0, "dropout of the networks", ge=0, lt=1)
+    n_layers_gene_expression: int = setting(
+        2, "layers of the value MLP (U-Net: shared by genes; MLP: whole cell)", ge=1
+    )
+    n_layers_conditions: int = setting(2, "layers of the condition MLP", ge=1)
+    n_layers_time: int = setting(2, "layers of the time MLP", ge=1)
+    n_layers_decoding: int = setting(2, "MLP: hidden layers after the concatenation", ge=0)
+    channel_mult: tuple[int, ...] = setting((1, 2, 2, 4, 4), "U-Net: width multiplier per level", ge=1)
+    num_res_blocks: int = setting(2, "U-Net: residual blocks per level", ge=1)
+    conv_resample: bool = setting(True, "U-Net: learned down- and upsampling")
+    num_heads: int = setting(8, "U-Net: attention heads", ge=1)
+    attention_resolutions: tuple[int, ...] = setting((16,), "U-Net: downsampling factors with attention", ge=1)
+    gene_width: int = setting(64, "genewise: width of the network shared by all genes", ge=1)
+    n_context: int = setting(8, "genewise: context numbers per gene", ge=0)
+    cell_width: int = setting(512, "genewise: width of the network that reads the whole cell", ge=1)
+    n_blocks: int = setting(3, "genewise: residual blocks of the network that reads the whole cell", ge=0)
+    n_sinusoids: int = setting(32, "genewise: sinusoidal features of a value", ge=1)
+    loss_genes: int = setting(512, "genewise: genes drawn for the loss of each step, 0 for all", ge=0)
+    depth: bool = setting(False, "tell the network the depth of the cell; when sampling it is drawn from control cells")
+    prob_unconditional: float = setting(
+        0.1, "probability that a cell's condition is replaced by the null condition", ge=0, lt=1
+    )
+    interpl_type: str = setting("linear", "path from noise to cells", choices=PATHS)
+    sigma: float = setting(0.0, "constant noise level of the path", ge=0)
+    time_scale: float = setting(1000.0, "scale of t inside its sinusoids", gt=0)
+    value_scale: float = setting(10.0, "scale of expression inside its sinusoids", gt=0)
+    hurdle: bool = setting(
+        True, "set sampled values below half the smallest positive training value to 0; off in the paper"
+    )
+    calibrate: float = setting(
+        0.5, "weight of the anchors in the mean of unseen conditions, with hurdle; 0 in the paper", ge=0, le=1
+    )
+    solver: str = setting("ab2", "default solver of predict", choices=SOLVER_NAMES)
+    steps: int = setting(10, "default number of steps of the solver", ge=1)
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        choices: dict[str, Collection[str]] = {
-            "velocity": VELOCITIES,
-            "interpl_type": PATHS,
-            "prediction": ("velocity", "x1"),
-            "gene_order": ("file", "random", "correlation"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        if not 0 <= self.calibrate <= 1:
-            raise ValueError(f"calibrate is {self.calibrate}; expected between 0 and 1")
-        if self.patch < 1:
-            raise ValueError(f"patch is {self.patch}; expected at least 1")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
-        if not 0 <= self.prob_unconditional < 1:
-            raise ValueError(f"prob_unconditional is {self.prob_unconditional}; expected at least 0 and below 1")
+    RETIRED: ClassVar[Mapping[str, Any]] = {  # of a study of velocity networks
+        "film": False,
+        "recompute": False,
+        "gene_order": "file",
+        "kernel_size": 3,
+        "skips": True,
+        "patch": 1,
+        "gene_identity": True,
+        "prediction": "velocity",
+    }
 
 
 _PAPER = Config(
@@ -185,7 +174,7 @@ class PRiMeFlow(PerturbationModel):
         self.depth = SizeFactor(empirical=True) if config.depth else None
 
     def prepare(self, dataset: CellDataset) -> None:
-        """What the training cells tell before the first step: moments of the genes, anchors, depths, order of genes."""
+        """What the training cells tell before the first step: moments of the genes, anchors, depths."""
         training, rows = dataset.pseudobulk("train"), dataset.rows("train")
         self.smallest = torch.tensor(dataset.smallest("train"))
         if self.config.precondition:
@@ -199,8 +188,6 @@ class PRiMeFlow(PerturbationModel):
             control = condition.is_control
             sizes = dataset.size_factor[torch.from_numpy(rows)][control]
             self.depth.fit(sizes.clamp_min(1e-3), self._group(condition[control]), self._n_groups)
-        if self.config.gene_order != "file" and self.config.velocity == "unet":
-            self.velocity.order = _gene_order(self.config.gene_order, dataset)
 
     @property
     def _n_groups(self) -> int:
@@ -293,17 +280,14 @@ class PRiMeFlow(PerturbationModel):
         features = None if self.anchor is None else self.anchor(condition, is_null)
         log_depth = None if self.depth is None else size_factor.clamp_min(1e-3).log()
         take = (lambda z: z) if genes is None else (lambda z: z.index_select(1, genes))
-        a, b, da, db = COEFFICIENTS[config.interpl_type](t[:, None])
         cell, centre, scale = x, 0.0, 1.0
         if config.precondition:
+            a, b, _, _ = COEFFICIENTS[config.interpl_type](t[:, None])
             variance = a**2 + (b * self.gene_sd) ** 2 + config.sigma**2
             cell = (x - b * self.gene_mean) / variance.sqrt()  # standardised by the Gaussian it would come from
             v, spread = gaussian_velocity(x, t, self.gene_mean, self.gene_sd, config.interpl_type, config.sigma)
             centre, scale = take(v), take(spread)
         v = network(Point(x, cell, t, condition, is_null, features, genes, log_depth))
-        if config.prediction == "x1" and not config.precondition:  # v stands for the expected end of the path
-            a = a.clamp_min(NEAREST)
-            return da / a * take(x) + (db - da * b / a) * v
         return centre + scale * v
 
     def sample(self, batch: Batch, generator: torch.Generator, config: FlowSampling) -> Tensor:
@@ -357,17 +341,3 @@ class PRiMeFlow(PerturbationModel):
             field = nested(velocity, weights, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
         return torch.cat(cells)
-
-
-def _gene_order(kind: str, dataset: CellDataset) -> Tensor:
-    """(g,), numbers of the genes in the order in which a convolution sees them."""
-    n_genes = len(dataset.genes)
-    rng = np.random.default_rng(0)
-    if kind == "random":
-        return torch.from_numpy(rng.permutation(n_genes))
-    from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
-
-    rows = dataset.rows("train")
-    x = dataset.dense(np.sort(rng.permutation(rows)[:ORDERED_BY])).numpy()
-    standard = (x - x.mean(0)) / (x.std(0) + 1e-3)
-    return torch.from_numpy(leaves_list(linkage(standard.T, "average")).astype(np.int64))
