@@ -118,16 +118,21 @@ class Design:
                 f"perturbation is {perturbation!r} and control is {control!r}; give both, or neither for data in which "
                 "nothing was perturbed"
             )
+        # every column is there, has a label in every row, and one role
         named = {"perturbation": perturbation, "dose": dose, "time": time}
         roles = [(role, column) for role, column in named.items() if column is not None]
         roles += [("covariates", name) for name in covariates]
         for role, column in roles:
             _check_column(obs, column, role, missing=role == "covariates" and unknown is not None)
-        if repeated := [column for column, n in Counter(column for _, column in roles).items() if n > 1]:
+        uses = Counter(column for _, column in roles)
+        if repeated := [column for column, n in uses.items() if n > 1]:
             raise ValueError(f"column(s) {preview(repeated)} have more than one role; name each column once")
+
+        # a Design without levels reads labels in their canonical form, from which the levels follow
+        control = None if control is None else str(control).strip()
         columns = cls(
             perturbation=perturbation,
-            control=None if control is None else str(control).strip(),
+            control=control,
             covariates=dict.fromkeys(covariates, ()),
             dose=dose,
             time=time,
@@ -135,20 +140,22 @@ class Design:
             unknown=unknown,
         )
         table = columns.tidy(obs)
-        parts = columns._parts_in(table)
-        vectors = {} if features is None else _vectors(features, parts)
-        dose_max = float(table[dose].max()) if dose else 1.0
+        observed = columns._parts_in(table)
+        vectors = {} if features is None else _vectors(features, observed)
+        perturbations = sorted(vectors or observed)
+        levels = {name: _levels(table[name], unknown) for name in covariates}
+        largest = float(table[dose].max()) if dose else 1.0
         return replace(
             columns,
-            perturbations=tuple(sorted(vectors or parts)),
-            covariates={name: _levels(table[name], unknown) for name in covariates},
-            dose_max=dose_max if dose_max > 0 else 1.0,
-            features=tuple(vectors[part] for part in sorted(vectors)),
+            perturbations=tuple(perturbations),
+            covariates=levels,
+            dose_max=largest if largest > 0 else 1.0,
+            features=tuple(vectors[name] for name in sorted(vectors)),
         )
 
     @property
     def code_width(self) -> int:
-        """Length of what a network is told of the perturbations: f with features, else p."""
+        """Width of a perturbation as networks see it: f with features, else p."""
         return len(self.features[0]) if self.features else len(self.perturbations)
 
     @property
@@ -222,17 +229,19 @@ class Design:
             columns[column] = _numeric(obs, column) if is_number else self._labels(obs, column)
         return pd.DataFrame(columns, index=obs.index, columns=self.columns)
 
-    def kinds(self, obs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-        """Distinct rows of :meth:`tidy` in order of appearance, and (n,) the number of each row's among them."""
+    def unique_conditions(self, obs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+        """Distinct rows of :meth:`tidy` in order of appearance, and (n,) the position of each cell's row in them."""
         if not self.columns:
             return obs[self.columns].iloc[:1], np.zeros(len(obs), dtype=np.int32)
         table = self.tidy(obs)
-        kind = np.zeros(len(obs), dtype=np.int64)
+
+        # refine the partition column by column; numbers stay below the number of rows, so that none overflows
+        condition = np.zeros(len(obs), dtype=np.int64)
         for column in self.columns:
             codes, levels = pd.factorize(table[column])
-            kind = pd.factorize(kind * len(levels) + codes)[0]
-        first = np.flatnonzero(~pd.Series(kind).duplicated().to_numpy())
-        return table.iloc[first], kind.astype(np.int32)
+            condition = pd.factorize(condition * len(levels) + codes)[0]
+        is_first = ~pd.Series(condition).duplicated().to_numpy()
+        return table[is_first], condition.astype(np.int32)
 
     def conditions(self, obs: pd.DataFrame, *, control: bool = False) -> pd.DataFrame:
         """Distinct conditions of obs, one row each, sorted by name; control conditions only if asked for."""
@@ -252,22 +261,30 @@ class Design:
         table = self.tidy(obs)
         multi_hot = self._multi_hot(table)
         if self.dose is not None:
+            # on a logarithmic scale, 1 at the largest dose seen
             dose = np.log1p(table[self.dose].to_numpy(np.float32)) / np.log1p(np.float32(self.dose_max))
             multi_hot = multi_hot * dose[:, None]
         covariates = {name: _codes(table[name], levels, self.unknown) for name, levels in self.covariates.items()}
-        continuous = {self.time: torch.from_numpy(table[self.time].to_numpy(np.float32))} if self.time else {}
-        features = torch.from_numpy(multi_hot @ np.array(self.features, np.float32)) if self.features else None
+        continuous = {}
+        if self.time is not None:
+            continuous[self.time] = torch.from_numpy(table[self.time].to_numpy(np.float32))
+        features = None
+        if self.features:  # of a combination: the sum over its perturbations
+            features = torch.from_numpy(multi_hot @ np.array(self.features, np.float32))
         return Condition(torch.from_numpy(multi_hot), covariates, continuous, features)
 
     def with_levels(self, obs: pd.DataFrame) -> Self:
         """The same Design with the covariate levels of obs that are new to it, behind the known ones."""
-        found = {name: _levels(self._labels(obs, name), self.unknown) for name in self.covariates}
-        levels = {name: (*known, *sorted(set(found[name]) - set(known))) for name, known in self.covariates.items()}
+        levels = {}
+        for name, known in self.covariates.items():
+            found = _levels(self._labels(obs, name), self.unknown)
+            levels[name] = (*known, *sorted(set(found) - set(known)))
         return replace(self, covariates=levels)
 
     def _labels(self, obs: pd.DataFrame, column: str) -> pd.Series:
         """(n,) canonical labels of a column of the Design, as text; `unknown` where they are missing."""
         _check_column(obs, column, "design", missing=column in self.covariates and self.unknown is not None)
+        # only distinct labels are parsed: a file has millions of cells and few labels
         codes, written = pd.factorize(obs[column])
         canonical = [str(self.value(column, label)) for label in written]
         barred = [label for label in canonical if "|" in label]
@@ -297,6 +314,7 @@ class Design:
         if self.perturbation is None:
             return np.zeros((len(table), 0), dtype=np.float32)
         codes, labels = pd.factorize(table[self.perturbation])
+        # one row per distinct label, then one per cell
         rows = np.zeros((len(labels), len(position)), dtype=np.float32)
         for row, label in enumerate(labels):
             for part in self.parts(label):
@@ -359,6 +377,7 @@ def _joined(table: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
 
 
 def _levels(labels: pd.Series, unknown: str | None) -> tuple[str, ...]:
+    """Known labels of a covariate, sorted by name."""
     levels = sorted(set(labels) - {unknown})
     if not levels:
         raise ValueError(f"covariate obs[{labels.name!r}] has no known label; leave it out")
@@ -368,10 +387,10 @@ def _levels(labels: pd.Series, unknown: str | None) -> tuple[str, ...]:
 def _codes(labels: pd.Series, levels: Sequence[str], unknown: str | None) -> torch.Tensor:
     """Number of the level of each row, -1 where it is not known."""
     codes = pd.Categorical(labels, categories=list(levels)).codes
-    strange = sorted(set(labels[codes < 0]) - {unknown})
-    if strange:
+    unseen = sorted(set(labels[codes < 0]) - {unknown})
+    if unseen:
         raise ValueError(
-            f"covariate obs[{labels.name!r}] has labels that are not known to this design: {preview(strange)}; "
+            f"covariate obs[{labels.name!r}] has labels that are not known to this design: {preview(unseen)}; "
             f"known: {preview(levels)}"
         )
     return torch.from_numpy(codes.astype(np.int64))
@@ -380,6 +399,7 @@ def _codes(labels: pd.Series, levels: Sequence[str], unknown: str | None) -> tor
 def _numeric(obs: pd.DataFrame, column: str) -> pd.Series:
     """(n,) float64 values of a column of doses or times."""
     _check_column(obs, column, "design")
+    # to float64 by way of what is written
     written = obs[column]
     if isinstance(written.dtype, pd.CategoricalDtype):
         written = written.astype(written.cat.categories.dtype)
@@ -393,7 +413,7 @@ def _numeric(obs: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _written(value: float) -> str:
-    """A number in as few digits as tell it from all others."""
+    """A number in six digits, or in all that it takes to read the same number back."""
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))
 

@@ -254,7 +254,7 @@ class CellDataset:
     def pseudobulk(self, part: str | np.ndarray = "train") -> Pseudobulk:
         """Mean and variance of every condition of a part, or of some rows (rising), in the order of their names."""
         rows = self.rows(part) if isinstance(part, str) else part
-        table, kind = self.design.kinds(self.obs.iloc[rows])
+        table, kind = self.design.unique_conditions(self.obs.iloc[rows])
         codes, names = pd.factorize(self.design.names(table), sort=True)
         number = np.zeros(len(self.split), dtype=np.int64)  # of the condition, by row
         number[rows] = codes[kind]
@@ -295,7 +295,7 @@ class CellDataset:
         self.source.add_to(digest)
         if self.embedding is not None:
             digest.update(self.embedding.numpy().data)
-        table, kind = self.design.kinds(self.obs)
+        table, kind = self.design.unique_conditions(self.obs)
         names = self.design.names(table).to_numpy()
         for text in (*self.genes, *(names if self.source.on_disk else names[kind])):
             digest.update(str(text).encode() + b"\0")
@@ -316,7 +316,7 @@ class EncodedConditions:
     """
 
     def __init__(self, design: Design, obs: pd.DataFrame):
-        table, kind = design.kinds(obs)
+        table, kind = design.unique_conditions(obs)
         self.distinct = design.encode(table)
         self.kind = torch.from_numpy(kind)
 

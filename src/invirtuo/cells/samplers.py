@@ -85,13 +85,13 @@ class Layout:
     def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray, spare: np.ndarray | None = None) -> Layout:
         """Read the layout of some rows of obs; control cells among the `spare` rows help groups that have none."""
         rows = np.asarray(rows)
-        table, kind = design.kinds(obs.iloc[rows])
+        table, kind = design.unique_conditions(obs.iloc[rows])
         group, names = pd.factorize(design.groups(table), sort=True)
         condition, _ = pd.factorize(design.names(table), sort=True)
         time = table[design.time].to_numpy(float)[kind] if design.time else None
         pools = {}
         if spare is not None:
-            known, of_known = design.kinds(obs.iloc[spare])
+            known, of_known = design.unique_conditions(obs.iloc[spare])
             control = design.is_control(known)[of_known]
             others, groups = spare[control], design.groups(known).to_numpy()[of_known[control]]
             pools = {g: others[groups == name] for g, name in enumerate(names)}

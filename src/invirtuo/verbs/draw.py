@@ -256,7 +256,7 @@ def control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, ControlCe
     """Training control cells of every group, at most `limit` of each, chosen by a fixed seed."""
     rows = dataset.rows("train")
     design = dataset.design
-    table, kind = design.kinds(dataset.obs.iloc[rows])
+    table, kind = design.unique_conditions(dataset.obs.iloc[rows])
     number, names = pd.factorize(design.groups(table), sort=True)
     group, control = number[kind], design.is_control(table)[kind]
     rng = np.random.default_rng(0)

@@ -221,7 +221,7 @@ class PerturbationModel(Model):
         design, column = self.design, self.design.perturbation
         parts: dict[str, set[str]] = {}
         for part in ("train", "val", "test"):
-            labels = design.kinds(dataset.obs.iloc[dataset.rows(part)])[0][column].unique()
+            labels = design.unique_conditions(dataset.obs.iloc[dataset.rows(part)])[0][column].unique()
             parts[part] = {single for label in labels for single in design.parts(label)}
         if not parts["train"]:
             n_cells = len(dataset.rows("train"))
@@ -240,7 +240,7 @@ class PerturbationModel(Model):
         """Keep control cells to start from, and means of them and of the conditions held out for validation."""
         self._controls = control_pool(dataset) if self.needs_source else {}
         design, held_out = self.design, pd.DataFrame(self.card["held_out"]["val"], columns=self.design.columns)
-        table, kind = design.kinds(dataset.obs)
+        table, kind = design.unique_conditions(dataset.obs)
         wanted = design.is_control(table) | design.names(table).isin(design.names(held_out)).to_numpy()
         rows = np.flatnonzero(wanted[kind] & np.isin(dataset.split, ("train", "val")))
         self._pseudobulks = ObservedMeans.of(dataset, rows)

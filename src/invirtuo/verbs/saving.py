@@ -137,7 +137,9 @@ def size_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def card(name: str, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
     """What a user of the saved model needs to know of its fit."""
     design = dataset.design
-    kinds = {part: design.kinds(dataset.obs.iloc[dataset.rows(part)])[0] for part in ("train", "val", "test")}
+    kinds = {
+        part: design.unique_conditions(dataset.obs.iloc[dataset.rows(part)])[0] for part in ("train", "val", "test")
+    }
     train = kinds["train"]
     seen = set(design.names(train))
     held_out = {}

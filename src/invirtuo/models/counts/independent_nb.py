@@ -53,7 +53,7 @@ class IndependentNB(CountGenerator):
     def prepare(self, dataset: CellDataset) -> None:
         """Moments of the training cells, in one pass over them; of cells on disk only a window is in memory."""
         rows = dataset.rows("train")
-        table, kind = self.design.kinds(dataset.obs.iloc[rows])
+        table, kind = self.design.unique_conditions(dataset.obs.iloc[rows])
         self.labels, group = torch.unique(_codes(self.design.encode(table)), dim=0, return_inverse=True)
         number = np.zeros(len(dataset.split), dtype=np.int64)  # of the class, by row
         number[rows] = group.numpy()[kind]
