@@ -76,6 +76,7 @@ def sinkhorn(
     f, g = torch.zeros_like(scaled[..., 0]), torch.zeros_like(scaled[..., 0, :])  # potentials over epsilon
     for _ in range(iterations):
         before = f
+        # alternate the two marginals; a tau below 1 lets a marginal deviate from the uniform one
         f = -tau_a * (torch.logsumexp(g[..., None, :] - scaled, dim=-1) + math.log(n))
         g = -tau_b * (torch.logsumexp(f[..., None] - scaled, dim=-2) + math.log(m))
         if (f - before).abs().max() < tolerance:

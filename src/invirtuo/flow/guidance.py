@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,16 +63,25 @@ def nested(
     ----------
     Brooks et al. 2023, arXiv:2211.09800, equation 3, for two conditions.
     """
-    start, end = interval[0], interval[1] if interval[1] < 1 else math.inf
+    start, end = interval
+    if end >= 1:
+        end = math.inf  # the last step may begin at 1, up to rounding
+
+    # collect terms: v_i enters with w_i - w_(i+1), where w_0 = 1 and the weight after the last is 0
     levels = [1.0, *weights, 0.0]
-    coefficients = {i: a - b for i, (a, b) in reversed(list(enumerate(pairwise(levels)))) if a != b}
-    alone = {len(weights): 1.0}
+    guided_coefficients = {}
+    for i in reversed(range(len(levels) - 1)):
+        if levels[i] != levels[i + 1]:  # a branch without weight is not evaluated
+            guided_coefficients[i] = levels[i] - levels[i + 1]
+    unguided = {len(weights): 1.0}
 
     def field(x: Tensor, t: Tensor) -> Tensor:
-        used = coefficients if start <= float(t) < end else alone
-        branch = torch.tensor(list(used), device=x.device).repeat_interleave(len(x))
-        v = velocity(x.repeat(len(used), 1), t, branch).reshape(len(used), *x.shape)
-        return sum(share * part for share, part in zip(used.values(), v, strict=True))
+        coefficients = guided_coefficients if start <= float(t) < end else unguided
+        n_branches = len(coefficients)
+        branch = torch.tensor(list(coefficients), device=x.device).repeat_interleave(len(x))
+        # one evaluation for all branches
+        velocities = velocity(x.repeat(n_branches, 1), t, branch).reshape(n_branches, *x.shape)
+        return sum(c * v for c, v in zip(coefficients.values(), velocities, strict=True))
 
     return field
 
@@ -99,15 +107,17 @@ def composed(
     ----------
     CFGen, arXiv:2407.11734, equation 8 and proposition 1.
     """
-    share = torch.cat([1 - weights.sum(dim=1, keepdim=True), weights], dim=1)
-    used = (share != 0).any(dim=0).nonzero().flatten().tolist()
+    # collect terms: v_0 enters with 1 - sum_i w_i; a branch without weight in all cells is not evaluated
+    coefficients = torch.cat([1 - weights.sum(dim=1, keepdim=True), weights], dim=1)
+    used = (coefficients != 0).any(dim=0).nonzero().flatten().tolist()
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         n = len(x)
         cell = torch.arange(n, device=x.device)
         branch = torch.tensor(used, device=x.device)
-        v = velocity(x.repeat(len(used), 1), t, cell.repeat(len(used)), branch.repeat_interleave(n))
-        parts = v.reshape(len(used), n, -1)
-        return sum(share[:, i, None].to(x) * part for i, part in zip(used, parts, strict=True))
+        repeated = x.repeat(len(used), 1)
+        flat = velocity(repeated, t, cell.repeat(len(used)), branch.repeat_interleave(n))
+        velocities = flat.reshape(len(used), n, -1)
+        return sum(coefficients[:, i, None].to(x) * v for i, v in zip(used, velocities, strict=True))
 
     return field

@@ -110,20 +110,26 @@ def gaussian_velocity(
     covariance = a * da + b * db * sd**2
     velocity = db * mean + covariance / variance * (xt - b * mean)
     # da^2 + (db sd)^2 - covariance^2 / variance, written so that genes with a small sd lose no digits
-    left = ((a * db - b * da) ** 2 * sd**2 + sigma**2 * (da**2 + (db * sd) ** 2)) / variance
-    return velocity, left.sqrt()
+    determinant = a * db - b * da
+    of_ends = determinant**2 * sd**2
+    of_blur = sigma**2 * (da**2 + (db * sd) ** 2)
+    residual_variance = (of_ends + of_blur) / variance
+    return velocity, residual_variance.sqrt()
 
 
 def _sample(coefficients, x0: Tensor, x1: Tensor, t: Tensor, sigma: float, generator) -> PathSample:
     a, b, da, db = coefficients(_column(t, x0))
-    return PathSample(t, _blur(a * x0 + b * x1, sigma, generator), da * x0 + db * x1)
+    mean = a * x0 + b * x1
+    return PathSample(t, _blur(mean, sigma, generator), da * x0 + db * x1)
 
 
 def _column(t: Tensor, x: Tensor) -> Tensor:
+    """Times (n,) in a shape that broadcasts over the rows of x (n, ...)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _blur(mean: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
     if sigma == 0:
         return mean
-    return mean + sigma * torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    return mean + sigma * noise

@@ -96,23 +96,31 @@ class Trajectory:
             states: gives (b, ..., n, g).
         """
         times = torch.as_tensor(times, dtype=torch.float64).cpu()
-        k = (torch.searchsorted(self.times, times.contiguous(), right=True) - 1).clamp(0, len(self.times) - 2)
+        # the step k that holds each time, and the share s of it that has passed
+        last = len(self.times) - 2
+        k = (torch.searchsorted(self.times, times.contiguous(), right=True) - 1).clamp(0, last)
         h = self.times[k + 1] - self.times[k]
         s = (times - self.times[k]) / h
-        cubic = ((1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2 * h, s**2 * (3 - 2 * s), s**2 * (s - 1) * h)
-        nodes = ((self.states, k), (self.slopes, k), (self.states, k + 1), (self.slopes, k + 1))
-        terms = [self._weighted(values, rows, w) for (values, rows), w in zip(nodes, cubic, strict=True)]
-        x = terms[0] + terms[1] + terms[2] + terms[3]
-        return x if self.bend is None else x + self._weighted(self.bend, k, 16 * (s * (1 - s)) ** 2)
+
+        # Hermite's cubic through states and slopes at both ends of the step
+        x = self._weighted(self.states, k, (1 + 2 * s) * (1 - s) ** 2)
+        x = x + self._weighted(self.slopes, k, s * (1 - s) ** 2 * h)
+        x = x + self._weighted(self.states, k + 1, s**2 * (3 - 2 * s))
+        x = x + self._weighted(self.slopes, k + 1, s**2 * (s - 1) * h)
+        if self.bend is None:
+            return x
+        return x + self._weighted(self.bend, k, 16 * (s * (1 - s)) ** 2)
 
     @staticmethod
     def _weighted(values: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+        """Values at nodes times weights; `rows` (b,) are common to all cells, or (n, b) of each cell its own."""
         weight = weight.to(values)
         if rows.ndim == 1:
             return values[rows] * weight.view(-1, *[1] * (values.ndim - 1))
-        own = torch.arange(len(rows))
-        picked = values.movedim(-2, 0)[own[:, None], rows]  # (n, b, ..., g)
-        return (picked * weight.view(*rows.shape, *[1] * (values.ndim - 2))).movedim(0, -2)
+        cell = torch.arange(len(rows))[:, None]
+        picked = values.movedim(-2, 0)[cell, rows]  # (n, b, ..., g)
+        weight = weight.view(*rows.shape, *[1] * (values.ndim - 2))
+        return (picked * weight).movedim(0, -2)
 
 
 def trajectory(
@@ -139,7 +147,9 @@ def trajectory(
     times = _times(grid, solver)
     if solver == "dopri5":
         return _adaptive(velocity, x0, times, tolerance)
-    step, states, slopes = SOLVERS[solver](), [x0], []
+    step = SOLVERS[solver]()
+    states: list[Tensor] = [x0]
+    slopes: list[Tensor] = []
     for k in range(len(times) - 1):
         first: list[Tensor] = []
 
@@ -149,24 +159,32 @@ def trajectory(
                 first.append(v)
             return v
 
-        states.append(step(noted, states[-1], times[k], times[k + 1] - times[k]))
+        h = times[k + 1] - times[k]
+        states.append(step(noted, states[-1], times[k], h))
         slopes.append(first[0])
     slopes.append(velocity(states[-1], times[-1]))
     return Trajectory(times, torch.stack(states), torch.stack(slopes))
 
 
 def _adaptive(velocity: Velocity, x0: Tensor, times: Tensor, tolerance: float) -> Trajectory:
+    """The trajectory of dopri5, with a node at every step that it took."""
     steps: list[_Step] = []
-    step, x = _dopri5(tolerance, steps), x0
+    step = _dopri5(tolerance, steps)
+    x = x0
     for k in range(len(times) - 1):
         x = step(velocity, x, times[k], times[k + 1] - times[k])
     nodes = torch.tensor([float(times[0]), *(s.end for s in steps)], dtype=torch.float64)
     states = torch.stack([x0, *(s.state for s in steps)])
     slopes = torch.stack([steps[0].slopes[0], *(s.slopes[-1] for s in steps)])
+
+    # by how much the middle of a step, to order 4, differs from that of Hermite's cubic
     h = nodes.diff().to(x0).view(-1, *[1] * x0.ndim)
-    half = torch.stack([torch.stack(s.slopes, -1) @ torch.tensor(_MIDDLE).to(x0) for s in steps])
-    cubic = (states[:-1] + states[1:]) / 2 + h / 8 * (slopes[:-1] - slopes[1:])
-    return Trajectory(nodes, states, slopes, states[:-1] + h * half - cubic)
+    weights = torch.tensor(_MIDDLE).to(x0)
+    mean_slope = torch.stack([torch.stack(s.slopes, -1) @ weights for s in steps])
+    middle = states[:-1] + h * mean_slope
+    chord = (states[:-1] + states[1:]) / 2
+    cubic = chord + h / 8 * (slopes[:-1] - slopes[1:])
+    return Trajectory(nodes, states, slopes, middle - cubic)
 
 
 def reversed_time(velocity: Velocity) -> Velocity:
@@ -189,7 +207,8 @@ def _midpoint():
 def _heun():
     def step(velocity, x, t, h):
         first = velocity(x, t)
-        return x + float(h / 2) * (first + velocity(x + float(h) * first, t + h))
+        last = velocity(x + float(h) * first, t + h)
+        return x + float(h / 2) * (first + last)
 
     return step
 
@@ -266,13 +285,16 @@ def _dopri5(tolerance: float = 1e-5, taken: list[_Step] | None = None):
         now, end = float(t), float(t + h)
         first = velocity(x, t)
         while now < end:
+            # try a step, no further than the end
             small = min(size, end - now)
             new, slopes = _dopri5_stages(velocity, x, now, small, first)
             error = small * sum(c * k for c, k in zip(_ERROR, slopes, strict=True) if c)
             scale = tolerance * (1 + torch.maximum(x.abs(), new.abs()))
-            ratio = float((error / scale).detach().square().reshape(len(x), -1).mean(dim=1).max().sqrt())
+            squares = (error / scale).detach().square().reshape(len(x), -1)
+            ratio = float(squares.mean(dim=1).max().sqrt())  # of the worst row
             if not math.isfinite(ratio) or small < 1e-7:
                 raise FloatingPointError(f"dopri5 cannot follow the velocity at t = {now:.4g}; try a fixed-step solver")
+            # accept the step where its error is small enough
             if ratio <= 1:
                 x, first = new, slopes[-1]
                 now = end if small == end - now else now + small
