@@ -94,11 +94,15 @@ def hold_out(
     validated = set() if val is None else _condition_names(obs, design, val)
     if both := tested & validated:
         raise ValueError(f"{preview(sorted(both))} stand in conditions and in val; hold each out for one of them")
-    test = names.isin(tested).to_numpy() & ~control
-    whole = names.isin(validated).to_numpy() & ~control
-    split = pd.Series(np.where(whole, "val", "test"), index=obs.index, name="split", dtype=object)
+    # the named conditions are held out with all their cells
+    is_test = names.isin(tested).to_numpy() & ~control
+    is_val = names.isin(validated).to_numpy() & ~control
+    split = pd.Series(np.where(is_val, "val", "test"), index=obs.index, name="split", dtype=object)
+
+    # every other condition trains; unless val names conditions, a share of its cells validates
     shares = (1 - val_fraction, val_fraction, 0.0) if val is None else (1.0, 0.0, 0.0)
-    for name, rows in rows_by(names[~test & ~whole & ~control], np.flatnonzero(~test & ~whole & ~control)):
+    others = ~is_test & ~is_val & ~control
+    for name, rows in rows_by(names[others], np.flatnonzero(others)):
         _deal(split, name, rows, shares, seed)
     deal_controls(split, design, obs, control_fractions, unseen_control_fractions, seed)
     return split
@@ -165,17 +169,19 @@ def under_represented(
     found = _contexts(obs, design, contexts)
     test = np.zeros(len(obs), dtype=bool)
     for name, inside in found.items():
+        # the support set trains, the other perturbations of the context are held out
         present = sorted(set(labels[inside & ~control]))
         chosen = list(map(design.label, support)) if support is not None else _draw(present, fraction, name, seed)
-        unknown, target = [label for label in chosen if label not in present], set(present) - set(chosen)
-        if unknown or not chosen or not target:
+        unknown = [label for label in chosen if label not in present]
+        heldout = set(present) - set(chosen)
+        if unknown or not chosen or not heldout:
+            named = f", among them the unknown {preview(unknown)}" if unknown else ""
             raise ValueError(
                 f"context {name} has {len(present)} perturbations ({preview(present)}), of which {len(chosen)} "
-                "would train"
-                + (f", among them the unknown {preview(unknown)}" if unknown else "")
-                + "; at least one must train and one be held out. Change fraction= or support=, or take zero_shot"
+                f"would train{named}; at least one must train and one be held out. Change fraction= or support=, or "
+                "take zero_shot"
             )
-        test |= inside & np.isin(labels, sorted(target))
+        test |= inside & np.isin(labels, sorted(heldout))
     lacking = sorted(set(labels[test]) - set(labels[~test]))
     if lacking:
         logger.warning("held-out perturbations that are trained on in no context: %s", preview(lacking))
@@ -248,10 +254,14 @@ def _whole_conditions(
     _check_share("val_fraction", val_fraction)
     control = design.is_control(obs)
     labels, groups = design.tidy(obs)[design.perturbation].to_numpy(), design.groups(obs).to_numpy()
+    # pairs that may validate, and how many groups each perturbation is trained on in
     trained = ~test & ~control
+    candidates = trained & others
     left = Counter(label for label, _ in set(zip(labels[trained], groups[trained], strict=True)))
-    pairs = sorted(set(zip(labels[trained & others], groups[trained & others], strict=True)))
+    pairs = sorted(set(zip(labels[candidates], groups[candidates], strict=True)))
     wanted = max(int(val_fraction * len(pairs) + 1e-9), 1) if val_fraction else 0
+
+    # draw pairs, but never the last one that a perturbation is trained on
     val: set[tuple[str, str]] = set()
     for i in np.random.default_rng([seed, zlib.crc32(b"val")]).permutation(len(pairs)):
         label = pairs[i][0]
@@ -278,8 +288,9 @@ def deal_controls(
     for name, shares in (("control_fractions", fractions), ("unseen_control_fractions", unseen_fractions)):
         if len(shares) != len(PARTS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
             raise ValueError(f"{name} must be three numbers >= 0 that sum to 1; found {shares}")
-    tested = set(groups[~control & (split == "test").to_numpy()])
-    unseen = tested - set(groups[~control & (split != "test").to_numpy()])
+    # unseen groups: all their perturbed cells are tested on
+    is_test = (split == "test").to_numpy()
+    unseen = set(groups[~control & is_test]) - set(groups[~control & ~is_test])
     for group, rows in rows_by(groups[control], np.flatnonzero(control)):
         _deal(split, f"control of {group}", rows, unseen_fractions if group in unseen else fractions, seed)
     for among, shares in ((groups.isin(unseen), unseen_fractions), (~groups.isin(unseen), fractions)):
@@ -290,14 +301,18 @@ def deal_controls(
 def _deal(split: pd.Series, name: str, rows: np.ndarray, fractions: Fractions, seed: int) -> None:
     """Divide rows among train, val and test, every name by a draw of its own."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    # 1e-9: sums like 0.1 + 0.7 fall short of what they mean
     cuts = np.floor(np.cumsum(fractions[:2]) * len(rows) + 1e-9).astype(int)
     for part, members in zip(PARTS, np.split(rng.permutation(rows), cuts), strict=True):
         split.iloc[members] = part
 
 
 def _draw(labels: list[str], fraction: float, name: str, seed: int) -> list[str]:
-    order = np.random.default_rng([seed, zlib.crc32(f"support of {name}".encode())]).permutation(len(labels))
-    return [labels[i] for i in order[: int(fraction * len(labels) + 1e-9)]]
+    """A share of the perturbations of a context, every context by a draw of its own."""
+    rng = np.random.default_rng([seed, zlib.crc32(f"support of {name}".encode())])
+    order = rng.permutation(len(labels))
+    n = int(fraction * len(labels) + 1e-9)
+    return [labels[i] for i in order[:n]]
 
 
 def _contexts(obs: pd.DataFrame, design: Design, contexts: Conditions) -> dict[str, np.ndarray]:

@@ -65,10 +65,11 @@ def courses(
     if later:
         if design.time is None:
             raise ValueError("later times can be held out of a Design with time= only")
+        # the range of time is that of the course
         time = pd.to_numeric(obs[design.time]).astype(float)
-        ends = time.groupby(design.groups(obs).to_numpy()).transform
-        low, high = ends("min"), ends("max")
-        test |= (time > high - later * (high - low)).to_numpy()
+        of_course = time.groupby(design.groups(obs).to_numpy())
+        first, last = of_course.transform("min"), of_course.transform("max")
+        test |= (time > last - later * (last - first)).to_numpy()
     split = pd.Series(np.where(test, "test", "train"), index=obs.index, name="split", dtype=object)
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(~test))
     split.iloc[rows[: round(val_fraction * len(rows))]] = "val"
@@ -76,14 +77,17 @@ def courses(
 
 
 def _matches(obs: pd.DataFrame, design: Design, wanted: str | Mapping[str, str]) -> np.ndarray:
+    """(n,) bool, the cells of the courses with a name, or with the given labels."""
     if isinstance(wanted, str):
         found = (design.groups(obs) == wanted).to_numpy()
     else:
-        if strange := sorted(set(wanted) - set(design.covariates)):
+        if unknown := sorted(set(wanted) - set(design.covariates)):
             raise ValueError(
-                f"cannot hold out by {preview(strange)}; covariates of the design: {preview(design.covariates)}"
+                f"cannot hold out by {preview(unknown)}; covariates of the design: {preview(design.covariates)}"
             )
-        found = np.logical_and.reduce([(obs[c].astype(str) == str(label)).to_numpy() for c, label in wanted.items()])
+        found = np.ones(len(obs), dtype=bool)
+        for column, label in wanted.items():
+            found &= (obs[column].astype(str) == str(label)).to_numpy()
     if not found.any():
         raise ValueError(f"no cells match {wanted!r}; courses: {preview(design.groups(obs).unique())}")
     return found

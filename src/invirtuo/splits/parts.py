@@ -82,6 +82,7 @@ def divide(
     stratum_order: Sequence | None,
 ) -> pd.Series:
     """Divide the held-out pairs into val and test, the controls into all parts; everything else trains."""
+    # a state with one held-out pair cannot be divided
     counts = Counter(state for _, state in heldout)
     alone = [(label, state) for label, state in heldout if counts[state] == 1]
     rest = [(label, state) for label, state in heldout if counts[state] > 1]
@@ -97,11 +98,13 @@ def divide(
             fate,
             preview("|".join([*state, label]) for label, state in alone),
         )
+    # held-out pairs: half val, half test in every state
     val, test = _halves(rest, [order.index(state) for _, state in rest], seed)
     part = dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
     part |= dict.fromkeys(alone, "test" if keep_singletons else "")
     pairs = zip(table["label"], table["state"], strict=True)
     split = pd.Series([part.get(pair, "train") for pair in pairs], index=table.index, name="split", dtype=object)
+    # controls: half train, a quarter each val and test, whatever their state
     control = (table["label"] == design.control).to_numpy()
     rows = np.flatnonzero(control).tolist()
     shuffled = random.Random(seed).sample(rows, len(rows))
@@ -119,8 +122,11 @@ def _halves(pairs: Heldout, strata: list[int], seed: int) -> tuple[Heldout, Held
 
     if not pairs:
         return [], []
-    val, test = train_test_split(list(range(len(pairs))), test_size=0.5, random_state=seed, stratify=strata)
-    return [pairs[i] for i in val], [pairs[i] for i in test]
+    positions = list(range(len(pairs)))
+    in_val, in_test = train_test_split(positions, test_size=0.5, random_state=seed, stratify=strata)
+    val = [pairs[i] for i in in_val]
+    test = [pairs[i] for i in in_test]
+    return val, test
 
 
 def rows_by(keys: pd.Series, rows: np.ndarray) -> list[tuple[str, np.ndarray]]:

@@ -82,17 +82,21 @@ def transfer(
     labels_of_state = table.drop_duplicates()["state"].value_counts()
     if exclude_control:
         labels_of_state = perturbed["state"].value_counts()
+    # at most a share of the labels of a state is held out
     cap = {state: min(fraction * count, CAP) for state, count in labels_of_state.items()}
     states_of = perturbed.groupby("label", sort=True)["state"].agg(list).to_dict()
+    # perturbations seen in most states choose first; downsampling removes perturbations from all states
     order = sorted(states_of, key=lambda label: -len(states_of[label]))
     if downsample < 1:
         order = random.Random(seed).sample(order, int(downsample * len(order)))
     n_states = table["state"].nunique()
     rng = np.random.RandomState(seed)
+    # a seed for each perturbation, so that the draws of one do not depend on the others
     seeds = [int(rng.randint(100000)) for _ in order]
     heldout: Heldout = []
     taken: Counter[State] = Counter()
     for label, label_seed in zip(order, seeds, strict=True):
+        # states that are not full yet; a perturbation must be left to train on in min_train of them
         pool = [state for state in states_of[label] if taken[state] < cap[state]]
         if len(states_of[label]) <= min_train or not pool:
             continue
@@ -234,6 +238,7 @@ def combine_inverse(
     heldout: Heldout = []
     for state, present in labels_by_state(table):
         labels = [label for label in order if label in set(present)]
+        # draw one by one; those that share a combination with a drawn one leave the pool
         combos = [set(design.parts(label)) for label in labels if is_combination(label, design)]
         singles = [label for label in labels if not is_combination(label, design)]
         if exclude_control:
@@ -310,6 +315,7 @@ def scaling(
     n = len(labels) if n is None else n
     if not 0 < core <= n <= len(labels):
         raise ValueError(f"expected 0 < core <= n <= {len(labels)}, the {by} of obs; found core={core}, n={n}")
+    # the core comes first at every n, so that what is held out stays the same
     order = random.Random(seed).sample(labels, len(labels))
     if by == "groups":
         used = table["state"].isin(order[:n])
@@ -381,6 +387,7 @@ def imbalanced(
         names = preview("|".join(state) or "all" for state in sorted(present))
         raise ValueError(f"expected two or more covariate groups, each once in order=; obs has {names}")
     sizes = _unequal([len(present[state]) for state in states], entropy)
+    # the first of each shuffled list stay, so that smaller selections lie inside of larger ones
     kept: set[tuple[str, State]] = set()
     for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
         labels = random.Random(seed + i).sample(present[state], len(present[state]))
@@ -411,6 +418,7 @@ def _unequal(available: list[int], entropy: float) -> list[int]:
     most = balance(sizes(1.0))
     if not 0 < entropy <= most + 1e-9:
         raise ValueError(f"entropy must be in (0, {most:.4g}], the balance of the groups as they are; found {entropy}")
+    # bisect for the factor; the balance rises with it
     low, high = 1e-6, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -76,13 +76,16 @@ def from_toml(
     names = _datasets(content, obs, dataset, path)
     contexts = design.tidy(obs)[_context(design, context)].to_numpy()
     control = design.is_control(obs)
+    # all cells of the training data sets train, unless a context says otherwise
     training = [name for name, value in content["training"].items() if _is_part(value, ("train",), name, path)]
     split = pd.Series(np.where(np.isin(names, training), "train", ""), index=obs.index, name="split", dtype=object)
     named = np.zeros(len(obs), dtype=bool)
+    # a context that is held out as a whole
     for key, part in content["zeroshot"].items():
         inside = _inside(key, names, contexts, content, path)
         _is_part(part, HELD_OUT, key, path)
         split[inside], named = part, named | inside
+    # a context of which the listed perturbations are held out
     for key, table in content["fewshot"].items():
         inside = _inside(key, names, contexts, content, path)
         if (named & inside).any():
@@ -90,17 +93,20 @@ def from_toml(
         split[inside], named = "train", named | inside
         for part, listed in _lists(table, key, path).items():
             wanted = [design.label(label) for label in listed]
-            unknown = sorted(set(wanted) - set(labels[inside & ~control]))
-            if unknown:
+            present = set(labels[inside & ~control])
+            if unknown := sorted(set(wanted) - present):
                 raise ValueError(
                     f"{path}: fewshot {key} {part} names perturbations that this context does not have: "
-                    f"{preview(unknown)}; found {preview(sorted(set(labels[inside & ~control])))}"
+                    f"{preview(unknown)}; found {preview(sorted(present))}"
                 )
             split[inside & np.isin(labels, wanted) & ~control] = part
     _check_left(split, control, path)
-    assigned = split[split != ""].copy()
-    deal_controls(assigned, design, obs[(split != "").to_numpy()], control_fractions, None, seed)
-    split[(split != "").to_numpy()] = assigned
+
+    # controls are divided anew, in whatever part their context is; unassigned ones stay out
+    is_assigned = (split != "").to_numpy()
+    assigned = split[is_assigned].copy()
+    deal_controls(assigned, design, obs[is_assigned], control_fractions, None, seed)
+    split[is_assigned] = assigned
     return split
 
 
@@ -131,18 +137,17 @@ def _datasets(content: Mapping, obs: pd.DataFrame, dataset: str | None, path: st
     if dataset is None and len(known) > 1:
         raise ValueError(
             f"{path} has {len(known)} data sets: {preview(known)}; say with dataset= which one obs is, or in which "
-            "column "
-            "of obs their names stand"
+            "column of obs their names stand"
         )
     if dataset is None or dataset in known:
         return np.full(len(obs), dataset or known[0], dtype=object)
     if dataset not in obs.columns:
         raise ValueError(f"dataset {dataset!r} is neither in {path} ({preview(known)}) nor a column of obs")
     names = obs[dataset].astype(str).to_numpy(dtype=object)
-    strange = sorted(set(names) - set(known))
-    if strange:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
         raise ValueError(
-            f"obs[{dataset!r}] holds {preview(strange)}, which {path} does not name; it has {preview(known)}"
+            f"obs[{dataset!r}] holds {preview(unknown)}, which {path} does not name; it has {preview(known)}"
         )
     return names
 
@@ -167,12 +172,12 @@ def _inside(key: str, names: np.ndarray, contexts: np.ndarray, content: Mapping,
             f"{preview(content['datasets'])}"
         )
     name = max(known, key=len)  # names may hold dots
-    context, here = key[len(name) + 1 :].strip(), names == name
-    inside = here & (contexts == context)
-    if here.any() and not inside.any():
-        raise ValueError(
-            f"{path}: {name} has no cells of context {context!r}; found {preview(sorted(set(contexts[here])))}"
-        )
+    context = key[len(name) + 1 :].strip()
+    in_dataset = names == name
+    inside = in_dataset & (contexts == context)
+    if in_dataset.any() and not inside.any():
+        found = sorted(set(contexts[in_dataset]))
+        raise ValueError(f"{path}: {name} has no cells of context {context!r}; found {preview(found)}")
     return inside
 
 
@@ -186,7 +191,9 @@ def _lists(table: Any, key: str, path: str | Path) -> dict[str, list[str]]:
     """Perturbations to validate and to test on, test last so that it wins."""
     if not isinstance(table, Mapping) or set(table) - set(HELD_OUT):
         raise ValueError(f"{path}: fewshot {key} must hold lists named val and test; found {table!r}")
-    lists = {part: [str(label) for label in table.get(part, [])] for part in HELD_OUT}
+    lists = {}
+    for part in HELD_OUT:
+        lists[part] = [str(label) for label in table.get(part, [])]
     both = sorted(set(lists["val"]) & set(lists["test"]))
     if both:
         logger.warning("%s: %s are val and test in %s; they are taken as test", path, preview(both), key)
@@ -194,10 +201,8 @@ def _lists(table: Any, key: str, path: str | Path) -> dict[str, list[str]]:
 
 
 def _check_left(split: pd.Series, control: np.ndarray, path: str | Path) -> None:
-    found = set(split[~control])
-    if "train" not in found or not found & set(HELD_OUT):
-        raise ValueError(
-            f"{path} leaves perturbed cells for {preview(sorted(found - {''})) if found - {''} else 'nothing'}; "
-            "expected "
-            "some to train on and some held out"
-        )
+    """There must be perturbed cells to train on, and perturbed cells held out."""
+    found = sorted(set(split[~control]) - {""})
+    if "train" not in found or not set(found) & set(HELD_OUT):
+        parts = preview(found) if found else "nothing"
+        raise ValueError(f"{path} leaves perturbed cells for {parts}; expected some to train on and some held out")
