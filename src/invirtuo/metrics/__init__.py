@@ -56,9 +56,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PROFILES: dict[str, tuple[str, ...]] = {  # what may be named in place of metrics
-    "perturbench": tuple(name for name, record in METRICS.items() if record.default),
-    "cell_eval": tuple(name for name, record in METRICS.items() if record.reference == mean.CELL_EVAL),
+_DEFAULT = [name for name, record in METRICS.items() if record.default]
+_CELL_EVAL = [name for name, record in METRICS.items() if record.reference == mean.CELL_EVAL]
+PROFILES: dict[str, tuple[str, ...]] = {  # names of several metrics, which may be given instead of these
+    "perturbench": tuple(_DEFAULT),
+    "cell_eval": tuple(_CELL_EVAL),
     "minimal": (
         *("pearson_delta", "mse", "mae", "pds_l1", "de_overlap_n", "de_precision_n"),
         *("de_nsig_real", "de_nsig_pred"),
@@ -225,11 +227,13 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
     for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
         values[name] = np.concatenate([_values(METRICS[name], pair, group) for group in pair.groups])
+    # one row per condition and metric, conditions by name, metrics as asked for
     conditions = [condition for group in pair.groups for condition in pair.names(group)]
     table = pd.DataFrame({"condition": conditions, **values}).melt("condition", var_name="metric")
     table["metric"] = pd.Categorical(table["metric"], categories=chosen)
     table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
     result = _with_labels(table, pair)
+    # what a reader of the table must know travels with it
     counts, reasons = summarize(result), _reasons(pair, chosen)
     result.attrs = {"skipped": dict(pair.skipped), "reasons": reasons}
     result.attrs |= {name: counts[name].to_dict() for name in ("n_scored", "n_nan")}
@@ -280,6 +284,7 @@ def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",), *, compat: 
     values = scores.groupby(list(by), sort=False, observed=True)["value"]
     table = pd.DataFrame({"mean": values.mean(), "n_scored": values.count(), "n_nan": values.size() - values.count()})
     if compat:
+        # cell-eval: one NaN makes the mean NaN, a value that does not exist is left out
         spoiled = scores["value"].isna() & ~_absent(scores)
         spoiled = spoiled.groupby([scores[column] for column in by], sort=False, observed=True).any()
         table["mean"] = table["mean"].mask(spoiled)
@@ -303,9 +308,8 @@ def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
     columns |= {name: labels[name] for name in design.columns if name != design.perturbation}
     columns |= {name: table[name] for name in ("metric", "value")}
     for side in ("pred", "real"):
-        columns[f"n_{side}"] = table["condition"].map(
-            {name: pair.n_cells(side, name) for name in pair.conditions.index}
-        )
+        n_cells = {name: pair.n_cells(side, name) for name in pair.conditions.index}
+        columns[f"n_{side}"] = table["condition"].map(n_cells)
     return pd.DataFrame(columns)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,8 +45,12 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
     streamed = isinstance(cells, Streamed)
     centre = cells.mean() if streamed else np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
-    way = _axes_of_few_genes if g <= FEW else _axes_of_few_cells if n <= FEW else _axes_of_many_genes
-    variances, axes = way(cells, centre, d)
+    if g <= FEW:
+        variances, axes = _axes_of_few_genes(cells, centre, d)
+    elif n <= FEW:
+        variances, axes = _axes_of_few_cells(cells, centre, d)
+    else:
+        variances, axes = _axes_of_many_genes(cells, centre, d)
     axes = axes[:, variances > 1e-12 * variances.max()]  # directions without variance are arbitrary
     if axes.shape[1] == 0:
         raise ValueError("real: all cells are equal, so they have no principal components; check X")
@@ -90,29 +95,38 @@ def _axes_of_many_genes(
     """
     if not isinstance(cells, Streamed):
         cells = cells.astype(np.float64, copy=False)
-    bounds = np.linspace(0, cells.shape[0], torch.get_num_threads() + 1).astype(int)
-    parts = [cells[slice(*rows)] for rows in itertools.pairwise(bounds)]
-    block = linalg.qr(np.random.default_rng(0).standard_normal((cells.shape[1], width)), mode="economic")[0]
-    basis, images = block, np.empty((cells.shape[1], 0))
-    with ThreadPoolExecutor(len(parts)) as pool:
+    n, g = cells.shape
+
+    # a slice of the cells for each thread
+    bounds = np.linspace(0, n, torch.get_num_threads() + 1).astype(int)
+    slices = [cells[slice(*rows)] for rows in itertools.pairwise(bounds)]
+
+    # the space is spanned by a random block and what the scatter matrix makes of it, again and again
+    random_block = np.random.default_rng(0).standard_normal((g, width))
+    block, _ = linalg.qr(random_block, mode="economic")
+    basis, images = block, np.empty((g, 0))
+    with ThreadPoolExecutor(len(slices)) as pool:
         for step in itertools.count(1):
-            image = np.sum([*pool.map(_scatter_of, parts, itertools.repeat(centre), itertools.repeat(block))], axis=0)
+            image = np.sum([*pool.map(partial(_scatter_of, centre=centre, block=block), slices)], axis=0)
             images = np.hstack([images, image])
             block, residual = _orthogonal_to(basis, image)
             last = basis.shape[1] + width > min(cells.shape)
             if last or (step % 8 == 0 and basis.shape[1] > d):
+                # Ritz pairs: eigenvectors of the scatter matrix as it acts within the basis
                 small = basis.T @ images
-                variances, weights = (x[..., ::-1][..., :d] for x in linalg.eigh((small + small.T) / 2))
-                if last or np.linalg.norm(residual @ weights[-width:], axis=0).max() <= tolerance * variances[0]:
+                rising_variances, rising_weights = linalg.eigh((small + small.T) / 2)
+                variances, weights = rising_variances[::-1][:d], rising_weights[:, ::-1][:, :d]
+                errors = np.linalg.norm(residual @ weights[-width:], axis=0)
+                if last or errors.max() <= tolerance * variances[0]:
                     break
             basis = np.hstack([basis, block])
     return np.maximum(variances, 0.0), basis @ weights
 
 
 def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """(g, k) product of the scatter matrix of some cells around a centre with a block of vectors."""
+    """(g, k) product of the scatter matrix of cells around a centre with a block of vectors."""
     if isinstance(cells, Streamed):
-        return np.sum([_scatter_of(part, centre, block) for part in cells.blocks()], axis=0)
+        return np.sum([_scatter_of(rows, centre, block) for rows in cells.blocks()], axis=0)
     along = cells @ block - centre @ block
     return cells.T @ along - np.outer(centre, along.sum(axis=0))
 

@@ -116,11 +116,12 @@ class Cells:
 
         Groups and labels are visited in alphabetical order, the control at the place of its label.
         """
-        of_label = [(self.table.at[name, "_group"], name, rows) for name, rows in self.rows.items()]
-        of_control = [(group, self.control_names[group], rows) for group, rows in self.controls.items()]
+        # the order of the draws is that of cell-eval
+        perturbed = [(self.table.at[name, "_group"], name, rows) for name, rows in self.rows.items()]
+        control = [(group, self.control_names[group], rows) for group, rows in self.controls.items()]
         pieces: dict[str, list[np.ndarray]] = {}
         single: set[str] = set()
-        for group, name, rows in sorted([*of_label, *of_control], key=lambda entry: entry[:2]):
+        for group, name, rows in sorted([*perturbed, *control], key=lambda entry: entry[:2]):
             key = f"controls of {group}" if self.control_names.get(group) == name else name
             if len(rows) < 2:
                 single.add(key)
@@ -176,6 +177,7 @@ class Cells:
     @cached_property
     def looks_like(self) -> tuple[Values, float]:
         """What a sample of the cells holds, and the median of their totals, the logarithm undone."""
+        # evenly spaced cells
         rows = np.unique(np.linspace(0, self.n_cells - 1, min(self.n_cells, SAMPLE)).astype(int))
         block = sparse.csr_matrix(_read(self.source, rows))[:, self.columns]
         found = look(block)
@@ -206,11 +208,15 @@ def read_cells(
     if adata is not cells and isinstance(source, BackedSource | StoreSource):
         source.close_at_the_end()
     obs = _checked_obs(name, source.obs, design)
+    # rows of every perturbed condition, and of the controls of every group
     control = design.is_control(obs)
+    rows = _rows_by(design.names(obs), np.flatnonzero(~control))
     controls = _rows_by(design.groups(obs), np.flatnonzero(control))
+    control_names = {group: design.names(obs.iloc[own[:1]]).iloc[0] for group, own in controls.items()}
     table = design.conditions(obs)
     table["_group"] = design.groups(table).to_numpy()
     table.index = pd.Index(design.names(table))
+    # columns of the genes, in the common order
     names = source.genes
     if not names.is_unique:
         repeated = preview(names[names.duplicated()].unique())
@@ -218,18 +224,8 @@ def read_cells(
     genes = np.array(sorted(names), dtype=object) if genes is None else genes
     columns = names.get_indexer(genes)
     _check_genes(name, names, genes, columns)
-    return Cells(
-        name=name,
-        source=source,
-        layer=layer,
-        genes=genes,
-        columns=columns,
-        found=_value_range(source, name, layer),
-        rows=_rows_by(design.names(obs), np.flatnonzero(~control)),
-        controls=controls,
-        control_names={group: design.names(obs.iloc[rows[:1]]).iloc[0] for group, rows in controls.items()},
-        table=table,
-    )
+    found = _value_range(source, name, layer)
+    return Cells(name, source, layer, genes, columns, found, rows, controls, control_names, table)
 
 
 def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
@@ -249,6 +245,7 @@ def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
             )
         if values.size:
             largest, smallest = max(largest, float(values.max())), min(smallest, float(values.min()))
+        # shares and sums that tell counts from logarithms
         above += int((values > MAX_LOG1P).sum())
         positive += int(np.count_nonzero(values))
         whole = whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
@@ -317,9 +314,7 @@ def of_side(layer: Layer, side: Side) -> str | None:
 def _check_genes(name: str, names: pd.Index, genes: np.ndarray, columns: np.ndarray) -> None:
     """Every gene of the real file must have a column."""
     missing = genes[columns < 0]
-    nameless = [
-        side for side, found in ((name, names), ("real", genes)) if set(found) == set(map(str, range(len(found))))
-    ]
+    nameless = [side for side, found in ((name, names), ("real", genes)) if _are_numbers(found)]
     if len(missing) and nameless:
         raise ValueError(
             f"{' and '.join(nameless)}: no gene names (var_names are 0, 1, 2, ...), and {len(names)} columns cannot be "
@@ -331,7 +326,13 @@ def _check_genes(name: str, names: pd.Index, genes: np.ndarray, columns: np.ndar
         raise ValueError(f"{name} lacks {len(missing)} of the {len(genes)} genes of real: {preview(missing)}")
 
 
+def _are_numbers(names) -> bool:
+    """Whether names of genes only number the columns from 0, as those of a table without a header do."""
+    return set(names) == set(map(str, range(len(names))))
+
+
 def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
+    """The columns of the Design, complete, none of which a table of scores needs for itself."""
     if taken := SCORE_COLUMNS & set(design.columns) - {design.perturbation}:
         raise ValueError(
             f"covariate columns {preview(sorted(taken))} clash with columns of the score table; rename them"

@@ -61,9 +61,12 @@ def copying(
     >>> bool((table["generated"] == 0).all() and (table["near"] == 1).all())
     True
     """
-    sides = {"generated": generated, "training": training} | ({} if held_out is None else {"held_out": held_out})
+    sides = {"generated": generated, "training": training}
+    if held_out is not None:
+        sides["held_out"] = held_out
     for name, adata in sides.items():
         _check(name, adata, training.var_names, by)
+    # distances on the principal axes of the training cells
     logged = {name: per_10k(adata[:, training.var_names].X) for name, adata in sides.items()}
     centre, axes = principal_axes(logged["training"], n_pcs)
     cells = {name: projected(x, centre, axes) for name, x in logged.items()}
@@ -71,14 +74,16 @@ def copying(
     distance = {name: nearest(x, cells["training"]) for name, x in cells.items() if name != "training"}
     rows = []
     for name in sorted(set(label["generated"])):
-        made, own = distance["generated"][label["generated"] == name], label["training"] == name
-        n_training = int(own.sum())
+        made = distance["generated"][label["generated"] == name]
+        is_own = label["training"] == name
         if held_out is not None and (label["held_out"] == name).any():
-            real, n_real = distance["held_out"][label["held_out"] == name], int((label["held_out"] == name).sum())
-        else:
-            real, n_real = nearest(cells["training"][own], cells["training"], itself=np.flatnonzero(own)), 0
-        rows.append({by: name, "n_generated": len(made), "n_training": n_training, "n_held_out": n_real}
-                    | _compared(made, real))  # fmt: skip
+            real = distance["held_out"][label["held_out"] == name]
+            n_real = len(real)
+        else:  # training cells stand in, each beside the others
+            real = nearest(cells["training"][is_own], cells["training"], itself=np.flatnonzero(is_own))
+            n_real = 0
+        row = {by: name, "n_generated": len(made), "n_training": int(is_own.sum()), "n_held_out": n_real}
+        rows.append(row | _compared(made, real))
     return pd.DataFrame(rows)
 
 

@@ -179,7 +179,15 @@ class _Comparison:
 
 
 def _each_pair(function: Callable) -> Callable:
-    return lambda preds, reals: [[float(function(pred, real)) for real in reals] for pred in preds]
+    """The function on all pairs, one by one."""
+
+    def matrix(preds: Sequence, reals: Sequence) -> list[list[float]]:
+        rows = []
+        for pred in preds:
+            rows.append([float(function(pred, real)) for real in reals])
+        return rows
+
+    return matrix
 
 
 class Pair:
@@ -233,6 +241,7 @@ class Pair:
         self._cells: dict[Side, Cells] = {"pred": pred, "real": real}
         self._control_side: dict[Side, Side] = {"pred": controls, "real": "real"}
         self._cache: dict[Side, dict] = {"pred": {}, "real": {}}
+        # conditions of both files are scored, the others listed
         both = [name for name in real.rows if name in pred.rows]
         if not both:
             raise ValueError(
@@ -263,6 +272,7 @@ class Pair:
                 f"real: no condition has two or more cells to divide; found {preview(single) or 'no conditions'}"
             )
         rng = np.random.default_rng(seed)
+        # the larger half is the truth
         rest, pred = {}, {}
         for name, rows in whole.rows.items():
             if name not in single:
@@ -377,6 +387,7 @@ class Pair:
         The cells are sorted by a fixed random combination of their genes, then permuted with a fixed seed.
         """
         cells = self._cells[side].read(self._cells[side].rows[condition])
+        # sort by a random projection, then shuffle: both depend on the values alone
         key = cells @ np.random.default_rng(0).standard_normal(len(self.genes))
         return np.argsort(key, kind="stable")[np.random.default_rng(1).permutation(len(key))]
 
@@ -437,9 +448,10 @@ class Pair:
                 "example metrics='generation'"
             )
         if rows is None:
+            design, others = self.design, preview(cells.controls) or "none"
             raise ValueError(
-                f"{cells.name}: group {group!r} has no control cells (label {self.design.control!r} in "
-                f"obs[{self.design.perturbation!r}]); groups with controls: {preview(cells.controls) or 'none'}. "
+                f"{cells.name}: group {group!r} has no control cells (label {design.control!r} in "
+                f"obs[{design.perturbation!r}]); groups with controls: {others}. "
                 "Add them, or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
             )
         return cells, rows
@@ -484,10 +496,12 @@ def _moments(block) -> tuple[np.ndarray, np.ndarray, int]:
     if isinstance(block, Streamed):
         return block.moments()
     n, g = block.shape
+    # dense
     if not sparse.issparse(block):
         mean = block.mean(axis=0, dtype=np.float64)
         squares = np.square(block - mean).sum(axis=0)
         return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
+    # CSR: stored values first, then the zeros that are not stored
     mean = np.bincount(block.indices, weights=block.data, minlength=g) / n
     squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
     squares += (n - np.bincount(block.indices, minlength=g)) * np.square(mean)

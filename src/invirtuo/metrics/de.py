@@ -53,8 +53,9 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
     """All pairs at once: shared members of two families of gene sets."""
     if len(reals[0]) <= TOP:
         return np.full((len(preds), len(reals)), np.nan)
-    chosen = [np.stack([_among_top(scores, TOP) for scores in views]).astype(float) for views in (preds, reals)]
-    return chosen[0] @ chosen[1].T / chosen[1].sum(axis=1)
+    pred_tops = np.stack([_among_top(scores, TOP) for scores in preds]).astype(float)
+    real_tops = np.stack([_among_top(scores, TOP) for scores in reals]).astype(float)
+    return pred_tops @ real_tops.T / real_tops.sum(axis=1)
 
 
 @metric(
@@ -136,10 +137,12 @@ def p_values(group: Moments, control: Moments) -> np.ndarray:
 
     mean, var, n = group
     control_mean, control_var, _ = control
-    part, control_part = var / n, control_var / n
+    # squared standard errors of both means, and Welch's degrees of freedom
+    error, control_error = var / n, control_var / n
     with np.errstate(divide="ignore", invalid="ignore"):
-        freedom = np.square(part + control_part) / ((np.square(part) + np.square(control_part)) / (n - 1))
-        t = (mean - control_mean) / np.sqrt(part + control_part)
+        spread = (np.square(error) + np.square(control_error)) / (n - 1)
+        freedom = np.square(error + control_error) / spread
+        t = (mean - control_mean) / np.sqrt(error + control_error)
     known = np.isfinite(t) & np.isfinite(freedom)
     pvals = np.ones_like(t)
     pvals[known] = 2 * stats.t.sf(np.abs(t[known]), freedom[known])

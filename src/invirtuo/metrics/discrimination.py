@@ -74,9 +74,12 @@ def discrimination(
         pred[genes] = counted[:, genes] = 0.0  # adds nothing to any distance
         distances = _distances(pred, counted, distance)
         counted[:, genes] = reals[:, genes]
+        # real effects closer to the prediction than its own
         own = distances[i]
-        place = (distances < own).sum() + (0.5 * ((distances == own).sum() - 1) if ties == "mid" else 0.0)
-        scores[i] = 1 - place / len(preds) if np.isfinite(distances).all() else np.nan
+        n_closer = float((distances < own).sum())
+        if ties == "mid":
+            n_closer += 0.5 * ((distances == own).sum() - 1)
+        scores[i] = 1 - n_closer / len(preds) if np.isfinite(distances).all() else np.nan
     return scores
 
 
@@ -111,9 +114,15 @@ def of_group(
     normalised
         Give ``2 * score - 1``.
     """
-    preds, reals = (np.stack(list(pair.view(on, side, group))) for side in ("pred", "real"))
+    preds = np.stack(list(pair.view(on, "pred", group)))
+    reals = np.stack(list(pair.view(on, "real", group)))
+
+    # target genes: those with the name of the perturbation, or of one of a combination
     labels = pair.conditions.loc[pair.names(group), pair.design.perturbation]
-    targets = [np.flatnonzero(np.isin(pair.genes, [str(label), *pair.design.parts(label)])) for label in labels]
+    targets = []
+    for label in labels:
+        is_target = np.isin(pair.genes, [str(label), *pair.design.parts(label)])
+        targets.append(np.flatnonzero(is_target))
     scores = discrimination(preds, reals, distance, left_out=targets if leave_out_targets else None)
     return 2 * scores - 1 if normalised else scores
 

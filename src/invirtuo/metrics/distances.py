@@ -44,10 +44,11 @@ def between(x: Cloud, y: Cloud) -> float:
     rows = max(1, PAIRS // len(y.cells))
     total = 0.0
     for start in range(0, len(x.cells), rows):
-        part = Cloud(x.cells[start : start + rows], x.norms[start : start + rows])
-        squares = products(part.cells, y.cells).mul_(-2).add_(part.norms[:, None]).add_(y.norms)
-        if squares.min() <= CLOSE * (part.norms.max() + y.norms.max()):
-            squares = _repaired(squares, part, y)
+        block = Cloud(x.cells[start : start + rows], x.norms[start : start + rows])
+        # |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, in one buffer; of close cells the digits cancel
+        squares = products(block.cells, y.cells).mul_(-2).add_(block.norms[:, None]).add_(y.norms)
+        if squares.min() <= CLOSE * (block.norms.max() + y.norms.max()):
+            squares = _repaired(squares, block, y)
         total += float(squares.clamp_min_(FLOOR).sqrt_().sum(dtype=torch.float64))
     return total / (len(x.cells) * len(y.cells))
 
@@ -56,9 +57,9 @@ def _repaired(squares: torch.Tensor, x: Cloud, y: Cloud) -> torch.Tensor:
     """Squared distances of close cells by subtraction, of many close cells by products in float64."""
     close = (squares <= CLOSE * (x.norms[:, None] + y.norms)).nonzero()
     if len(close) > 4 * max(squares.shape):
-        wide = [Cloud(*(part.double() for part in side)) for side in (x, y)]
-        norms = [side.cells.square().sum(dim=1) for side in wide]
-        return torch.addmm(norms[0][:, None] + norms[1], wide[0].cells, wide[1].cells.T, alpha=-2)
+        a, b = x.cells.double(), y.cells.double()
+        norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+        return torch.addmm(norms, a, b.T, alpha=-2)
     for pairs in close.split(SUBTRACTED):
         i, j = pairs.T
         squares[i, j] = (x.cells[i] - y.cells[j]).square().sum(dim=1)

@@ -77,29 +77,46 @@ def _half_energy_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]
     Large matrices get a rough first look in fewer dimensions. What decides a rank is exact all the same: the pair of
     each condition with itself, and every pair that the rough value does not clearly tell from it.
     """
-    shapes, means = zip(*((cells.shape, cells.mean(axis=0, dtype=np.float64)) for cells in reals), strict=True)
+    # a pass over the real cells: how many there are, and a common centre
+    shapes, means = [], []
+    for cells in reals:
+        shapes.append(cells.shape)
+        means.append(cells.mean(axis=0, dtype=np.float64))
     centre = np.mean(means, axis=0)
-    screened = shapes[0][1] > 4 * SKETCH and sum(n for n, _ in shapes) ** 2 * shapes[0][1] > SCREENED
-    axes = _sketch_axes(preds, reals, centre) if screened else None
-    within, matrix, sketches, before = np.empty((2, len(preds))), np.full((len(preds),) * 2, np.nan), [], None
+    n_cells, n_genes = sum(n for n, _ in shapes), shapes[0][1]
+
+    # many cells of many genes are first compared in a few dimensions
+    is_screened = n_genes > 4 * SKETCH and n_cells**2 * n_genes > SCREENED
+    axes = _sketch_axes(preds, reals, centre) if is_screened else None
+
+    # exact: the self terms and the diagonal; beside it the entries that show how exact the sketches are
+    matrix = np.full((len(preds), len(preds)), np.nan)
+    within_pred, within_real = np.empty(len(preds)), np.empty(len(preds))
+    pred_sketches, real_sketches = [], []
+    previous: Cloud | None = None
     for i in range(len(preds)):
         x, y = cloud(preds[i], centre), cloud(reals[i], centre)
-        within[:, i] = between(x, x), between(y, y)
+        within_pred[i], within_real[i] = between(x, x), between(y, y)
         matrix[i, i] = between(x, y)
         if axes is not None:
-            matrix[i - 1, i] = between(before, y) if before else np.nan
-            sketches.append((_Sketch.of(x, axes), _Sketch.of(y, axes)))
-            before = x
+            if previous is not None:
+                matrix[i - 1, i] = between(previous, y)
+            pred_sketches.append(_Sketch.of(x, axes))
+            real_sketches.append(_Sketch.of(y, axes))
+            previous = x
     if axes is not None:
-        matrix = _settled(matrix, _rough_matrix(*zip(*sketches, strict=True)), within[0])
+        matrix = _settled(matrix, _rough_matrix(pred_sketches, real_sketches), within_pred)
+
+    # exact: every entry that is still open
     for block in _blocks_in_memory([n * g for n, g in shapes]):
-        held = {j: cloud(reals[j], centre) for j in block if np.isnan(matrix[:, j]).any()}
-        for row in np.flatnonzero(np.isnan(matrix[:, block]).any(axis=1)).tolist():
-            x = cloud(preds[row], centre)
-            for j, y in held.items():
-                if np.isnan(matrix[row, j]):
-                    matrix[row, j] = between(x, y)
-    return matrix - within[0, :, None] / 2 - within[1] / 2
+        in_memory = {j: cloud(reals[j], centre) for j in block if np.isnan(matrix[:, j]).any()}
+        is_open = np.isnan(matrix[:, block]).any(axis=1)
+        for i in np.flatnonzero(is_open).tolist():
+            x = cloud(preds[i], centre)
+            for j, y in in_memory.items():
+                if np.isnan(matrix[i, j]):
+                    matrix[i, j] = between(x, y)
+    return matrix - within_pred[:, None] / 2 - within_real / 2
 
 
 class _Sketch(NamedTuple):
@@ -111,15 +128,17 @@ class _Sketch(NamedTuple):
 
     @classmethod
     def of(cls, x: Cloud, axes: torch.Tensor) -> _Sketch:
-        cells, mean = x.cells @ axes, x.cells.mean(dim=0)
-        return cls(cells, x.norms, mean - axes @ (axes.T @ mean))
+        mean = x.cells.mean(dim=0)
+        outside = mean - axes @ (axes.T @ mean)
+        return cls(x.cells @ axes, x.norms, outside)
 
 
 def _sketch_axes(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray], centre: np.ndarray) -> torch.Tensor:
-    """(g, d) leading principal axes of some cells of every condition of both sides."""
-    several = max(2, 2048 // (2 * len(preds)))
-    some = [view[:: max(1, len(view) // several)] for side in (preds, reals) for view in side]
-    sample = cloud(np.concatenate(some), centre).cells
+    """(g, d) leading principal axes of a sample of the cells of every condition of both sides."""
+    n_sampled = max(2, 2048 // (2 * len(preds)))
+    samples = [view[:: max(1, len(view) // n_sampled)] for view in (*preds, *reals)]
+    sample = cloud(np.concatenate(samples), centre).cells
+    # of few cells the axes follow from the products of cells
     _, vectors = torch.linalg.eigh(sample @ sample.T)
     axes, _ = torch.linalg.qr(sample.T @ vectors[:, -SKETCH:])
     return axes
@@ -127,19 +146,29 @@ def _sketch_axes(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray], centr
 
 def _rough_matrix(preds: Sequence[_Sketch], reals: Sequence[_Sketch]) -> np.ndarray:
     """(P, P) mean distances; of the products in the dimensions left out only the mean over cells is seen."""
-    cells, norms = (torch.cat([getattr(one, name) for one in reals]) for name in ("cells", "norms"))
-    sizes = torch.tensor([len(one.cells) for one in reals])
+    # all real cells in one matrix, condition by condition
+    cells = torch.cat([real.cells for real in reals])
+    norms = torch.cat([real.norms for real in reals])
+    sizes = torch.tensor([len(real.cells) for real in reals])
     starts = np.cumsum([0, *sizes.tolist()[:-1]])
-    rest = torch.stack([one.rest for one in preds]) @ torch.stack([one.rest for one in reals]).T
+
+    # products of the means in the dimensions left out
+    pred_rest = torch.stack([pred.rest for pred in preds])
+    real_rest = torch.stack([real.rest for real in reals])
+    rest = pred_rest @ real_rest.T
+
     matrix = np.empty((len(preds), len(reals)))
     for i, x in enumerate(preds):
-        shifted, sums = norms - 2 * rest[i].repeat_interleave(sizes), []
+        shifted = norms - 2 * rest[i].repeat_interleave(sizes)
+        sums = []
         rows = max(1, PAIRS // 2 // len(x.cells))
         for start in range(0, len(cells), rows):
             block = slice(start, start + rows)
-            squares = products(x.cells, cells[block]).mul_(-2).add_(x.norms[:, None]).add_(shifted[block])
+            squares = products(x.cells, cells[block]).mul_(-2)
+            squares.add_(x.norms[:, None]).add_(shifted[block])
             sums.append(squares.clamp_min_(FLOOR).sqrt_().sum(dim=0))
-        matrix[i] = np.add.reduceat(torch.cat(sums).double().numpy(), starts) / (len(x.cells) * sizes.numpy())
+        totals = np.add.reduceat(torch.cat(sums).double().numpy(), starts)
+        matrix[i] = totals / (len(x.cells) * sizes.numpy())
     return matrix
 
 
@@ -261,9 +290,8 @@ def energy_distance(pred: np.ndarray, real: np.ndarray) -> float:
 )
 def edistance_pearson(pair: Pair, group: str) -> np.ndarray:
     """:func:`distance_correlation` of a group, (P,) times the same value."""
-    return np.full(
-        len(pair.names(group)), distance_correlation(*(_to_control(pair, s, group) for s in ("pred", "real")))
-    )
+    correlation = distance_correlation(_to_control(pair, "pred", group), _to_control(pair, "real", group))
+    return np.full(len(pair.names(group)), correlation)
 
 
 def _to_control(pair: Pair, side: Side, group: str) -> np.ndarray:

@@ -79,7 +79,8 @@ def mmd_rbf(pred: np.ndarray, real: np.ndarray, *, sigmas: Sequence[float] = SIG
     """
     n = min(len(pred), len(real))
     x, y = pred[:n], real[:n]
-    return max(0.0, _kernel_mean(x, x, sigmas) + _kernel_mean(y, y, sigmas) - 2 * _kernel_mean(x, y, sigmas))
+    within = _kernel_mean(x, x, sigmas) + _kernel_mean(y, y, sigmas)
+    return max(0.0, within - 2 * _kernel_mean(x, y, sigmas))
 
 
 @metric(
@@ -278,6 +279,7 @@ def _kernel_mean(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float]) -> float
     """Mean over all pairs of the sum of Gaussian kernels."""
     total = 0.0
     for block in _distance_blocks(x, y, "sqeuclidean"):
+        # exp is slow: pairs whose kernel is 0 in float64 are left out
         furthest = block.max()
         for sigma in sigmas:
             reach = VANISHED * 2 * sigma**2
@@ -290,8 +292,11 @@ def _unbiased(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float]) -> float:
     n, m = len(x), len(y)
     if min(n, m) < 2:
         return np.nan
-    within = [(_kernel_mean(cells, cells, sigmas) - len(sigmas) / k) * k / (k - 1) for cells, k in ((x, n), (y, m))]
-    return sum(within) - 2 * _kernel_mean(x, y, sigmas)
+    # the kernels of a cell with itself are 1 each
+    of_self = len(sigmas)
+    within_x = (_kernel_mean(x, x, sigmas) - of_self / n) * n / (n - 1)
+    within_y = (_kernel_mean(y, y, sigmas) - of_self / m) * m / (m - 1)
+    return within_x + within_y - 2 * _kernel_mean(x, y, sigmas)
 
 
 def _median_distance(cells: np.ndarray) -> float:
@@ -309,6 +314,7 @@ def _balls_around(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.n
     k = min(k, len(centres) - 1)
     blocks = _distance_blocks(centres, centres, "cityblock")
     radius = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])
+    # a ball reaches to the k-th neighbour of its centre
     counts, filled = [], np.zeros(len(centres), dtype=bool)
     for block in _distance_blocks(points, centres, "cityblock"):
         inside = block < radius

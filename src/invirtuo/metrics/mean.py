@@ -390,8 +390,12 @@ def _pooled(moments: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarr
     """Mean and standard deviation (n - 1; 0 becomes 1) of several sets of cells taken together."""
     total = sum(n for *_, n in moments)
     centre = np.sum([n * mean for mean, _, n in moments], axis=0) / total
-    squares = np.sum([(n - 1) * np.nan_to_num(var) + n * np.square(mean - centre) for mean, var, n in moments], axis=0)
-    scale = np.sqrt(squares / max(total - 1, 1))
+    squares = []
+    for mean, var, n in moments:
+        within = (n - 1) * np.nan_to_num(var)
+        between = n * np.square(mean - centre)
+        squares.append(within + between)
+    scale = np.sqrt(np.sum(squares, axis=0) / max(total - 1, 1))
     return centre, np.where(scale == 0, 1.0, scale)
 
 

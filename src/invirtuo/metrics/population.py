@@ -73,7 +73,9 @@ def correlation_error(pred: np.ndarray, real: np.ndarray) -> float:
     known = np.isfinite(real[rows, columns])
     if not known.any() or np.isnan(np.diagonal(pred)).any():
         return np.nan
-    return float(np.abs(np.nan_to_num(pred[rows, columns]) - real[rows, columns])[known].mean())
+    # a gene that is constant in the prediction correlates with none
+    errors = np.abs(np.nan_to_num(pred[rows, columns]) - real[rows, columns])
+    return float(errors[known].mean())
 
 
 @metric(
@@ -131,14 +133,17 @@ def c2st(pred: np.ndarray, real: np.ndarray) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    # squares let a linear classifier see differences of spread
     cells = np.concatenate([pred, real]) / np.maximum(real.std(axis=0), 1e-12)
     features = np.concatenate([cells, np.square(cells - cells.mean(axis=0))], axis=1)
     label = np.repeat([0, 1], [len(pred), len(real)])
     fold = np.concatenate([np.arange(len(pred)), np.arange(len(real))]) % FOLDS
     score = np.empty(len(label))
     for k in range(FOLDS):
+        held_out = fold == k
         model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-        score[fold == k] = model.fit(features[fold != k], label[fold != k]).decision_function(features[fold == k])
+        model.fit(features[~held_out], label[~held_out])
+        score[held_out] = model.decision_function(features[held_out])
     return max(0.0, 2 * float(roc_auc_score(label, score)) - 1)
 
 

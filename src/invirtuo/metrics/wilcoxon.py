@@ -121,6 +121,7 @@ def rank_sum(groups: list, control) -> tuple[np.ndarray, np.ndarray]:
 
     blocks = [control, *groups]
     sizes = np.array([block.shape[0] for block in blocks])
+    # the test takes one AnnData with a label for each cell
     labels = np.repeat([f"{i:06d}" for i in range(len(blocks))], sizes)
     index = pd.RangeIndex(len(labels)).astype(str)
     adata = anndata.AnnData(_stack(blocks), obs=pd.DataFrame({"group": labels}, index=index))
@@ -131,9 +132,13 @@ def rank_sum(groups: list, control) -> tuple[np.ndarray, np.ndarray]:
         table = asymptotic_wilcoxon(
             adata, is_log1p=True, group_keys="group", reference="000000", n_threads=joblib.effective_n_jobs(-1)
         )
-    wide = {name: table[name].unstack("pert").sort_index(axis=1) for name in ("p_value", "statistic")}
-    order = adata.var_names
-    p_values, statistics = (wide[name].loc[order].to_numpy().T[1:].copy() for name in ("p_value", "statistic"))
+
+    def of_groups(name: str) -> np.ndarray:
+        """(P, g) values of a column; the first group is the control."""
+        wide = table[name].unstack("pert").sort_index(axis=1)
+        return wide.loc[adata.var_names].to_numpy().T[1:].copy()
+
+    p_values, statistics = of_groups("p_value"), of_groups("statistic")
     centre = sizes[0] * sizes[1:, None] / 2
     p_values[np.abs(statistics - centre) <= 0.5] = 1.0  # illico applies the continuity correction past the centre
     return p_values, statistics
@@ -342,8 +347,9 @@ def de_roc_auc(pred: DETable, real: DETable) -> float:
 )
 def de_spearman_size(pair: Pair, group: str) -> np.ndarray:
     """:func:`size_correlation` of a group, (P,) times the same value."""
-    sizes = [[int(tests.significant.sum()) for tests in pair.view("wilcoxon", s, group)] for s in ("pred", "real")]
-    return np.full(len(sizes[0]), size_correlation(*map(np.array, sizes)))
+    n_pred = np.array([int(tests.significant.sum()) for tests in pair.view("wilcoxon", "pred", group)])
+    n_real = np.array([int(tests.significant.sum()) for tests in pair.view("wilcoxon", "real", group)])
+    return np.full(len(n_pred), size_correlation(n_pred, n_real))
 
 
 def size_correlation(pred: np.ndarray, real: np.ndarray, *, all_perturbations: bool = False) -> float:
@@ -358,8 +364,8 @@ def size_correlation(pred: np.ndarray, real: np.ndarray, *, all_perturbations: b
     all_perturbations
         Count those without a real DE gene too, as the paper does.
     """
-    some = (real > 0) | all_perturbations
-    return spearman(pred[some], real[some]) if some.any() else 1.0
+    counted = (real > 0) | all_perturbations
+    return spearman(pred[counted], real[counted]) if counted.any() else 1.0
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
