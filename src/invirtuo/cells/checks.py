@@ -34,6 +34,8 @@ SCORE_COLUMNS = {"condition", "perturbation", "metric", "value", "n_pred", "n_re
 EFFECT_COLUMNS = {"condition", "gene", "control", "effect", "low", "high", "real"}
 RESERVED = SCORE_COLUMNS | EFFECT_COLUMNS
 
+Finding = tuple[str, str, str]  # level, what it is about, a sentence
+
 
 def check(
     adata: AnnData, design: Design | None = None, *, expect: Literal["log", "counts"] | None = None
@@ -59,20 +61,24 @@ def check(
     >>> iv.preprocess.check(iv.datasets.toy(), expect="counts")["level"].unique().tolist()
     ['note']
     """
-    rows: list[tuple[str, str, str]] = [("note", "shape", f"{adata.n_obs:,} cells x {adata.n_vars:,} genes")]
-    checks: list[tuple[str, Callable[[], object]]] = [
-        ("genes", lambda: check_genes(adata)),
-        ("values", lambda: check_values(adata, allow_negative=True)),
-    ]
-    if expect is not None:
-        checks.append(("scale", lambda: (require_log if expect == "log" else require_counts)(adata)))
+    # what a model would refuse, in the words of its error
+    checks: list[tuple[str, Callable[[], object]]] = []
+    checks.append(("genes", lambda: check_genes(adata)))
+    checks.append(("values", lambda: check_values(adata, allow_negative=True)))
+    if expect == "log":
+        checks.append(("scale", lambda: require_log(adata)))
+    elif expect is not None:
+        checks.append(("scale", lambda: require_counts(adata)))
     if design is not None:
         checks.append(("design", lambda: design.encode(adata.obs)))
+    rows: list[Finding] = [("note", "shape", f"{adata.n_obs:,} cells x {adata.n_vars:,} genes")]
     for about, test in checks:
         try:
             test()
         except ValueError as error:
             rows.append(("error", about, str(error)))
+
+    # what it would take, and a person may have meant otherwise
     if not any(level == "error" for level, *_ in rows):
         found = look(adata.X)
         rows.append(("note" if found.is_usual else "warning", "scale", f"X looks like {found.text}"))
@@ -122,9 +128,9 @@ def label_findings(obs: pd.DataFrame, design: Design) -> list[str]:
         table = design.tidy(obs)
         undosed = table[(table[design.dose] == 0) & ~design.is_control(table)]
         if len(undosed):
-            of = preview(sorted(set(undosed[design.perturbation])))
+            names = preview(sorted(set(undosed[design.perturbation])))
             found.append(
-                f"obs[{design.dose!r}] is 0 for {len(undosed):,} perturbed cells ({of}); label them as control"
+                f"obs[{design.dose!r}] is 0 for {len(undosed):,} perturbed cells ({names}); label them as control"
             )
     if taken := sorted(set(design.columns) & RESERVED - {design.perturbation}):
         found.append(
@@ -140,20 +146,30 @@ def _alike(labels: Sequence[str]) -> Iterator[str]:
     if missing := [label for label in labels if label.strip().casefold() in MISSING]:
         yield f"labels that look like missing values (nan): {preview(map(repr, missing))}; remove or label these cells"
     for difference, key in (("case", str.casefold), ("spaces or signs", _letters), ("digits", _number)):
-        groups: dict[str, set[str]] = {}
+        spellings: dict[str, set[str]] = {}
         for label in {label.strip() for label in labels}:
-            groups.setdefault(key(label), set()).add(label)
-        if twins := [" and ".join(map(repr, sorted(group))) for _, group in sorted(groups.items()) if len(group) > 1]:
+            spellings.setdefault(key(label), set()).add(label)
+        if twins := _several(spellings):
             yield f"labels that differ in {difference} only: {preview(twins)}; rename one if they mean the same"
+
+
+def _several(spellings: dict[str, set[str]]) -> list[str]:
+    """The spellings of every meaning that is written in several ways, joined by "and"."""
+    groups = [sorted(spellings[meaning]) for meaning in sorted(spellings)]
+    return [" and ".join(map(repr, group)) for group in groups if len(group) > 1]
 
 
 def _unlikely_perturbations(labels: Sequence[str], design: Design) -> Iterator[str]:
     """What is wrong with perturbation labels, taken as the Design reads them."""
+    # a separator that is part of a name makes "combinations" of what never occurs alone
     parts = {label: design.parts(label) for label in labels}
     alone = {names[0] for names in parts.values() if len(names) == 1}
-    joined = {label: [part for part in names if part not in alone] for label, names in parts.items() if len(names) > 1}
-    if never := {label: names for label, names in joined.items() if names}:
-        examples = (f"{' and '.join(map(repr, names))} of {label!r}" for label, names in never.items())
+    examples = []
+    for label, names in parts.items():
+        never_alone = [name for name in names if name not in alone]
+        if never_alone:
+            examples.append(f"{' and '.join(map(repr, never_alone))} of {label!r}")
+    if examples:
         yield (
             f"parts of combinations that never occur alone: {preview(examples)}; if {design.separator!r} is part of a "
             "name, pass another separator"
@@ -161,7 +177,7 @@ def _unlikely_perturbations(labels: Sequence[str], design: Design) -> Iterator[s
     spellings: dict[str, set[str]] = {}
     for label in labels:
         spellings.setdefault(design.label(label), set()).add(label.strip())
-    if several := [" and ".join(map(repr, sorted(s))) for _, s in sorted(spellings.items()) if len(s) > 1]:
+    if several := _several(spellings):
         yield f"labels that mean the same perturbation and are read as one: {preview(several)}"
     if controls := [label for label in labels if label.strip().casefold() in CONTROLS and design.parts(label)]:
         yield f"{preview(map(repr, controls))} sounds like a control, but the control is {design.control!r}"
@@ -180,7 +196,7 @@ def _number(label: str) -> str:
         return label
 
 
-def _cell_findings(adata: AnnData) -> list[tuple[str, str, str]]:
+def _cell_findings(adata: AnnData) -> list[Finding]:
     """Cells that are there twice, by name or by their values."""
     found = []
     if adata.obs_names.has_duplicates:
@@ -195,7 +211,7 @@ def _cell_findings(adata: AnnData) -> list[tuple[str, str, str]]:
     return found
 
 
-def _condition_findings(obs: pd.DataFrame, design: Design) -> list[tuple[str, str, str]]:
+def _condition_findings(obs: pd.DataFrame, design: Design) -> list[Finding]:
     """How many conditions there are, and which are short of cells or of controls."""
     is_control, groups, names = design.is_control(obs), design.groups(obs), design.names(obs)
     sizes = names.value_counts()
@@ -203,14 +219,15 @@ def _condition_findings(obs: pd.DataFrame, design: Design) -> list[tuple[str, st
     if design.perturbation is None:
         found = [("note", "conditions", f"no perturbation; {names.nunique()} groups of cells")]
     else:
+        n_perturbed, n_controls = names[~is_control].nunique(), int(is_control.sum())
         text = (
-            f"{len(design.perturbations)} single perturbations, {names[~is_control].nunique()} perturbed conditions in "
-            f"{groups.nunique()} covariate groups, {int(is_control.sum()):,} control cells"
+            f"{len(design.perturbations)} single perturbations, {n_perturbed} perturbed conditions in "
+            f"{groups.nunique()} covariate groups, {n_controls:,} control cells"
         )
         found = [("note", "conditions", text)]
-        without = sorted(set(groups) - set(groups[is_control]))
-        if without:
-            text = f"no control cells in {len(without)} covariate groups: {preview(without)}"
+        uncontrolled = sorted(set(groups) - set(groups[is_control]))
+        if uncontrolled:
+            text = f"no control cells in {len(uncontrolled)} covariate groups: {preview(uncontrolled)}"
             found.append(("warning", "controls", text))
     if len(few):
         text = f"{len(few)} conditions have fewer than {FEW_CELLS} cells: {preview(few.index)}; their scores are noise"

@@ -59,7 +59,7 @@ class Course(NamedTuple):
 
 
 def courses(values: np.ndarray, obs: pd.DataFrame, design: Design, rows: np.ndarray | None = None) -> list[Course]:
-    """The courses of some cells: a course for every combination of covariates, sorted by name and time.
+    """Divide cells into time courses: one for every combination of covariates, sorted by name and time.
 
     Parameters
     ----------
@@ -76,16 +76,16 @@ def courses(values: np.ndarray, obs: pd.DataFrame, design: Design, rows: np.ndar
     if design.time is None:
         raise ValueError("time courses need a Design with time=; name the column of obs with time or pseudotime")
     rows = np.arange(len(obs)) if rows is None else np.asarray(rows)
-    part = obs.iloc[rows]
-    table = design.tidy(part)
+    values = np.asarray(values)
+    table = design.tidy(obs.iloc[rows])
     time = table[design.time].to_numpy()
     groups = design.groups(table).to_numpy()
     found = []
     for name in sorted(set(groups)):
-        mine = np.flatnonzero(groups == name)
-        mine = mine[np.argsort(time[mine], kind="stable")]
-        labels = {column: str(table[column].iloc[mine[0]]) for column in design.covariates}
-        found.append(Course(str(name), labels, time[mine], np.asarray(values)[rows[mine]], rows[mine]))
+        members = np.flatnonzero(groups == name)
+        members = members[np.argsort(time[members], kind="stable")]
+        labels = {column: str(table[column].iloc[members[0]]) for column in design.covariates}
+        found.append(Course(str(name), labels, time[members], values[rows[members]], rows[members]))
     return found
 
 
@@ -100,6 +100,7 @@ def reference(course: Course, *, head: int = 10, tail: int = 20, unique: Collect
     theislab/PathReg, notebook of hematopoiesis.
     """
     time, values, rows = course.time, course.values.astype(np.float64), course.rows
+    # courses in which cells of one time are dropped
     if set(course.labels.values()) & set(unique):
         keep = np.r_[True, np.diff(time) > 0]
         time, values, rows = time[keep], values[keep], rows[keep]
@@ -107,11 +108,14 @@ def reference(course: Course, *, head: int = 10, tail: int = 20, unique: Collect
         raise ValueError(
             f"{course.name}: {len(time)} cells; the reference preparation needs more than {head + tail + 5}"
         )
+    # the ends of pseudotime are sparse
     cut = slice(head, len(time) - tail)
     time, values, rows = time[cut], values[cut], rows[cut]
+    # values and time from 0 to 1
     low, span = values.min(axis=0), np.ptp(values, axis=0)
     values = np.divide(values - low, span, out=np.zeros_like(values), where=span > 0)
-    return course._replace(time=(time - time[0]) / max(time[-1] - time[0], 1e-12), values=values, rows=rows)
+    duration = max(time[-1] - time[0], 1e-12)
+    return course._replace(time=(time - time[0]) / duration, values=values, rows=rows)
 
 
 def anchors(time: np.ndarray) -> tuple[float, float]:
@@ -136,13 +140,15 @@ def binned(course: Course, n_bins: int = 30, min_cells: int = 10) -> Course:
         bins = np.searchsorted(edges, time, side="right")
     else:
         bins, min_cells = np.unique(time, return_inverse=True)[1], 1
+    # cells are sorted by time, so a bin is a run of rows
     starts = _starts(bins, min_cells)
     counts = np.diff(np.r_[starts, len(time)])[:, None]
     mean = np.add.reduceat(course.values, starts, axis=0) / counts
-    square = np.add.reduceat((course.values - np.repeat(mean, counts[:, 0], axis=0)) ** 2, starts, axis=0)
-    error = np.sqrt(square / np.maximum(counts - 1, 1) / counts)
-    when = np.add.reduceat(time, starts) / counts[:, 0]
-    return course._replace(time=when, values=mean, rows=course.rows[starts], error=error, n_cells=counts[:, 0])
+    deviation = course.values - np.repeat(mean, counts[:, 0], axis=0)
+    square = np.add.reduceat(deviation**2, starts, axis=0)
+    error = np.sqrt(square / np.maximum(counts - 1, 1) / counts)  # of the mean
+    mean_time = np.add.reduceat(time, starts) / counts[:, 0]
+    return course._replace(time=mean_time, values=mean, rows=course.rows[starts], error=error, n_cells=counts[:, 0])
 
 
 def _starts(bins: np.ndarray, min_cells: int) -> np.ndarray:
@@ -161,10 +167,13 @@ def smoothed(
     time: np.ndarray, values: np.ndarray, at: np.ndarray, bandwidth: float = 0.05, weights: np.ndarray | None = None
 ) -> np.ndarray:
     """Kernel mean (Nadaraya-Watson) with a Gaussian kernel at other times, (b, g); `weights` (n,) of the points."""
-    weight = np.exp(-0.5 * ((np.asarray(at)[:, None] - time[None]) / bandwidth) ** 2)
-    weight = weight if weights is None else weight * weights
+    gap = np.asarray(at)[:, None] - time[None]
+    weight = np.exp(-0.5 * (gap / bandwidth) ** 2)
+    if weights is not None:
+        weight = weight * weights
     total = weight.sum(axis=1, keepdims=True)
-    nearest = np.eye(len(time))[np.abs(np.asarray(at)[:, None] - time[None]).argmin(axis=1)]
+    # further from all points than a double can tell, the nearest one counts alone
+    nearest = np.eye(len(time))[np.abs(gap).argmin(axis=1)]
     return np.where(total > 1e-300, weight / np.maximum(total, 1e-300), nearest) @ values
 
 
@@ -188,16 +197,22 @@ def local_fit(
     -------
     Values (n, g) and slopes (n, g) at the given times, and the leverage (n,) of each point on its own value.
     """
+    # a kernel around every point, wide enough to hold as many points as the polynomial needs
     gap = np.abs(time[:, None] - time[None])
     reach = np.sort(gap, axis=1)[:, min(degree + 1, len(time) - 1)]
     width = np.maximum(bandwidth, reach)
-    kernel = np.exp(-0.5 * (gap / width[:, None]) ** 2) * (1.0 if weights is None else weights[None])
+    kernel = np.exp(-0.5 * (gap / width[:, None]) ** 2)
+    if weights is not None:
+        kernel = kernel * weights[None]
+
+    # weighted least squares at every point, with a ridge that keeps it solvable
     offset = (time[None] - time[:, None]) / width[:, None]
     design = offset[..., None] ** np.arange(degree + 1)  # (n, n, degree + 1)
     weighted = kernel[..., None] * design
     gram = np.einsum("nip,niq->npq", weighted, design)
     gram += 1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(degree + 1)
     rows = np.linalg.solve(gram, weighted.transpose(0, 2, 1))  # (n, degree + 1, n)
+    # row 0 gives the value, row 1 the slope in units of the width
     leverage = np.diagonal(rows[:, 0])
     return rows[:, 0] @ values, rows[:, 1] @ values / width[:, None], leverage
 
@@ -212,6 +227,7 @@ def best_bandwidth(
         for part in parts:
             span = max(part.time[-1] - part.time[0], 1e-12)
             fit, _, leverage = local_fit(part.time, part.values, choice * span, degree=degree, weights=part.n_cells)
+            # of a linear smoother the leave-one-out residuals follow from the leverage
             left_out = (part.values - fit) / np.maximum(1 - leverage, 0.05)[:, None]
             total += float(np.average(left_out**2, axis=0, weights=part.n_cells).mean())
         errors.append(total)

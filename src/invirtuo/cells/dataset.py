@@ -18,7 +18,7 @@ from invirtuo.cells.preprocess import check_genes
 from invirtuo.cells.pseudobulk import Pseudobulk, group_sums
 from invirtuo.cells.samplers import Layout, Rows, Sampler
 from invirtuo.cells.source import MemorySource, TrainingSource, opened, training_source
-from invirtuo.cells.windows import ControlCache, LoadedRows, prefetched, windows
+from invirtuo.cells.windows import ControlCache, LoadedRows, Window, prefetched, windows
 from invirtuo.design import Design
 from invirtuo.errors import preview
 
@@ -80,7 +80,7 @@ class CellDataset:
         self.design = design
         self.obs = adata.obs
         self.genes = self.source.genes.to_numpy()
-        self.values: torch.Tensor | None = None  # in place of expression
+        self.values: torch.Tensor | None = None  # (n, d), read instead of expression
         self.embedding = None if obsm is None else _embedding(adata, obsm)
         self.condition = EncodedConditions(design, adata.obs)
         self.split = _aligned(split, adata.obs)
@@ -109,7 +109,7 @@ class CellDataset:
         return self.values is None and self.source.on_disk
 
     def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
-        """The same cells with values (n, d) in place of expression (latent vectors), and other depths (n,)."""
+        """The same cells with other values (n, d), such as latent vectors, and depths (n,) than the measured ones."""
         other = copy.copy(self)
         other.values, other.size_factor, other._first = values, size_factor, {}
         return other
@@ -165,12 +165,13 @@ class CellDataset:
             return
         store = self.source.store
         self._controls = controls = self._controls or ControlCache(store, self.layout())
-        planned = (
-            (number, window)
-            for number, seed in enumerate(map(_as_list, seeds))
-            for window in windows(store, layout, controls, sampler, seed, rank=rank, n_ranks=n_ranks)
-        )
-        for number, window in prefetched(planned):
+
+        def planned() -> Iterator[tuple[int, Window]]:
+            for number, seed in enumerate(seeds):
+                epoch = windows(store, layout, controls, sampler, _as_list(seed), rank=rank, n_ranks=n_ranks)
+                yield from ((number, window) for window in epoch)
+
+        for number, window in prefetched(planned()):
             yield number, window.layout, window.rng, window.dense
 
     def batches(
@@ -188,6 +189,7 @@ class CellDataset:
 
         Of several devices (`rank` of `n_ranks`) each gets batches of its own.
         """
+        # windows are dealt to ranks already; in memory every rank draws all batches and takes its own
         number, shares = 0, 1 if self.on_disk else n_ranks
         for _, layout, rng, dense in self.windows(sampler, [seed], part=part, rank=rank, n_ranks=n_ranks):
             for rows in sampler(layout, batch_size, rng):
@@ -203,6 +205,7 @@ class CellDataset:
             return islice(self.batches(sampler, batch_size, part=part, seed=seed), n_batches)
         key = (sampler, batch_size, n_batches, part, seed)
         if key not in self._first:
+            # read all rows that the batches need at once
             drawn = sampler(self.layout(part), batch_size, np.random.default_rng(seed))
             batches = list(islice(drawn, n_batches))
             wanted = [rows.target for rows in batches]
@@ -213,52 +216,66 @@ class CellDataset:
         return (self.take(rows, loaded.dense) for rows in batches)
 
     def take(self, rows: Rows | np.ndarray, dense: Dense | None = None) -> Batch:
-        """Read some rows as a Batch, with `dense` where they are in a window."""
+        """Read rows as a Batch, with `dense` where they are in a window."""
         rows = rows if isinstance(rows, Rows) else Rows(np.asarray(rows))
+        target, source = rows.target, rows.source
         dense = dense or self.dense
-        index = torch.from_numpy(rows.target.astype(np.int64))
+        index = torch.from_numpy(target.astype(np.int64))
+        x1 = dense(target)
+        x0 = None if source is None else dense(source)
         return Batch(
             condition=self.condition[index],
-            target=dense(rows.target),
-            source=None if rows.source is None else dense(rows.source),
-            embedding=self._embedded(rows.target),
-            source_embedding=self._embedded(rows.source),
+            target=x1,
+            source=x0,
+            embedding=self._embedded(target),
+            source_embedding=self._embedded(source),
             size_factor=self.size_factor[index],
             index=index,
             set_size=rows.set_size,
         )
 
     def _embedded(self, rows: np.ndarray | None) -> torch.Tensor | None:
-        """(n, d) embedding of some rows."""
+        """(n, d) embedding of rows."""
         return None if self.embedding is None or rows is None else self.embedding[torch.from_numpy(rows)]
 
     def dense(self, rows: np.ndarray) -> torch.Tensor:
-        """(n, g) values of some rows, float32."""
+        """(n, g) values of rows, float32."""
         if self.values is not None:
             return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
         return torch.from_numpy(self.source.read(rows).toarray())
 
     def blocks(self, part: str | np.ndarray = "train") -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Pass over the cells of a part, or some rows (rising): rows and values; at once where they are in memory."""
+        """Pass over the cells of a part, or given rows (rising): rows and values; at once where they are in memory."""
         yield from self.source.blocks(self.rows(part) if isinstance(part, str) else part)
 
     def totals(self, rows: np.ndarray, n_columns: int | None = None) -> np.ndarray:
         """(n,) float32 sums of rows (rising) over the first columns; None: over all."""
-        sums = [x[:, :n_columns].sum(axis=1) if n_columns else x.sum(axis=1) for _, x in self.blocks(rows)]
-        return np.concatenate([np.asarray(total, dtype=np.float32).ravel() for total in sums])
+        sums = []
+        for _, x in self.blocks(rows):
+            total = x[:, :n_columns].sum(axis=1) if n_columns else x.sum(axis=1)
+            sums.append(np.asarray(total, dtype=np.float32).ravel())
+        return np.concatenate(sums)
 
     def smallest(self, part: str = "train") -> float:
         """Smallest value above zero of a part; infinity if there is none."""
-        return min((float(x.data[x.data > 0].min(initial=np.inf)) for _, x in self.blocks(part)), default=np.inf)
+        smallest = np.inf
+        for _, x in self.blocks(part):
+            positive = x.data[x.data > 0]
+            smallest = min(smallest, float(positive.min(initial=np.inf)))
+        return smallest
 
     def pseudobulk(self, part: str | np.ndarray = "train") -> Pseudobulk:
-        """Mean and variance of every condition of a part, or of some rows (rising), in the order of their names."""
+        """Mean and variance of every condition of a part, or of given rows (rising), in the order of their names."""
         rows = self.rows(part) if isinstance(part, str) else part
-        table, kind = self.design.unique_conditions(self.obs.iloc[rows])
+
+        # number of the condition of every row, conditions sorted by name
+        table, position = self.design.unique_conditions(self.obs.iloc[rows])
         codes, names = pd.factorize(self.design.names(table), sort=True)
-        number = np.zeros(len(self.split), dtype=np.int64)  # of the condition, by row
-        number[rows] = codes[kind]
+        number = np.zeros(len(self.split), dtype=np.int64)
+        number[rows] = codes[position]
         n_cells = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
+
+        # sums and sums of squares, block by block
         total, square = np.zeros((2, len(names), len(self.genes)))
         for own, values in self.blocks(rows):
             x = values.astype(np.float64)
@@ -266,7 +283,9 @@ class CellDataset:
             square += group_sums(x.multiply(x), number[own], len(names))
         mean = total / n_cells[:, None]
         variance = np.maximum(square / n_cells[:, None] - mean**2, 0)
-        table = table.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True)
+
+        _, first = np.unique(codes, return_index=True)
+        table = table.iloc[first].reset_index(drop=True)
         moments = [torch.from_numpy(array) for array in (mean, variance, n_cells)]
         return Pseudobulk(table, self.design.encode(table), *moments)
 
@@ -281,6 +300,7 @@ class CellDataset:
             square += np.asarray(x.multiply(x).sum(axis=0)).ravel()
             weighted += x.T @ depth
             depths, depth_square = depths + depth.sum(), depth_square + (depth**2).sum()
+        # the residual variance beyond that of a Poisson, summed over cells
         share = total / max(depths, 1.0)
         expected = share**2 * depth_square
         residual = square - 2 * share * weighted + expected
@@ -295,12 +315,13 @@ class CellDataset:
         self.source.add_to(digest)
         if self.embedding is not None:
             digest.update(self.embedding.numpy().data)
-        table, kind = self.design.unique_conditions(self.obs)
+        table, position = self.design.unique_conditions(self.obs)
         names = self.design.names(table).to_numpy()
-        for text in (*self.genes, *(names if self.source.on_disk else names[kind])):
+        labels = names if self.source.on_disk else names[position]
+        for text in (*self.genes, *labels):
             digest.update(str(text).encode() + b"\0")
         if self.source.on_disk:
-            digest.update(kind.data)
+            digest.update(position.data)
         return digest.hexdigest()
 
 
@@ -316,19 +337,19 @@ class EncodedConditions:
     """
 
     def __init__(self, design: Design, obs: pd.DataFrame):
-        table, kind = design.unique_conditions(obs)
+        table, position = design.unique_conditions(obs)
         self.distinct = design.encode(table)
-        self.kind = torch.from_numpy(kind)
+        self.position = torch.from_numpy(position)  # (n,), of the condition of a cell among the distinct ones
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
-        return self.distinct[self.kind[rows].long()]
+        return self.distinct[self.position[rows].long()]
 
     def __len__(self) -> int:
-        return len(self.kind)
+        return len(self.position)
 
     def map(self, function: Callable[[Condition], torch.Tensor]) -> torch.Tensor:
         """What a function makes of every condition, (n, ...) for the cells."""
-        return function(self.distinct)[self.kind.long()]
+        return function(self.distinct)[self.position.long()]
 
 
 def _embedding(adata: AnnData | CellStore, key: str) -> torch.Tensor:
@@ -357,6 +378,7 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
                 "make it with a function of invirtuo.splits from the same obs"
             )
         split = split.loc[obs.index]
+    # cells without a part are unassigned
     values = split.astype(object).where(split.notna(), "").to_numpy(dtype=object)
     unknown = sorted(set(values) - {"train", "val", "test", ""})
     if unknown:

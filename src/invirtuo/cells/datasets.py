@@ -195,11 +195,13 @@ def describe(*, data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
     >>> bool(iv.datasets.describe().loc["kang", "here"])
     True
     """
-    rows = {
-        name: {
+    rows = {}
+    for name, source in DATASETS.items():
+        n_cells, n_genes = source.shape
+        rows[name] = {
             "title": source.title,
-            "cells": source.shape[0],
-            "genes": source.shape[1],
+            "cells": n_cells,
+            "genes": n_genes,
             "perturbation": source.perturbation or "",
             "covariates": ", ".join(source.covariates),
             "here": _candidate(source, data_dir).is_file(),
@@ -207,8 +209,6 @@ def describe(*, data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
             "licence": source.licence,
             "citation": source.citation,
         }
-        for name, source in DATASETS.items()
-    }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "name"
     return table
@@ -293,35 +293,36 @@ def toy(seed: int = 0, n_cells: int = 600, n_genes: int = 100) -> AnnData:
     rng = np.random.default_rng(seed)
     singles, types, batches = ["A", "B", "C"], ["b_cell", "monocyte", "t_cell"], ["batch_1", "batch_2"]
     labels = [*["control"] * 3, *singles, "A+B", "A+C", "B+C"]
+
+    # every label in every cell type in turn; batches at random
     cell = np.arange(n_cells)
-    label, cell_type, batch = cell % len(labels), cell // len(labels) % len(types), rng.integers(2, size=n_cells)
+    label, cell_type = cell % len(labels), cell // len(labels) % len(types)
+    batch = rng.integers(2, size=n_cells)
+
+    # each perturbation hits a tenth of the genes; effects of combinations add up
     base = rng.normal(0.5, 1.0, n_genes) + rng.normal(0, 0.7, (len(types), n_genes))
     n_hit = max(n_genes // 10, 2)
     hits = [rng.choice(n_genes, n_hit, replace=False) for _ in singles]
     effects = np.zeros((len(singles), n_genes))
     for row, genes in enumerate(hits):
         effects[row, genes] = rng.choice([-1.0, 1.0], n_hit) * rng.uniform(1.0, 2.0, n_hit)
-    acts = np.array([[single in text.split("+") for single in singles] for text in labels], dtype=float)
+    acts = np.zeros((len(labels), len(singles)))
+    for row, text in enumerate(labels):
+        acts[row] = [single in text.split("+") for single in singles]
+
+    # negative binomial counts, the later batch deeper
     depth = rng.lognormal(0.1 * batch, 0.25)
     rate = np.exp(base[cell_type] + acts[label] @ effects) * depth[:, None]
     counts = rng.poisson(rate * rng.gamma(5.0, 0.2, rate.shape)).astype(np.float32)  # variance mean + mean^2 / 5
-    adata = AnnData(
-        X=sparse.csr_matrix(counts),
-        obs=pd.DataFrame(
-            {
-                "perturbation": pd.Categorical(np.array(labels)[label]),
-                "cell_type": pd.Categorical(np.array(types)[cell_type]),
-                "batch": pd.Categorical(np.array(batches)[batch]),
-            },
-            index=[f"cell_{i}" for i in cell],
-        ),
-        var=pd.DataFrame(
-            {f"effect_{single}": effects[row] for row, single in enumerate(singles)},
-            index=[f"gene_{i}" for i in range(n_genes)],
-        ),
-    )
-    adata.uns["toy"] = {"seed": seed}
-    return adata
+
+    obs = pd.DataFrame(index=[f"cell_{i}" for i in cell])
+    obs["perturbation"] = pd.Categorical(np.array(labels)[label])
+    obs["cell_type"] = pd.Categorical(np.array(types)[cell_type])
+    obs["batch"] = pd.Categorical(np.array(batches)[batch])
+    var = pd.DataFrame(index=[f"gene_{i}" for i in range(n_genes)])
+    for single, effect in zip(singles, effects, strict=True):
+        var[f"effect_{single}"] = effect
+    return AnnData(X=sparse.csr_matrix(counts), obs=obs, var=var, uns={"toy": {"seed": seed}})
 
 
 def _source(name: str) -> _Source:
@@ -390,6 +391,7 @@ def _check_md5(file: Path, source: _Source, *, may_differ: bool) -> None:
 
 
 def _check_content(adata: AnnData, name: str, source: _Source, file: Path) -> None:
+    """The file has the columns and the counts that a data set of that name has."""
     columns = [c for c in (source.perturbation, *source.covariates, source.size_factor) if c is not None]
     missing = [column for column in columns if column not in adata.obs]
     if missing:

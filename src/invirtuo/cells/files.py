@@ -50,6 +50,8 @@ OTHER_KINDS = {  # a name at the root of a file of another kind, and how it is r
     "col_attrs": "a loom file; read it with scanpy.read_loom",
 }
 SYSTEM_ERROR = re.compile(r"(?:errno = |os error |\[Errno )(\d+)")  # as HDF5, Rust and Python name them
+# what readers raise for a damaged file
+UNREADABLE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -87,23 +89,24 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"{path} is a folder; give the name of a file to write")
     if _is_stream(path):
         with tempfile.TemporaryDirectory(prefix="invirtuo-") as folder:
-            part = Path(folder) / f"part{path.suffix}"
-            yield part
+            temporary = Path(folder) / f"part{path.suffix}"
+            yield temporary
             with _full_disk_named(path):
-                _send(part, path)
+                _send(temporary, path)
         return
     target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+    # beside the target: a rename within one file system is atomic
+    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
     with _full_disk_named(path), _folders(target):
         try:
-            part.touch()
-            kept = target if target.exists() else part
-            mode = stat.S_IMODE(kept.stat().st_mode)
-            yield part
-            part.chmod(mode)  # some writers begin with a private file of their own
-            os.replace(part, target)
+            temporary.touch()
+            model = target if target.exists() else temporary  # whose permissions the new file has
+            mode = stat.S_IMODE(model.stat().st_mode)
+            yield temporary
+            temporary.chmod(mode)  # writers may begin with a private file of their own
+            os.replace(temporary, target)
         finally:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -114,15 +117,16 @@ def making(folder: str | os.PathLike) -> Iterator[Path]:
     """
     folder = Path(folder)
     with _full_disk_named(folder), _folders(folder):
+        # of runs that were killed
         for left_over in folder.parent.glob(f".{folder.name}.*.part"):
             shutil.rmtree(left_over, ignore_errors=True)
-        part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
-        part.mkdir()
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+        temporary.mkdir()
         try:
-            yield part
-            os.rename(part, folder)
+            yield temporary
+            os.rename(temporary, folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_h5ad_name(path: str | os.PathLike) -> None:
@@ -176,7 +180,7 @@ def write_h5ad(adata: AnnData, path: str | os.PathLike) -> None:
     from anndata.io import write_elem
 
     check_h5ad_name(path)
-    with writing(path) as part, writing_hdf5(part) as file:
+    with writing(path) as temporary, writing_hdf5(temporary) as file:
         adata.strings_to_categoricals()
         write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
         _drop_nulls(file, adata)
@@ -199,7 +203,7 @@ def writing_h5ad(path: str | os.PathLike, obs: pd.DataFrame, var: pd.DataFrame, 
     check_h5ad_name(path)
     if _is_stream(Path(path)):
         raise ValueError(f"{path} is no regular file; cells are written here and there in an h5ad, give a file name")
-    with writing(path) as part, writing_hdf5(part) as file:
+    with writing(path) as temporary, writing_hdf5(temporary) as file:
         adata = anndata.AnnData(None, obs=obs, var=var, uns=uns)
         adata.strings_to_categoricals()
         write_elem(file, "/", adata)
@@ -276,7 +280,7 @@ def _folders(path: Path) -> Iterator[None]:
 
 def _check_above(path: Path) -> Path:
     """The nearest folder above a path that exists."""
-    above = next(place for place in path.parents if place.exists())
+    above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"{above} is a file; {path} cannot lie under it, give another name")
     return above
@@ -327,7 +331,7 @@ def _printed_to(path: Path) -> int | None:
     return None
 
 
-def _send(part: Path, path: Path) -> None:
+def _send(file: Path, path: Path) -> None:
     """Copy the bytes of a file into a pipe, a device or a standard stream."""
     number = _printed_to(path)
     if number is not None:
@@ -335,7 +339,7 @@ def _send(part: Path, path: Path) -> None:
         handle = os.dup(number)
     else:
         handle = _opened(path)
-    with part.open("rb") as source, os.fdopen(handle, "wb") as sink:
+    with file.open("rb") as source, os.fdopen(handle, "wb") as sink:
         shutil.copyfileobj(source, sink)
 
 
@@ -379,10 +383,9 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
     is_zarr = is_zarr_folder(path)
     if not is_zarr:
         check_h5ad(path)
-    trouble = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError)
     try:
         adata = anndata.io.read_zarr(path) if is_zarr else anndata.io.read_h5ad(path, backed="r" if backed else None)
-    except (*trouble, anndata._io.specs.registry.IORegistryError) as error:
+    except (*UNREADABLE, anndata._io.specs.registry.IORegistryError) as error:
         kind = "zarr folder" if is_zarr else "h5ad file"
         raise ValueError(
             f"{path} is not a readable {kind}: {_first_line(error)}. Write it again with AnnData"
@@ -445,6 +448,7 @@ def check_h5ad(path: str | os.PathLike, *, values: bool = True) -> None:
     if not path.is_file():
         raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected an h5ad file")
     try:
+        # open as a plain file first
         with path.open("rb"):  # says by itself what HDF5 takes for no HDF5 file: permissions, a stale mount
             pass
         if not h5py.is_hdf5(path):
@@ -478,10 +482,12 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
 
 def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...], values: bool) -> None:
     address = h5py.h5o.get_info(group.id).addr
+    # a group that contains itself would be followed without end
     if address in above:
         raise ValueError(f"{path}: {group.name} contains itself; write the file again with AnnData")
     for name in group:
         where = f"{group.name.rstrip('/')}/{name}"
+        # links lead to other files, or to what the file does not own
         link = group.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink):
             target = f"{link.filename}:{link.path}" if isinstance(link, h5py.ExternalLink) else link.path
@@ -508,9 +514,10 @@ def _check_dataset(data: h5py.Dataset, path: Path, where: str) -> None:
 
 def _check_filters(data: h5py.Dataset, where: str) -> None:
     """The compression of a dataset can be undone here; hdf5plugin, where it is installed, brings more of them."""
+    # every filter of the pipeline
     properties = data.id.get_create_plist()
-    for place in range(properties.get_nfilters()):
-        number = properties.get_filter(place)[0]
+    for i in range(properties.get_nfilters()):
+        number = properties.get_filter(i)[0]
         if h5py.h5z.filter_avail(number):
             continue
         with suppress(ImportError):
@@ -527,6 +534,7 @@ def _check_sparse(group: h5py.Group, path: Path) -> None:
     where = f"{path}: sparse matrix {group.name}"
     if not {"data", "indices", "indptr"} <= set(group) or "shape" not in group.attrs:
         raise ValueError(f"{where} needs data, indices, indptr and the attribute shape; found {sorted(group)}")
+    # sizes first, then what they hold
     shape = np.asarray(group.attrs["shape"])
     data, indices, indptr = group["data"], group["indices"], group["indptr"]
     if shape.shape != (2,) or (shape < 0).any():
@@ -537,7 +545,8 @@ def _check_sparse(group: h5py.Group, path: Path) -> None:
     if data.ndim != 1 or data.shape != indices.shape:
         raise ValueError(f"{where} has {data.shape} values but {indices.shape} indices")
     pointers = indptr[:]
-    if pointers[0] != 0 or pointers[-1] != len(indices) or (np.diff(pointers.astype(np.int64)) < 0).any():
+    has_ends = pointers[0] == 0 and pointers[-1] == len(indices)
+    if not has_ends or (np.diff(pointers.astype(np.int64)) < 0).any():
         raise ValueError(f"{where} has an indptr that does not rise from 0 to the {len(indices)} stored values")
     for start in range(0, len(indices), BLOCK):
         block = indices[start : start + BLOCK]

@@ -79,21 +79,27 @@ def variable_genes_of(blocks: Callable[[], Iterator], n_genes: int, *, span: flo
     -------
     (g,) bool
     """
+    # first pass: mean and variance
     n, total, square = 0, np.zeros(()), np.zeros(())
     for block in blocks():
         x = sparse.csr_array(block, dtype=np.float64)
-        n, total, square = n + x.shape[0], total + x.sum(axis=0), square + x.power(2).sum(axis=0)
+        n += x.shape[0]
+        total = total + x.sum(axis=0)
+        square = square + x.power(2).sum(axis=0)
     if n < 2:
         raise ValueError(f"genes are chosen on {n} cells; expected at least 2")
     mean = total / n
     variance = np.maximum((square - n * mean**2) / (n - 1), 0.0)
     deviation, varies = _expected_deviation(mean, variance, span)
+
+    # second pass: variance around the mean of counts clipped at sqrt(n) expected deviations
     limit = deviation * np.sqrt(n) + mean
     total, square = np.zeros_like(mean), np.zeros_like(mean)
     for block in blocks():
         x = sparse.csr_array(block, dtype=np.float64, copy=True)
         x.data = np.minimum(x.data, limit[x.indices])
-        total, square = total + x.sum(axis=0), square + x.power(2).sum(axis=0)
+        total += x.sum(axis=0)
+        square += x.power(2).sum(axis=0)
     squares = n * mean**2 + square - 2 * total * mean
     normalised = np.where(varies, squares / ((n - 1) * deviation**2), 0.0)
     return _most_variable(normalised[None], min(n_genes, len(mean)))
@@ -101,11 +107,13 @@ def variable_genes_of(blocks: Callable[[], Iterator], n_genes: int, *, span: flo
 
 def _most_variable(variances: np.ndarray, n_genes: int) -> np.ndarray:
     """(g,) bool, the first genes by the median of their ranks in batches, from (b, g) variances."""
+    # rank within batches; ranks beyond the first n_genes do not count
     ranks = np.argsort(np.argsort(-variances, axis=1, kind="stable"), axis=1).astype(float)
     chosen = ranks < n_genes
     ranks[~chosen] = np.nan
     median = np.full(variances.shape[1], np.inf)
     median[chosen.any(axis=0)] = np.nanmedian(ranks[:, chosen.any(axis=0)], axis=0)
+    # first by median rank, then by the number of batches that choose the gene
     order = np.lexsort((-chosen.sum(axis=0), median))
     mask = np.zeros(variances.shape[1], dtype=bool)
     mask[order[:n_genes]] = True
@@ -133,9 +141,12 @@ def normalised_variance(counts, *, span: float = 0.3) -> np.ndarray:
     mean = counts.sum(axis=0) / n
     variance = np.maximum((counts.power(2).sum(axis=0) - n * mean**2) / (n - 1), 0.0)
     deviation, varies = _expected_deviation(mean, variance, span)
+
+    # the same around the same mean, of counts clipped at sqrt(n) expected deviations
     limit = deviation * np.sqrt(n) + mean
     counts.data = np.minimum(counts.data, np.repeat(limit, np.diff(counts.indptr)))
-    squares = n * mean**2 + counts.power(2).sum(axis=0) - 2 * counts.sum(axis=0) * mean
+    total, square = counts.sum(axis=0), counts.power(2).sum(axis=0)
+    squares = n * mean**2 + square - 2 * total * mean
     return np.where(varies, squares / ((n - 1) * deviation**2), 0.0)
 
 
@@ -144,7 +155,8 @@ def _expected_deviation(mean: np.ndarray, variance: np.ndarray, span: float) -> 
     varies = variance > 1e-12
     deviation = np.ones(len(mean))
     if varies.any():
-        deviation[varies] = np.sqrt(10 ** loess(np.log10(mean[varies]), np.log10(variance[varies]), span=span))
+        log_mean, log_variance = np.log10(mean[varies]), np.log10(variance[varies])
+        deviation[varies] = np.sqrt(10 ** loess(log_mean, log_variance, span=span))
     return deviation, varies
 
 
@@ -172,17 +184,20 @@ def loess(x: np.ndarray, y: np.ndarray, *, span: float = 0.3) -> np.ndarray:
     x_sorted, y_sorted = x[order], y[order]
     n_near = min(max(int(len(x) * span + 1e-5), 3), len(x))
     knots = _knots(x_sorted, int(len(x) * span * CELL))
-    fits = [_local_fit(x_sorted, y_sorted, knot, n_near) for knot in knots]
+    fits = np.array([_local_fit(x_sorted, y_sorted, knot, n_near) for knot in knots])
     from scipy.interpolate import CubicHermiteSpline  # slow to import
 
-    return CubicHermiteSpline(knots, [value for value, _ in fits], [slope for _, slope in fits])(x)
+    values, slopes = fits.T
+    return CubicHermiteSpline(knots, values, slopes)(x)
 
 
 def _knots(x: np.ndarray, limit: int) -> np.ndarray:
     """Ends of the cells after cutting sorted x at medians until no cell holds more than `limit` points."""
-    width = max(x[-1] - x[0], np.abs(x[[0, -1]]).max() * 1e-3 + 1e-30)
+    size = max(abs(x[0]), abs(x[-1]))
+    width = max(x[-1] - x[0], size * 1e-3 + 1e-30)
     low, high = x[0] - MARGIN * width, x[-1] + MARGIN * width
-    knots, stack = [low, high], [(0, len(x) - 1, low, high)]
+    knots = [low, high]
+    stack = [(0, len(x) - 1, low, high)]  # cells: first and last point, left and right end
     while stack:
         first, last, left, right = stack.pop()
         if last - first + 1 <= max(limit, 1):
@@ -199,6 +214,7 @@ def _local_fit(x: np.ndarray, y: np.ndarray, at: float, n_near: int) -> tuple[fl
     distance = np.abs(x - at)
     reach = max(np.partition(distance, n_near - 1)[n_near - 1], 1e-12)
     near = distance < reach
+    # tricube weights; their root, as the rows of least squares are weighted
     weight = np.sqrt((1 - (distance[near] / reach) ** 3) ** 3)
     basis = np.vander(x[near] - at, 3, increasing=True) * weight[:, None]
     coefficients = np.linalg.lstsq(basis, y[near] * weight, rcond=None)[0]

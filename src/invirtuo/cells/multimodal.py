@@ -43,28 +43,32 @@ def join(data: Any, *, rna: str | None = "rna", atac: str = "atac", obs: str | N
     """
     import anndata
 
-    parts: Mapping[str, AnnData] = getattr(data, "mod", data)
+    modalities: Mapping[str, AnnData] = getattr(data, "mod", data)
     wanted = [name for name in (rna, atac) if name is not None]
-    if missing := [name for name in wanted if name not in parts]:
-        raise ValueError(f"there is no modality {missing[0]!r}; found {', '.join(parts)}")
-    first = parts[wanted[0]]
+    if missing := [name for name in wanted if name not in modalities]:
+        raise ValueError(f"there is no modality {missing[0]!r}; found {', '.join(modalities)}")
+    first = modalities[wanted[0]]
     for name in wanted:
-        if not parts[name].obs_names.is_unique:
+        if not modalities[name].obs_names.is_unique:
             raise ValueError(f"cell names of {name!r} repeat; call obs_names_make_unique() on both modalities alike")
-    if set(parts[atac].obs_names) != set(first.obs_names) or parts[atac].n_obs != first.n_obs:
+    other = modalities[atac]
+    if set(other.obs_names) != set(first.obs_names) or other.n_obs != first.n_obs:
         raise ValueError(f"{wanted[0]!r} and {atac!r} do not hold the same cells; keep those that both have")
     blocks = [] if rna is None else [sparse.csr_matrix(first.X)]
-    peaks = sparse.csr_matrix(parts[atac][first.obs_names].X, copy=True)
+    peaks = sparse.csr_matrix(modalities[atac][first.obs_names].X, copy=True)
     if peaks.nnz and peaks.data.max() > 1:
         logger.warning("peaks hold counts; they are read as open (above 0) or closed")
+    # open or closed
     peaks.sum_duplicates()
     peaks.data = (peaks.data > 0).astype(peaks.dtype)
-    names = [*([] if rna is None else map(str, first.var_names)), *(f"{PEAK}{name}" for name in parts[atac].var_names)]
-    modality = ["rna"] * (len(names) - peaks.shape[1]) + ["atac"] * peaks.shape[1]
-    var = pd.DataFrame({"modality": modality}, index=pd.Index(names))
+    gene_names = [] if rna is None else [str(name) for name in first.var_names]
+    peak_names = [f"{PEAK}{name}" for name in modalities[atac].var_names]
+    modality = ["rna"] * len(gene_names) + ["atac"] * len(peak_names)
+    var = pd.DataFrame({"modality": modality}, index=pd.Index([*gene_names, *peak_names]))
     x = sparse.hstack([*blocks, peaks], format="csr")
     x.eliminate_zeros()
-    return anndata.AnnData(x.astype(np.float32), obs=parts[obs or wanted[0]][first.obs_names].obs.copy(), var=var)
+    table = modalities[obs or wanted[0]][first.obs_names].obs.copy()
+    return anndata.AnnData(x.astype(np.float32), obs=table, var=var)
 
 
 def part(adata: AnnData) -> Any:
@@ -77,7 +81,7 @@ def part(adata: AnnData) -> Any:
     except ImportError as error:
         raise ValueError('taking modalities apart needs mudata; pip install "invirtuo[multimodal]"') from error
     is_peak = adata.var_names.str.startswith(PEAK)
-    parts = {"rna": adata[:, ~is_peak].copy(), "atac": adata[:, is_peak].copy()}
-    parts["atac"].var_names = parts["atac"].var_names.str.removeprefix(PEAK)
+    modalities = {"rna": adata[:, ~is_peak].copy(), "atac": adata[:, is_peak].copy()}
+    modalities["atac"].var_names = modalities["atac"].var_names.str.removeprefix(PEAK)
     with mudata.set_options(pull_on_update=False):
-        return mudata.MuData({name: modality for name, modality in parts.items() if modality.n_vars})
+        return mudata.MuData({name: modality for name, modality in modalities.items() if modality.n_vars})

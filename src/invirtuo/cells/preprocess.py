@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -105,24 +105,33 @@ def normalize(
     check_target_sum(target_sum)
     n_genes = None if n_genes is None else whole_number("n_genes", n_genes)
     size_factor = size_factor or adata.uns.get("invirtuo", {}).get("size_factor")
+    # depth and log values over all genes, before any is left out
     wanted = _positions(adata, keep)
     counts = _counts(adata, layer)
     total = _depth(adata.obs, counts, size_factor)
     new = _assemble(adata, counts, log_normalised(counts, total, target_sum), total)
     train = _training_rows(adata, split)
     if n_genes is not None:
+        # on training cells alone
         chosen = _variable(new, n_genes, train, flavor)
         new.var["highly_variable"] = chosen
         chosen = chosen.copy()
         chosen[wanted] = True
         new = new[:, chosen].copy()
-    new.uns["invirtuo"] |= {
-        "target_sum": float(target_sum),
-        "depth": size_factor or "sum over genes",
+    new.uns["invirtuo"] |= preparation(target_sum, size_factor, n_genes, flavor, split)
+    return new
+
+
+def preparation(
+    target_sum: float, size_factor: str | None, n_genes: int | None, flavor: str, split: pd.Series | None
+) -> dict[str, Any]:
+    """What to note of a preparation: depth, and how genes were chosen."""
+    return {
         "genes": "all" if n_genes is None else f"{flavor}, {n_genes}",
         "genes_chosen_on": "all cells" if split is None else "training cells",
+        "depth": size_factor or "sum over genes",
+        "target_sum": float(target_sum),
     }
-    return new
 
 
 def perturbench(
@@ -168,6 +177,7 @@ def perturbench(
     check_target_sum(1.0 if target_sum is None else target_sum)
     n_genes = whole_number("n_genes", n_genes, 0)
     counts = _counts(adata, None)
+    # genes seen in enough cells, then depth over these
     seen = np.asarray((counts > 0).sum(axis=0)).ravel() >= min_cells
     counts, adata = counts[:, seen], adata[:, seen]
     total = _depth(adata.obs, counts, None)
@@ -177,6 +187,7 @@ def perturbench(
     if n_genes == 0:
         return new
     train = _training_rows(adata, split)
+    # variable genes, the strongest responses of every perturbation, and the perturbed genes themselves
     groups = design.groups(new.obs)
     new.var["highly_variable"] = variable_genes(counts[train], n_genes, batch=groups[train])
     ranked = _strongest_genes(new[train], design, degs)
@@ -244,8 +255,10 @@ def knockdown(
     below = np.less if strict else np.less_equal
     expression = sparse.csc_array(adata.X)
     for context, label in sorted(set(zip(contexts[~is_control], labels[~is_control], strict=True))):
+        # perturbed cells, beside the controls of their context
         cells = np.flatnonzero((labels == label) & (contexts == context))
         reference = is_control & (contexts == context)
+        # whether a gene is down cannot be said of one that was not measured
         if label not in names:
             stays = unmeasured == "keep"
             kept[cells] = stays
@@ -308,14 +321,10 @@ def _assemble(adata: AnnData, counts: sparse.csr_matrix, log_expr: sparse.csr_ma
     """Build the new object: log values in X, counts in a layer; annotations copied, other layers left behind."""
     from anndata import AnnData
 
-    new = AnnData(
-        X=log_expr,
-        obs=adata.obs.copy(),
-        var=adata.var.copy(),
-        layers={"counts": counts},
-        obsm={name: value.copy() for name, value in adata.obsm.items()},
-        uns=copy.deepcopy(dict(adata.uns)),
-    )
+    obs, var = adata.obs.copy(), adata.var.copy()
+    obsm = {name: value.copy() for name, value in adata.obsm.items()}
+    uns = copy.deepcopy(dict(adata.uns))
+    new = AnnData(X=log_expr, obs=obs, var=var, layers={"counts": counts}, obsm=obsm, uns=uns)
     new.obs[TOTAL] = total
     new.uns["invirtuo"] = dict(new.uns.get("invirtuo", {})) | {"size_factor": TOTAL}
     return new
@@ -399,6 +408,7 @@ def _strongest_genes(adata: AnnData, design: Design, n: int) -> dict[str, list[s
     for group in sorted(groups.unique()):
         cells = adata[(groups == group).to_numpy()].copy()
         cells.obs[design.perturbation] = design.tidy(cells.obs)[design.perturbation].astype("category")
+        # a t-test needs two cells on both sides
         sizes = cells.obs[design.perturbation].value_counts()
         labels = sorted(label for label, size in sizes.items() if size > 1 and label != design.control)
         if sizes.get(design.control, 0) < 2 or not labels:

@@ -78,29 +78,31 @@ def pseudotime(
     return new
 
 
-def _ordered(part: AnnData, root, n_pcs: int, n_neighbors: int, n_components: int) -> np.ndarray:
+def _ordered(adata: AnnData, root, n_pcs: int, n_neighbors: int, n_components: int) -> np.ndarray:
+    """(n,) pseudotime of the cells of one group; infinity for those that are not connected to the root."""
     import scanpy
     from anndata import AnnData
 
-    cells = AnnData(part.X, obs=part.obs[[]])
+    cells = AnnData(adata.X, obs=adata.obs[[]])
     n_pcs = min(n_pcs, *(n - 1 for n in cells.shape))
     scanpy.pp.pca(cells, n_comps=n_pcs, random_state=0)
-    cells.uns["iroot"] = _root(part, cells.obsm["X_pca"], root)
+    cells.uns["iroot"] = _root(adata, cells.obsm["X_pca"], root)
     scanpy.pp.neighbors(cells, n_neighbors=n_neighbors, n_pcs=n_pcs, random_state=0)
     scanpy.tl.diffmap(cells, n_comps=max(n_components, 15), random_state=0)
     scanpy.tl.dpt(cells, n_dcs=n_components)
     return cells.obs["dpt_pseudotime"].to_numpy(float)
 
 
-def _root(part: AnnData, position: np.ndarray, root: str | Mapping[str, str]) -> int:
+def _root(adata: AnnData, coordinates: np.ndarray, root: str | Mapping[str, str]) -> int:
+    """Row of the cell to begin at: the named one, or of those with a label the most central one."""
     if isinstance(root, str):
-        if root not in part.obs_names:
+        if root not in adata.obs_names:
             raise ValueError(f"there is no cell {root!r} to begin at; pass the name of a cell, or {{column: label}}")
-        return int(part.obs_names.get_loc(root))
+        return int(adata.obs_names.get_loc(root))
     ((column, label),) = root.items()
-    known = labels(part, column)
-    mine = np.flatnonzero(known == str(label))
-    if not len(mine):
+    known = labels(adata, column)
+    labelled = np.flatnonzero(known == str(label))
+    if not len(labelled):
         raise ValueError(f"no cell has {column} = {label!r}; found {preview(sorted(set(known)))}")
-    centre = position[mine].mean(axis=0)
-    return int(mine[((position[mine] - centre) ** 2).sum(axis=1).argmin()])
+    offset = coordinates[labelled] - coordinates[labelled].mean(axis=0)
+    return int(labelled[(offset**2).sum(axis=1).argmin()])

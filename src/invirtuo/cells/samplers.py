@@ -83,31 +83,37 @@ class Layout:
 
     @classmethod
     def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray, spare: np.ndarray | None = None) -> Layout:
-        """Read the layout of some rows of obs; control cells among the `spare` rows help groups that have none."""
+        """Read the layout of rows of obs; control cells among the `spare` rows help groups that have none."""
         rows = np.asarray(rows)
-        table, kind = design.unique_conditions(obs.iloc[rows])
+
+        # labels are read once per distinct condition, then spread to its cells
+        table, position = design.unique_conditions(obs.iloc[rows])
         group, names = pd.factorize(design.groups(table), sort=True)
         condition, _ = pd.factorize(design.names(table), sort=True)
-        time = table[design.time].to_numpy(float)[kind] if design.time else None
+        is_control = design.is_control(table)[position]
+        time = table[design.time].to_numpy(float)[position] if design.time else None
+
+        # spare control cells of every group
         pools = {}
         if spare is not None:
-            known, of_known = design.unique_conditions(obs.iloc[spare])
-            control = design.is_control(known)[of_known]
-            others, groups = spare[control], design.groups(known).to_numpy()[of_known[control]]
-            pools = {g: others[groups == name] for g, name in enumerate(names)}
-        is_control = design.is_control(table)[kind]
-        return cls(rows, group[kind], condition[kind], is_control, time, tuple(map(str, names)), pools)
+            spare_table, spare_position = design.unique_conditions(obs.iloc[spare])
+            control = design.is_control(spare_table)[spare_position]
+            spare_controls = spare[control]
+            groups = design.groups(spare_table).to_numpy()[spare_position[control]]
+            pools = {g: spare_controls[groups == name] for g, name in enumerate(names)}
+        return cls(rows, group[position], condition[position], is_control, time, tuple(map(str, names)), pools)
 
     def only(self, positions: np.ndarray, spare: Mapping[int, np.ndarray]) -> Layout:
-        """The layout of some positions in `rows`, as part of a whole whose other controls are the spare ones."""
-        return replace(
-            self,
-            rows=self.rows[positions],
-            group=self.group[positions],
-            condition=self.condition[positions],
-            is_control=self.is_control[positions],
-            time=None if self.time is None else self.time[positions],
-            spare=spare,
+        """The layout of the given positions in `rows`, with spare control cells that join those of every group."""
+        time = None if self.time is None else self.time[positions]
+        return Layout(
+            self.rows[positions],
+            self.group[positions],
+            self.condition[positions],
+            self.is_control[positions],
+            time,
+            self.group_names,
+            spare,
             joined=True,
         )
 
@@ -119,10 +125,12 @@ class Layout:
         ValueError
             If a group has none.
         """
-        pools = {int(g): self.rows[(self.group == g) & self.is_control] for g in np.unique(self.group)}
-        for g, pool in pools.items():
+        pools: dict[int, np.ndarray] = {}
+        for g in np.unique(self.group).tolist():
+            pool = self.rows[(self.group == g) & self.is_control]
             if self.joined or not len(pool):
-                pools[g] = np.concatenate([pool, self.spare.get(g, pool[:0])])
+                pool = np.concatenate([pool, self.spare.get(g, pool[:0])])
+            pools[g] = pool
         empty = [self.group_names[g] for g, pool in pools.items() if not len(pool)]
         if empty:
             raise ValueError(
@@ -186,6 +194,7 @@ class Sets:
         size, controls = self.set_size, layout.controls()
         chunks = []
         for condition in np.unique(layout.condition):
+            # sets of one condition; the last is filled up with cells that it has already
             members = rng.permutation(np.flatnonzero(layout.condition == condition))
             for start in range(0, len(members), size):
                 chunk = members[start : start + size]
@@ -193,6 +202,7 @@ class Sets:
         rng.shuffle(chunks)
         per_batch = max(batch_size // size, 1)
         for start in range(0, len(chunks), per_batch):
+            # a set of controls for every set, without repeats where the group has enough
             target = np.concatenate(chunks[start : start + per_batch])
             pools = [controls[g] for g in layout.group[target[::size]]]
             source = np.concatenate([rng.choice(pool, size, replace=len(pool) < size) for pool in pools])
@@ -222,16 +232,18 @@ class MappedSets(Sets):
         context, labels = pd.factorize(contexts, sort=True)
         pools = {}
         for c in range(len(labels)):
+            # control cells of all batches of a context
             groups = np.flatnonzero(context == c).tolist()
             own = layout.rows[np.isin(layout.group, groups) & layout.is_control]
             pools[c] = np.concatenate([own, *(layout.spare[g] for g in groups if g in layout.spare)])
         if self.mapping == "context":
             layout = replace(layout, group=context[layout.group], group_names=tuple(map(str, labels)), spare=pools)
         else:
-            with_own = np.unique(layout.group[layout.is_control])
-            empty = [g for g in range(len(context)) if g not in with_own and not len(layout.spare.get(g, ()))]
-            of_context = {g: pools[int(context[g])] for g in empty}
-            layout = replace(layout, spare={**layout.spare, **of_context})
+            # batches without any control cell borrow those of their context
+            with_controls = set(layout.group[layout.is_control].tolist())
+            with_controls |= {g for g, pool in layout.spare.items() if len(pool)}
+            borrowed = {g: pools[int(c)] for g, c in enumerate(context) if g not in with_controls}
+            layout = replace(layout, spare={**layout.spare, **borrowed})
         yield from super().__call__(layout, batch_size, rng)
 
 
@@ -254,6 +266,7 @@ class Courses:
         """Rows of every batch."""
         if layout.time is None:
             raise ValueError("time courses need a Design with time=; name the column of obs that holds time")
+        # rows of every course in the order of time
         order = np.lexsort([layout.time, layout.group])
         groups = np.split(order, np.flatnonzero(np.diff(layout.group[order])) + 1)
         if len(order) > batch_size:

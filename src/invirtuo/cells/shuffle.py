@@ -17,7 +17,7 @@ from scipy import sparse
 
 from invirtuo.cells.files import making, writing_hdf5
 from invirtuo.cells.genes import variable_genes_of
-from invirtuo.cells.preprocess import TOTAL, check_target_sum
+from invirtuo.cells.preprocess import TOTAL, check_target_sum, preparation
 from invirtuo.cells.store import MANIFEST, ROW, VALUE, CellStore
 from invirtuo.cells.values import log_normalised, looks_like_counts
 from invirtuo.errors import preview, whole_number
@@ -78,6 +78,7 @@ def shuffle(
     n_genes = None if n_genes is None else whole_number("n_genes", n_genes)
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression is {compression!r}; expected one of {', '.join(COMPRESSIONS)}")
+    # what X holds, and the depth of every cell
     scan = store.scan()
     is_counts = scan.whole and looks_like_counts(store.X)
     if not is_counts and (counts or n_genes is not None):
@@ -89,16 +90,13 @@ def shuffle(
         )
     genes = store.var_names if n_genes is None else _chosen(store, n_genes, keep or [], split)
     plan = _Plan(store, genes, depth, target_sum if is_counts and not counts else None, compression, seed)
-    facts = {
-        "values": "counts" if is_counts and counts else "log1p" if is_counts else "as given",
-        "genes": "all" if n_genes is None else f"seurat_v3, {n_genes}",
-        "genes_chosen_on": "all cells" if split is None else "training cells",
-        "depth": size_factor or "sum over genes",
-        "target_sum": float(target_sum),
-    }
-    with making(folder) as part:
-        manifest = plan.write(part, facts)
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    values = "as given"
+    if is_counts:
+        values = "counts" if counts else "log1p"
+    facts = {"values": values} | preparation(target_sum, size_factor, n_genes, "seurat_v3", split)
+    with making(folder) as temporary:
+        manifest = plan.write(temporary, facts)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return manifest
 
 
@@ -143,6 +141,8 @@ class _Plan:
             if self.target_sum is not None:
                 x = log_normalised(x, self.depth[rows], self.target_sum)
             self._deal(rows, x, buckets)
+
+        # a bucket fits into memory: put its rows in order, write the file
         digest, names = hashlib.blake2b(digest_size=16), []
         for k in range(self.n_files):
             names.append(f"{k:05d}.h5ad")
@@ -151,18 +151,14 @@ class _Plan:
             for array in (x.data, x.indices, x.indptr):
                 digest.update(array)
         buckets.rmdir()
-        return facts | {
-            "files": names,
-            "n_obs": self.store.n_obs,
-            "n_vars": self.store.n_vars,
-            "n_values": int(self.lengths.sum(dtype=np.int64)),
-            "shuffled": self.seed,
-            "digest": digest.hexdigest(),
-        }
+        sizes = {"n_obs": self.store.n_obs, "n_vars": self.store.n_vars}
+        sizes["n_values"] = int(self.lengths.sum(dtype=np.int64))
+        return facts | {"files": names} | sizes | {"shuffled": self.seed, "digest": digest.hexdigest()}
 
     def _deal(self, rows: np.ndarray, x: sparse.csr_matrix, buckets: Path) -> None:
         """Append rows to their buckets, in the order of the files."""
         self.lengths[rows] = np.diff(x.indptr)
+        # rows of one bucket beside each other, so that each file is opened once a block
         by_bucket = np.argsort(self.bucket[rows], kind="stable")
         x = x[by_bucket]
         number = self.bucket[rows][by_bucket]
@@ -176,13 +172,13 @@ class _Plan:
     def _ordered(self, k: int, buckets: Path) -> tuple[np.ndarray, sparse.csr_matrix]:
         """Rows of a bucket and their values in the order of the store; the bucket is removed."""
         rows = np.flatnonzero(self.bucket == k)
-        parts = []
+        arrays = []
         for name, dtype in (("data", np.float32), ("indices", np.int32)):
             path = buckets / f"{k}.{name}"
-            parts.append(np.fromfile(path, dtype) if path.exists() else np.zeros(0, dtype))
+            arrays.append(np.fromfile(path, dtype) if path.exists() else np.zeros(0, dtype))
             path.unlink(missing_ok=True)
         indptr = np.concatenate([[0], np.cumsum(self.lengths[rows], dtype=np.int64)])
-        x = sparse.csr_matrix((*parts, indptr), (len(rows), self.store.n_vars))
+        x = sparse.csr_matrix((*arrays, indptr), (len(rows), self.store.n_vars))
         order = np.argsort(self.order[rows])
         return rows[order], x[order]
 
@@ -190,6 +186,7 @@ class _Plan:
         """An h5ad whose values lie in one piece, unless they are compressed."""
         from anndata.io import write_elem
 
+        # without compression arrays are contiguous, and are read without HDF5
         options = {} if self.compression == "none" else {"compression": self.compression, "shuffle": True}
         with writing_hdf5(path) as file:
             file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 AnyCells: TypeAlias = "AnnData | CellStore | str | Path | Sequence[str | Path]"
-IN_MEMORY = 512 << 20  # bytes of X, beyond which a file stays on disk even where small ones are read whole
+IN_MEMORY = 512 << 20  # bytes of X, beyond which a file stays on disk even where small ones are read into memory
 BLOCK = 4096  # cells of a backed file that are in memory at a time
 
 Matrix = TypeVar("Matrix")  # CSR, or a dense array
@@ -167,9 +167,13 @@ TrainingSource: TypeAlias = "MemorySource[sparse.csr_matrix] | StoreSource"
 
 
 def opened(
-    cells: AnyCells, design: Design | None = None, *, small_in_memory: bool = False, layer: str | None = None,
+    cells: AnyCells,
+    design: Design | None = None,
+    *,
+    small_in_memory: bool = False,
+    layer: str | None = None,
     **options: Any,
-) -> AnnData | CellStore:  # fmt: skip
+) -> AnnData | CellStore:
     """What a path, a folder, or a list of them stands for; cells are given back as they are.
 
     Parameters
@@ -237,8 +241,9 @@ def source_of(cells: AnnData | CellStore, *, layer: str | None = None, name: str
     genes = cells.var_names.astype(str)
     if layer is not None:
         return MemorySource(cells.obs, *_named_values(cells, genes, layer, name))
-    is_indexable = cells.isbacked and not cells.is_view  # a backed view cannot be indexed again,
-    if is_indexable and getattr(cells[:1].X, "format", None) != "csc":  # rows of CSC are slow: both are read whole
+    # a backed view cannot be indexed again, and rows of CSC are slow: both are read into memory
+    is_indexable = cells.isbacked and not cells.is_view
+    if is_indexable and getattr(cells[:1].X, "format", None) != "csc":
         return BackedSource(cells)
     return MemorySource(cells.obs, genes, _in_rows(cells.to_memory().X if cells.isbacked else cells.X))
 
@@ -252,9 +257,9 @@ def _check_filled(cells: AnnData | CellStore, name: str, layer: str | None) -> N
     if cells.n_obs and (layer is not None or (cells.n_vars and cells.X is not None)):
         return
     others = [*cells.layers, *cells.obsm]
+    advice = f". If it stands in {preview(others)}, name it with layer=" if cells.n_obs and others else ""
     raise ValueError(
-        f"{name}: expected cells and genes with log1p expression in X; found {(cells.n_obs, cells.n_vars)}"
-        + ("" if cells.n_obs == 0 or not others else f". If it stands in {preview(others)}, name it with layer=")
+        f"{name}: expected cells and genes with log1p expression in X; found {(cells.n_obs, cells.n_vars)}{advice}"
     )
 
 
@@ -272,12 +277,16 @@ def _named_values(adata: AnnData, names: pd.Index, layer: str, name: str) -> tup
         return values.columns.astype(str), values.to_numpy()
     if values.shape[1] == len(names):
         return names, _in_rows(values)
-    chosen = adata.var["highly_variable"].to_numpy(dtype=bool) if "highly_variable" in adata.var else np.zeros(0, bool)
-    if values.shape[1] == chosen.sum():
-        return names[chosen], _in_rows(values)
+
+    # without names: all genes, or those that were chosen
+    is_variable = np.zeros(0, bool)
+    if "highly_variable" in adata.var:
+        is_variable = adata.var["highly_variable"].to_numpy(dtype=bool)
+    if values.shape[1] == is_variable.sum():
+        return names[is_variable], _in_rows(values)
     raise ValueError(
         f"{name}: obsm[{layer!r}] has {values.shape[1]} columns without gene names, var_names has {len(names)}, and "
-        f"var['highly_variable'] marks {int(chosen.sum())}. Store it as a DataFrame whose columns are gene names"
+        f"var['highly_variable'] marks {int(is_variable.sum())}. Store it as a DataFrame whose columns are gene names"
     )
 
 

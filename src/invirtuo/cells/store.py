@@ -119,6 +119,7 @@ class CellStore:
         files, manifest = _files(paths)
         parts = [Part(path) for path in files]
         genes = aligned(parts)
+        # one table of obs, and the genes that all files have
         wanted = None if columns is None else list(columns)
         obs = _joined([(part.path, part.obs(wanted)) for part in parts])
         if manifest is not None and len(obs) != manifest["n_obs"]:
@@ -132,6 +133,7 @@ class CellStore:
             part.close()
         if block is not None and block < 1:
             raise ValueError(f"block is {block}; expected at least 1 row")
+        # neighbours in a shuffled store are random already: longer pieces are read faster
         size = block or (BLOCK if manifest is None else SHUFFLED_BLOCK)
         return cls(parts, obs, genes, memory=n_bytes(memory), block=size, manifest=manifest)
 
@@ -153,7 +155,7 @@ class CellStore:
         return DiskMatrix(self)
 
     def __getitem__(self, key: tuple[slice, Sequence[str]]) -> Self:
-        """``store[:, genes]``: the same cells with some genes, in that order."""
+        """``store[:, genes]``: the same cells with the named genes, in that order."""
         rows, genes = key
         if rows != slice(None):
             raise ValueError("a store is not cut by rows; a split says which cells are trained on")
@@ -179,13 +181,15 @@ class CellStore:
         """Values of rows that rise."""
         lengths = self.lengths[rows].astype(np.int64)
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], np.int32)
+        data = np.empty(indptr[-1], np.float32)
+        indices = np.empty(indptr[-1], np.int32)
+        # every file fills its own range of the arrays
         bounds = np.searchsorted(rows, self.starts)
         with self._lock:
             for i in np.flatnonzero(np.diff(bounds)):
                 own = rows[bounds[i] : bounds[i + 1]] - self.starts[i]
-                here = slice(indptr[bounds[i]], indptr[bounds[i + 1]])
-                self._read_file(int(i), own, data[here], indices[here])
+                values = slice(indptr[bounds[i]], indptr[bounds[i + 1]])
+                self._read_file(int(i), own, data[values], indices[values])
         x = _assembled(data, indices, indptr, self.n_vars, dropped=any(part.is_dense for part in self.parts))
         return canonical_csr(x) if any(part.has_repeats for part in self.parts) else x
 
@@ -202,7 +206,7 @@ class CellStore:
             self.parts[i].close()
 
     def blocks(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Pass over rows (rising; None: all) in their order, some 32 MiB at a time: rows and their values."""
+        """Pass over rows (rising; None: all) in their order, about 32 MiB at a time: rows and their values."""
         rows = np.arange(self.n_obs) if rows is None else np.asarray(rows)
         ends = np.cumsum(self.lengths[rows], dtype=np.int64)
         step = min(STREAM, max(self.memory // (8 * VALUE), 1))
@@ -219,7 +223,8 @@ class CellStore:
             If values are not finite, or, unless `signed`, negative; naming the file.
         """
         if self._scan is None:
-            totals, digest, low, whole = [], hashlib.blake2b(digest_size=8), 0.0, True
+            totals, lowest, whole = [], 0.0, True
+            digest = hashlib.blake2b(digest_size=8)
             digest.update(self.lengths.tobytes())
             for rows, x in self.blocks():
                 if len(x.data) and not (np.isfinite(x.data.min()) and np.isfinite(x.data.max())):
@@ -232,9 +237,10 @@ class CellStore:
                     )
                 digest.update(x.data)
                 digest.update(x.indices)
-                low, whole = min(low, float(x.data.min(initial=0))), whole and bool((x.data == np.rint(x.data)).all())
+                lowest = min(lowest, float(x.data.min(initial=0)))
+                whole = whole and bool((x.data == np.rint(x.data)).all())
                 totals.append(np.asarray(x.sum(axis=1, dtype=np.float64)).ravel())
-            self._scan = Scan(np.concatenate(totals), digest.hexdigest(), low, whole)
+            self._scan = Scan(np.concatenate(totals), digest.hexdigest(), lowest, whole)
         return self._scan
 
     def _bad_row(self, rows: np.ndarray, bad: np.ndarray, x: sparse.csr_matrix) -> str:
@@ -267,7 +273,8 @@ class _Preview:
         rows = np.arange(self.part.n_obs)[rows]
         lengths = self.part.lengths()[rows]
         indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], np.int32)
+        data = np.empty(indptr[-1], np.float32)
+        indices = np.empty(indptr[-1], np.int32)
         self.part.gather(rows, data, indices)
         return sparse.csr_matrix((data, indices, indptr), (len(rows), self.part.n_vars))
 
@@ -351,18 +358,19 @@ def _joined(tables: list[tuple[Path, pd.DataFrame]]) -> pd.DataFrame:
     if len(tables) == 1:
         return tables[0][1]
     every = {name: None for _, table in tables for name in table.columns}
-    shared = [name for name in every if all(name in table.columns for _, table in tables)]
-    columns = {}
-    for name in shared:
+    columns, lacking = {}, {}
+    for name in every:
+        if without := [str(path) for path, table in tables if name not in table.columns]:
+            lacking[name] = without
+            continue
         pieces = [table[name] for _, table in tables]
         if any(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces):
             columns[name] = _united([piece.astype("category") for piece in pieces])
         else:
             columns[name] = pd.concat(pieces, ignore_index=True).array
     first, *others = [table.index for _, table in tables]
-    joined = pd.DataFrame(columns, index=first.append(others), columns=shared)
-    lacking = {name: [str(path) for path, table in tables if name not in table.columns] for name in every}
-    joined.attrs["lacking"] = {name: paths for name, paths in lacking.items() if paths}
+    joined = pd.DataFrame(columns, index=first.append(others), columns=list(columns))
+    joined.attrs["lacking"] = lacking  # named where a column is missed
     return joined
 
 
@@ -386,6 +394,7 @@ def _assembled(data, indices, indptr, n_vars: int, *, dropped: bool) -> sparse.c
     if dropped:
         keep = data != 0 if keep is None else keep & (data != 0)
     if keep is not None:
+        # values before each row that are kept
         indptr = np.concatenate([[0], np.cumsum(keep)])[indptr]
         data, indices = data[keep], indices[keep]
     if indptr[-1] < 2**31:

@@ -164,6 +164,7 @@ def require_counts(adata: AnnData, *, layer: str | None = None) -> None:
     found = look(matrix(adata, layer))
     if found.kind == "counts":
         return
+    # where counts may be instead
     has = [name for name in adata.layers if layer is None and looks_like_counts(adata.layers[name])]
     in_raw = layer is None and getattr(adata, "raw", None) is not None and looks_like_counts(adata.raw.X)
     if has:
@@ -240,12 +241,12 @@ def log_normalised(counts: sparse.csr_matrix, depth: np.ndarray, target_sum: flo
 
 def _logarithm(rows: sparse.csr_matrix, maximum: float) -> tuple[Kind, float | None, bool]:
     """Which logarithm was taken, the total of every cell before, and whether counts can be recognised behind it."""
-    bases: Mapping[Kind, float] = (
-        BASES if rows.shape[1] >= FEW_VALUES else {"log1p": np.e}
-    )  # one of few genes may make up a whole sum
+    # one of few genes may make up the sum of a cell, so that other bases fit as well
+    bases: Mapping[Kind, float] = BASES if rows.shape[1] >= FEW_VALUES else {"log1p": np.e}
     for kind, base in bases.items():
         if maximum > (LOG2_MAX if kind == "log2" else LOG_MAX):
             continue
+        # with the right base undone, cells have equal sums, or are counts over a depth
         undone = rows.copy()
         undone.data = np.expm1(undone.data * np.log(base))
         target_sum, certain = _common_sum(undone), _in_multiples(undone)
@@ -263,12 +264,14 @@ def _logarithm(rows: sparse.csr_matrix, maximum: float) -> tuple[Kind, float | N
 
 def _in_multiples(rows: sparse.csr_matrix) -> bool:
     """Whether all rows hold whole multiples of their smallest value, as counts do after division by a depth."""
-    filled = np.flatnonzero(np.diff(rows.indptr))
+    nonempty = np.flatnonzero(np.diff(rows.indptr))
     smallest = np.ones(rows.shape[0])
-    smallest[filled] = np.minimum.reduceat(rows.data, rows.indptr[filled])
+    smallest[nonempty] = np.minimum.reduceat(rows.data, rows.indptr[nonempty])
     multiples = rows.data / np.repeat(smallest, np.diff(rows.indptr))
+    # 1 is a multiple of itself, and large ones are near a whole number whatever they are
     multiples = multiples[(multiples > 1.5) & (multiples < 100)]
-    return multiples.size >= FEW_VALUES and bool((np.abs(multiples - np.rint(multiples)) < 0.02).mean() > 0.9)
+    is_whole = np.abs(multiples - np.rint(multiples)) < 0.02
+    return multiples.size >= FEW_VALUES and bool(is_whole.mean() > 0.9)
 
 
 def _common_sum(rows: sparse.csr_matrix) -> float | None:
@@ -300,11 +303,14 @@ def _in_memory(X: Any) -> bool:
 
 def _sample(X, n: int) -> sparse.csr_matrix:
     """Up to n rows, evenly spaced, as float64 in memory; every entry once, no zeros."""
-    rows = np.unique(np.linspace(0, X.shape[0] - 1, min(n, X.shape[0])).astype(int)) if X.shape[0] else np.arange(0)
-    part = sparse.csr_matrix(X[rows] if len(rows) < X.shape[0] else X[:], dtype=np.float64, copy=True)
-    part.sum_duplicates()
-    part.eliminate_zeros()
-    return part
+    n_cells = X.shape[0]
+    rows = np.arange(n_cells)
+    if n < n_cells:
+        rows = np.unique(np.linspace(0, n_cells - 1, n).astype(int))
+    sample = sparse.csr_matrix(X[rows] if len(rows) < n_cells else X[:], dtype=np.float64, copy=True)
+    sample.sum_duplicates()
+    sample.eliminate_zeros()
+    return sample
 
 
 def _stored(X) -> np.ndarray:

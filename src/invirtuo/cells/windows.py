@@ -68,13 +68,18 @@ class ControlCache:
     def __init__(self, store: CellStore, layout: Layout):
         self.store = store
         self._loaded: LoadedRows | None = None
-        controls = np.flatnonzero(layout.is_control)
-        rng, limit = np.random.default_rng(0), store.memory // 8
-        controls = rng.permutation(controls)
+        # an eighth of the memory, divided among the groups
+        controls = np.random.default_rng(0).permutation(np.flatnonzero(layout.is_control))
         groups = layout.group[controls]
+        n_groups = max(len(np.unique(groups)), 1)
         cost = float(store.lengths[layout.rows[controls]].mean() * VALUE + ROW) if len(controls) else 1.0
-        most = int(np.clip(limit / cost / max(len(np.unique(groups)), 1), 1, MOST_CONTROLS))
-        self.rows = {int(g): np.sort(layout.rows[controls[groups == g][:most]]) for g in np.unique(groups)}
+        most = int(np.clip(store.memory // 8 / cost / n_groups, 1, MOST_CONTROLS))
+
+        # a random choice of each
+        self.rows: dict[int, np.ndarray] = {}
+        for g in np.unique(groups):
+            chosen = controls[groups == g][:most]
+            self.rows[int(g)] = np.sort(layout.rows[chosen])
 
     def dense(self, rows: np.ndarray) -> torch.Tensor:
         """(n, g) values of control cells of the cache."""
@@ -176,8 +181,12 @@ def windows(
     order, starts = _blocks(store, layout, sampler, rng, n_ranks)
     if len(starts) < n_ranks:
         raise ValueError(f"{len(layout.rows)} cells make {len(starts)} blocks, too few for {n_ranks} devices")
-    cost = np.add.reduceat(store.lengths[layout.rows[order]].astype(np.int64) * VALUE + ROW, starts)
+    # bytes of every block
+    lengths = store.lengths[layout.rows[order]].astype(np.int64)
+    cost = np.add.reduceat(lengths * VALUE + ROW, starts)
     ends = np.append(starts[1:], len(order))
+
+    # shuffle the blocks, deal them to ranks, cut where the memory of a window is full; two are held at a time
     share = rng.permutation(len(starts))[rank::n_ranks]
     limit = store.memory * 7 // 16
     number = np.cumsum(cost[share]) // max(limit, 1)
@@ -204,7 +213,8 @@ def _blocks(
     if getattr(sampler, "whole_courses", False):
         name = getattr(sampler, "__name__", type(sampler).__name__.lower())
         raise ValueError(f"the sampler {name!r} needs whole time courses and reads from memory only; pass an AnnData")
-    n, size = len(layout.rows), max(min(store.block, len(layout.rows) // (8 * n_ranks)), 1)
+    n = len(layout.rows)
+    size = max(min(store.block, n // (8 * n_ranks)), 1)  # eight blocks or more for every rank
     if not getattr(sampler, "groups_conditions", False):
         # blocks of neighbouring rows of a file
         file = np.searchsorted(store.starts, layout.rows, side="right") - 1

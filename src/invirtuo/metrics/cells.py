@@ -46,7 +46,7 @@ class ValueRange:
         Of all values; the smallest is at most 0.
     above
         Share of the values other than 0 that no log1p value reaches.
-    whole
+    is_whole
         Whether all are whole numbers.
     depths
         (n,) sum of each cell.
@@ -55,7 +55,7 @@ class ValueRange:
     largest: float
     smallest: float
     above: float
-    whole: bool
+    is_whole: bool
     depths: np.ndarray
 
 
@@ -134,7 +134,7 @@ class Cells:
         """The same file, its values log1p already or counts to be normalised; an error if they cannot be that."""
         found, where = self.found, _where(self.layer)
         is_far_off = found.above > FEW or found.largest > ABSURD
-        if scale == "log1p" and (is_far_off or (found.whole and found.largest >= 2)):
+        if scale == "log1p" and (is_far_off or (found.is_whole and found.largest >= 2)):
             raise ValueError(
                 f"{self.name}: {where} looks like raw counts (largest value {found.largest:.4g}); expected "
                 "log1p-normalised expression. Normalise both files alike, for example with "
@@ -142,9 +142,10 @@ class Cells:
                 "scale='counts' does it here, to the median depth of each file"
             )
         if scale == "counts" and not self.may_be_counts:
+            fractions = "whole" if found.is_whole else "some with a fraction"
             raise ValueError(
                 f"{self.name}: {where} does not hold counts (values from {found.smallest:.4g} to "
-                f"{found.largest:.4g}, {'whole' if found.whole else 'some with a fraction'}); expected whole numbers "
+                f"{found.largest:.4g}, {fractions}); expected whole numbers "
                 ">= 0 for scale='counts'. Pass scale='log1p' if both files hold log1p values"
             )
         return replace(self, scale=scale)
@@ -152,7 +153,7 @@ class Cells:
     @property
     def may_be_counts(self) -> bool:
         """Whether all values are whole numbers >= 0."""
-        return self.found.whole and self.found.smallest >= 0
+        return self.found.is_whole and self.found.smallest >= 0
 
     def read(self, rows: np.ndarray):
         """(n, g) CSR or dense, log1p, genes in the common order."""
@@ -231,7 +232,7 @@ def read_cells(
 def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
     """Look at every value once, and refuse those that are not finite."""
     n_cells = len(source.obs)
-    largest, smallest, whole = -np.inf, 0.0, True
+    largest, smallest, is_whole = -np.inf, 0.0, True
     above, positive = 0, 0
     depths = np.empty(n_cells)
     for start in range(0, n_cells, BLOCK):
@@ -248,9 +249,9 @@ def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
         # shares and sums that tell counts from logarithms
         above += int((values > MAX_LOG1P).sum())
         positive += int(np.count_nonzero(values))
-        whole = whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
+        is_whole = is_whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
         depths[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-    return ValueRange(largest, smallest, above / max(positive, 1), whole, depths)
+    return ValueRange(largest, smallest, above / max(positive, 1), is_whole, depths)
 
 
 def _read(source: Source, rows: np.ndarray):

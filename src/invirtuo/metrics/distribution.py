@@ -325,14 +325,14 @@ def _without_self(x: Cloud) -> float:
 
 
 def _blocks_in_memory(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Positions of views that are held at the same time, given the number of values of each."""
+    """Positions of views that are in memory at the same time, given the number of values of each."""
     block: list[int] = []
-    held = 0
+    n_values = 0
     for j, size in enumerate(sizes):
         block.append(j)
-        held += size
-        if held > CACHED_CELLS:
+        n_values += size
+        if n_values > CACHED_CELLS:
             yield block
-            block, held = [], 0
+            block, n_values = [], 0
     if block:
         yield block
