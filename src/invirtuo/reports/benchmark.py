@@ -5,6 +5,7 @@ It works on the score tables of the tasks and on the tables of costs and compari
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,25 +41,30 @@ def overview(tables: Mapping[str, ScoreTable]) -> dict[str, Any]:
     tables
         Task to its score table.
     """
-    placed = places(tables)
+    ranked = places(tables)
+    by_model = ranked.groupby("model")["place"]
+    mean_rank = by_model.mean()
     kinds = {name: kind for table in tables.values() for name, kind in table.kinds.items() if kind != "floor"}
-    reached = {task: positions(table).mean(axis=1) for task, table in tables.items()}
-    of_model = placed.groupby("model")["place"]
-    order = sorted(kinds, key=lambda name: (of_model.mean().get(name, np.inf), name))
+    order = sorted(kinds, key=lambda name: (mean_rank.get(name, np.inf), name))
+
+    # a row for each model: its mean rank, and its mean position in every task
+    mean_positions = [positions(table).mean(axis=1) for table in tables.values()]
     rows = []
     for name in order:
-        cells = [_shaded(values.get(name, np.nan), number(values.get(name, np.nan))) for values in reached.values()]
-        rows.append(
-            {"name": name, "kind": kinds[name], "place": number(of_model.mean().get(name, np.nan)), "cells": cells}
-        )
-    spread = [
-        charts.Spread(name, kinds[name], of_model.get_group(name).to_numpy(float))
-        for name in order
-        if name in of_model.groups
-    ]
-    last = float(placed["place"].max()) if len(placed) else 1.0
+        reached = [values.get(name, np.nan) for values in mean_positions]
+        cells = [_shaded(value, number(value)) for value in reached]
+        rank = number(mean_rank.get(name, np.nan))
+        rows.append({"name": name, "kind": kinds[name], "place": rank, "cells": cells})
+
+    # all ranks of each model
+    spread = []
+    for name in order:
+        if name in by_model.groups:
+            spread.append(charts.Spread(name, kinds[name], by_model.get_group(name).to_numpy(float)))
+    last = float(ranked["place"].max()) if len(ranked) else 1.0
     chart = charts.spreads(spread, 1.0, max(last, 2.0), reference=None, axis="place (1 is best)") if spread else ""
-    return {"tasks": list(tables), "rows": rows, "chart": chart, "n_places": placed.groupby(["task", "metric"]).ngroups}
+    n_ranked = ranked.groupby(["task", "metric"]).ngroups
+    return {"tasks": list(tables), "rows": rows, "chart": chart, "n_places": n_ranked}
 
 
 def positions(table: ScoreTable) -> pd.DataFrame:
@@ -90,29 +96,31 @@ def places(tables: Mapping[str, ScoreTable]) -> pd.DataFrame:
             values = table.means[column.name].reindex(names)
             if column.direction is None or values.notna().sum() < 2:
                 continue
-            place = values.rank(ascending=column.direction == "lower", na_option="bottom")
-            found.append(pd.DataFrame({"task": task, "metric": column.name, "model": names, "place": place.to_numpy()}))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["task", "metric", "model", "place"])
+            rank = values.rank(ascending=column.direction == "lower", na_option="bottom")
+            found.append(pd.DataFrame({"task": task, "metric": column.name, "model": names, "place": rank.to_numpy()}))
+    if not found:
+        return pd.DataFrame(columns=["task", "metric", "model", "place"])
+    return pd.concat(found, ignore_index=True)
 
 
 def heat(table: ScoreTable) -> dict[str, Any]:
     """Models x metrics, each cell coloured by its position; best mean position first."""
     reached = positions(table)
     mean = reached.mean(axis=1)
-    names = sorted(reached.index, key=lambda name: (table.kinds[name] == "floor", -mean.fillna(-1)[name], name))
-    rows = [
-        {
-            "name": name,
-            "kind": table.kinds[name],
-            "cells": [
-                _shaded(reached.loc[name, column.name], number(table.means.loc[name, column.name]))
-                for column in table.columns
-            ],
-            "mean": _shaded(mean[name], number(mean[name])),
-        }
-        for name in names
-    ]
-    kinds = set(table.kinds.values())
+    kind_of = table.kinds
+    order = -mean.fillna(-1)
+    rows = []
+    for name in sorted(reached.index, key=lambda name: (kind_of[name] == "floor", order[name], name)):
+        cells = []
+        for column in table.columns:
+            value = number(table.means.loc[name, column.name])
+            cells.append(_shaded(reached.loc[name, column.name], value))
+        rows.append(
+            {"name": name, "kind": kind_of[name], "cells": cells, "mean": _shaded(mean[name], number(mean[name]))}
+        )
+
+    # what 0 and 1 stand for
+    kinds = set(kind_of.values())
     low = "the worst simple baseline" if "baseline" in kinds else "the worst row"
     high = "the noise floor" if "floor" in kinds else "the best row (there is no noise floor)"
     return {"columns": table.columns, "rows": rows, "low": low, "high": high}
@@ -130,20 +138,18 @@ def task_section(scores: pd.DataFrame, table: ScoreTable, comparisons: pd.DataFr
     comparisons
         Of this task; None if there are none.
     """
-    wide = {
-        metric: part.pivot_table(index="condition", columns="model", values="value", aggfunc="mean", dropna=False)
-        for metric, part in scores.groupby("metric")
-    }
-    section: dict[str, Any] = {
-        "heat": heat(table),
-        "ranks": _rank_charts(wide, table),
-        "scatters": [],
-        "best_model": "",
-    }
-    placed = places({"": table}).groupby("model")["place"].mean()
-    models = [name for name in placed.index if table.kinds.get(name) == "model" and name in table.means.index]
+    # conditions by models, for every metric
+    wide = {}
+    for metric, own in scores.groupby("metric"):
+        wide[metric] = own.pivot_table(index="condition", columns="model", values="value", aggfunc="mean", dropna=False)
+    section: dict[str, Any] = {"heat": heat(table), "ranks": _rank_charts(wide, table)}
+    section |= {"scatters": [], "best_model": ""}
+
+    # the model with the best mean rank is set against the baselines
+    mean_rank = places({"": table}).groupby("model")["place"].mean()
+    models = [name for name in mean_rank.index if table.kinds.get(name) == "model" and name in table.means.index]
     if models:
-        best = min(models, key=lambda name: (placed[name], name))
+        best = min(models, key=lambda name: (mean_rank[name], name))
         section |= {"best_model": best, "scatters": _scatters(wide, table, best)}
     return section | _differences(comparisons, table)
 
@@ -162,37 +168,33 @@ def costs_section(costs: pd.DataFrame, tables: Mapping[str, ScoreTable]) -> dict
     numbers = {name: i for i, name in enumerate(dict.fromkeys(costs["model"]), 1)}
     seconds = costs.assign(seconds=costs[["fit_seconds", "predict_seconds"]].sum(axis=1, min_count=1))
     seconds = seconds.groupby(["task", "model"])["seconds"].mean()
-    drawn = [
-        {"task": task, "chart": chart}
-        for task, table in tables.items()
-        if task in seconds.index and (chart := _cost_chart(seconds[task], table, numbers))
-    ]
+    drawn = []
+    for task, table in tables.items():
+        chart = _cost_chart(seconds[task], table, numbers) if task in seconds.index else None
+        if chart:
+            drawn.append({"task": task, "chart": chart})
+
+    # a row for each model: seconds in every task, and the most that it took anywhere
+    kinds: dict[str, str] = {}
+    for table in tables.values():
+        kinds = table.kinds | kinds
     largest = costs.groupby("model")[["peak_memory_mib", "parameters"]].max()
-    rows = [
-        {
-            "number": i,
-            "name": name,
-            "kind": next((table.kinds[name] for table in tables.values() if name in table.kinds), "model"),
-            "cells": [_seconds(seconds.get((task, name), np.nan)) for task in tables]
-            + [_amount(largest.loc[name, column]) for column in largest],
-        }
-        for name, i in numbers.items()
-    ]
+    rows = []
+    for name, i in numbers.items():
+        cells = [_seconds(seconds.get((task, name), np.nan)) for task in tables]
+        cells += [_amount(largest.loc[name, column]) for column in largest]
+        rows.append({"number": i, "name": name, "kind": kinds.get(name, "model"), "cells": cells})
     return {"charts": drawn, "tasks": list(tables), "rows": rows}
 
 
 def failures(costs: pd.DataFrame) -> list[dict[str, str]]:
     """Cells of the grid that failed, with what they said."""
-    failed = costs[costs["status"] == "failed"]
-    return [
-        {
-            "task": task,
-            "model": model,
-            "seed": f"{seed:g}" if isinstance(seed, float) else str(seed),
-            "error": _cut(error),
-        }
-        for task, model, seed, error in failed[["task", "model", "seed", "error"]].itertuples(index=False)
-    ]
+    failed = costs.loc[costs["status"] == "failed", ["task", "model", "seed", "error"]]
+    rows = []
+    for task, model, seed, error in failed.itertuples(index=False):
+        seed = f"{seed:g}" if isinstance(seed, float) else str(seed)
+        rows.append({"task": task, "model": model, "seed": seed, "error": _cut(error)})
+    return rows
 
 
 def _ends(table: ScoreTable, column: Column) -> tuple[float, float] | None:
@@ -200,17 +202,22 @@ def _ends(table: ScoreTable, column: Column) -> tuple[float, float] | None:
     values = table.means[column.name].dropna()
     if column.direction is None or values.empty:
         return None
+    # 0 is the worst simple baseline, else the worst row; 1 is the noise floor, else the best row
     kind = pd.Series(table.kinds).reindex(values.index)
-    weak, strong = (values.max, values.min) if column.direction == "lower" else (values.min, values.max)
-    if (kind == "baseline").any():
-        below = values[kind == "baseline"]
-        weak = below.max if column.direction == "lower" else below.min
-    low, high = float(weak()), float(values[kind == "floor"].iloc[0] if (kind == "floor").any() else strong())
-    apart = (low - high) if column.direction == "lower" else (high - low)
+    baselines, floors = values[kind == "baseline"], values[kind == "floor"]
+    weak = baselines if len(baselines) else values
+    strong = floors[:1] if len(floors) else values
+    if column.direction == "lower":
+        low, high = float(weak.max()), float(strong.min())
+        apart = low - high
+    else:
+        low, high = float(weak.min()), float(strong.max())
+        apart = high - low
     return (low, high) if apart > 1e-12 * max(abs(low), abs(high)) else None
 
 
 def _best_baseline(table: ScoreTable, column: Column) -> str | None:
+    """Name of the simple baseline with the best mean in a metric, if there is one."""
     values = table.means[column.name].dropna()
     values = values[[name for name in values.index if table.kinds[name] == "baseline"]]
     if values.empty or column.direction is None:
@@ -219,6 +226,7 @@ def _best_baseline(table: ScoreTable, column: Column) -> str | None:
 
 
 def _rank_charts(wide: Mapping[str, pd.DataFrame], table: ScoreTable) -> list[charts.Markup]:
+    """A chart for every metric that ranks predictions, best model first."""
     drawn = []
     for column in table.columns:
         if not column.name.endswith("_rank"):
@@ -242,10 +250,8 @@ def _scatters(wide: Mapping[str, pd.DataFrame], table: ScoreTable, model: str) -
         if len(both) < FEW:
             continue
         ahead = both["y"] < both["x"] if column.direction == "lower" else both["y"] > both["x"]
-        chart = charts.scatter(
-            both["x"].to_numpy(float), both["y"].to_numpy(float), [str(name) for name in both.index],
-            x_axis=baseline, y_axis=model,
-        )  # fmt: skip
+        x, y = both["x"].to_numpy(float), both["y"].to_numpy(float)
+        chart = charts.scatter(x, y, [str(name) for name in both.index], x_axis=baseline, y_axis=model)
         side = "below" if column.direction == "lower" else "above"
         drawn.append({"column": column, "chart": chart, "ahead": int(ahead.sum()), "n": len(both), "side": side})
     return drawn
@@ -259,33 +265,32 @@ def _differences(comparisons: pd.DataFrame | None, table: ScoreTable) -> dict[st
     models = [row.name for row in table.rows if row.kind == "model"]
     forests, lines = [], []
     for column in table.columns:
+        # comparisons with the best baseline, models in the order of the table
         baseline = _best_baseline(table, column)
         chosen = comparisons[(comparisons["metric"] == column.name) & (comparisons["against"] == baseline)]
-        chosen = (
-            chosen.drop_duplicates("model").set_index("model").reindex([m for m in models if m in set(chosen["model"])])
-        )
+        chosen = chosen.drop_duplicates("model").set_index("model")
         rows = []
-        for model, line in chosen.iterrows():
-            value, low, high = (float(line[name]) for name in ("difference", "low", "high"))
+        for model in models:
+            if model not in chosen.index:
+                continue
+            comparison = chosen.loc[model]
+            value, low, high = (float(comparison[name]) for name in ("difference", "low", "high"))
             verdict = _verdict(low, high, column.direction)
-            rows.append(charts.Interval(str(model), value, low, high, verdict))
-            text = f"{number(low)} to {number(high)}" if np.isfinite(low + high) else "no interval"
-            lines.append(
-                {
-                    "model": str(model), "metric": column.label, "baseline": baseline, "difference": number(value),
-                    "interval": text, "n": f"{line['n_conditions']:g}", "verdict": verdict,
-                }
-            )  # fmt: skip
+            rows.append(charts.Interval(model, value, low, high, verdict))
+
+            line = {"model": model, "metric": column.label, "baseline": baseline, "difference": number(value)}
+            line["interval"] = f"{number(low)} to {number(high)}" if np.isfinite(low + high) else "no interval"
+            line |= {"n": f"{comparison['n_conditions']:g}", "verdict": verdict}
+            lines.append(line)
         if rows:
             chart = charts.forest(rows, axis=f"model minus {baseline}", lower_is_better=column.direction == "lower")
             forests.append({"column": column, "chart": chart})
+    # how often each model is ahead or behind
     verdicts = []
     for model in models:
-        counts = pd.Series([line["verdict"] for line in lines if line["model"] == model], dtype=str).value_counts()
-        if len(counts):
-            verdicts.append(
-                {"model": model, **{name: int(counts.get(name, 0)) for name in ("better", "worse", "open")}}
-            )
+        counts = Counter(line["verdict"] for line in lines if line["model"] == model)
+        if counts:
+            verdicts.append({"model": model} | {name: counts[name] for name in ("better", "worse", "open")})
     return {"forests": forests, "differences": lines, "verdicts": verdicts}
 
 
@@ -297,20 +302,22 @@ def _verdict(low: float, high: float, direction: str | None) -> str:
 
 
 def _cost_chart(seconds: pd.Series, table: ScoreTable, numbers: Mapping[str, int]) -> charts.Markup | None:
+    """The main metric of a task over the seconds that each model took; None if nothing can be drawn."""
     names = {column.name: column for column in table.columns if column.direction}
     column = next((names[name] for name in (*MAIN, *names) if name in names), None)
     if column is None:
         return None
     values = table.means[column.name]
-    dots = [
-        charts.Dot(numbers[name], name, table.kinds[name], max(float(seconds[name]), 1e-3), float(values[name]))
-        for name in values.dropna().index
-        if np.isfinite(seconds.get(name, np.nan))
-    ]
+    dots = []
+    for name, value in values.dropna().items():
+        if np.isfinite(seconds.get(name, np.nan)):
+            x = max(float(seconds[name]), 1e-3)  # the axis is logarithmic
+            dots.append(charts.Dot(numbers[name], name, table.kinds[name], x, float(value)))
+    if not dots:
+        return None
     floor = next((float(values[name]) for name, kind in table.kinds.items() if kind == "floor"), np.nan)
-    better = {"lower": "lower is better", "higher": "higher is better"}[column.direction or "lower"]
-    axes = {"x_axis": "seconds to fit and predict", "y_axis": f"{column.label} ({better})"}
-    return charts.quality_by_cost(dots, floor=floor if np.isfinite(floor) else None, **axes) if dots else None
+    axes = {"x_axis": "seconds to fit and predict", "y_axis": f"{column.label} ({column.direction} is better)"}
+    return charts.quality_by_cost(dots, floor=floor if np.isfinite(floor) else None, **axes)
 
 
 def _shaded(position: float, text: str) -> dict[str, str]:
@@ -336,13 +343,12 @@ def _cut(error: object) -> str:
 def failed_models(costs: pd.DataFrame) -> dict[str, str]:
     """Model of one task to what failed of it."""
     found = {}
-    for model, part in costs.groupby("model", sort=False):
-        failed = part[part["status"] == "failed"]
-        if len(failed):
-            every = len(failed) == len(part)
-            found[str(model)] = (
-                f"failed: {_cut(failed['error'].iloc[0])}" if every else f"{len(failed)} of {len(part)} seeds failed"
-            )
+    for model, runs in costs.groupby("model", sort=False):
+        failed = runs[runs["status"] == "failed"]
+        if len(failed) == len(runs):
+            found[str(model)] = f"failed: {_cut(failed['error'].iloc[0])}"
+        elif len(failed):
+            found[str(model)] = f"{len(failed)} of {len(runs)} seeds failed"
     return found
 
 

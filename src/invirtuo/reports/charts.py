@@ -20,6 +20,7 @@ WIDTH = 320
 NAMES = 118  # units for the names of the rows
 ROW = 17
 MAX_TITLES = 300  # dots with a name to hover over; more would make the page heavy
+AROUND = ((11, -1), (-11, -1), (0, -12), (0, 12), (11, -11), (-11, 11), (21, -1))  # of a dot: where its number may be
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class _Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, value = (np.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return round(float(self.start + (value - low) / (high - low) * (self.end - self.start)), 1)
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = np.log10(low), np.log10(high), np.log10(value)
+        share = (value - low) / (high - low)
+        return round(float(self.start + share * (self.end - self.start)), 1)
 
     def ticks(self, n: int = 4) -> list[float]:
         return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high, n)
@@ -87,22 +91,25 @@ def spreads(rows: Sequence[Spread], low: float, high: float, *, reference: float
     """
     scale = _Scale(low, high, NAMES, WIDTH - 10)
     bottom = 6 + ROW * len(rows)
-    parts = _vertical_grid(scale, 2, bottom, axis)
+    elements = _vertical_grid(scale, 2, bottom, axis)
     if reference is not None:
-        parts.append(_line(scale(reference), 2, scale(reference), bottom, "reference"))
+        elements.append(_line(scale(reference), 2, scale(reference), bottom, "reference"))
     for i, row in enumerate(rows):
         y = 4 + ROW * (i + 0.5)
-        parts.append(_row_name(row.name, y))
+        elements.append(_row_name(row.name, y))
         values = row.values[np.isfinite(row.values)]
         if not len(values):
-            parts.append(_text(NAMES + 4, y + 4, "no value", "tick"))
+            elements.append(_text(NAMES + 4, y + 4, "no value", "tick"))
             continue
-        ends = [scale(v) for v in np.clip(np.percentile(values, [10, 25, 75, 90]), low, high)]
-        parts.append(_line(ends[0], y, ends[3], y, "whisker"))
-        parts.append(_tag("rect", x=ends[1], y=y - 4, width=max(ends[2] - ends[1], 0.5), height=8, class_="middle"))
+        percentiles = np.clip(np.percentile(values, [10, 25, 75, 90]), low, high)
+        p10, p25, p75, p90 = (scale(percentile) for percentile in percentiles)
+        elements.append(_line(p10, y, p90, y, "whisker"))
+        elements.append(_tag("rect", x=p25, y=y - 4, width=max(p75 - p25, 0.5), height=8, class_="middle"))
         mean = float(values.mean())
-        parts.append(_mark(scale(np.clip(mean, low, high)), y, row.kind, f"{row.name}: mean {number(mean)}"))
-    return _svg(bottom + 30, parts, f"{axis}: " + _said((row.name, np.nanmean(row.values)) for row in rows))
+        x = scale(np.clip(mean, low, high))
+        elements.append(_mark(x, y, row.kind, f"{row.name}: mean {number(mean)}"))
+    spoken = _spoken((row.name, np.nanmean(row.values)) for row in rows)
+    return _svg(bottom + 30, elements, f"{axis}: {spoken}")
 
 
 def forest(rows: Sequence[Interval], *, axis: str, lower_is_better: bool | None) -> Markup:
@@ -122,23 +129,25 @@ def forest(rows: Sequence[Interval], *, axis: str, lower_is_better: bool | None)
     scale = _padded(min([*finite, 0.0]), max([*finite, 0.0]), NAMES, WIDTH - 10)
     top = 16
     bottom = top + 6 + ROW * len(rows)
-    parts = _vertical_grid(scale, top, bottom, axis)
-    parts.append(_line(scale(0), top, scale(0), bottom, "zero"))
+    elements = _vertical_grid(scale, top, bottom, axis)
+    elements.append(_line(scale(0), top, scale(0), bottom, "zero"))
+    # which side is better
     if lower_is_better is not None:
         x, anchor, text = (NAMES, "start", "← better") if lower_is_better else (WIDTH - 10, "end", "better →")
-        parts.append(_text(x, 11, text, "side", anchor))
+        elements.append(_text(x, 11, text, "side", anchor))
     for i, row in enumerate(rows):
         y = top + 2 + ROW * (i + 0.5)
-        parts.append(_row_name(row.name, y))
+        elements.append(_row_name(row.name, y))
         if np.isfinite(row.low + row.high):
-            parts.append(_line(scale(row.low), y, scale(row.high), y, f"interval {row.verdict}"))
+            elements.append(_line(scale(row.low), y, scale(row.high), y, f"interval {row.verdict}"))
         if np.isfinite(row.value):
             title = f"{row.name}: {number(row.value)} [{number(row.low)}, {number(row.high)}]"
             dot = _tag("title", title)
-            parts.append(_tag("circle", dot, cx=scale(row.value), cy=y, r=4.2, class_=f"difference {row.verdict}"))
+            elements.append(_tag("circle", dot, cx=scale(row.value), cy=y, r=4.2, class_=f"difference {row.verdict}"))
         else:
-            parts.append(_text(NAMES + 4, y + 4, "no value", "tick"))
-    return _svg(bottom + 30, parts, f"{axis}: " + _said((row.name, row.value) for row in rows))
+            elements.append(_text(NAMES + 4, y + 4, "no value", "tick"))
+    spoken = _spoken((row.name, row.value) for row in rows)
+    return _svg(bottom + 30, elements, f"{axis}: {spoken}")
 
 
 def scatter(x: np.ndarray, y: np.ndarray, names: Sequence[str], *, x_axis: str, y_axis: str) -> Markup:
@@ -153,24 +162,20 @@ def scatter(x: np.ndarray, y: np.ndarray, names: Sequence[str], *, x_axis: str, 
     x_axis, y_axis
         What the axes show.
     """
-    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
-    across = _padded(low, high, 44, WIDTH - 12)
+    both = np.concatenate([x, y])
+    across = _padded(float(both.min()), float(both.max()), 44, WIDTH - 12)
     up = _Scale(across.low, across.high, 258, 20)
-    parts = _vertical_grid(across, 20, 258, x_axis)
-    for tick in up.ticks():
-        parts.append(_line(44, up(tick), WIDTH - 12, up(tick), "grid"))
-        parts.append(_text(40, up(tick) + 4, f"{tick:g}", "tick", "end"))
-    parts.append(_text(2, 12, f"↑ {_short(y_axis, 310)}", "axis"))
-    ends = (across.low, across.high)
-    parts.append(_line(across(ends[0]), up(ends[0]), across(ends[1]), up(ends[1]), "reference"))
+    elements = _vertical_grid(across, 20, 258, x_axis) + _horizontal_grid(up, y_axis)
+    elements.append(_line(across.start, up.start, across.end, up.end, "reference"))
+    # many dots are one path; few have a title each
     if len(x) > MAX_TITLES:
         path = "".join(f"M{across(a)} {up(b)}h0" for a, b in zip(x, y, strict=True))
-        parts.append(_tag("path", d=path, class_="dots"))
+        elements.append(_tag("path", d=path, class_="dots"))
     else:
         for a, b, name in zip(x, y, names, strict=True):
             title = _tag("title", f"{name}: {number(a)}, {number(b)}")
-            parts.append(_tag("circle", title, cx=across(a), cy=up(b), r=3, class_="dot"))
-    return _svg(288, parts, f"{y_axis} against {x_axis}, {len(x)} conditions")
+            elements.append(_tag("circle", title, cx=across(a), cy=up(b), r=3, class_="dot"))
+    return _svg(288, elements, f"{y_axis} against {x_axis}, {len(x)} conditions")
 
 
 def quality_by_cost(dots: Sequence[Dot], *, floor: float | None, x_axis: str, y_axis: str) -> Markup:
@@ -185,44 +190,66 @@ def quality_by_cost(dots: Sequence[Dot], *, floor: float | None, x_axis: str, y_
     x_axis, y_axis
         What the axes show.
     """
-    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots] + ([floor] if floor is not None else [])
+    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots]
+    if floor is not None:
+        ys.append(floor)
     across = _Scale(min(xs) / 1.6, max(xs) * 1.6, 44, WIDTH - 12, log=True)
     up = _padded(min(ys), max(ys), 238, 22)
-    parts = _vertical_grid(across, 20, 240, x_axis)
-    for tick in up.ticks():
-        parts.append(_line(44, up(tick), WIDTH - 12, up(tick), "grid"))
-        parts.append(_text(40, up(tick) + 4, f"{tick:g}", "tick", "end"))
-    parts.append(_text(2, 12, f"↑ {_short(y_axis, 310)}", "axis"))
+    elements = _vertical_grid(across, 20, 240, x_axis) + _horizontal_grid(up, y_axis)
     if floor is not None:
-        parts.append(_line(44, up(floor), WIDTH - 12, up(floor), "reference"))
-        parts.append(_text(WIDTH - 14, up(floor) - 4, "noise floor", "tick", "end"))
+        elements.append(_line(44, up(floor), WIDTH - 12, up(floor), "reference"))
+        elements.append(_text(WIDTH - 14, up(floor) - 4, "noise floor", "tick", "end"))
+
+    # a number beside each dot, away from dots and numbers that are there
     taken = [(across(dot.x), up(dot.y)) for dot in dots]
     for dot in dots:
         x, y = across(dot.x), up(dot.y)
-        parts.append(_mark(x, y, dot.kind, f"{dot.name}: {number(dot.x)} s, {number(dot.y)}"))
+        title = f"{dot.name}: {number(dot.x)} s, {number(dot.y)}"
+        elements.append(_mark(x, y, dot.kind, title))
         spot = _free_spot(x, y, taken)
         taken.append(spot)
-        parts.append(_text(spot[0], spot[1] + 4, str(dot.number), "label", "middle"))
-    return _svg(270, parts, f"{y_axis} over {x_axis}: " + _said((dot.name, dot.y) for dot in dots))
+        elements.append(_text(spot[0], spot[1] + 4, str(dot.number), "label", "middle"))
+    spoken = _spoken((dot.name, dot.y) for dot in dots)
+    return _svg(270, elements, f"{y_axis} over {x_axis}: {spoken}")
 
 
 def _free_spot(x: float, y: float, taken: list[tuple[float, float]]) -> tuple[float, float]:
-    """Place for a number beside a dot, as far from everything else as can be had."""
-    spots = [(x + dx, y + dy) for dx, dy in ((11, -1), (-11, -1), (0, -12), (0, 12), (11, -11), (-11, 11), (21, -1))]
-    spots = [(a, b) for a, b in spots if 50 < a < WIDTH - 6 and 24 < b < 236] or spots
+    """Position of a number beside a dot, as far from everything else as can be had."""
+    spots = [(x + dx, y + dy) for dx, dy in AROUND]
+    inside = [spot for spot in spots if _is_inside(*spot)]
+    spots = inside or spots
     others = [spot for spot in taken if spot != (x, y)]
-    room = [min([np.hypot(a - c, 1.3 * (b - d)) for c, d in others] + [14.0]) for a, b in spots]
+    room = []
+    for a, b in spots:
+        distances = [np.hypot(a - c, 1.3 * (b - d)) for c, d in others]
+        room.append(min([*distances, 14.0]))  # more room than this is as good
     return spots[int(np.argmax(room))]
 
 
+def _is_inside(x: float, y: float) -> bool:
+    """Whether a number there lies between the axes."""
+    return 50 < x < WIDTH - 6 and 24 < y < 236
+
+
 def _vertical_grid(scale: _Scale, top: float, bottom: float, axis: str) -> list[Markup]:
-    parts = []
+    """Lines and numbers at the ticks of the horizontal axis, and its name below."""
+    elements = []
     for tick in scale.ticks():
-        parts.append(_line(scale(tick), top, scale(tick), bottom, "grid"))
-        parts.append(_text(scale(tick), bottom + 12, f"{tick:g}", "tick", "middle"))
+        elements.append(_line(scale(tick), top, scale(tick), bottom, "grid"))
+        elements.append(_text(scale(tick), bottom + 12, f"{tick:g}", "tick", "middle"))
     middle = (scale.start + scale.end) / 2
-    parts.append(_text(middle, bottom + 26, _short(axis, 2 * (WIDTH - middle)), "axis", "middle"))
-    return parts
+    elements.append(_text(middle, bottom + 26, _short(axis, 2 * (WIDTH - middle)), "axis", "middle"))
+    return elements
+
+
+def _horizontal_grid(scale: _Scale, axis: str) -> list[Markup]:
+    """Lines and numbers at the ticks of the vertical axis, and its name above."""
+    elements = []
+    for tick in scale.ticks():
+        elements.append(_line(44, scale(tick), WIDTH - 12, scale(tick), "grid"))
+        elements.append(_text(40, scale(tick) + 4, f"{tick:g}", "tick", "end"))
+    elements.append(_text(2, 12, f"↑ {_short(axis, 310)}", "axis"))
+    return elements
 
 
 def _padded(low: float, high: float, start: float, end: float) -> _Scale:
@@ -236,15 +263,16 @@ def _ticks(low: float, high: float, n: int) -> list[float]:
     raw = (high - low) / n
     power = 10.0 ** np.floor(np.log10(raw))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(np.log(s / raw)))
-    first = np.ceil(low / step - 1e-9)
-    return [float(f"{i * step:.6g}") + 0.0 for i in np.arange(first, np.floor(high / step + 1e-9) + 1)]
+    first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
+    return [float(f"{i * step:.6g}") + 0.0 for i in np.arange(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten; with their doubles and fives where there are few."""
     powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
-        found = [float(f * 10.0**p) for p in powers for f in factors if low <= f * 10.0**p <= high]
+        candidates = [float(factor * 10.0**power) for power in powers for factor in factors]
+        found = [tick for tick in candidates if low <= tick <= high]
         if len(found) >= 3:
             break
     return found[:: -(-len(found) // 5)] if found else [low, high]
@@ -270,7 +298,7 @@ def _short(text: str, room: float) -> str:
     return text if len(text) <= fits else text[: max(fits - 1, 1)] + "…"
 
 
-def _said(values) -> str:
+def _spoken(values) -> str:
     """What a reader who cannot see the chart hears."""
     return ", ".join(f"{name} {number(float(value))}" for name, value in values)
 
@@ -283,16 +311,15 @@ def _text(x: float, y: float, text: str, class_: str, anchor: str = "start") -> 
     return _tag("text", text, x=x, y=y, class_=f"{class_} {anchor}")
 
 
-def _svg(height: float, parts: Sequence[Markup], label: str) -> Markup:
-    return _tag("svg", Markup("").join(parts), viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label)
+def _svg(height: float, elements: Sequence[Markup], label: str) -> Markup:
+    return _tag("svg", Markup("").join(elements), viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label)
 
 
 def _tag(name: str, inner: str = "", **attributes) -> Markup:
     """One element; the inner text is escaped unless it is markup already."""
-    given = Markup("").join(
-        Markup(' {}="{}"').format(
-            key.rstrip("_").replace("_", "-"), f"{value:g}" if isinstance(value, float) else value
-        )
-        for key, value in attributes.items()
-    )
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, escape(inner))
+    written = Markup("")
+    for key, value in attributes.items():
+        key = key.rstrip("_").replace("_", "-")  # class_ and aria_label in Python are class and aria-label in SVG
+        value = f"{value:g}" if isinstance(value, float) else value
+        written += Markup(' {}="{}"').format(key, value)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, escape(inner))

@@ -36,6 +36,7 @@ def forecast(
     """
     names = _courses(predicted.obs, time)
     seen = None if observed is None else _courses(observed.obs, time, [c for c in predicted.obs if c in observed.obs])
+    # unless genes are named, those that change most along a course
     x = pd.DataFrame(np.asarray(predicted.X), columns=predicted.var_names)
     move = x.groupby(names.to_numpy()).agg(np.ptp).max()
     chosen = list(genes) if genes is not None else list(move.sort_values(ascending=False).index[:MAX_GENES])
@@ -68,19 +69,19 @@ def network(edges: pd.DataFrame) -> str:
     """
     if not len(edges):
         raise ValueError("the table of edges is empty; there is nothing to draw")
+    # regulators and targets in the order of their strongest edge
     top = edges.head(MAX_EDGES)
     rows, columns = list(dict.fromkeys(top["regulator"])), list(dict.fromkeys(top["target"]))
     figure = _figure(2.0 + 0.24 * len(columns), 1.6 + 0.22 * len(rows))
     ax = figure.subplots()
     for sign, color, label in ((1, PREDICTED, "raises"), (-1, REAL, "lowers"), (0, GREY, "either")):
-        part = top[top["sign"] == sign]
-        if len(part):
-            size = 90 * part["score"] / edges["score"].max()
-            ax.scatter(
-                [columns.index(t) for t in part["target"]],
-                [rows.index(r) for r in part["regulator"]],
-                s=size.clip(lower=6), color=color, alpha=part["consistency"].clip(0.3, 1).tolist(), label=label,
-            )  # fmt: skip
+        signed = top[top["sign"] == sign]
+        if len(signed):
+            x = [columns.index(target) for target in signed["target"]]
+            y = [rows.index(regulator) for regulator in signed["regulator"]]
+            size = (90 * signed["score"] / edges["score"].max()).clip(lower=6)
+            alpha = signed["consistency"].clip(0.3, 1).tolist()
+            ax.scatter(x, y, s=size, color=color, alpha=alpha, label=label)
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set_xlabel(f"target ({edges['support'].iloc[0]})", fontsize=8)
@@ -100,18 +101,22 @@ def intervention(change: AnnData, *, time: str) -> str:
     time
         Column with time.
     """
+    # bars: the change at the end
     effect = change.var.loc[~change.var["is_clamped"].astype(bool), "effect"]
     top = effect.reindex(effect.abs().sort_values(ascending=False).index[:MAX_GENES])
     figure = _figure(9.5, 0.9 + 0.28 * len(top))
     bars, lines = figure.subplots(1, 2)
-    bars.barh(list(top.index)[::-1], top.to_numpy()[::-1], color=[PREDICTED if v > 0 else REAL for v in top[::-1]])
+    rising = top[::-1]  # bars are drawn from below
+    colors = [PREDICTED if effect > 0 else REAL for effect in rising]
+    bars.barh(list(rising.index), rising.to_numpy(), color=colors)
     bars.set_xlabel("change at the end (sd)", fontsize=8)
     names = _courses(change.obs, time)
     for color, gene in zip(LINES, list(top.index)[: len(LINES)], strict=False):
         column = change.var_names.get_loc(gene)
         for k, name in enumerate(dict.fromkeys(names)):
             rows = (names == name).to_numpy()
-            t, y = change.obs[time].to_numpy(float)[rows], np.asarray(change.X)[rows, column]
+            t = change.obs[time].to_numpy(float)[rows]
+            y = np.asarray(change.X)[rows, column]
             lines.plot(t, y, color=color, lw=1.2, alpha=0.8, label=gene if k == 0 else None)
     lines.set_xlabel(time, fontsize=8)
     lines.set_ylabel("change", fontsize=8)
@@ -139,8 +144,9 @@ def tradeoff(table: pd.DataFrame, lines: Sequence[str] = ("training_mean", "line
     for ax, column, title in zip(panels, ("inside", "outside"), ("held-out cells", "other courses"), strict=True):
         ax.plot(fits["open_inputs"], fits[column], marker="o", color=LINES[0], label=fits["model"].iloc[0])
         for row in fits.itertuples():
-            ax.annotate(f"{row.lam:g}", (row.open_inputs, getattr(row, column)), (3, 4), textcoords="offset points",
-                        fontsize=7)  # fmt: skip
+            point = (row.open_inputs, getattr(row, column))
+            ax.annotate(f"{row.lam:g}", point, (3, 4), textcoords="offset points", fontsize=7)
+        # baselines have no penalty: a line each
         known = table[table["model"].isin(list(lines))].set_index("model")[column]
         for color, (name, value) in zip(LINES[1:], known.items(), strict=False):
             ax.axhline(value, color=color, ls="--", lw=1, label=str(name))
@@ -163,12 +169,15 @@ def _courses(obs: pd.DataFrame, time: str, columns: Sequence[str] | None = None)
     return obs[labels].astype(str).agg("|".join, axis=1)
 
 
-def _dots(observed: AnnData, mine: pd.Series, gene: str, time: str, n: int = 20) -> tuple[np.ndarray, np.ndarray]:
+def _dots(observed: AnnData, is_course: pd.Series, gene: str, time: str, n: int = 20) -> tuple[np.ndarray, np.ndarray]:
     """Means of the cells of a course in bins of time."""
-    part = observed[mine.to_numpy(), gene]
-    x = part.X.toarray() if hasattr(part.X, "toarray") else np.asarray(part.X)
-    t = part.obs[time].to_numpy(float)
-    bins = np.clip(((t - t.min()) / max(np.ptp(t), 1e-12) * n).astype(int), 0, n - 1) if len(t) else np.zeros(0, int)
+    cells = observed[is_course.to_numpy(), gene]
+    x = cells.X.toarray() if hasattr(cells.X, "toarray") else np.asarray(cells.X)
+    t = cells.obs[time].to_numpy(float)
+    bins = np.zeros(0, int)
+    if len(t):
+        share = (t - t.min()) / max(np.ptp(t), 1e-12)
+        bins = np.clip((share * n).astype(int), 0, n - 1)
     means = pd.DataFrame({"t": t, "x": x.ravel()}).groupby(bins).mean()
     return means["t"].to_numpy(), means["x"].to_numpy()
 

@@ -71,14 +71,16 @@ def coverage(table: pd.DataFrame) -> float:
 
 
 def _panel(axes: Axes, table: pd.DataFrame, n_genes: int) -> None:
-    shown = table.reindex(table["effect"].abs().sort_values(ascending=False).index[:n_genes]).iloc[::-1]
-    place = np.arange(len(shown))
+    """The genes with the largest effects of one condition, the largest on top."""
+    largest = table["effect"].abs().sort_values(ascending=False).index[:n_genes]
+    shown = table.reindex(largest).iloc[::-1]
+    row = np.arange(len(shown))
     axes.axvline(0, color="0.8", linewidth=0.8)
     if shown["low"].notna().any():
-        axes.hlines(place, shown["low"], shown["high"], color=PREDICTED, alpha=0.4, linewidth=3)
-    axes.plot(shown["effect"], place, "o", color=PREDICTED, markersize=4, label="predicted")
+        axes.hlines(row, shown["low"], shown["high"], color=PREDICTED, alpha=0.4, linewidth=3)
+    axes.plot(shown["effect"], row, "o", color=PREDICTED, markersize=4, label="predicted")
     if shown["real"].notna().any():
-        axes.plot(shown["real"], place, "D", markerfacecolor="none", color=REAL, markersize=5, label="seen")
-    axes.set_yticks(place, shown["gene"], fontsize=7)
+        axes.plot(shown["real"], row, "D", markerfacecolor="none", color=REAL, markersize=5, label="seen")
+    axes.set_yticks(row, shown["gene"], fontsize=7)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_xlabel("change of mean log expression", fontsize=8)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_png", "curves", "panels", "populations"]
 
-# Okabe & Ito: told apart by colour-blind readers, on paper and on a dark page
+# Okabe & Ito: colour-blind readers distinguish them, on paper and on a dark page
 GREY, REAL, PREDICTED = "#c4c8cc", "#0072b2", "#d55e00"
 LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MAX_ROWS, MAX_COLUMNS, MAX_POINTS = 12, 6, 4000
@@ -67,6 +67,7 @@ def curves(history: pd.DataFrame) -> str:
     panels: dict[str, list[str]] = {}
     for column in numbers:
         panels.setdefault(column.removeprefix("train_").removeprefix("val_"), []).append(column)
+    # the total loss first
     names = sorted(panels, key=lambda name: (name != "total", name != "loss", name))[:MAX_COLUMNS]
     per_row = min(3, len(names))
     n_rows = -(-len(names) // per_row)
@@ -134,13 +135,18 @@ def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
         cells = table[here & (table["kind"] == kind)]
         if len(cells) > MAX_POINTS:
             cells = cells.sample(MAX_POINTS, random_state=0)
-        if kind == "predicted" and cells[["pc1", "pc2"]].std().max() < 1e-3 * table[["pc1", "pc2"]].std().max():
+        if kind == "predicted" and _spread(cells) < 1e-3 * _spread(table):
             size, alpha = 45, 1.0  # one profile for all cells: a dot that can be seen
         label = {"background": "all cells", "real": "real cells of the condition", "predicted": "predicted cells"}[kind]
         ax.scatter(cells["pc1"], cells["pc2"], s=size, color=color, alpha=alpha, linewidths=0, label=label)
     ax.set_xticks([])
     ax.set_yticks([])
     _clean(ax)
+
+
+def _spread(cells: pd.DataFrame) -> float:
+    """Larger standard deviation of both components."""
+    return cells[["pc1", "pc2"]].std().max()
 
 
 def _clean(ax: Axes) -> None:

@@ -64,37 +64,31 @@ def report(results: str | os.PathLike, out: str | os.PathLike = "report.html", *
     >>> report(results, results / "report.html").name
     'report.html'
     """
+    # the tables of the folder; only scores.csv must be there
     path = Path(results)
     scores, run = folder.read_scores(path / "scores.csv"), folder.read_run(path / "run.json")
     costs, comparisons = folder.read_costs(path / "costs.csv"), folder.read_comparisons(path / "comparisons.csv")
     cells, history = folder.read_panels(path), folder.read_history(path / "history.csv")
-    picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
     counted = folder.read_populations(path)
+    effects = folder.read_effects(path / "effects.csv")
+
+    # pictures, and the words above and below them
+    picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
     structure, n_origins = populations(*counted) if counted is not None else ("", 0)
     sections = _sections(scores, run, costs)
-    page = (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            title=title or run.pop("title", None) or "How well were the cells predicted?",
-            subtitle=" · ".join(str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)),
-            sections=sections,
-            benchmark=_benchmark(scores, sections, costs, comparisons),
-            panels=picture,
-            panels_columns=n_columns,
-            panels_note=left_out,
-            effects=_effects(folder.read_effects(path / "effects.csv"), run),
-            populations=structure,
-            populations_columns=n_origins,
-            curves=curves(history) if history is not None else "",
-            notes=_notes(run),
-            run=_flat({key: value for key, value in run.items() if key != "notes"}),
-            version=__version__,
-        )
-    )
+    title = title or run.pop("title", None) or "How well were the cells predicted?"
+    subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
+    settings = {key: value for key, value in run.items() if key != "notes"}
+
+    shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle), "version": __version__}
+    shown |= {"sections": sections, "benchmark": _benchmark(scores, sections, costs, comparisons)}
+    shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}
+    shown |= {"effects": _effects(effects, run), "populations": structure, "populations_columns": n_origins}
+    shown |= {"curves": curves(history) if history is not None else "", "notes": _notes(run), "run": _flat(settings)}
+    page = _environment().get_template("page.html.j2").render(shown)
     out = Path(out)
-    with writing(out) as part:
-        part.write_text(page, encoding="utf-8")
+    with writing(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return out
 
 
@@ -112,20 +106,13 @@ def _sections(scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | N
     if "direction" not in scores and isinstance(run.get("directions"), dict):
         scores = scores.assign(direction=scores["metric"].map(run["directions"]))
     found = []
-    for task, part in scores.groupby("task", sort=False):
+    for task, own in scores.groupby("task", sort=False):
         failed = benchmark.failed_models(costs[costs["task"] == task]) if costs is not None else {}
-        table = score_table(part, baselines, floor, failed)
-        found.append(
-            {
-                "task": task,
-                "about": str(about.get(task, "")),
-                "scores": part,
-                "headline": headline(table),
-                "table": table,
-                "conditions": condition_tables(part, table),
-                "n_seeds": part["seed"].nunique() if "seed" in part else 1,
-            }
-        )
+        table = score_table(own, baselines, floor, failed)
+        section = {"task": task, "about": str(about.get(task, "")), "scores": own}
+        section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
+        section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
+        found.append(section)
     return found
 
 
@@ -138,18 +125,22 @@ def _benchmark(
     """What compares models over tasks; None for a single comparison. Charts of a task go into its section."""
     if not benchmark.is_benchmark(scores, (costs, comparisons)):
         return None
+    # within a task
     tables = {section["task"]: section["table"] for section in sections}
     for section in sections:
         differences = comparisons[comparisons["task"] == section["task"]] if comparisons is not None else None
         section |= benchmark.task_section(section["scores"], section["table"], differences)
-        if sum(len(table["rows"]) * len(table["models"]) for table in section["conditions"]) > MAX_CELLS:
+        n_cells = sum(len(table["rows"]) * len(table["models"]) for table in section["conditions"])
+        if n_cells > MAX_CELLS:
             section["conditions"] = []
-    return {
-        "overview": benchmark.overview(tables),
-        "costs": benchmark.costs_section(costs, tables) if costs is not None else None,
-        "failures": benchmark.failures(costs) if costs is not None else [],
-        "lost": _lost(costs, tables),
-    }
+
+    # over all tasks
+    found: dict[str, Any] = {"overview": benchmark.overview(tables), "costs": None, "failures": [], "lost": []}
+    if costs is not None:
+        found["costs"] = benchmark.costs_section(costs, tables)
+        found["failures"] = benchmark.failures(costs)
+        found["lost"] = [task for task in dict.fromkeys(costs["task"]) if task not in tables]
+    return found
 
 
 def _effects(table: pd.DataFrame | None, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -157,18 +148,11 @@ def _effects(table: pd.DataFrame | None, run: dict[str, Any]) -> dict[str, Any] 
     if table is None:
         return None
     share, level = coverage(table), run.get("effect level")
-    return {
-        "picture": as_png(effects_figure(table, GENES)),
-        "columns": min(table["condition"].nunique(), COLUMNS),
-        "n_genes": GENES,
-        "level": f"{level:.0%}" if isinstance(level, int | float) else "",
-        "covered": "" if math.isnan(share) else f"{share:.0%}",
-    }
-
-
-def _lost(costs: pd.DataFrame | None, tables: dict[str, Any]) -> list[str]:
-    """Tasks of which nothing could be scored."""
-    return [] if costs is None else [task for task in dict.fromkeys(costs["task"]) if task not in tables]
+    covered = "" if math.isnan(share) else f"{share:.0%}"
+    named_level = f"{level:.0%}" if isinstance(level, int | float) else ""
+    picture = as_png(effects_figure(table, GENES))
+    n_columns = min(table["condition"].nunique(), COLUMNS)
+    return {"picture": picture, "columns": n_columns, "n_genes": GENES, "level": named_level, "covered": covered}
 
 
 def _notes(run: dict[str, Any]) -> list[str]:

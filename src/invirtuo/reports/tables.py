@@ -93,13 +93,16 @@ def score_table(
     failed = dict(failed or {})
     means = _means(scores)
     columns = _columns(scores)
+    # metrics that are the same for all say nothing
     tells = {column.name: len(means) < 2 or means[column.name].nunique(dropna=False) > 1 for column in columns}
     equal = [column.label for column in columns if not tells[column.name]] if any(tells.values()) else []
     columns = [column for column in columns if column.label not in equal]
     names = [column.name for column in columns]
     means = means.reindex(columns=names)
+    # notes: how many values are missing, and how much seeds differ
     missing = scores["value"].isna().groupby([scores["model"], scores["metric"]]).agg(["sum", "size"])
     spread = _seed_spread(scores)
+    # best and second best of every metric
     marks: dict[str, dict[str, str]] = {}
     wins: dict[str, list[str]] = {name: [] for name in means.index if name != floor}
     ties = []
@@ -109,14 +112,18 @@ def score_table(
             wins[winners[0]].append(column.label)
         elif winners:
             ties.append(column.label)
+
+    # models, then baselines, then the floor: most wins first, then best mean rank
     every = [*means.index, *(name for name in failed if name not in means.index)]
-    kinds = {name: "floor" if name == floor else "baseline" if name in set(baselines) else "model" for name in every}
-    place = _mean_places(means.drop(floor, errors="ignore"), columns)
-    order = sorted(
-        every, key=lambda name: (_KINDS.index(kinds[name]), -len(wins.get(name, ())), place.get(name, np.inf), name)
-    )
+    kinds = dict.fromkeys(every, "model") | {name: "baseline" for name in every if name in set(baselines)}
+    kinds |= {name: "floor" for name in every if name == floor}
+    mean_rank = _mean_ranks(means.drop(floor, errors="ignore"), columns)
+
+    def order(name: str) -> tuple[int, int, float, str]:
+        return _KINDS.index(kinds[name]), -len(wins.get(name, ())), mean_rank.get(name, np.inf), name
+
     rows = []
-    for name in order:
+    for name in sorted(every, key=order):
         cells: list[Cell] = []
         if name not in means.index:
             rows.append(Row(name, kinds[name], cells, failed[name]))
@@ -124,8 +131,9 @@ def score_table(
         for metric in names:
             n_missing, n = missing.loc[(name, metric)] if (name, metric) in missing.index else (0, 0)
             note = f"{n_missing} of {n} missing" if n_missing else ""
-            plus = spread.get((name, metric))
-            note = "\n".join(filter(None, [f"±\u00a0{number(plus, 2)}" if plus is not None else "", note]))
+            if (name, metric) in spread:
+                deviation = f"±\u00a0{number(spread[name, metric], 2)}"
+                note = f"{deviation}\n{note}" if note else deviation
             cells.append(Cell(number(means.loc[name, metric]), marks[metric].get(name, ""), note))
         rows.append(Row(name, kinds[name], cells, failed.get(name, "")))
     return ScoreTable(columns, rows, scores["condition"].nunique(), wins, ties, equal, means)
@@ -138,14 +146,13 @@ def _means(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", dropna=False)
 
 
-def _mean_places(means: pd.DataFrame, columns: list[Column]) -> dict[str, float]:
-    """Mean over the metrics of the place of each model, no value last."""
-    places = [
-        means[column.name].rank(ascending=column.direction == "lower", na_option="bottom")
-        for column in columns
-        if column.direction
-    ]
-    return pd.concat(places, axis=1).mean(axis=1).to_dict() if places else {}
+def _mean_ranks(means: pd.DataFrame, columns: list[Column]) -> dict[str, float]:
+    """Mean over the metrics of the rank of each model, no value last."""
+    ranks = []
+    for column in columns:
+        if column.direction:
+            ranks.append(means[column.name].rank(ascending=column.direction == "lower", na_option="bottom"))
+    return pd.concat(ranks, axis=1).mean(axis=1).to_dict() if ranks else {}
 
 
 _KINDS = ("model", "baseline", "floor")
@@ -159,7 +166,8 @@ def headline(table: ScoreTable) -> str:
     n = sum(map(len, table.wins.values()))
     if n == 0:
         return "No model is ahead of another in any score."
-    ranked = sorted(((name, won) for name, won in table.wins.items() if won), key=lambda item: (-len(item[1]), item[0]))
+    winners = [(name, won) for name, won in table.wins.items() if won]
+    ranked = sorted(winners, key=lambda item: (-len(item[1]), item[0]))
     first, won = ranked[0]
     scored = n + len(table.ties)
     text = f"{first} is best in {len(won)} of {_plural(scored, 'score')} ({_listing(won)})"
@@ -183,8 +191,10 @@ def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict]:
         for condition, values in wide.iloc[:MAX_CONDITIONS].iterrows():
             floor = [row.name for row in table.rows if row.kind == "floor" and row.cells]
             marks, _ = _marks(values.drop(floor), column.direction)
-            rows.append(Row(str(condition), "", [Cell(number(values[m]), marks.get(m, "")) for m in models]))
-        found.append({"column": column, "models": models, "rows": rows, "left_out": max(len(wide) - MAX_CONDITIONS, 0)})
+            cells = [Cell(number(values[model]), marks.get(model, "")) for model in models]
+            rows.append(Row(str(condition), "", cells))
+        left_out = max(len(wide) - MAX_CONDITIONS, 0)
+        found.append({"column": column, "models": models, "rows": rows, "left_out": left_out})
     return found
 
 
@@ -202,7 +212,8 @@ def _columns(scores: pd.DataFrame) -> list[Column]:
     """The metrics, known ones first in the order of their registry."""
     records = _records()
     present = list(dict.fromkeys(scores["metric"]))
-    order = [name for name in records if name in present] + [name for name in present if name not in records]
+    order = [name for name in records if name in present]
+    order += [name for name in present if name not in records]
     given = scores.groupby("metric")["direction"].first() if "direction" in scores else {}
     counted = scores[scores["value"].notna()].groupby("metric")["condition"].nunique()
     columns = []
@@ -232,7 +243,9 @@ def _marks(values: pd.Series, direction: str | None) -> tuple[dict[str, str], li
     best, second = levels[:2] if direction == "lower" else levels[::-1][:2]
     winners = list(values.index[values == best])
     marks = dict.fromkeys(winners, "best")
-    return marks | (dict.fromkeys(values.index[values == second], "second") if len(winners) == 1 else {}), winners
+    if len(winners) == 1:
+        marks |= dict.fromkeys(values.index[values == second], "second")
+    return marks, winners
 
 
 def _seed_spread(scores: pd.DataFrame) -> dict[tuple[str, str], float]:
@@ -250,17 +263,17 @@ def _gap(table: ScoreTable, first: str, kinds: dict[str, str]) -> str:
         return ""
     values = table.means[column.name].dropna()
     best = values[[name for name in values.index if kinds[name] == "baseline" and name != first]]
-    parts = []
+    others = []
     if len(best):
         name = best.idxmin() if column.direction == "lower" else best.idxmax()
         which = "best other" if kinds[first] == "baseline" else "best"
-        parts.append(f"the {which} baseline ({name}) {number(best[name])}")
+        others.append(f"the {which} baseline ({name}) {number(best[name])}")
     floor = [name for name, kind in kinds.items() if kind == "floor" and name in values.index]
     if floor:
-        parts.append(f"real cells against real cells {number(values[floor[0]])}")
-    if not parts:
+        others.append(f"real cells against real cells {number(values[floor[0]])}")
+    if not others:
         return ""
-    return f" In {column.label} it reaches {number(values[first])}, {' and '.join(parts)}."
+    return f" In {column.label} it reaches {number(values[first])}, {' and '.join(others)}."
 
 
 def _listing(items: list[str], limit: int = 4) -> str:
