@@ -17,6 +17,7 @@ import invirtuo as iv
 from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig, Trainable, validation_losses
 from invirtuo.samplers import SAMPLERS
+from invirtuo.settings import described
 
 # those with other verbs: test_count_verbs.py, test_sparse_ode.py
 MODELS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "predict"}
@@ -132,8 +133,9 @@ def test_default_construction_and_presets(name, design, cells):
 @pytest.mark.parametrize("name", MODELS)
 def test_configs_are_frozen_and_described(name):
     config = MODELS[name].Config
-    assert config.__doc__
+    assert [each.name for each in described(config)] == [field.name for field in fields(config)]
     for field in fields(config):
+        assert f"\n{field.name} : " in config.__doc__
         with pytest.raises(AttributeError):
             setattr(config(), field.name, None)
 

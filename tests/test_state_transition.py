@@ -320,7 +320,8 @@ def test_residuals(cells, plan):
 
 
 def test_clipping(cells, plan):
-    free, clipped = (ST(plan, cells.var_names, replace(TINY, clip=clip)).fit(cells, config=FIT) for clip in (0, 1))
+    configs = [replace(TINY, clip=clip) for clip in (False, True)]
+    free, clipped = (ST(plan, cells.var_names, config).fit(cells, config=FIT) for config in configs)
     wanted = pd.DataFrame({"perturbation": ["A"], "cell_type": ["t_cell"]})
     x = free.predict(wanted, 50, precision="fp32").X
     assert (x < 0).any()

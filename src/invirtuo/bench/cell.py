@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -55,7 +55,9 @@ class Cell:
     data_dir: str | None = None
     work: str | None = None  # folder for checkpoints
     threads: int = 1
-    precision: str = "fp32"  # what precision="auto" of an entry means, so that a cell does not depend on its machine
+    precision: Literal["fp32", "bf16"] = (
+        "fp32"  # what precision="auto" of an entry means, so that a cell does not depend on its machine
+    )
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from invirtuo.fit import FitConfig
 from invirtuo.generators import CountGenerator
 from invirtuo.model import PerturbationModel, config_from
 from invirtuo.models import MODELS
+from invirtuo.settings import comparable
 
 if TYPE_CHECKING:
     from invirtuo.design import Design
@@ -125,7 +126,7 @@ def as_entry(spec: Entry | str | Path) -> Entry:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
+    return comparable(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
 
 
 def _read(path: Path) -> list[Entry]:

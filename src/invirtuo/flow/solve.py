@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["EVALUATIONS", "SOLVERS", "Trajectory", "reversed_time", "solve", "time_grid", "trajectory"]
+__all__ = ["EVALUATIONS", "SOLVERS", "SOLVER_NAMES", "Trajectory", "reversed_time", "solve", "time_grid", "trajectory"]
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,8 +59,8 @@ def solve(velocity: Velocity, x0: Tensor, grid: Tensor | int, solver: str = "eul
 
 def _times(grid: Tensor | int, solver: str) -> Tensor:
     """The time grid, checked; only its ends if the solver finds steps of its own."""
-    if solver not in (*SOLVERS, "dopri5"):
-        raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}, dopri5")
+    if solver not in SOLVER_NAMES:
+        raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVER_NAMES)}")
     times = time_grid(grid) if isinstance(grid, int) else torch.as_tensor(grid, dtype=torch.float64).cpu()
     if times.ndim != 1 or len(times) < 2 or (times.diff() <= 0).any():
         raise ValueError(f"a time grid must hold at least two rising times, found {times.tolist()}")
@@ -295,4 +295,5 @@ def _dopri5_stages(velocity, x: Tensor, t: float, h: float, first: Tensor) -> tu
 
 
 SOLVERS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "ab2": _ab2, "rk4": _rk4}
+SOLVER_NAMES = (*SOLVERS, "dopri5")  # the last finds its own steps
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "ab2": 1, "rk4": 4}

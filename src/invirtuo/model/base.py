@@ -26,6 +26,7 @@ from invirtuo.fit import FitConfig, Trainable
 from invirtuo.model import saving
 from invirtuo.model.device import chosen
 from invirtuo.model.sampling import NoSampling, check_names
+from invirtuo.settings import comparable
 from invirtuo.transforms import TRANSFORMS, Transform
 from invirtuo.values import require_counts, require_log
 
@@ -404,8 +405,8 @@ class Model(Trainable):
         return adata[:, self.genes]
 
     def identity(self) -> dict[str, Any]:
-        """Name, settings, Design, genes and stage."""
-        facts = {"config": asdict(self.config), "design": self.design.to_json(), "genes": self.genes}
+        """Name, settings (those of earlier versions among them), Design, genes and stage."""
+        facts = {"config": comparable(self.config), "design": self.design.to_json(), "genes": self.genes}
         if self.stage:
             facts["stage"] = self.stage
         return json.loads(json.dumps(super().identity() | facts))

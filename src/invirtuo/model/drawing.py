@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -114,6 +114,7 @@ class Request:
 def drawn(model: Sampled, request: Request, engine: str, n_jobs: int | None) -> Iterator[tuple[int, np.ndarray]]:
     """Number and cells (n, g) of every condition of a request, as they come."""
     device = model.device_of(request.device).type
+    precision: Literal["bf16", "fp32"]
     precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # of workers as here, not as measured there
     bare = replace(request, config=replace(request.config, precision=precision), pool={})
     yield from in_parts(_conditions, bare, model, request.pool, engine=engine, n_jobs=n_jobs)

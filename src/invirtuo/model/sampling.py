@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-import numbers
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, Literal
 
-from invirtuo.checks import some, whole
-from invirtuo.flow import SOLVERS
-from invirtuo.settings import Settings
+from invirtuo.checks import some
+from invirtuo.flow import SOLVER_NAMES, SOLVERS
+from invirtuo.settings import Settings, parameters, setting
 
 __all__ = [
     "FlowSampling",
@@ -27,7 +24,6 @@ __all__ = [
 ]
 
 PARTS = ("perturbation", "covariates")  # of guidance, see PartsSampling
-ENTRY = re.compile(r"^(\w.*)\n((?: .*\n?)+)", re.MULTILINE)  # of a numpydoc list of parameters
 ADAPTIVE = "dopri5"  # the solver that finds its own steps
 
 
@@ -41,53 +37,27 @@ class NoSampling(Settings):
 
 @dataclass(frozen=True)
 class SampleConfig(NoSampling):
-    """Options of every model that predicts log expression.
+    """Options of every model that predicts log expression."""
 
-    Parameters
-    ----------
-    precision
-        "fp32", "bf16", or "auto": bf16 where it is measured to be faster. bf16 rounds; closed forms stay as they are.
-    batch_size
-        Cells in the network at once, of models of sets at least one set. The cells do not depend on it.
-    clamp_min
-        Raise values below this to it (0 for expression); None leaves them.
-    """
-
-    precision: str = "auto"
-    batch_size: int = 256
-    clamp_min: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; expected auto, fp32 or bf16")
-        whole("batch_size", self.batch_size)
-        if self.clamp_min is not None and not _is_finite(self.clamp_min):
-            raise ValueError(f"clamp_min is {self.clamp_min!r}; expected a finite number, or None")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto",
+        'precision of the arithmetic; "auto" is bf16 where it is measured to be faster. bf16 rounds; closed forms stay '
+        "as they are",
+    )
+    batch_size: int = setting(
+        256, "cells in the network at once, of models of sets at least one set; the cells do not depend on it", ge=1
+    )
+    clamp_min: float | None = setting(None, "raise values below this to it (0 for expression); None leaves them")
 
 
 @dataclass(frozen=True)
 class SolverSampling(NoSampling):
-    """Options of models that solve a differential equation.
+    """Options of models that solve a differential equation."""
 
-    Parameters
-    ----------
-    steps, solver
-        Number of steps, and euler, midpoint, heun, ab2, rk4 or dopri5; None takes the model's own. dopri5 finds its
-        steps by itself.
-    """
-
-    steps: int | None = None
-    solver: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        if self.steps is not None:
-            whole("steps", self.steps)
-        if self.solver is not None and self.solver not in (*SOLVERS, ADAPTIVE):
-            raise ValueError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}, {ADAPTIVE}")
+    steps: int | None = setting(None, "number of steps of the solver; None takes the model's own", ge=1)
+    solver: str | None = setting(
+        None, "solver; None takes the model's own, dopri5 finds its steps by itself", choices=SOLVER_NAMES
+    )
 
     def check(self, name: str, config: Any) -> None:
         """Refuse steps where the solver finds its own."""
@@ -102,72 +72,43 @@ class SolverSampling(NoSampling):
 
 @dataclass(frozen=True)
 class GuidedSampling(SolverSampling):
-    """Options of generators with a weight of guidance for every attribute.
+    """Options of generators with a weight of guidance for every attribute."""
 
-    Parameters
-    ----------
-    guidance
-        Weight of every attribute: a number for all, or attribute to a number, or to one number per cell; attributes
-        that are not named then have weight 0 and no influence. None: 1 for all.
-    """
-
-    guidance: float | Mapping[str, float | Sequence[float]] | None = None
+    guidance: float | Mapping[str, float | tuple[float, ...]] | None = setting(
+        None,
+        "weight of every attribute: a number for all, or attribute to a number, or to one number per cell; attributes "
+        "that are not named then have weight 0 and no influence. None: 1 for all",
+    )
 
 
 @dataclass(frozen=True)
 class FlowSampling(SolverSampling, SampleConfig):
-    """Options of conditional flows.
+    """Options of conditional flows."""
 
-    Parameters
-    ----------
-    guidance, interval
-        Weight of classifier-free guidance, and between which times it acts; 1 is no guidance.
-    grid
-        Own times of the steps, from 0 to 1, in place of `steps`.
-    """
-
-    guidance: float | Mapping[str, float] = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    grid: tuple[float, ...] | None = None
-
-    parts: ClassVar[tuple[str, ...]] = ()  # of guidance that may be weighed by themselves
+    guidance: float = setting(1.0, "weight of classifier-free guidance; 1 is no guidance")
+    interval: tuple[float, float] = setting((0.0, 1.0), "times between which guidance acts", ge=0, le=1)
+    grid: tuple[float, ...] | None = setting(
+        None, "own times of the steps, from 0 to 1, in place of `steps`", ge=0, le=1
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be meant; lists from JSON become tuples."""
+        """Refuse values that contradict each other."""
         super().__post_init__()
-        self._check_guidance()
-        times = _times("interval", self.interval)
-        if not (len(times) == 2 and 0 <= times[0] < times[1] <= 1):
+        start, end = self.interval
+        if start >= end:
             raise ValueError(f"interval is {self.interval}; expected two times that rise, between 0 and 1")
-        object.__setattr__(self, "interval", times)
-        if times != (0.0, 1.0) and not self.is_guided:
+        if (start, end) != (0, 1) and not self.is_guided:
             raise ValueError(f"interval is {self.interval} and guidance is 1; expected another weight, which it bounds")
         if self.grid is None:
             return
-        grid = _times("grid", self.grid)
-        if list(grid) != sorted(set(grid)) or grid[:1] + grid[-1:] != (0, 1):
+        if list(self.grid) != sorted(set(self.grid)) or self.grid[:1] + self.grid[-1:] != (0, 1):
             raise ValueError(f"grid is {self.grid}; expected times that rise from 0 to 1")
         if self.steps is not None:
-            raise ValueError(f"steps is {self.steps} and grid has {len(grid)} times; give one of them")
-        object.__setattr__(self, "grid", grid)
-
-    def _check_guidance(self) -> None:
-        weights = self.guidance
-        if isinstance(weights, Mapping):
-            if not self.parts:
-                raise ValueError(f"guidance is {dict(weights)}; this model has one weight of guidance, a number")
-            if strange := [name for name in weights if name not in self.parts]:
-                raise ValueError(f"guidance: {some(strange)} is no part of it; expected {some(self.parts)}")
-            weights = dict.fromkeys(self.parts, 1.0) | dict(weights)
-            object.__setattr__(self, "guidance", weights)
-        if not all(map(_is_finite, self.weights)):
-            raise ValueError(f"guidance is {self.guidance!r}; expected finite numbers")
+            raise ValueError(f"steps is {self.steps} and grid has {len(self.grid)} times; give one of them")
 
     @property
     def weights(self) -> list[float]:
-        """Weights of the branches behind the null condition: the condition; or its control cells, then itself."""
-        if isinstance(self.guidance, Mapping):
-            return [self.guidance["covariates"], self.guidance["perturbation"]]
+        """Weights of the branches behind the null condition."""
         return [self.guidance]
 
     @property
@@ -191,17 +132,30 @@ class FlowSampling(SolverSampling, SampleConfig):
 
 @dataclass(frozen=True)
 class PartsSampling(FlowSampling):
-    """Options of conditional flows that guide by parts.
+    """Options of conditional flows that guide by parts."""
 
-    Parameters
-    ----------
-    guidance, interval
-        Weight of classifier-free guidance, and between which times it acts; 1 is no guidance. By parts,
-        ``{"perturbation": 2, "covariates": 1}``: how strongly cells are drawn from the control cells of their
-        covariates towards the perturbation, and from all cells towards their covariates.
-    """
+    guidance: float | Mapping[str, float] = setting(  # type: ignore[assignment]
+        1.0,
+        'weight of classifier-free guidance; 1 is no guidance. By parts, ``{"perturbation": 2, "covariates": 1}``: how '
+        "strongly cells are drawn from the control cells of their covariates towards the perturbation, and from all "
+        "cells towards their covariates",
+    )
 
-    parts = PARTS
+    def __post_init__(self) -> None:
+        """Refuse parts that there are not; those that are not named have weight 1."""
+        super().__post_init__()
+        if not isinstance(self.guidance, Mapping):
+            return
+        if unknown := [name for name in self.guidance if name not in PARTS]:
+            raise ValueError(f"guidance: {some(unknown)} is no part of it; expected {some(PARTS)}")
+        object.__setattr__(self, "guidance", dict.fromkeys(PARTS, 1.0) | dict(self.guidance))
+
+    @property
+    def weights(self) -> list[float]:
+        """Weights of the branches behind the null condition: the condition; or its control cells, then itself."""
+        if isinstance(self.guidance, Mapping):
+            return [self.guidance.get(part, 1.0) for part in reversed(PARTS)]
+        return [self.guidance]
 
 
 class takes_options:
@@ -244,7 +198,7 @@ def _of_class(function: Callable[..., Any], sampling: type[NoSampling]) -> Calla
         return function(model, *arguments, **given)
 
     call.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
-    call.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("{options}\n", _described(sampling))
+    call.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("{options}\n", parameters(sampling))
     return call
 
 
@@ -262,25 +216,3 @@ def _parameters(sampling: type[NoSampling]) -> list[inspect.Parameter]:
         inspect.Parameter(f.name, keyword, default=None if f.default is MISSING else f.default, annotation=f.type)
         for f in fields(sampling)
     ]
-
-
-def _described(sampling: type[NoSampling]) -> str:
-    """What the docstrings of a record and of those below it say of their fields."""
-    texts: dict[str, str] = {}  # of fields, those of a record in place of those below it
-    for kind in reversed(sampling.__mro__):
-        _, _, parameters = inspect.cleandoc(kind.__doc__ or "").partition("----------\n")
-        if issubclass(kind, NoSampling):
-            texts |= dict(ENTRY.findall(parameters))
-    return "".join(f"{names}\n{text.rstrip()}\n" for names, text in texts.items())
-
-
-def _times(name: str, values: Any) -> tuple[float, ...]:
-    """Times as floats."""
-    try:
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {values!r}; expected times between 0 and 1") from None
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)

@@ -186,14 +186,25 @@ def card(model: Model, dataset: CellDataset, config: FitConfig) -> dict[str, Any
 
 
 def config_from(cls: type, values: Mapping[str, Any]) -> Any:
-    """A Config from JSON: lists become tuples, unknown fields are an error."""
-    known = {f.name for f in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
+    """A Config from JSON: lists become tuples, and retired fields are left out.
+
+    Raises
+    ------
+    ValueError
+        If a field is unknown, or a retired one has another value than the one that still holds.
+    """
+    known, retired = {f.name for f in fields(cls)}, getattr(cls, "RETIRED", {})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if unknown := sorted(set(values) - known - set(retired)):
         raise ValueError(
             f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {', '.join(sorted(known))}"
         )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    changed = [f"{name}={values[name]!r}" for name in retired if name in values and values[name] != retired[name]]
+    if changed:
+        raise ValueError(
+            f"{cls.__qualname__} has no field(s) {', '.join(changed)} any more; use the version that saved it"
+        )
+    return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @contextmanager

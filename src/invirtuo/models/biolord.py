@@ -26,7 +26,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["Biolord", "Config"]
 
@@ -35,14 +35,18 @@ __all__ = ["Biolord", "Config"]
 class Config(Settings):
     """Architecture, weights of the penalties, and how cells are drawn."""
 
-    width: int = 256  # hidden width of all networks
-    n_latent: int = 32  # width of the code, of the perturbation embedding, and of each covariate embedding
-    n_layers: int = 1  # hidden blocks of all networks
-    dropout: float = 0.1
-    code_noise: float = 0.1  # standard deviation of the noise on the code
-    code_penalty: float = 10.0  # weight of the squared code; 0 in PerturBench
-    penalty: float = 0.0  # weight of the squared covariate embeddings, summed over the batch; 2621 in PerturBench
-    noise: bool = True  # noise on the code of control cells, to predict
+    width: int = setting(256, "hidden width of all networks", ge=1)
+    n_latent: int = setting(
+        32, "width of the code, of the perturbation embedding, and of each covariate embedding", ge=1
+    )
+    n_layers: int = setting(1, "hidden blocks of all networks", ge=0)
+    dropout: float = setting(0.1, "dropout of all networks", ge=0, lt=1)
+    code_noise: float = setting(0.1, "standard deviation of the noise on the code", ge=0)
+    code_penalty: float = setting(10.0, "weight of the squared code; 0 in PerturBench", ge=0)
+    penalty: float = setting(
+        0.0, "weight of the squared covariate embeddings, summed over the batch; 2621 in PerturBench", ge=0
+    )
+    noise: bool = setting(True, "noise on the code of control cells, to predict")
 
 
 _FIT = FitConfig(batch_size=1000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50,

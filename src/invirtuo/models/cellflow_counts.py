@@ -19,16 +19,17 @@ Differs: transport that ignores labels lets noise depend on the class, so that s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
 from invirtuo.batch import Condition
 from invirtuo.fit import FitConfig
-from invirtuo.flow import PathSample, linear_path
+from invirtuo.flow import SOLVER_NAMES, PathSample, linear_path
 from invirtuo.generators import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["CellFlowCounts", "Config"]
 
@@ -37,36 +38,38 @@ __all__ = ["CellFlowCounts", "Config"]
 class Config(Settings):
     """Encoder, depth, flow, training in stages and sampler."""
 
-    hidden_encoder: tuple[int, ...] = (512, 512)  # widths of the encoder
-    input_dropout: float = 0.5  # share of its input that the encoder does not see in training; 0 in the paper
-    size_factor: str = "by"  # p(l): "by" is by the first covariate, log-normal; as in cfgen otherwise
-    hidden: int = 512  # width of the velocity network
-    label_embedding: int = 256  # width of the embeddings of labels
-    embedding: int = 256  # width of the embeddings of time and depth
-    n_blocks: int = 3  # residual blocks of the velocity network
-    sigma: float = 1e-4  # standard deviation of the noise around the path
-    coupling: str = "ot"  # of noise and cells in a batch: "ot" or "independent"
-    ot_within_class: bool = True  # couple only cells of equal covariates; False in the paper
-    stratified: bool = True  # spread the times of a batch evenly
-    latent_scaling: str = "standard"  # "standard": mean 0 and variance 1; "none", as in the paper
-    autoencoder_share: float = 0.4  # share of FitConfig.steps that trains the encoder; the rest is the flow's
-    val_share: float = 0.1  # training cells set aside to know when to stop, where the split has no validation cells
-    flow_lr: float = 1.0  # learning rate of the flow, in units of FitConfig.lr; 0.1 in the paper
-    solver: str = "midpoint"  # default solver of generate; "dopri5" in the paper
-    steps: int = 20  # default number of its steps
+    hidden_encoder: tuple[int, ...] = setting((512, 512), "widths of the encoder", ge=1)
+    input_dropout: float = setting(
+        0.5, "share of its input that the encoder does not see in training; 0 in the paper", ge=0, lt=1
+    )
+    size_factor: str = setting(
+        "by", 'distribution of depth, p(l): "by" is by the first covariate, log-normal; as in cfgen otherwise'
+    )
+    hidden: int = setting(512, "width of the velocity network", ge=1)
+    label_embedding: int = setting(256, "width of the embeddings of labels", ge=1)
+    embedding: int = setting(256, "width of the embeddings of time and depth", ge=1)
+    n_blocks: int = setting(3, "residual blocks of the velocity network", ge=0)
+    sigma: float = setting(1e-4, "standard deviation of the noise around the path", ge=0)
+    coupling: Literal["ot", "independent"] = setting(
+        "ot", 'coupling of noise and cells in a batch; "ot" is exact optimal transport'
+    )
+    ot_within_class: bool = setting(True, "couple only cells of equal covariates; False in the paper")
+    stratified: bool = setting(True, "spread the times of a batch evenly")
+    latent_scaling: Literal["standard", "none"] = setting(
+        "standard", 'scale of vectors: "standard" is mean 0 and variance 1, "none" the paper'
+    )
+    autoencoder_share: float = setting(
+        0.4, "share of FitConfig.steps that trains the encoder; the rest is the flow's", ge=0, le=1
+    )
+    val_share: float = setting(
+        0.1, "training cells set aside to know when to stop, where the split has no validation cells", ge=0, lt=1
+    )
+    flow_lr: float = setting(1.0, "learning rate of the flow, in units of FitConfig.lr; 0.1 in the paper", gt=0)
+    solver: str = setting("midpoint", 'default solver of generate; "dopri5" in the paper', choices=SOLVER_NAMES)
+    steps: int = setting(20, "default number of steps of the solver", ge=1)
 
     conditioning = "joint"  # all labels are always seen
     prob_unconditional = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        if self.coupling not in ("ot", "independent"):
-            raise ValueError(f"coupling is {self.coupling!r}; expected ot or independent")
-        if self.latent_scaling not in ("standard", "none"):
-            raise ValueError(f"latent_scaling is {self.latent_scaling!r}; expected standard or none")
-        if not 0 <= self.autoencoder_share <= 1:
-            raise ValueError(f"autoencoder_share is {self.autoencoder_share}; expected a share between 0 and 1")
 
 
 class Encoder(nn.Module):

@@ -23,18 +23,19 @@ Differs: unknown labels are never drawn; empty cells are left out; classes of on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Condition
 from invirtuo.fit import FitConfig
-from invirtuo.flow import PathSample
+from invirtuo.flow import SOLVER_NAMES, PathSample
 from invirtuo.generators import ConditionalFlow, LatentFlow
 from invirtuo.model import Preset
 from invirtuo.model.sampling import GuidedSampling
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["CFGen", "Config"]
 
@@ -43,45 +44,51 @@ __all__ = ["CFGen", "Config"]
 class Config(Settings):
     """Autoencoder, depth, flow, training in stages and sampler."""
 
-    n_latent: int = 50  # width of the latent space; 100 for HLCA, Tabula Muris and with peaks
-    hidden_rna: tuple[int, ...] = (512, 256)  # widths of the encoder of genes; the decoder has them in reverse
-    hidden_atac: tuple[int, ...] = (1024, 512)  # the same for peaks
-    encoder_input: str = "log_counts"  # "log_counts": log1p(x); "proportions": x / l; "log_proportions": log1p(x / l)
-    input_dropout: float = 0.5  # share of its input that the encoder does not see in training; 0 in the paper
-    dispersion: str = "gene"  # inverse dispersions: of each "gene", or "gene:COLUMN", by class of a covariate
-    size_factor: str = "by"  # p(l): "global" (the paper), "by:COLUMN" ("by": first covariate), "empirical[:COLUMN]"
-    condition_on_size: bool = True  # tell the flow the depth
-    latent_scaling: str = "standard"  # "standard": mean 0 and variance 1; "none", as in the paper
-    hidden: int = 256  # width of the velocity network
-    embedding: int = 128  # width of the embeddings of time, depth and labels
-    n_blocks: int = 3  # residual blocks of the velocity network
-    conditioning: str = "single"  # "single": one attribute a cell, guidance puts them together; "joint": all at once
-    prob_unconditional: float = 0.2  # probability that a cell is trained without labels
-    sigma_min: float = 0.0  # standard deviation that is left of the noise at t = 1; 1e-4 in the public code
-    stratified: bool = True  # spread the times of a batch evenly
-    coupling: str = "independent"  # of noise and cells in a batch: "independent" or "ot"
-    ot_within_class: bool = False  # couple only cells of equal covariates
-    autoencoder_share: float = 0.4  # share of FitConfig.steps that trains the autoencoder; the rest is the flow's
-    val_share: float = 0.1  # training cells set aside to know when to stop, where the split has no validation cells
-    flow_lr: float = 1.0  # learning rate of the flow, in units of FitConfig.lr
-    solver: str = "midpoint"  # default solver of generate
-    steps: int = 10  # default number of its steps
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        choices = {
-            "encoder_input": ("log_counts", "proportions", "log_proportions"),
-            "latent_scaling": ("standard", "none"),
-            "conditioning": ("single", "joint"),
-            "coupling": ("independent", "ot"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("autoencoder_share", "prob_unconditional"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
+    n_latent: int = setting(50, "width of the latent space; 100 for HLCA, Tabula Muris and with peaks", ge=1)
+    hidden_rna: tuple[int, ...] = setting(
+        (512, 256), "widths of the encoder of genes; the decoder has them in reverse", ge=1
+    )
+    hidden_atac: tuple[int, ...] = setting((1024, 512), "widths of the encoder of peaks", ge=1)
+    encoder_input: Literal["log_counts", "proportions", "log_proportions"] = setting(
+        "log_counts", "what the encoder sees: log1p(x), x / l, or log1p(x / l)"
+    )
+    input_dropout: float = setting(
+        0.5, "share of its input that the encoder does not see in training; 0 in the paper", ge=0, lt=1
+    )
+    dispersion: str = setting("gene", 'inverse dispersions: of each "gene", or "gene:COLUMN", by class of a covariate')
+    size_factor: str = setting(
+        "by",
+        'distribution of depth, p(l): "global" (the paper), "by:COLUMN" ("by": first covariate), "empirical[:COLUMN]"',
+    )
+    condition_on_size: bool = setting(True, "tell the flow the depth")
+    latent_scaling: Literal["standard", "none"] = setting(
+        "standard", 'scale of latent vectors: "standard" is mean 0 and variance 1, "none" the paper'
+    )
+    hidden: int = setting(256, "width of the velocity network", ge=1)
+    embedding: int = setting(128, "width of the embeddings of time, depth and labels", ge=1)
+    n_blocks: int = setting(3, "residual blocks of the velocity network", ge=0)
+    conditioning: Literal["single", "joint"] = setting(
+        "single",
+        'labels that a cell is trained with: a "single" attribute, which guidance puts together, or all at once',
+    )
+    prob_unconditional: float = setting(0.2, "probability that a cell is trained without labels", ge=0, le=1)
+    sigma_min: float = setting(
+        0.0, "standard deviation that is left of the noise at t = 1; 1e-4 in the public code", ge=0, lt=1
+    )
+    stratified: bool = setting(True, "spread the times of a batch evenly")
+    coupling: Literal["independent", "ot"] = setting(
+        "independent", 'coupling of noise and cells in a batch; "ot" is exact optimal transport'
+    )
+    ot_within_class: bool = setting(False, "couple only cells of equal covariates")
+    autoencoder_share: float = setting(
+        0.4, "share of FitConfig.steps that trains the autoencoder; the rest is the flow's", ge=0, le=1
+    )
+    val_share: float = setting(
+        0.1, "training cells set aside to know when to stop, where the split has no validation cells", ge=0, lt=1
+    )
+    flow_lr: float = setting(1.0, "learning rate of the flow, in units of FitConfig.lr", gt=0)
+    solver: str = setting("midpoint", "default solver of generate", choices=SOLVER_NAMES)
+    steps: int = setting(10, "default number of steps of the solver", ge=1)
 
 
 class Autoencoder(nn.Module):

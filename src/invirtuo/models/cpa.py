@@ -32,7 +32,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["CPA", "Config"]
 
@@ -41,28 +41,22 @@ __all__ = ["CPA", "Config"]
 class Config(Settings):
     """Architecture, weights of the losses, and how cells are drawn."""
 
-    n_latent: int = 64  # width of the latent space
-    width: int = 256  # hidden width of encoder, decoder and embeddings
-    n_layers: int = 1  # hidden blocks of the decoder; the encoder has one more
-    n_layers_perturbation: int = 2  # hidden blocks of the perturbation embedding
-    n_layers_covariates: int = 1  # hidden blocks of the covariate embeddings
-    dropout: float = 0.1
-    kl_weight: float = 0.3  # weight of the KL term, beside the squared error summed over genes
-    adversary: bool = True  # hide perturbation and covariates from the basal latent vector
-    adversary_weight: float = 3.0  # weight of the adversary's cross-entropies
-    penalty_weight: float = 1.0  # weight of the adversary's gradient penalty
-    adversary_steps: int = 2  # one step of so many is the autoencoder's, the others are the adversary's
-    warmup_steps: int = 200  # steps before the adversary takes part
-    adversary_width: int = 128
-    adversary_layers: int = 2  # hidden blocks of each classifier
-    control_class: bool = True  # control cells are a class of their own for the adversary; off in the paper
-    noise: bool = True  # draw the latent vector of control cells; off takes its mean
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        if self.adversary_steps < 2:
-            raise ValueError(f"adversary_steps is {self.adversary_steps}; expected at least 2, or adversary=False")
+    n_latent: int = setting(64, "width of the latent space", ge=1)
+    width: int = setting(256, "hidden width of encoder, decoder and embeddings", ge=1)
+    n_layers: int = setting(1, "hidden blocks of the decoder; the encoder has one more", ge=0)
+    n_layers_perturbation: int = setting(2, "hidden blocks of the perturbation embedding", ge=0)
+    n_layers_covariates: int = setting(1, "hidden blocks of the covariate embeddings", ge=0)
+    dropout: float = setting(0.1, "dropout of all networks", ge=0, lt=1)
+    kl_weight: float = setting(0.3, "weight of the KL term, beside the squared error summed over genes", ge=0)
+    adversary: bool = setting(True, "hide perturbation and covariates from the basal latent vector")
+    adversary_weight: float = setting(3.0, "weight of the adversary's cross-entropies", ge=0)
+    penalty_weight: float = setting(1.0, "weight of the adversary's gradient penalty", ge=0)
+    adversary_steps: int = setting(2, "one step of so many is the autoencoder's, the others are the adversary's", ge=2)
+    warmup_steps: int = setting(200, "steps before the adversary takes part", ge=0)
+    adversary_width: int = setting(128, "hidden width of each classifier", ge=1)
+    adversary_layers: int = setting(2, "hidden blocks of each classifier", ge=0)
+    control_class: bool = setting(True, "control cells are a class of their own for the adversary; off in the paper")
+    noise: bool = setting(True, "draw the latent vector of control cells; off takes its mean")
 
 
 _FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)

@@ -20,7 +20,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, one_hots
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["Config", "DecoderOnly"]
 
@@ -29,11 +29,13 @@ __all__ = ["Config", "DecoderOnly"]
 class Config(Settings):
     """Width and depth, and what enters."""
 
-    width: int = 256  # hidden width
-    n_layers: int = 1  # hidden blocks; 0 makes the effect of a perturbation the same everywhere, before the softplus
-    use_covariates: bool = True  # covariate one-hots beside the perturbation
-    softplus: bool = True  # keep predictions positive
-    learn_controls: bool = True  # control cells are training cells too; off in the paper
+    width: int = setting(256, "hidden width", ge=1)
+    n_layers: int = setting(
+        1, "hidden blocks; 0 makes the effect of a perturbation the same everywhere, before the softplus", ge=0
+    )
+    use_covariates: bool = setting(True, "covariate one-hots beside the perturbation")
+    softplus: bool = setting(True, "keep predictions positive")
+    learn_controls: bool = setting(True, "control cells are training cells too; off in the paper")
 
 
 _FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)

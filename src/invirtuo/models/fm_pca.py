@@ -18,7 +18,7 @@ Differs: the default divides the scores by their root mean square (`scale`), and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
-from invirtuo.flow import PATHS, exact_coupling, guided, plan_pairs, sinkhorn, solve
+from invirtuo.flow import PATHS, SOLVER_NAMES, exact_coupling, guided, plan_pairs, sinkhorn, solve
 from invirtuo.model import FlowSampling, PerturbationModel, Preset
 from invirtuo.nn import MLP, ConditionEncoder, sinusoids
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 from invirtuo.transforms import PCA
 
 if TYPE_CHECKING:
@@ -43,39 +43,33 @@ __all__ = ["FMPCA", "Config"]
 class Config(Settings):
     """Space, architecture, path, coupling and sampler. Names are those of tables 14-17 where the paper has one."""
 
-    n_pcs: int = 50  # principal components
-    n_pca_cells: int = 20_000  # training cells they are fitted on, drawn at random if there are more
-    scale: bool = True  # divide scores by their root mean square; off in the paper
-    source: str = "noise"  # the flow begins at "noise", or at "control" cells
-    hidden_dim: int = 512  # width of all MLPs
-    dropout: float = 0.0
-    n_layers_gene_expression: int = 1  # layers of the MLP of x_t
-    n_layers_conditions: int = 1  # layers of the condition MLP
-    n_layers_time: int = 1  # layers of the time MLP
-    n_layers_decoding: int = 3  # hidden layers after the concatenation
-    prob_unconditional: float = 0.1  # probability that a cell's condition is replaced by the null condition
-    interpl_type: str = "linear"  # path: "linear" or "trigonometric"
-    sigma: float = 0.0  # constant noise level of the path
-    time_scale: float = 1000.0  # scale of t inside its sinusoids
-    coupling: str = "sinkhorn"  # of control cells: "sinkhorn", "exact" (one to one) or "random"
-    num_samples_per_condition: int = 64  # cells of a condition, and control cells, that are coupled at a time
-    epsilon: float = 0.05  # entropy of the coupling, in units of the mean cost; 1 in the paper's presets
-    tau_a: float = 1.0  # weight of the source marginal, 1 is a hard constraint
-    tau_b: float = 1.0  # weight of the target marginal
-    solver: str = "ab2"  # default solver of predict
-    steps: int = 20  # default number of its steps
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        choices = {
-            "source": ("noise", "control"),
-            "coupling": ("sinkhorn", "exact", "random"),
-            "interpl_type": tuple(PATHS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+    n_pcs: int = setting(50, "principal components", ge=1)
+    n_pca_cells: int = setting(20_000, "training cells they are fitted on, drawn at random if there are more", ge=1)
+    scale: bool = setting(True, "divide scores by their root mean square; off in the paper")
+    source: Literal["noise", "control"] = setting("noise", "where the flow begins: at noise, or at control cells")
+    hidden_dim: int = setting(512, "width of all MLPs", ge=1)
+    dropout: float = setting(0.0, "dropout of all MLPs", ge=0, lt=1)
+    n_layers_gene_expression: int = setting(1, "layers of the MLP of x_t", ge=1)
+    n_layers_conditions: int = setting(1, "layers of the condition MLP", ge=1)
+    n_layers_time: int = setting(1, "layers of the time MLP", ge=1)
+    n_layers_decoding: int = setting(3, "hidden layers after the concatenation", ge=0)
+    prob_unconditional: float = setting(
+        0.1, "probability that a cell's condition is replaced by the null condition", ge=0, lt=1
+    )
+    interpl_type: str = setting("linear", "path from the source to cells", choices=PATHS)
+    sigma: float = setting(0.0, "constant noise level of the path", ge=0)
+    time_scale: float = setting(1000.0, "scale of t inside its sinusoids", gt=0)
+    coupling: Literal["sinkhorn", "exact", "random"] = setting(
+        "sinkhorn", 'coupling of control cells with cells of a condition; "exact" is one to one'
+    )
+    num_samples_per_condition: int = setting(
+        64, "cells of a condition, and control cells, that are coupled at a time", ge=1
+    )
+    epsilon: float = setting(0.05, "entropy of the coupling, in units of the mean cost; 1 in the paper's presets", gt=0)
+    tau_a: float = setting(1.0, "weight of the source marginal, 1 is a hard constraint", gt=0, le=1)
+    tau_b: float = setting(1.0, "weight of the target marginal", gt=0, le=1)
+    solver: str = setting("ab2", "default solver of predict", choices=SOLVER_NAMES)
+    steps: int = setting(20, "default number of steps of the solver", ge=1)
 
 
 class Velocity(nn.Module):

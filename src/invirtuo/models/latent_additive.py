@@ -21,7 +21,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, one_hots
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["Config", "LatentAdditive"]
 
@@ -30,13 +30,15 @@ __all__ = ["Config", "LatentAdditive"]
 class Config(Settings):
     """Widths and depths; the three MLPs are alike."""
 
-    width: int = 256  # hidden width
-    n_latent: int = 64  # width of the latent space
-    n_layers: int = 1  # hidden blocks of each MLP
-    dropout: float = 0.1
-    encode_covariates: bool = False  # covariate one-hots beside the control cell; trained by perturbed groups alone
-    decode_covariates: bool = False  # covariate one-hots beside the latent vector
-    softplus: bool = True  # keep predictions positive, as published
+    width: int = setting(256, "hidden width", ge=1)
+    n_latent: int = setting(64, "width of the latent space", ge=1)
+    n_layers: int = setting(1, "hidden blocks of each MLP", ge=0)
+    dropout: float = setting(0.1, "dropout of all MLPs", ge=0, lt=1)
+    encode_covariates: bool = setting(
+        False, "covariate one-hots beside the control cell; trained by perturbed groups alone"
+    )
+    decode_covariates: bool = setting(False, "covariate one-hots beside the latent vector")
+    softplus: bool = setting(True, "keep predictions positive, as published")
 
 
 _FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)

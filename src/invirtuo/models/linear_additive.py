@@ -16,7 +16,7 @@ from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import one_hots
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["Config", "LinearAdditive"]
 
@@ -25,8 +25,8 @@ __all__ = ["Config", "LinearAdditive"]
 class Config(Settings):
     """What enters the linear map."""
 
-    use_covariates: bool = True  # whether the covariate one-hots enter beside the perturbation
-    softplus: bool = True  # keep predictions positive, as published
+    use_covariates: bool = setting(True, "whether the covariate one-hots enter beside the perturbation")
+    softplus: bool = setting(True, "keep predictions positive, as published")
 
 
 _FIT = FitConfig(steps=2000, batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from invirtuo.batch import Batch
 from invirtuo.dataset import CellDataset
 from invirtuo.model import PerturbationModel, Preset, SampleConfig
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["ContextMean", "NoChange", "PerturbationMean", "Ridge"]
 
@@ -30,13 +31,10 @@ class NoChangeConfig(Settings):
 class PerturbationMeanConfig(Settings):
     """How the effect is put on cells."""
 
-    mode: str = "profile"  # "profile": one mean vector for all cells (the paper); "shift_cells": shift control cells
-
-    def __post_init__(self) -> None:
-        """Refuse unknown modes."""
-        super().__post_init__()
-        if self.mode not in ("profile", "shift_cells"):
-            raise ValueError(f"mode is {self.mode!r}; expected profile or shift_cells")
+    mode: Literal["profile", "shift_cells"] = setting(
+        "profile",
+        'how the effect is put on cells: one mean "profile" for all (the paper), or control cells are shifted',
+    )
 
 
 @dataclass(frozen=True)
@@ -48,31 +46,22 @@ class ContextMeanConfig(Settings):
 class RidgeConfig(Settings):
     """What is regressed on what, and how the effect is put on cells."""
 
-    penalty: float = 0.1  # lambda
-    n_components: int = 10  # principal directions of the training pseudobulks that serve as gene vectors
-    gene_vectors: tuple[tuple[float, ...], ...] = ()  # a row of own numbers for each gene instead, in order
-    center: bool = True  # regress what differs from the mean effect; False is equation 43 to the letter
-    solver: str = "two-sided"  # "two-sided": equation 43; "exact": the minimiser of equation 42
-    kernel: str = "linear"  # "linear" (the paper); "rbf" or "additive": kernel ridge that knows the context
-    mode: str = "profile"  # as in the perturbation mean
-    unseen: str = "raise"  # perturbations never trained on: "raise", "mean" (the mean effect) or "zero" (none)
-
-    def __post_init__(self) -> None:
-        """Refuse unknown choices."""
-        super().__post_init__()
-        choices = {
-            "solver": ("two-sided", "exact"),
-            "kernel": ("linear", "rbf", "additive"),
-            "mode": ("profile", "shift_cells"),
-            "unseen": ("raise", "mean", "zero"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        if not self.penalty > 0 or self.n_components < 1:
-            raise ValueError(
-                f"penalty is {self.penalty}, n_components {self.n_components}; expected above 0, 1 or more"
-            )
+    penalty: float = setting(0.1, "weight lambda of the ridge penalty", gt=0)
+    n_components: int = setting(10, "principal directions of the training pseudobulks that serve as gene vectors", ge=1)
+    gene_vectors: tuple[tuple[float, ...], ...] = setting((), "a row of own numbers for each gene instead, in order")
+    center: bool = setting(True, "regress what differs from the mean effect; False is equation 43 to the letter")
+    solver: Literal["two-sided", "exact"] = setting(
+        "two-sided", '"two-sided" is equation 43, "exact" the minimiser of equation 42'
+    )
+    kernel: Literal["linear", "rbf", "additive"] = setting(
+        "linear", '"linear" is the paper; "rbf" and "additive" are kernel ridge that knows the context'
+    )
+    mode: Literal["profile", "shift_cells"] = setting(
+        "profile", "how the effect is put on cells, as in the perturbation mean"
+    )
+    unseen: Literal["raise", "mean", "zero"] = setting(
+        "raise", 'perturbations never trained on: an error, the "mean" effect, or "zero" effect'
+    )
 
 
 class NoChange(PerturbationModel):

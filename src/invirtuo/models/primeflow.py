@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
@@ -26,13 +25,13 @@ from torch import Tensor, nn
 from invirtuo.batch import Batch, Condition
 from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
-from invirtuo.flow import PATHS, gaussian_velocity, nested, solve
+from invirtuo.flow import PATHS, SOLVER_NAMES, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.model import FlowSampling, PerturbationModel, Preset
 from invirtuo.model.sampling import PartsSampling
 from invirtuo.nn import ConditionEncoder, PseudobulkAnchor, SizeFactor, with_mean
 from invirtuo.nn.velocity import VELOCITIES, Point, Sizes
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -50,70 +49,64 @@ T_BINS = 5  # bins of time in which the validation loss is reported
 class Config(Settings):
     """Architecture, path and sampler. Names are those of tables 10-13 where the paper has one."""
 
-    velocity: str = "genewise"  # "unet" (the paper), "mlp" (its ablation), "genewise" (ours)
-    precondition: bool = True  # remove the closed-form Gaussian velocity of each gene; off in the paper
-    anchor: bool = True  # give every gene its control mean and sd and its expected effect; off in the paper
-    covariate_scale: float = 0.0  # factor on the covariate one-hots; 1 in the paper, 0 trusts the anchors alone
-    hidden_dim: int = 256  # U-Net: base width and input MLPs; MLP: width; genewise: embedding of time and condition
-    dropout: float = 0.0
-    n_layers_gene_expression: int = 2  # layers of the value MLP (U-Net: shared by genes; MLP: whole cell)
-    n_layers_conditions: int = 2  # layers of the condition MLP
-    n_layers_time: int = 2  # layers of the time MLP
-    n_layers_decoding: int = 2  # MLP: hidden layers after the concatenation
-    channel_mult: tuple[int, ...] = (1, 2, 2, 4, 4)  # U-Net: width multiplier per level
-    num_res_blocks: int = 2  # U-Net: residual blocks per level
-    conv_resample: bool = True  # U-Net: learned down- and upsampling
-    num_heads: int = 8  # U-Net: attention heads
-    attention_resolutions: tuple[int, ...] = (16,)  # U-Net: downsampling factors with attention
-    film: bool = False  # U-Net: scale and shift instead of adding the embedding
-    recompute: bool = False  # U-Net: recompute blocks in the backward pass to save memory
-    gene_order: str = (
-        "file"  # U-Net: "file" (the paper), "random", or "correlation": genes that vary alike are neighbours
+    velocity: str = setting(
+        "genewise", 'velocity network: "unet" is the paper\'s, "mlp" its ablation, "genewise" ours', choices=VELOCITIES
     )
-    kernel_size: int = 3  # U-Net: of its convolutions
-    skips: bool = True  # U-Net: long skip connections
-    patch: int = 1  # U-Net: neighbouring genes that share one position
-    gene_identity: bool = True  # U-Net, genewise: tell the network which gene is which
-    gene_width: int = 64  # genewise: width of the network shared by all genes
-    n_context: int = 8  # genewise: context numbers per gene
-    cell_width: int = 512  # genewise: width of the network that reads the whole cell
-    n_blocks: int = 3  # genewise: its residual blocks
-    n_sinusoids: int = 32  # genewise: sinusoidal features of a value
-    loss_genes: int = 512  # genewise: genes drawn for the loss of each step, 0 for all
-    prediction: str = (
-        "velocity"  # of the network: "velocity" (the paper), or "x1", the end of the path (the same if preconditioned)
+    precondition: bool = setting(True, "remove the closed-form Gaussian velocity of each gene; off in the paper")
+    anchor: bool = setting(True, "give every gene its control mean and sd and its expected effect; off in the paper")
+    covariate_scale: float = setting(
+        0.0, "factor on the covariate one-hots; 1 in the paper, 0 trusts the anchors alone"
     )
-    depth: bool = False  # tell the network the depth of the cell; when sampling it is drawn from control cells
-    prob_unconditional: float = 0.1  # probability that a cell's condition is replaced by the null condition
-    interpl_type: str = "linear"  # path: "linear" or "trigonometric"
-    sigma: float = 0.0  # constant noise level of the path
-    time_scale: float = 1000.0  # scale of t inside its sinusoids
-    value_scale: float = 10.0  # scale of expression inside its sinusoids
-    hurdle: bool = True  # set sampled values below half the smallest positive training value to 0; off in the paper
-    calibrate: float = 0.5  # weight of the anchors in the mean of unseen conditions, with hurdle; 0 in the paper
-    solver: str = "ab2"  # default solver of predict
-    steps: int = 10  # default number of its steps
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        choices: dict[str, Collection[str]] = {
-            "velocity": VELOCITIES,
-            "interpl_type": PATHS,
-            "prediction": ("velocity", "x1"),
-            "gene_order": ("file", "random", "correlation"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        if not 0 <= self.calibrate <= 1:
-            raise ValueError(f"calibrate is {self.calibrate}; expected between 0 and 1")
-        if self.patch < 1:
-            raise ValueError(f"patch is {self.patch}; expected at least 1")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
-        if not 0 <= self.prob_unconditional < 1:
-            raise ValueError(f"prob_unconditional is {self.prob_unconditional}; expected at least 0 and below 1")
+    hidden_dim: int = setting(
+        256, "U-Net: base width and input MLPs; MLP: width; genewise: embedding of time and condition", ge=1
+    )
+    dropout: float = setting(0.0, "dropout of the networks", ge=0, lt=1)
+    n_layers_gene_expression: int = setting(
+        2, "layers of the value MLP (U-Net: shared by genes; MLP: whole cell)", ge=1
+    )
+    n_layers_conditions: int = setting(2, "layers of the condition MLP", ge=1)
+    n_layers_time: int = setting(2, "layers of the time MLP", ge=1)
+    n_layers_decoding: int = setting(2, "MLP: hidden layers after the concatenation", ge=0)
+    channel_mult: tuple[int, ...] = setting((1, 2, 2, 4, 4), "U-Net: width multiplier per level", ge=1)
+    num_res_blocks: int = setting(2, "U-Net: residual blocks per level", ge=1)
+    conv_resample: bool = setting(True, "U-Net: learned down- and upsampling")
+    num_heads: int = setting(8, "U-Net: attention heads", ge=1)
+    attention_resolutions: tuple[int, ...] = setting((16,), "U-Net: downsampling factors with attention", ge=1)
+    film: bool = setting(False, "U-Net: scale and shift instead of adding the embedding")
+    recompute: bool = setting(False, "U-Net: recompute blocks in the backward pass to save memory")
+    gene_order: Literal["file", "random", "correlation"] = setting(
+        "file", 'U-Net: "file" (the paper), "random", or "correlation": genes that vary alike are neighbours'
+    )
+    kernel_size: int = setting(3, "U-Net: width of its convolutions", ge=1)
+    skips: bool = setting(True, "U-Net: long skip connections")
+    patch: int = setting(1, "U-Net: neighbouring genes that share one position", ge=1)
+    gene_identity: bool = setting(True, "U-Net, genewise: tell the network which gene is which")
+    gene_width: int = setting(64, "genewise: width of the network shared by all genes", ge=1)
+    n_context: int = setting(8, "genewise: context numbers per gene", ge=0)
+    cell_width: int = setting(512, "genewise: width of the network that reads the whole cell", ge=1)
+    n_blocks: int = setting(3, "genewise: residual blocks of the network that reads the whole cell", ge=0)
+    n_sinusoids: int = setting(32, "genewise: sinusoidal features of a value", ge=1)
+    loss_genes: int = setting(512, "genewise: genes drawn for the loss of each step, 0 for all", ge=0)
+    prediction: Literal["velocity", "x1"] = setting(
+        "velocity",
+        'what the network gives: "velocity" (the paper), or "x1", the end of the path (the same if preconditioned)',
+    )
+    depth: bool = setting(False, "tell the network the depth of the cell; when sampling it is drawn from control cells")
+    prob_unconditional: float = setting(
+        0.1, "probability that a cell's condition is replaced by the null condition", ge=0, lt=1
+    )
+    interpl_type: str = setting("linear", "path from noise to cells", choices=PATHS)
+    sigma: float = setting(0.0, "constant noise level of the path", ge=0)
+    time_scale: float = setting(1000.0, "scale of t inside its sinusoids", gt=0)
+    value_scale: float = setting(10.0, "scale of expression inside its sinusoids", gt=0)
+    hurdle: bool = setting(
+        True, "set sampled values below half the smallest positive training value to 0; off in the paper"
+    )
+    calibrate: float = setting(
+        0.5, "weight of the anchors in the mean of unseen conditions, with hurdle; 0 in the paper", ge=0, le=1
+    )
+    solver: str = setting("ab2", "default solver of predict", choices=SOLVER_NAMES)
+    steps: int = setting(10, "default number of steps of the solver", ge=1)
 
 
 _PAPER = Config(

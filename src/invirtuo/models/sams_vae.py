@@ -22,6 +22,7 @@ Differs: constant or cosine learning rate in place of one lowered on plateaus; e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from invirtuo.dataset import CellDataset
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, gaussian_kl, gaussian_sample, one_hots
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["SAMSVAE", "Config"]
 
@@ -41,28 +42,23 @@ __all__ = ["SAMSVAE", "Config"]
 class Config(Settings):
     """Architecture, priors, and how cells are drawn."""
 
-    n_latent: int = 32  # width of the latent space
-    width: int = 256  # hidden width of all networks
-    layers_basal: int = 1  # hidden blocks of the encoder of cells
-    layers_effect: int = 1  # hidden blocks of the encoder of effects
-    layers_decoder: int = 1  # hidden blocks of the decoder
-    dropout: float = 0.1  # in the decoder alone
-    masked: bool = True  # off: no masks, effects are their means (SAMS-VAE (S))
-    mask_prior: float = 0.3  # prior probability that a perturbation acts on a latent dimension
-    temperature: float = 0.5  # of the relaxed masks
-    encode_covariates: bool = False  # covariate one-hots beside the cell
-    decode_covariates: bool = False  # covariate one-hots beside the latent vector
-    basal: str = "factual"  # to predict, encode control cells with their own shift, none ("factual"), or with that of
-    # the wanted perturbation ("target", as published), or draw from the "prior"
-    noise: bool = True  # draw masks, effects and basal vectors; off takes the likelier mask, and means
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        super().__post_init__()
-        if self.basal not in ("factual", "target", "prior"):
-            raise ValueError(f"basal is {self.basal!r}; expected factual, target or prior")
-        if not 0 < self.mask_prior < 1:
-            raise ValueError(f"mask_prior is {self.mask_prior}; expected a probability between 0 and 1")
+    n_latent: int = setting(32, "width of the latent space", ge=1)
+    width: int = setting(256, "hidden width of all networks", ge=1)
+    layers_basal: int = setting(1, "hidden blocks of the encoder of cells", ge=0)
+    layers_effect: int = setting(1, "hidden blocks of the encoder of effects", ge=0)
+    layers_decoder: int = setting(1, "hidden blocks of the decoder", ge=0)
+    dropout: float = setting(0.1, "dropout of the decoder alone", ge=0, lt=1)
+    masked: bool = setting(True, "masks of effects; off: effects are their means (SAMS-VAE (S))")
+    mask_prior: float = setting(0.3, "prior probability that a perturbation acts on a latent dimension", gt=0, lt=1)
+    temperature: float = setting(0.5, "temperature of the relaxed masks", gt=0)
+    encode_covariates: bool = setting(False, "covariate one-hots beside the cell")
+    decode_covariates: bool = setting(False, "covariate one-hots beside the latent vector")
+    basal: Literal["factual", "target", "prior"] = setting(
+        "factual",
+        'basal vectors to predict from: control cells encoded with their own shift, none ("factual"), or that of '
+        'the wanted perturbation ("target", as published), or drawn from the "prior"',
+    )
+    noise: bool = setting(True, "draw masks, effects and basal vectors; off takes the likelier mask, and means")
 
 
 FIRST_LOGIT = -1.0

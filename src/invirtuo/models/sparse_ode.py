@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,9 +36,10 @@ from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.dynamics import Course, GeneNetwork, best_bandwidth, local_fit
 from invirtuo.fit import FitConfig, seeded
+from invirtuo.flow import SOLVER_NAMES
 from invirtuo.model import Preset
 from invirtuo.nn import PENALTIES, SharedField, TargetField
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 __all__ = ["Config", "SparseODE"]
 
@@ -47,61 +48,74 @@ __all__ = ["Config", "SparseODE"]
 class Config(Settings):
     """Data, field, sparsity, and how a fit goes on."""
 
-    space: str = "log"  # "log": log1p of counts per 10,000; "any": numbers as they are
-    prepare: str = "bins"  # "bins": means of bins, scaled by training cells; "reference": as in the public code
-    lineage: str = "lineage"  # covariate that the field is told, if the Design has it; "" for none
-    time: str = "course"  # scale of time: share of the range of each "course", or "global", for real times
-    n_bins: int = 30  # bins of a course; 0: every time by itself, for repeated measurements
-    min_cells: int = 10  # fewest cells of a bin
-    bandwidth: float = 0.0  # of the smoother, as a share of the range; 0: by leaving out single bins
-    field: str = "targets"  # "targets": a network for every target; "shared": one for all
-    hidden: tuple[int, ...] = ()  # hidden units; (): 16, 8 or 2 a target by the number of genes, or (100, 100) shared
-    activation: str = "tanh"  # "tanh", "elu" or "silu"; with tanh and decay solutions are bounded
-    activate_all: bool = True  # of a shared field: after every hidden layer, or after the first alone (public code)
-    decay: bool = True  # of a shared field: take off delta_j x_j
-    regulators: tuple[str, ...] = ()  # genes that may act on others; (): all
-    prior: tuple[tuple[str, str], ...] = ()  # (regulator, target) pairs that may exist; (): all
-    jitter: float = 0.5  # noise of first states in training, in standard deviations of cells: courses are come back to
-    pull: float = 5.0  # rate at which, per range of time, such a deviation shall vanish
-    n_members: int = 3  # ensemble
-    bootstrap: bool = True  # give bins other weights for every member
-    penalty: str = "target_l0"  # a name in nn.PENALTIES
-    lam: float = 0.03  # weight of the penalty
-    bound: float = 10.0  # M of lassonet
-    normalise: str = "reference"  # paths are averaged over (in, out); "per_path": also over hidden units
-    temperature: float = 2 / 3  # of the gates
-    gates: str = "per_solve"  # gates are drawn once "per_solve", or "per_eval" of the field
-    warmup: float = 0.2  # share of a stage without penalty
-    ramp: float = 0.3  # share over which it rises
-    match_share: float = 0.6  # of the steps: fit of slopes
-    refit_share: float = 0.4  # of the steps: fit of what is left after the mask is frozen; the rest: solutions, penalty
-    halvings: int = 4  # horizons begin at 2^-halvings of a course
-    solver: str = "rk4"  # "rk4", any other fixed step, or "dopri5"
-    steps: int = 20  # steps of a fixed-step solver over a whole course
-    tolerance: float = 1e-3  # of dopri5
+    space: Literal["log", "any"] = setting(
+        "log", 'data space; "log": log1p of counts per 10,000; "any": numbers as they are'
+    )
+    prepare: Literal["bins", "reference"] = setting(
+        "bins",
+        'preparation of courses: "bins", means of bins scaled by training cells, or "reference", as in the public code',
+    )
+    lineage: str = setting("lineage", 'covariate that the field is told, if the Design has it; "" for none')
+    time: Literal["course", "global"] = setting(
+        "course", 'scale of time: share of the range of each "course", or "global", for real times'
+    )
+    n_bins: int = setting(30, "bins of a course; 0: every time by itself, for repeated measurements", ge=0)
+    min_cells: int = setting(10, "fewest cells of a bin", ge=1)
+    bandwidth: float = setting(
+        0.0, "bandwidth of the smoother, as a share of the range; 0: by leaving out single bins", ge=0
+    )
+    field: Literal["targets", "shared"] = setting(
+        "targets", 'networks of the field: one for every target, or one "shared" by all'
+    )
+    hidden: tuple[int, ...] = setting(
+        (), "hidden units; (): 16, 8 or 2 a target by the number of genes, or (100, 100) shared", ge=1
+    )
+    activation: Literal["tanh", "elu", "silu"] = setting(
+        "tanh", "activation of hidden units; with tanh and decay solutions are bounded"
+    )
+    activate_all: bool = setting(
+        True, "activation of a shared field after every hidden layer, or after the first alone (public code)"
+    )
+    decay: bool = setting(True, "take off delta_j x_j from a shared field")
+    regulators: tuple[str, ...] = setting((), "genes that may act on others; (): all")
+    prior: tuple[tuple[str, str], ...] = setting((), "(regulator, target) pairs that may exist; (): all")
+    jitter: float = setting(
+        0.5,
+        "noise of first states in training, in standard deviations of cells, so that the field leads back to courses",
+        ge=0,
+    )
+    pull: float = setting(5.0, "rate at which, per range of time, the noise of first states shall vanish", ge=0)
+    n_members: int = setting(3, "members of the ensemble", ge=1)
+    bootstrap: bool = setting(True, "give bins other weights for every member")
+    penalty: str = setting("target_l0", "penalty that makes the field sparse", choices=PENALTIES)
+    lam: float = setting(0.03, "weight of the penalty", ge=0)
+    bound: float = setting(10.0, "bound M of the penalty lassonet", gt=0)
+    normalise: Literal["reference", "per_path"] = setting(
+        "reference", 'what paths are averaged over: (in, out), or "per_path" also over hidden units'
+    )
+    temperature: float = setting(2 / 3, "temperature of the gates", gt=0)
+    gates: Literal["per_solve", "per_eval"] = setting(
+        "per_solve", "when gates are drawn: once for a solution, or at every evaluation of the field"
+    )
+    warmup: float = setting(0.2, "share of a stage without penalty", ge=0, le=1)
+    ramp: float = setting(0.3, "share of a stage over which the penalty rises", ge=0, le=1)
+    match_share: float = setting(0.6, "share of the steps that fit slopes", ge=0, le=1)
+    refit_share: float = setting(
+        0.4,
+        "share of the steps that fit what is left after the mask is frozen; the rest fit solutions, with the penalty",
+        ge=0,
+        le=1,
+    )
+    halvings: int = setting(4, "horizons begin at 2^-halvings of a course", ge=0)
+    solver: str = setting("rk4", "solver of the differential equation", choices=SOLVER_NAMES)
+    steps: int = setting(20, "steps of a fixed-step solver over a whole course", ge=1)
+    tolerance: float = setting(1e-3, "tolerance of dopri5", gt=0)
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
+        """Refuse values that contradict each other."""
         super().__post_init__()
-        choices = {
-            "space": ("log", "any"),
-            "prepare": ("bins", "reference"),
-            "time": ("course", "global"),
-            "field": ("targets", "shared"),
-            "penalty": tuple(PENALTIES),
-            "normalise": ("reference", "per_path"),
-            "gates": ("per_solve", "per_eval"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("warmup", "ramp", "match_share", "refit_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
         if self.match_share + self.refit_share > 1 + 1e-9:
             raise ValueError(f"match_share + refit_share is {self.match_share + self.refit_share}; expected at most 1")
-        if self.n_members < 1 or self.lam < 0:
-            raise ValueError(f"n_members is {self.n_members} and lam {self.lam}; expected at least 1 and 0")
 
 
 class _Shots(NamedTuple):

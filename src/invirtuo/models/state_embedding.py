@@ -22,7 +22,7 @@ import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ from invirtuo.fit import FitConfig
 from invirtuo.genes import hashed_vectors, read_vectors
 from invirtuo.model import Model, NoSampling, Preset
 from invirtuo.model.sampling import takes_options
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -55,43 +55,46 @@ PLACES = 1 << 20  # more than any number of genes; a place in an order below it 
 class Config(Settings):
     """Genes, sequence, network and loss. The paper's letters in brackets."""
 
-    gene_vectors: str = "random"  # "random" (by name), "one-hot", or a file with vectors: .npz, .csv or .tsv
-    gene_width: int = 200  # width of the gene vectors (5120 for ESM-2)
-    vector_norm: bool = False  # bring vectors to length sqrt(h), as public code does
-    dataset: str = "dataset"  # covariate that names the data set; without it there is one
-    length: int = 128  # genes of a cell that are read (L)
-    order: str = "specific"  # genes read first: highest "value" (5.4.2), or high ones that few cells express
-    fill: str = "none"  # cells with fewer genes are short; "genes" fills up with silent ones (5.4.2)
-    value: str = "log"  # what is binned: log expression, or "percent" of the cell's sum, as in public code
-    hidden_dim: int = 64  # width of genes inside the network (h)
-    n_layers: int = 2
-    n_heads: int = 2
-    feed_forward: int = 3  # width of the feed-forward part over hidden_dim
-    dropout: float = 0.0  # of attention and feed-forward part; above 0 attention is not fused and three times slower
-    n_bins: int = 10
-    bin_width: int = 512  # of the hidden layer that chooses bins
-    n_dataset: int = 10  # width of the embedding's second part, which knows the data set
-    cell_norm: str = "none"  # "l2" brings embeddings to length 1, as in public code
-    n_expressed: int = 96  # genes of the sequence that are predicted (P)
-    n_silent: int = 96  # genes outside of the sequence (N)
-    n_shared: int = 64  # genes that all cells of a batch share (R)
-    gene_weight: float = 1.0  # of the loss over the genes of a cell (lambda 1)
-    cell_weight: float = 1.0  # of the loss over the cells of a gene (lambda 2)
+    gene_vectors: str = setting("random", '"random" (by name), "one-hot", or a file with vectors: .npz, .csv or .tsv')
+    gene_width: int = setting(200, "width of the gene vectors (5120 for ESM-2)", ge=1)
+    vector_norm: bool = setting(False, "bring vectors to length sqrt(h), as public code does")
+    dataset: str = setting("dataset", "covariate that names the data set; without it there is one")
+    length: int = setting(128, "genes of a cell that are read (L)", ge=1)
+    order: Literal["specific", "value"] = setting(
+        "specific", 'genes read first: highest "value" (5.4.2), or high ones that few cells express'
+    )
+    fill: Literal["none", "genes"] = setting(
+        "none",
+        'what fills up sentences of cells with fewer genes: nothing, or silent "genes" (5.4.2)',
+    )
+    value: Literal["log", "percent"] = setting(
+        "log", 'what is binned: log expression, or "percent" of the cell\'s sum, as in public code'
+    )
+    hidden_dim: int = setting(64, "width of genes inside the network (h)", ge=1)
+    n_layers: int = setting(2, "layers of the transformer", ge=1)
+    n_heads: int = setting(2, "attention heads", ge=1)
+    feed_forward: int = setting(3, "width of the feed-forward part over hidden_dim", ge=1)
+    dropout: float = setting(
+        0.0,
+        "dropout of attention and feed-forward part; above 0 attention is not fused and three times slower",
+        ge=0,
+        lt=1,
+    )
+    n_bins: int = setting(10, "bins of the values", ge=1)
+    bin_width: int = setting(512, "width of the hidden layer that chooses bins", ge=1)
+    n_dataset: int = setting(10, "width of the embedding's second part, which knows the data set", ge=1)
+    cell_norm: Literal["none", "l2"] = setting(
+        "none", 'norm of embeddings; "l2" brings embeddings to length 1, as in public code'
+    )
+    n_expressed: int = setting(96, "genes of the sequence that are predicted (P)", ge=1)
+    n_silent: int = setting(96, "genes outside of the sequence (N)", ge=1)
+    n_shared: int = setting(64, "genes that all cells of a batch share (R)", ge=1)
+    gene_weight: float = setting(1.0, "weight of the loss over the genes of a cell (lambda 1)", ge=0)
+    cell_weight: float = setting(1.0, "weight of the loss over the cells of a gene (lambda 2)", ge=0)
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
+        """Refuse values that contradict each other."""
         super().__post_init__()
-        for name, allowed in {
-            "fill": ("none", "genes"),
-            "value": ("log", "percent"),
-            "cell_norm": ("none", "l2"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        sizes = ("gene_width", "length", "hidden_dim", "n_layers", "n_heads", "n_bins", "n_expressed", "n_silent")
-        for name in (*sizes, "n_shared", "n_dataset"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.hidden_dim % self.n_heads:
             raise ValueError(f"{self.n_heads} heads do not divide the width {self.hidden_dim}; change one of them")
 

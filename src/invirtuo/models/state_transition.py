@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ from invirtuo.nn.attention import SetTransformer, pad, windows
 from invirtuo.nn.energy import energy_loss
 from invirtuo.preprocess import EMBEDDED
 from invirtuo.samplers import Sampler, mapped_sets, without
-from invirtuo.settings import Settings
+from invirtuo.settings import Settings, setting
 from invirtuo.transforms import PCA
 
 if TYPE_CHECKING:
@@ -54,59 +54,66 @@ __all__ = ["Config", "StateTransition"]
 logger = logging.getLogger(__name__)
 
 PCA_CELLS = 20_000  # most training cells that principal components are fitted on
-CHOICES = {
-    "space": ("genes", "pca", "obsm"),
-    "backbone": ("llama", "gpt2"),
-    "mixing": ("attention", "mean", "none"),
-    "perturbation_encoder": ("mlp", "identity"),
-    "residual": ("hidden", "cell", "expression", "none"),
-    "output_activation": ("none", "relu"),
-    "mapping": ("batch", "context"),
-    "decode_from": ("embedding", "hidden"),
-}
 
 
 @dataclass(frozen=True)
 class Config(Settings):
     """Space, sets, network and loss. The paper's letters in brackets."""
 
-    space: str = "genes"  # of input and target: "genes" (log expression), "pca", or "obsm" with the key below
-    obsm: str = ""  # key of adata.obsm that holds the embedding
-    n_embedding: int = 50  # width of the embedding (E)
-    set_size: int = 32  # cells of a set (S)
-    batch: str = ""  # covariate that is a batch; "": none, or the last one if there is a batch encoder
-    mapping: str = "batch"  # control cells share all covariates, or all but the batch ("context")
-    hidden_dim: int = 128  # width of cells inside the network (h)
-    n_encoder_layers: int = 4  # linear maps in the encoders of cell and perturbation
-    n_decoder_layers: int = 1  # linear maps from the transformer to the output; table 3 says 4, equation 17 says 1
-    encoder_norm: bool = True  # layer norms in these
-    dropout: float = 0.0  # in these
-    batch_encoder: bool = False  # add an embedding of the batch
-    perturbation_encoder: str = "mlp"  # "identity" adds features as they are and needs hidden_dim of them
-    backbone: str = "llama"  # kind of transformer, "gpt2" for sparse data
-    n_layers: int = 4  # its blocks
-    n_heads: int = 8
-    feed_forward: int = 4  # width of its feed-forward part over hidden_dim
-    mixing: str = "attention"  # "mean" (pseudobulk) and "none" (each cell alone) are the ablations of figure 1B
-    residual: str = "expression"  # what is changed: control cells; "hidden" (16) or "cell", codes; "none"
-    output_activation: str = "none"  # "relu" in gene space
-    clip: bool = True  # raise predicted expression below 0 to 0
-    loss_scale: float = 1.0  # 1 is equation 18; geomloss, and public code with it, computes half of that
-    decoder_weight: float = 0.1  # of the energy distance between genes, beside that between embeddings
-    decoder_widths: tuple[int, ...] = (1024, 512)  # hidden layers from embedding to genes
-    decoder_dropout: float = 0.0  # in these
-    decode_from: str = "embedding"  # what is decoded to genes: the predicted embedding (21), or "hidden"
-    confidence: bool = False  # learn to tell how far a predicted set is from the real one
+    space: Literal["genes", "pca", "obsm"] = setting(
+        "genes", 'space of input and target: "genes" (log expression), "pca", or "obsm" with the key below'
+    )
+    obsm: str = setting("", "key of adata.obsm that holds the embedding")
+    n_embedding: int = setting(50, "width of the embedding (E)", ge=1)
+    set_size: int = setting(32, "cells of a set (S)", ge=1)
+    batch: str = setting("", 'covariate that is a batch; "": none, or the last one if there is a batch encoder')
+    mapping: Literal["batch", "context"] = setting(
+        "batch", 'control cells share all covariates, or all but the batch ("context")'
+    )
+    hidden_dim: int = setting(128, "width of cells inside the network (h)", ge=1)
+    n_encoder_layers: int = setting(4, "linear maps in the encoders of cell and perturbation", ge=1)
+    n_decoder_layers: int = setting(
+        1, "linear maps from the transformer to the output; table 3 says 4, equation 17 says 1", ge=1
+    )
+    encoder_norm: bool = setting(True, "layer norms in the encoders and the map to the output")
+    dropout: float = setting(0.0, "dropout in the encoders and the map to the output", ge=0, lt=1)
+    batch_encoder: bool = setting(False, "add an embedding of the batch")
+    perturbation_encoder: Literal["mlp", "identity"] = setting(
+        "mlp", 'encoder of perturbations; "identity" adds features as they are and needs hidden_dim of them'
+    )
+    backbone: Literal["llama", "gpt2"] = setting("llama", 'kind of transformer; "gpt2" for sparse data')
+    n_layers: int = setting(4, "blocks of the transformer", ge=1)
+    n_heads: int = setting(8, "attention heads of the transformer", ge=1)
+    feed_forward: int = setting(4, "width of its feed-forward part over hidden_dim", ge=1)
+    mixing: Literal["attention", "mean", "none"] = setting(
+        "attention",
+        'mixing of the cells of a set; "mean" (pseudobulk) and "none" (each cell alone) are ablations of figure 1B',
+    )
+    residual: Literal["hidden", "cell", "expression", "none"] = setting(
+        "expression", 'what is changed: control cells; "hidden" (16) or "cell", codes; "none"'
+    )
+    output_activation: Literal["none", "relu"] = setting(
+        "none", 'activation of the output; "relu" acts in gene space alone'
+    )
+    clip: bool = setting(True, "raise predicted expression below 0 to 0")
+    loss_scale: float = setting(
+        1.0,
+        "factor on the energy distance; 1 is equation 18; geomloss, and public code with it, computes half of that",
+        gt=0,
+    )
+    decoder_weight: float = setting(
+        0.1, "weight of the energy distance between genes, beside that between embeddings", ge=0
+    )
+    decoder_widths: tuple[int, ...] = setting((1024, 512), "hidden layers from embedding to genes", ge=1)
+    decoder_dropout: float = setting(0.0, "dropout in the decoder to genes", ge=0, lt=1)
+    decode_from: Literal["embedding", "hidden"] = setting(
+        "embedding", 'what is decoded to genes: the predicted embedding (21), or "hidden"'
+    )
+    confidence: bool = setting(False, "learn to tell how far a predicted set is from the real one")
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
+        """Refuse values that contradict each other."""
         super().__post_init__()
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("set_size", "hidden_dim", "n_encoder_layers", "n_decoder_layers", "n_layers", "n_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if (self.space == "obsm") != bool(self.obsm):
             raise ValueError(f'space is {self.space!r} and obsm is {self.obsm!r}; space="obsm" and a key go together')
 
