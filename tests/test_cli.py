@@ -181,9 +181,18 @@ def test_judge(run, files, tmp_path):
     [
         (["fit", "nonsense", "LOG", *COLUMNS, "--out", "OUT"], "unknown model 'nonsense'; known: primeflow"),
         (["fit", "primeflow", "LOG", *COLUMNS, "--preset", "nope", "--out", "OUT"], "no preset 'nope'"),
-        (["fit", "primeflow", "LOG", *COLUMNS, "--set", "nonsense=3", "--out", "OUT"], "cannot set 'nonsense=3'"),
-        (["fit", "primeflow", "LOG", *COLUMNS, "--set", "hidden_dim=wide", "--out", "OUT"], "hidden_dim='wide'"),
-        (["fit", "primeflow", "LOG", *COLUMNS, "--fit-set", "progress=3", "--out", "OUT"], "expected true or false"),
+        (
+            ["fit", "primeflow", "LOG", *COLUMNS, "--set", "nonsense=3", "--out", "OUT"],
+            "a field that `invirtuo list models primeflow` lists",
+        ),
+        (
+            ["fit", "primeflow", "LOG", *COLUMNS, "--set", "hidden_dim=wide", "--out", "OUT"],
+            "hidden_dim is 'wide'; expected a whole number, at least 1; `invirtuo list models primeflow` explains",
+        ),
+        (
+            ["fit", "primeflow", "LOG", *COLUMNS, "--fit-set", "progress=3", "--out", "OUT"],
+            "FitConfig.progress is 3; expected true or false; `invirtuo list models primeflow --fit` explains",
+        ),
         (["fit", "primeflow", "LOG", *COLUMNS, "--split", "nope", "--out", "OUT"], "--split is 'nope'"),
         (["fit", "primeflow", "LOG", *COLUMNS, "--hold-out", "t_cell|Z", "--out", "OUT"], "t_cell|Z"),
         (["fit", "primeflow", "LOG", "--perturbation", "x", "--control", "y", "--out", "OUT"], "column 'x' is not in"),
@@ -220,6 +229,8 @@ def test_judge(run, files, tmp_path):
         (["report", "FOLDER", "--out", "OUT"], "scores.csv"),
         (["demo", "--minutes", "0", "--out", "OUT"], "minutes is 0"),
         (["list", "nonsense"], "cannot list 'nonsense'"),
+        (["list", "models", "nobody"], "unknown model 'nobody'; known: primeflow"),
+        (["list", "splits", "primeflow"], "`invirtuo list models primeflow --fit` lists"),
     ],
 )
 def test_bad_input_is_one_message(run, files, tmp_path, arguments, message):

@@ -9,8 +9,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from invirtuo.cli.data import print_model
 from invirtuo.cli.options import print_rows, print_scores
+from invirtuo.fit import FitConfig
 from invirtuo.metrics import METRICS, PROFILES
+from invirtuo.models import MODELS as KINDS
+from invirtuo.settings import described
 
 MODELS = ["primeflow", "perturbation_mean:shift-cells", "noise_floor", "cfgen", "independent_nb", "training cells"]
 
@@ -75,3 +79,16 @@ def test_wide_tables_go_on_below_with_their_first_column():
 def test_a_column_wider_than_the_terminal_is_folded():
     text = shown(print_rows, [("a", "x" * 200)], header=("name", "value"))
     assert text.count("x") == 200 and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_settings_at_80_columns(kind):
+    """Every field, what it means and takes; presets with their source; the FitConfig if asked."""
+    text = shown(print_model, kind.name, fit=True)
+    assert max(map(len, text.splitlines())) <= 80
+    plain = shown(print_model, kind.name)
+    assert text.startswith(plain) and "--fit-set" not in plain
+    fields = [*described(kind.Config), *described(FitConfig)]
+    meanings = [part for each in fields for part in (each.name, each.doc, f"({each.expected})")]
+    presets = [part for name, preset in kind.PRESETS.items() for part in (name, preset.source)]
+    assert words(*meanings, *presets) <= words(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +37,14 @@ from invirtuo.cli.options import (
     split_of,
 )
 
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="field=value of the model's Config; `invirtuo list models NAME` lists them."),
+]
+FitSet = Annotated[
+    list[str] | None,
+    typer.Option(help="field=value of the FitConfig; `invirtuo list models NAME --fit` lists them."),
+]
 RoundTrip = Annotated[int | None, typer.Option(help="Steps of the solver; 50 if not given.")]
 
 
@@ -59,8 +66,8 @@ def fit(
     hold_out: HoldOut = None,
     hold_out_val: HoldOutVal = None,
     preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the model's Config.")] = None,
-    fit_set: Annotated[list[str] | None, typer.Option(help="field=value of the FitConfig.")] = None,
+    set_: Set = None,
+    fit_set: FitSet = None,
     memory: Annotated[str | None, typer.Option(help="Leave cells on disk and hold this much, like 256 MiB.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     overwrite: Overwrite = False,
@@ -81,8 +88,11 @@ def fit(
     design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
     parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
     base = MODELS[model](design, adata.var_names, preset)
-    fitted = MODELS[model](design, adata.var_names, _with_fields(base.config, set_)) if set_ else base
-    config = _with_fields(base.fit_config, [*(fit_set or []), *(["progress=false"] if quiet else [])])
+    listing = f"invirtuo list models {model}"
+    chosen = _with_fields(base.config, set_, listing)
+    fitted = MODELS[model](design, adata.var_names, chosen) if set_ else base
+    fit_set = [*(fit_set or []), *(["progress=false"] if quiet else [])]
+    config = _with_fields(base.fit_config, fit_set, f"{listing} --fit")
     checkpoints = out / "checkpoints"
     if resume and holds_model(out) and _is_finished(out, fitted, config):
         typer.echo(f"nothing to resume: {out} holds the model of this fit, which ended; --overwrite fits it anew")
@@ -359,30 +369,19 @@ def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
         raise ValueError(f"--guidance {' '.join(given)}: {error}; expected a number, or attribute=number") from error
 
 
-def _with_fields(config: Any, assignments: list[str] | None) -> Any:
-    """A Config with fields replaced by ``field=value``; unknown fields and wrong types are errors."""
-    hints = typing.get_type_hints(type(config))
+def _with_fields(config: Any, assignments: list[str] | None, listing: str) -> Any:
+    """A Config with fields replaced by ``field=value``; `listing` is the command that explains them."""
+    known = {field.name for field in dataclasses.fields(config)}
     changes = {}
     for text in assignments or []:
         name, equals, value = text.partition("=")
-        if not equals or name not in hints:
-            raise ValueError(f"cannot set {text!r}; expected field=value with a field of {', '.join(hints)}")
+        if not equals or name not in known:
+            raise ValueError(f"cannot set {text!r}; expected field=value with a field that `{listing}` lists")
         try:
-            parsed = json.loads(value)
+            changes[name] = json.loads(value)
         except json.JSONDecodeError:
-            parsed = value
-        changes[name] = _fitting(name, parsed, getattr(config, name))
-    return dataclasses.replace(config, **changes)
-
-
-def _fitting(name: str, value: Any, like: Any) -> Any:
-    """The value in the type of the field."""
-    if isinstance(like, bool) and not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}; expected true or false")
-    if isinstance(like, tuple) and isinstance(value, list):
-        return tuple(value)
-    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if like is not None and not isinstance(value, type(like)):
-        raise ValueError(f"{name}={value!r}; expected a value like {like!r}")
-    return value
+            changes[name] = value
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise ValueError(f"{error}; `{listing}` explains the settings") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +25,9 @@ from invirtuo.cli.options import (
     print_scores,
     split_of,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NO_SPLIT = (
     "invirtuo: genes are chosen on all cells; if some will be held out, name them here, too, with --hold-out or --split"
@@ -45,33 +50,91 @@ def demo(
         typer.echo(f"\nreport: {out / 'report.html'}")
 
 
-def list_(what: Annotated[str, typer.Argument(help="models, metrics, datasets, tasks or splits.")]) -> None:
-    """List what there is, with one line on each."""
-    from invirtuo import bench, datasets, metrics, models, splits
-
-    def first_line(thing: Any) -> str:
-        return (thing.__doc__ or "").strip().splitlines()[0]
-
-    tables = {
-        "models": lambda: [
-            (name, first_line(model), f"presets: {', '.join(model.PRESETS) or '-'}")
-            for name, model in models.MODELS.items()
-        ],
-        "metrics": lambda: [
-            (name, record.definition, _better(record), record.reference) for name, record in metrics.METRICS.items()
-        ],
-        "datasets": lambda: [
-            (str(name), row["title"], "here" if row["here"] else f"needs {row['file']}")
-            for name, row in datasets.describe().iterrows()
-        ],
-        "tasks": lambda: [
-            (task.name, task.title, f"{task.dataset}; {', '.join(task.metrics)}") for task in bench.TASKS.values()
-        ],
-        "splits": lambda: [(name, first_line(split), "") for name, split in splits.SPLITS.items()],
-    }
+def list_(
+    what: Annotated[str, typer.Argument(help="models, metrics, datasets, tasks or splits.")],
+    name: Annotated[str | None, typer.Argument(help="Of a model: list its settings and presets.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="With a model: also list the settings of fits.")] = False,
+) -> None:
+    """List what there is, with one line on each, or the settings of one model."""
+    tables = {"models": _models, "metrics": _metrics, "datasets": _datasets, "tasks": _tasks, "splits": _splits}
     if what not in tables:
         raise ValueError(f"cannot list {what!r}; expected one of {', '.join(tables)}")
+    if name is not None and what == "models":
+        print_model(name, fit=fit)
+        return
+    if name is not None or fit:
+        raise ValueError("a name and --fit go with models; `invirtuo list models primeflow --fit` lists its settings")
     print_rows(tables[what]())
+
+
+def print_model(name: str, *, fit: bool = False, console: Console | None = None) -> None:
+    """Print the settings of a model, its presets, and with `fit` the settings of fits."""
+    from invirtuo.fit import FitConfig
+    from invirtuo.models import MODELS
+
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    model = MODELS[name]
+    _print_settings(f"{name}, --set", model.Config, console)
+    presets = [(preset, settings.source) for preset, settings in model.PRESETS.items()]
+    _print_titled("presets, --preset", presets, console)
+    if fit:
+        _print_settings("fits, --fit-set", FitConfig, console)
+
+
+def _print_settings(title: str, record: type, console: Console | None) -> None:
+    """Name, default, and meaning with expected values, of every field."""
+    from invirtuo.settings import described
+
+    rows = []
+    for each in described(record):
+        default = each.default if isinstance(each.default, str) else json.dumps(each.default)
+        rows.append((each.name, default or '""', f"{each.doc}\n({each.expected})"))
+    _print_titled(title, rows, console)
+
+
+def _print_titled(title: str, rows: Sequence[tuple[str, ...]], console: Console | None) -> None:
+    from rich.console import Console
+
+    console = console or Console()
+    console.print(f"{title}:", highlight=False)
+    print_rows(rows or [("none",)], console=console)
+    console.print()
+
+
+def _models() -> list[tuple[str, ...]]:
+    from invirtuo.models import MODELS
+
+    return [(name, _first_line(model), f"presets: {', '.join(model.PRESETS) or '-'}") for name, model in MODELS.items()]
+
+
+def _metrics() -> list[tuple[str, ...]]:
+    from invirtuo.metrics import METRICS
+
+    return [(name, record.definition, _better(record), record.reference) for name, record in METRICS.items()]
+
+
+def _datasets() -> list[tuple[str, ...]]:
+    from invirtuo import datasets
+
+    rows = datasets.describe().iterrows()
+    return [(str(name), row["title"], "here" if row["here"] else f"needs {row['file']}") for name, row in rows]
+
+
+def _tasks() -> list[tuple[str, ...]]:
+    from invirtuo.bench import TASKS
+
+    return [(task.name, task.title, f"{task.dataset}; {', '.join(task.metrics)}") for task in TASKS.values()]
+
+
+def _splits() -> list[tuple[str, ...]]:
+    from invirtuo.splits import SPLITS
+
+    return [(name, _first_line(split), "") for name, split in SPLITS.items()]
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
 
 
 def check(
