@@ -28,6 +28,7 @@ SMALL = {
     "fm_pca from control cells": iv.models.FMPCA.Config(n_pcs=4, hidden_dim=16, steps=4, source="control"),
     "state_transition": STATE,
     "state_transition pca": replace(STATE, space="pca", n_embedding=4, decoder_widths=(8,)),
+    "state_transition obsm": replace(STATE, space="obsm", obsm="X_emb", n_embedding=4, decoder_widths=(8,)),
     "state_embedding": iv.models.StateEmbedding.Config(gene_width=8, length=8, hidden_dim=16, n_layers=1, n_heads=2),
     "cpa": iv.models.CPA.Config(width=16, n_latent=4, warmup_steps=2, adversary_width=8),
     "sams_vae": iv.models.SAMSVAE.Config(width=16, n_latent=4),
@@ -62,6 +63,8 @@ def experiment(kind: type[Model]):
     columns = {"perturbation": "perturbation", "control": "control"}
     if kind.space != "counts":
         cells = iv.preprocess.normalize(cells)
+    if kind is iv.models.StateTransition:
+        cells.obsm["X_emb"] = np.random.default_rng(0).normal(size=(cells.n_obs, 4))
     if kind.verb == "forecast":
         cells.obs["time"] = np.arange(cells.n_obs) // 4 % 10 / 10
         columns = {"time": "time"}

@@ -91,7 +91,7 @@ def test_every_storage_gives_the_same_batches(small, small_design, stored):
     dataset = iv.CellDataset(stored, small_design)
     assert_same(batches(dataset, seed=1), batches(reference, seed=1))
     assert dataset.fingerprint() == reference.fingerprint()
-    np.testing.assert_allclose(dataset.pseudobulk()[1], reference.pseudobulk()[1], rtol=1e-6)
+    np.testing.assert_allclose(dataset.pseudobulk().mean, reference.pseudobulk().mean, rtol=1e-6)
 
 
 def raw(x) -> list[bytes]:
@@ -197,16 +197,16 @@ def test_pseudobulk_is_pandas_groupby(small, small_design):
     split = pd.Series(np.where(np.arange(120) % 3, "train", "val"), index=small.obs_names)
     dataset = iv.CellDataset(small, small_design, split)
     for part in ("train", "val"):
-        table, mean, variance, n_cells = dataset.pseudobulk(part)
+        found = dataset.pseudobulk(part)
         chosen = (split == part).to_numpy()
         values = pd.DataFrame(small.X.toarray()[chosen].astype(np.float64))
         grouped = values.groupby(small_design.names(small.obs[chosen]).to_numpy())
-        assert small_design.names(table).tolist() == list(grouped.groups)
-        np.testing.assert_allclose(mean, grouped.mean().to_numpy(), rtol=1e-10)
-        np.testing.assert_allclose(variance, grouped.var(ddof=0).to_numpy(), atol=1e-9)
-        np.testing.assert_array_equal(n_cells, grouped.size())
-    table, mean, _, n_cells = dataset.pseudobulk("test")
-    assert len(table) == len(mean) == len(n_cells) == 0
+        assert small_design.names(found.table).tolist() == list(grouped.groups)
+        np.testing.assert_allclose(found.mean, grouped.mean().to_numpy(), rtol=1e-10)
+        np.testing.assert_allclose(found.variance, grouped.var(ddof=0).to_numpy(), atol=1e-9)
+        np.testing.assert_array_equal(found.n_cells, grouped.size())
+    empty = dataset.pseudobulk("test")
+    assert len(empty) == len(empty.table) == len(empty.mean) == len(empty.condition) == 0
 
 
 def test_size_factors(small, small_design):

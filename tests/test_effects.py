@@ -12,7 +12,7 @@ from invirtuo.bench import effects
 from invirtuo.cli import app
 from invirtuo.model.effects import _factor, bounds
 from invirtuo.model.pseudobulks import Pseudobulks
-from invirtuo.report.effects import plot_effects
+from invirtuo.reports.effects import plot_effects
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from scipy import sparse
 
 import invirtuo as iv
+from invirtuo import source
 from invirtuo.metrics import axes, cells, core, streamed
 
 NAMES = ["mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean"]
@@ -46,7 +47,7 @@ def small(monkeypatch):
     """Blocks of a few cells, so that everything is streamed, and no file that fits into memory."""
     for module in (streamed, cells, axes):
         monkeypatch.setattr(module, "BLOCK", 50)
-    monkeypatch.setattr(streamed, "IN_MEMORY", 0)
+    monkeypatch.setattr(source, "IN_MEMORY", 0)
 
 
 def h5ad(adata, folder, **options):
@@ -161,12 +162,12 @@ def test_halves_and_counts_from_disk(real, design, small, tmp_path):
 
 def test_small_files_are_read_whole_and_large_ones_stay_on_disk(real, tmp_path, monkeypatch):
     path = h5ad(real, tmp_path)
-    assert not streamed.opened(path).isbacked
-    monkeypatch.setattr(streamed, "IN_MEMORY", real.X.data.nbytes + real.X.indices.nbytes - 1)
-    assert streamed.opened(path).isbacked
-    assert not streamed.opened(path, layer="other").isbacked
+    assert not source.opened(path, small_in_memory=True).isbacked
+    monkeypatch.setattr(source, "IN_MEMORY", real.X.data.nbytes + real.X.indices.nbytes - 1)
+    assert source.opened(path, small_in_memory=True).isbacked
+    assert not source.opened(path, small_in_memory=True, layer="other").isbacked
     by_column = anndata.AnnData(real.X.tocsc(), obs=real.obs, var=real.var)
-    assert not streamed.opened(h5ad(by_column, tmp_path)).isbacked
+    assert not source.opened(h5ad(by_column, tmp_path), small_in_memory=True).isbacked
 
 
 def test_command_line_takes_folders(pred, real, design, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -24,6 +25,7 @@ from invirtuo.nn import (
 )
 from invirtuo.nn.norm import group_norm_silu
 from invirtuo.nn.unet1d import Attention, GroupNormAct
+from invirtuo.pseudobulk import Pseudobulk
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -401,18 +403,19 @@ def test_a_gene_sees_its_own_value_and_the_whole_cell():
 # ---- pseudobulk anchors ----------------------------------------------------------------------------------------------
 
 
-def pseudobulk(rows, genes: int = 3):
-    """Rows (group, multi-hot, mean): condition, mean, variance, cells."""
+def pseudobulk(rows) -> Pseudobulk:
+    """Of rows (group, multi-hot, mean), ten cells each."""
     condition = Condition(
         torch.tensor([row[1] for row in rows], dtype=torch.float32), {"cell": torch.tensor([row[0] for row in rows])}
     )
     mean = torch.tensor([row[2] for row in rows], dtype=torch.float64)
-    return condition, mean, torch.full_like(mean, 0.25), torch.full((len(rows),), 10)
+    table = pd.DataFrame(index=range(len(rows)))
+    return Pseudobulk(table, condition, mean, torch.full_like(mean, 0.25), torch.full((len(rows),), 10))
 
 
 def anchor_of(rows, n_perturbations: int = 2) -> PseudobulkAnchor:
     anchor = PseudobulkAnchor(1, n_perturbations, len(rows[0][2]))
-    anchor.fit(*pseudobulk(rows))
+    anchor.fit(pseudobulk(rows))
     return anchor
 
 
@@ -523,10 +526,10 @@ def test_anchor_null_features():
 
 def test_anchor_of_a_group_without_controls():
     """It takes mean and spread over all control cells, weighted by their number."""
-    condition, mean, variance, n_cells = pseudobulk(TWO_GROUPS)
-    n_cells[3] = 30  # controls of group 1
-    anchor = PseudobulkAnchor(1, 2, 3)
-    anchor.fit(condition, mean, variance, n_cells)
+    training = pseudobulk(TWO_GROUPS)
+    training.n_cells[3] = 30  # controls of group 1
+    mean, anchor = training.mean, PseudobulkAnchor(1, 2, 3)
+    anchor.fit(training)
     overall = torch.tensor([1.75, 1.75, 0.25], dtype=torch.float64)
     spread = 0.25 + (0.25 * (mean[0] - overall) ** 2 + 0.75 * (mean[3] - overall) ** 2)
     features = anchor(ask(2, [0, 0]))[0]
@@ -537,10 +540,10 @@ def test_anchor_of_a_group_without_controls():
 def test_anchor_pools_the_controls_of_a_group():
     """A Design with time or dose has several control conditions per group."""
     rows = [(0, [0, 0], [1.0]), (0, [0, 0], [4.0]), (0, [1, 0], [3.0]), (1, [0, 0], [2.0]), (1, [1, 0], [2.0])]
-    condition, mean, variance, n_cells = pseudobulk(rows)
-    n_cells[1] = 20
+    training = pseudobulk(rows)
+    training.n_cells[1] = 20
     anchor = PseudobulkAnchor(1, 2, 1)
-    anchor.fit(condition, mean, variance, n_cells)
+    anchor.fit(training)
     features = anchor(ask(0, [0, 0]))[0, 0]
     assert float(features[0]) == pytest.approx(3.0)
     assert float(features[1]) == pytest.approx(math.sqrt(0.25 + (4 + 2 * 1) / 3))
@@ -558,7 +561,7 @@ def test_anchor_chooses_its_bandwidth_on_few_conditions(monkeypatch):
     monkeypatch.setattr(PseudobulkAnchor, "_weights", lambda self, *a: solved.append(1) or weights(self, *a))
     anchor = PseudobulkAnchor(1, 3, 4)
     mean = randn(n + 2, 4).double()
-    anchor.fit(condition, mean, torch.ones_like(mean), torch.ones(n + 2))
+    anchor.fit(Pseudobulk(pd.DataFrame(index=range(n + 2)), condition, mean, torch.ones_like(mean), torch.ones(n + 2)))
     assert len(anchor.effects) == n and 100 < len(solved) <= 10 * 200
 
 
@@ -567,7 +570,7 @@ def test_anchor_without_covariates():
     condition = Condition(torch.tensor([row[0] for row in rows], dtype=torch.float32))
     mean = torch.tensor([row[1] for row in rows], dtype=torch.float64)
     anchor = PseudobulkAnchor(0, 2, 1)
-    anchor.fit(condition, mean, torch.ones_like(mean), torch.ones(3))
+    anchor.fit(Pseudobulk(pd.DataFrame(index=range(3)), condition, mean, torch.ones_like(mean), torch.ones(3)))
     combination = Condition(torch.ones(1, 2))
     assert float(anchor.effect(combination)) == pytest.approx(3.0, abs=1e-2)
 
@@ -589,7 +592,7 @@ def test_anchor_save_and_load():
 def test_anchor_forgets_when_fitted_again():
     anchor = anchor_of(TWO_GROUPS)
     anchor(ask(0, [1, 1]))
-    anchor.fit(*pseudobulk(IDENTICAL[:8]))
+    anchor.fit(pseudobulk(IDENTICAL[:8]))
     torch.testing.assert_close(anchor.effect(ask(0, [1, 1])), anchor_of(IDENTICAL[:8]).effect(ask(0, [1, 1])))
 
 

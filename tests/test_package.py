@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "invirtuo"
 LAYERS = [
     {
-        *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "report"),
-        *("checks", "conditions", "errors", "files", "genes", "multimodal", "pseudotime", "settings", "store"),
-        *("threads", "values", "workers"),
+        *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "reports"),
+        *("checks", "conditions", "errors", "files", "genes", "multimodal", "pseudobulk", "pseudotime"),
+        *("settings", "source", "store", "threads", "values", "workers"),
     },
     {"samplers", "datasets", "fit", "windows"},
     {"dataset"},
@@ -68,7 +68,7 @@ def faults(module: str, source: str) -> list[str]:
         found += [f"{module} imports the model {name}" for (name,) in other if name != parts[1] and is_module(name)]
     if top in ("nn", "flow") and any(name.split(".")[0] == "anndata" for name in names):
         found.append(f"{module} imports anndata")
-    if top in ("metrics", "report") and own & {"model", "models"}:
+    if top in ("metrics", "reports") and own & {"model", "models"}:
         found.append(f"{module} imports a model")
     return found
 
@@ -134,7 +134,7 @@ def test_version_is_one():
 
 def test_package_data_is_there():
     files = resources.files("invirtuo")
-    for name in ("py.typed", "data/kang_ifnb_demo.h5ad", "report/page.html.j2"):
+    for name in ("py.typed", "data/kang_ifnb_demo.h5ad", "reports/page.html.j2"):
         assert files.joinpath(name).is_file(), name
 
 

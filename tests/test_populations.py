@@ -13,7 +13,7 @@ import invirtuo as iv
 from invirtuo.bench import judge
 from invirtuo.bench.comparators import embeddings, posterior_mean, sample_prior
 from invirtuo.metrics import PROFILES
-from invirtuo.report import folder
+from invirtuo.reports import folder
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,8 @@ import pandas as pd
 import pytest
 
 import invirtuo as iv
-from invirtuo.report import benchmark, charts, write_report
-from invirtuo.report.tables import condition_tables, headline, number, score_table
+from invirtuo.reports import benchmark, charts, report
+from invirtuo.reports.tables import condition_tables, headline, number, score_table
 
 SOURCE = Path(__file__).parents[1] / "src"
 CONDITIONS = ["T cell|IFN-beta", "B cell|IFN-beta"]
@@ -456,7 +454,7 @@ def test_direction_of_unknown_metrics_comes_from_the_run(benchmark_results, benc
 
 def test_many_conditions_are_charts_only(benchmark_results, benchmark_tables, monkeypatch):
     assert "type0|drug0" in render(benchmark_results)[1].text
-    monkeypatch.setattr("invirtuo.report.page.MAX_CELLS", 100)
+    monkeypatch.setattr("invirtuo.reports.page.MAX_CELLS", 100)
     text, page = render(benchmark_results)
     table_heads = re.findall(r"<tr><th>(type\d\|drug\d+)</th>", text)
     assert set(table_heads) == {"type0|drug0"}  # the task of one condition
@@ -635,26 +633,6 @@ def test_damaged_results(results, name, content, message):
     if content is not None:
         (results / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        write_report(results, out)
+        report(results, out)
     assert out.read_text() == "the old report"
     assert sorted(file.name for file in results.parent.iterdir()) == ["report.html", "results"]
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import invirtuo.report",
-        "from invirtuo.report import write_report",
-        "iv.report",
-        "import invirtuo.report as r; r",
-    ],
-)
-def test_report_is_a_function_and_a_module(first):
-    code = (
-        f"import invirtuo as iv; {first}; import invirtuo.report; from invirtuo.report import report;"
-        "assert callable(iv.report) and iv.report.write_report and callable(report);"
-        "assert iv.report.__call__.__doc__ == iv.report.write_report.__doc__;"
-        "import invirtuo.report.tables as t; print(t.number(1))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=SOURCE)
-    assert run.stdout.strip() == "1.00", run.stderr

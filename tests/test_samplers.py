@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import invirtuo as iv
-from invirtuo.samplers import SAMPLERS, Layout, cells, named, pairs, sets, time_pairs
+from invirtuo.samplers import SAMPLERS, Layout, Sets, cells, named, pairs, sets
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def layout(toy, design):
     return Layout.of(toy.obs, design, rows)
 
 
-def run(sampler, layout, size, seed=0, **options):
-    return list(sampler(layout, size, np.random.default_rng(seed), **options))
+def run(sampler, layout, size, seed=0):
+    return list(sampler(layout, size, np.random.default_rng(seed)))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -119,7 +119,7 @@ def test_groups_without_controls_use_the_spare_ones(toy, design, sampler):
 @pytest.mark.parametrize("size", [16, 64])
 def test_sets(toy, design, layout, size):
     """Sets of one condition, without overlap but for the filling of a short last set; controls of the same group."""
-    batches = run(sets, layout, 2 * size, set_size=size)
+    batches = run(Sets(size), layout, 2 * size)
     names, groups = design.names(toy.obs).to_numpy(), design.groups(toy.obs).to_numpy()
     control = design.is_control(toy.obs)
     found: dict[str, list[np.ndarray]] = {}
@@ -143,26 +143,13 @@ def test_sets(toy, design, layout, size):
 
 
 def test_sets_are_cut_anew_every_epoch(layout):
-    first, second = (np.concatenate([b.target for b in run(sets, layout, 32, s, set_size=32)]) for s in (0, 1))
+    first, second = (np.concatenate([b.target for b in run(Sets(32), layout, 32, s)]) for s in (0, 1))
     assert not np.array_equal(first, second)
 
 
-def test_time_pairs(timed):
-    obs, design = timed
-    rows = np.arange(60)
-    batches = run(time_pairs, Layout.of(obs, design, rows), 8)
-    target = np.concatenate([batch.target for batch in batches])
-    source = np.concatenate([batch.source for batch in batches])
-    np.testing.assert_array_equal(np.sort(target), np.flatnonzero(obs["hours"] > 0))
-    before = {("x", 1): 0, ("x", 2): 1, ("y", 2): 0}
-    for now, then in zip(target, source, strict=True):
-        assert obs["cell"].iloc[now] == obs["cell"].iloc[then]
-        assert obs["hours"].iloc[then] == before[obs["cell"].iloc[now], obs["hours"].iloc[now]]
-
-
-def test_time_pairs_need_time(layout):
+def test_courses_need_time(layout):
     with pytest.raises(ValueError, match="need a Design with time="):
-        run(time_pairs, layout, 8)
+        run(SAMPLERS["courses"], layout, 8)
 
 
 def test_named(layout):

@@ -449,7 +449,7 @@ def test_edges_of_a_lineage(cells):
 
 
 def test_pictures(cells):
-    from invirtuo.report import dynamics as pictures
+    from invirtuo.reports import dynamics as pictures
 
     model, adata, _ = cells
     for picture in (
@@ -465,7 +465,7 @@ def test_pictures(cells):
 
 @pytest.mark.slow
 def test_tradeoff():
-    from invirtuo.report import dynamics as pictures
+    from invirtuo.reports import dynamics as pictures
 
     adata, design, _ = series()
     split = iv.splits.courses(adata.obs, design, ["6", "7"], val_fraction=0.2)

@@ -19,7 +19,7 @@ from invirtuo.metrics.distribution import energy_distance
 from invirtuo.model import SampleConfig
 from invirtuo.nn import energy_loss
 from invirtuo.nn.attention import SetTransformer, pad, windows
-from invirtuo.samplers import Layout, mapped_sets
+from invirtuo.samplers import Layout, MappedSets
 
 ST = iv.models.StateTransition
 Config = ST.Config
@@ -180,7 +180,7 @@ def test_loss_is_computed_in_full_precision():
 def test_loss_of_the_model_is_that_of_its_sets(cells, plan):
     """Recomputed from predictions set by set; half of it with loss_scale; genes enter with decoder_weight."""
     dataset = iv.CellDataset(cells, plan)
-    batch = next(dataset.batches(lambda *a: iv.samplers.sets(*a, set_size=16), 64))
+    batch = next(dataset.batches(iv.samplers.Sets(16), 64))
     for config in (TINY, replace(TINY, space="pca", n_embedding=5, decoder_widths=(8,), decoder_dropout=0.0)):
         torch.manual_seed(0)
         model = ST(plan, cells.var_names, config)
@@ -192,7 +192,7 @@ def test_loss_of_the_model_is_that_of_its_sets(cells, plan):
         if config.space == "genes":
             torch.testing.assert_close(losses["total"], main)
         else:
-            decoded = model.decode(predicted, hidden, batch.source)
+            decoded = model.decode(predicted, hidden, batch.source, z0)
             change = model.decoder(predicted) - model.decoder(z0)
             torch.testing.assert_close(decoded, batch.source + change)
             genes = energy_loss(decoded.view(4, 16, -1), batch.target.view(4, 16, -1)).mean()
@@ -304,7 +304,7 @@ def test_every_option_trains_every_parameter_and_predicts(options, cells, batche
 def test_residuals(cells, plan):
     """Equation 16 and its variants, recomputed from the parts."""
     dataset = iv.CellDataset(cells, plan)
-    batch = next(dataset.batches(lambda *a: iv.samplers.sets(*a, set_size=16), 32))
+    batch = next(dataset.batches(iv.samplers.Sets(16), 32))
     for residual in ("hidden", "cell", "expression", "none"):
         torch.manual_seed(0)
         model = ST(plan, cells.var_names, replace(TINY, residual=residual))
@@ -380,7 +380,7 @@ def layout(cells, batched):
 @pytest.mark.parametrize("mapping", ["batch", "context"])
 def test_controls_of_the_batch_or_of_the_context(mapping, cells, layout):
     obs, lonely, mixed = cells.obs, 0, 0
-    for rows in mapped_sets(layout, 32, np.random.default_rng(0), set_size=8, mapping=mapping, place=1):
+    for rows in MappedSets(8, mapping, 1)(layout, 32, np.random.default_rng(0)):
         assert (obs["perturbation"].iloc[rows.source] == "control").all()
         types = obs["cell_type"].to_numpy()
         np.testing.assert_array_equal(types[rows.source], types[rows.target])
@@ -401,7 +401,7 @@ def test_sets_of_an_epoch(cells, batched, layout):
     """Every cell at least once, redrawn every epoch, the same with the same seed."""
 
     def epoch(seed):
-        return list(mapped_sets(layout, 32, np.random.default_rng(seed), set_size=4, mapping="batch", place=1))
+        return list(MappedSets(4, "batch", 1)(layout, 32, np.random.default_rng(seed)))
 
     first, again, second = epoch(0), epoch(0), epoch(1)
     assert set(np.concatenate([r.target for r in first])) == set(layout.rows)
@@ -517,9 +517,14 @@ def test_obsm_enters_as_it_is(cells, plan, tmp_path):
     model = ST(plan, cells.var_names, config)
     with pytest.raises(ValueError, match=r"expected obsm\['X_emb'\] of width 4; found no obsm"):
         model.fit(cells, config=FIT)
-    read = iv.CellDataset(model._with_genes(z), plan).dense(np.arange(5))
-    np.testing.assert_allclose(model.represent(read), z.obsm["X_emb"][:5], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(read[:, :14], z.X[:5].toarray())
+    dataset = iv.CellDataset(z, plan, obsm="X_emb")
+    batch = next(dataset.batches(iv.samplers.pairs, 5))
+    np.testing.assert_allclose(model.represent(batch.target, batch.embedding), z.obsm["X_emb"][batch.index], rtol=1e-6)
+    rows = [np.flatnonzero((z.X.toarray() == x).all(1))[0] for x in batch.source.numpy()]
+    np.testing.assert_allclose(batch.source_embedding, z.obsm["X_emb"][rows], rtol=1e-6)
+    assert dataset.fingerprint() != iv.CellDataset(z, plan).fingerprint()
+    with pytest.raises(ValueError, match=r"there is no obsm\['X_other'\]; found X_emb"):
+        iv.CellDataset(z, plan, obsm="X_other")
     model.fit(z[:, ::-1].copy(), config=FIT)
     wanted = pd.DataFrame({"perturbation": ["A"], "cell_type": ["t_cell"]})
     predicted = model.predict(wanted, 20, precision="fp32")

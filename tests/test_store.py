@@ -215,15 +215,29 @@ def test_memory_is_bounded(whole, folder, plan):
     for _, layout, _, _ in dataset.windows(pairs, [0]):
         sizes.append(int(store.lengths[layout.rows].sum()) * 8 + 16 * len(layout.rows))
     assert max(sizes) < 64_000 * 7 / 16 + 16 * 40 * 8 + 500
-    stock = sum(map(len, dataset._stock.rows.values()))
-    assert stock * (store.lengths.mean() * 8 + 16) < 64_000 / 8 * 1.3
+    cached = sum(map(len, dataset._controls.rows.values()))
+    assert cached * (store.lengths.mean() * 8 + 16) < 64_000 / 8 * 1.3
 
 
 def test_samplers_of_time_courses_stay_in_memory(small, plan):
     dataset = iv.CellDataset(small, plan)
-    for name in ("courses", "time_pairs"):
-        with pytest.raises(ValueError, match="reads from memory only; pass an AnnData"):
-            next(dataset.batches(SAMPLERS[name], 32))
+    with pytest.raises(ValueError, match="'courses' needs whole time courses and reads from memory only; pass an AnnD"):
+        next(dataset.batches(SAMPLERS["courses"], 32))
+
+
+def test_samplers_of_ones_own_say_what_they_group(small, plan, split):
+    """A function is read as cells are; one with `groups_conditions` finds cells of a condition together, in sets."""
+    dataset = iv.CellDataset(small, plan, split)
+
+    def mine(layout, batch_size, rng):
+        yield from named("sets", 8)(layout, batch_size, rng)
+
+    def order(sampler):
+        return [layout.rows.tolist() for _, layout, _, _ in dataset.windows(sampler, [3])]
+
+    assert order(mine) == order(cells)
+    mine.groups_conditions, mine.set_size = True, 8
+    assert order(mine) == order(named("sets", 8)) != order(cells)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -232,10 +246,10 @@ def test_samplers_of_time_courses_stay_in_memory(small, plan):
 def test_statistics_are_those_of_memory(small, plan, split, whole):
     disk, memory = iv.CellDataset(small, plan, split), iv.CellDataset(plain(whole), plan, split)
     for part in ("train", "val"):
-        (table, *moments), (same, *expected) = disk.pseudobulk(part), memory.pseudobulk(part)
-        pd.testing.assert_frame_equal(plan.tidy(table), plan.tidy(same))
-        for got, want in zip(moments, expected, strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+        found, expected = disk.pseudobulk(part), memory.pseudobulk(part)
+        pd.testing.assert_frame_equal(plan.tidy(found.table), plan.tidy(expected.table))
+        for name in ("mean", "variance", "n_cells"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
         assert disk.smallest(part) == memory.smallest(part) > 0
         np.testing.assert_allclose(disk.overdispersion(part), memory.overdispersion(part), rtol=1e-9)
     torch.testing.assert_close(disk.size_factor, memory.size_factor)

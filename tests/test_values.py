@@ -126,8 +126,9 @@ def test_pieces_are_read_as_what_they_add_up_to(tmp_path):
     np.testing.assert_array_equal(counts.X.data, before)  # the caller's matrix stays as it is
     whole, pieces = (CellDataset(adata, DESIGN) for adata in (LOG, log))
     assert whole.smallest() == pytest.approx(pieces.smallest(), rel=1e-5)
-    for ours, theirs in zip(whole.pseudobulk()[1:], pieces.pseudobulk()[1:], strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    ours, theirs = whole.pseudobulk(), pieces.pseudobulk()
+    for name in ("mean", "variance", "n_cells"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4)
     log.write_h5ad(tmp_path / "a.h5ad")
     counts.write_h5ad(tmp_path / "counts.h5ad")
     stored = iv.CellStore.open(tmp_path / "a.h5ad")

@@ -24,7 +24,7 @@ _NAMES = {
     "benchmark": "bench",
     "evaluate": "metrics",
     "load": "models",
-    "report": "report",
+    "report": "reports",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]  # noqa: PLE0604 - the names are strings

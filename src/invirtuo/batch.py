@@ -105,6 +105,8 @@ class Batch(_Record):
         (n, g), the cells to learn from, in the data space of the model; None when sampling.
     source
         (n, g), control cells (or the earlier time point) paired with the targets; None for models without source.
+    embedding, source_embedding
+        (n, d), of the target and the source cells, for models that read an entry of obsm beside expression.
     size_factor
         (n,), depth of each target cell relative to the median of the training cells.
     index
@@ -116,6 +118,8 @@ class Batch(_Record):
     condition: Condition
     target: Tensor | None = None
     source: Tensor | None = None
+    embedding: Tensor | None = None
+    source_embedding: Tensor | None = None
     size_factor: Tensor | None = None
     index: Tensor | None = None
     set_size: int = 1

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from invirtuo.errors import preview
 from invirtuo.values import check_values, look, require_counts, require_log
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ __all__ = [
     "check_genes",
     "label_findings",
     "labels",
-    "some",
-    "whole",
-    "with_likely",
 ]
 
 FEW_CELLS = 20
@@ -126,13 +122,13 @@ def label_findings(obs: pd.DataFrame, design: Design) -> list[str]:
         table = design.tidy(obs)
         undosed = table[(table[design.dose] == 0) & ~design.is_control(table)]
         if len(undosed):
-            of = some(sorted(set(undosed[design.perturbation])))
+            of = preview(sorted(set(undosed[design.perturbation])))
             found.append(
                 f"obs[{design.dose!r}] is 0 for {len(undosed):,} perturbed cells ({of}); label them as control"
             )
     if taken := sorted(set(design.columns) & RESERVED - {design.perturbation}):
         found.append(
-            f"columns {some(taken)} have names that tables of scores and effects use; rename them to be scored"
+            f"columns {preview(taken)} have names that tables of scores and effects use; rename them to be scored"
         )
     return found
 
@@ -140,15 +136,15 @@ def label_findings(obs: pd.DataFrame, design: Design) -> list[str]:
 def _alike(labels: Sequence[str]) -> Iterator[str]:
     """What is wrong with the labels of one column, taken as they are written."""
     if spaced := [label for label in labels if label != label.strip()]:
-        yield f"labels with space around them, read without it: {some(map(repr, spaced))}"
+        yield f"labels with space around them, read without it: {preview(map(repr, spaced))}"
     if missing := [label for label in labels if label.strip().casefold() in MISSING]:
-        yield f"labels that look like missing values (nan): {some(map(repr, missing))}; remove or label these cells"
+        yield f"labels that look like missing values (nan): {preview(map(repr, missing))}; remove or label these cells"
     for difference, key in (("case", str.casefold), ("spaces or signs", _letters), ("digits", _number)):
         groups: dict[str, set[str]] = {}
         for label in {label.strip() for label in labels}:
             groups.setdefault(key(label), set()).add(label)
         if twins := [" and ".join(map(repr, sorted(group))) for _, group in sorted(groups.items()) if len(group) > 1]:
-            yield f"labels that differ in {difference} only: {some(twins)}; rename one if they mean the same"
+            yield f"labels that differ in {difference} only: {preview(twins)}; rename one if they mean the same"
 
 
 def _unlikely_perturbations(labels: Sequence[str], design: Design) -> Iterator[str]:
@@ -159,16 +155,16 @@ def _unlikely_perturbations(labels: Sequence[str], design: Design) -> Iterator[s
     if never := {label: names for label, names in joined.items() if names}:
         examples = (f"{' and '.join(map(repr, names))} of {label!r}" for label, names in never.items())
         yield (
-            f"parts of combinations that never occur alone: {some(examples)}; if {design.separator!r} is part of a "
+            f"parts of combinations that never occur alone: {preview(examples)}; if {design.separator!r} is part of a "
             "name, pass another separator"
         )
     spellings: dict[str, set[str]] = {}
     for label in labels:
         spellings.setdefault(design.label(label), set()).add(label.strip())
     if several := [" and ".join(map(repr, sorted(s))) for _, s in sorted(spellings.items()) if len(s) > 1]:
-        yield f"labels that mean the same perturbation and are read as one: {some(several)}"
+        yield f"labels that mean the same perturbation and are read as one: {preview(several)}"
     if controls := [label for label in labels if label.strip().casefold() in CONTROLS and design.parts(label)]:
-        yield f"{some(map(repr, controls))} sounds like a control, but the control is {design.control!r}"
+        yield f"{preview(map(repr, controls))} sounds like a control, but the control is {design.control!r}"
 
 
 def _letters(label: str) -> str:
@@ -214,10 +210,10 @@ def _condition_findings(obs: pd.DataFrame, design: Design) -> list[tuple[str, st
         found = [("note", "conditions", text)]
         without = sorted(set(groups) - set(groups[is_control]))
         if without:
-            text = f"no control cells in {len(without)} covariate groups: {some(without)}"
+            text = f"no control cells in {len(without)} covariate groups: {preview(without)}"
             found.append(("warning", "controls", text))
     if len(few):
-        text = f"{len(few)} conditions have fewer than {FEW_CELLS} cells: {some(few.index)}; their scores are noise"
+        text = f"{len(few)} conditions have fewer than {FEW_CELLS} cells: {preview(few.index)}; their scores are noise"
         found.append(("warning", "conditions", text))
     return found
 
@@ -231,33 +227,5 @@ def labels(adata: AnnData, by: str, name: str = "the data") -> np.ndarray:
         If obs has no such column.
     """
     if by not in adata.obs:
-        raise ValueError(f"{name} has no column {by!r} in obs; found {some(adata.obs.columns)}")
+        raise ValueError(f"{name} has no column {by!r} in obs; found {preview(adata.obs.columns)}")
     return adata.obs[by].astype(str).to_numpy()
-
-
-def some(values, limit: int = 5) -> str:
-    """Join the first few values, for messages."""
-    values = [str(value) for value in values]
-    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
-
-
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`, also of another type than int.
-
-    Raises
-    ------
-    ValueError
-        If it is none.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-    if not is_number or not float(value).is_integer() or value < least:
-        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
-    return int(value)
-
-
-def with_likely(wanted: str, known: Iterable[str]) -> str:
-    """The first few known names for a message, and those that may have been meant."""
-    names = list(map(str, known))
-    likely = [name for name in names if name.casefold() == wanted.casefold()]
-    likely += [name for name in get_close_matches(wanted, names, n=3) if name not in likely]
-    return f"{some(names)}; did you mean {' or '.join(map(repr, likely))}?" if likely else some(names)

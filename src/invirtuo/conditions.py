@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.design import Design
+from invirtuo.errors import preview
 
 __all__ = ["Conditions", "as_table", "matches", "wanted"]
 
@@ -44,11 +44,11 @@ def wanted(conditions: Conditions, columns: Sequence[str], design: Design) -> li
     elif not isinstance(conditions, Sequence | np.ndarray | pd.Series | pd.Index):
         raise ValueError(
             f"conditions is a {type(conditions).__name__}; expected a table, or names like {'|'.join(columns)!r}, or "
-            f"mappings of {some(columns)} to values"
+            f"mappings of {preview(columns)} to values"
         )
     if len(conditions) == 0:
         what = "condition" if list(columns) == design.columns else "context"
-        raise ValueError(f"conditions is empty; expected at least one {what}, named by {some(columns)}")
+        raise ValueError(f"conditions is empty; expected at least one {what}, named by {preview(columns)}")
     return [_values(condition, columns, design) for condition in conditions]
 
 
@@ -67,7 +67,7 @@ def as_table(conditions: Conditions, design: Design) -> pd.DataFrame:
     rows = wanted(conditions, design.columns, design)
     for row in rows:
         if missing := [column for column in design.columns if column not in row]:
-            raise ValueError(f"condition {row} lacks {some(missing)}; expected {some(design.columns)}")
+            raise ValueError(f"condition {row} lacks {preview(missing)}; expected {preview(design.columns)}")
     return pd.DataFrame(rows, columns=design.columns).drop_duplicates(ignore_index=True)
 
 
@@ -92,8 +92,8 @@ def _values(condition: Any, columns: Sequence[str], design: Design) -> dict[str,
             )
         if not condition or set(condition) - set(columns):
             if list(columns) == design.columns:
-                raise ValueError(f"{dict(condition)} must name columns of the design; expected {some(columns)}")
-            raise ValueError(f"{dict(condition)} must name covariates of the design; found {some(columns)}")
+                raise ValueError(f"{dict(condition)} must name columns of the design; expected {preview(columns)}")
+            raise ValueError(f"{dict(condition)} must name covariates of the design; found {preview(columns)}")
         return {column: design.value(column, value) for column, value in condition.items()}
     else:
         raise ValueError(

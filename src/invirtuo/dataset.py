@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.design import Design
-from invirtuo.preprocess import TOTAL, check_genes
+from invirtuo.errors import preview
+from invirtuo.preprocess import check_genes
+from invirtuo.pseudobulk import Pseudobulk, group_sums
 from invirtuo.samplers import Layout, Rows, Sampler
-from invirtuo.store import CellStore
-from invirtuo.values import canonical_csr, check_values
-from invirtuo.windows import Held, Stock, ahead, windows
+from invirtuo.source import MemorySource, TrainingSource, opened, training_source
+from invirtuo.windows import ControlCache, LoadedRows, prefetched, windows
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scipy import sparse
 
-__all__ = ["CellDataset", "opened", "to_csr"]
+    from invirtuo.store import CellStore
+
+__all__ = ["CellDataset", "EncodedConditions"]
 
 Dense = Callable[[np.ndarray], torch.Tensor]  # (n,) rows to their (n, g) values
 
@@ -45,6 +47,8 @@ class CellDataset:
         (n,) "train", "val", "test" for each cell, indexed like obs; None puts every cell into "train".
     signed
         Whether values below zero are data, as in synthetic systems.
+    obsm
+        Entry of obsm with an embedding of the cells, which batches hold beside expression; None leaves it out.
 
     Raises
     ------
@@ -63,23 +67,28 @@ class CellDataset:
     """
 
     def __init__(
-        self, adata: AnnData | CellStore, design: Design, split: pd.Series | None = None, *, signed: bool = False
+        self,
+        adata: AnnData | CellStore,
+        design: Design,
+        split: pd.Series | None = None,
+        *,
+        signed: bool = False,
+        obsm: str | None = None,
     ):
         check_genes(adata)
-        if not isinstance(adata, CellStore):  # whose values are looked at below, or were when it was written
-            check_values(adata, allow_negative=signed)
+        self.source: TrainingSource = training_source(adata, signed=signed)
         self.design = design
         self.obs = adata.obs
-        self.genes = adata.var_names.astype(str).to_numpy()
-        self.values: torch.Tensor | None = None
-        self.matrix: Any = adata.X if isinstance(adata, CellStore) else to_csr(adata)
-        self.condition: Any = Conditions(design, adata.obs) if self.on_disk else design.encode(adata.obs)
+        self.genes = self.source.genes.to_numpy()
+        self.values: torch.Tensor | None = None  # in place of expression
+        self.embedding = None if obsm is None else _embedding(adata, obsm)
+        self.condition = EncodedConditions(design, adata.obs)
         self.split = _aligned(split, adata.obs)
-        depth = _stored_depth(adata, signed) if isinstance(adata, CellStore) else _depth(adata, self.matrix)
-        self.size_factor = torch.from_numpy(_size_factors(depth, self.split == "train"))
+        size = _size_factors(self.source.depth(signed=signed), self.split == "train")
+        self.size_factor = torch.from_numpy(size)
         self._layouts: dict[str, Layout] = {}
-        self._stock: Stock | None = None
-        self._kept: dict[tuple, tuple[list[Rows], Held]] = {}
+        self._controls: ControlCache | None = None
+        self._first: dict[tuple, tuple[list[Rows], LoadedRows]] = {}
 
     @classmethod
     def open(
@@ -97,12 +106,12 @@ class CellDataset:
     @property
     def on_disk(self) -> bool:
         """Whether batches are read from files."""
-        return self.values is None and not sparse.issparse(self.matrix)
+        return self.values is None and self.source.on_disk
 
     def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
         """The same cells with values (n, d) in place of expression (latent vectors), and other depths (n,)."""
         other = copy.copy(self)
-        other.values, other.size_factor, other._kept = values, size_factor, {}
+        other.values, other.size_factor, other._first = values, size_factor, {}
         return other
 
     def with_validation(self, share: float) -> Self:
@@ -111,7 +120,7 @@ class CellDataset:
         rows = self.rows("train")
         other.split = self.split.copy()
         other.split[np.random.default_rng(0).permutation(rows)[: int(share * len(rows))]] = "val"
-        other._layouts, other._stock, other._kept = {}, None, {}
+        other._layouts, other._controls, other._first = {}, None, {}
         return other
 
     def rows(self, part: str) -> np.ndarray:
@@ -150,18 +159,18 @@ class CellDataset:
         For every window the number of the pass, a layout, a generator for the sampler, and what reads rows.
         """
         layout = self.layout(part)
-        if not self.on_disk:
+        if self.values is not None or isinstance(self.source, MemorySource):
             for number, seed in enumerate(seeds):
                 yield number, layout, np.random.default_rng(seed), self.dense
             return
-        self._stock = self._stock or Stock(self.matrix.store, self.layout())
-        stock, epochs = self._stock, map(_as_list, seeds)
+        store = self.source.store
+        self._controls = controls = self._controls or ControlCache(store, self.layout())
         planned = (
             (number, window)
-            for number, seed in enumerate(epochs)
-            for window in windows(self.matrix.store, layout, stock, sampler, seed, rank=rank, n_ranks=n_ranks)
+            for number, seed in enumerate(map(_as_list, seeds))
+            for window in windows(store, layout, controls, sampler, seed, rank=rank, n_ranks=n_ranks)
         )
-        for number, window in ahead(planned):
+        for number, window in prefetched(planned):
             yield number, window.layout, window.rng, window.dense
 
     def batches(
@@ -190,24 +199,18 @@ class CellDataset:
         self, sampler: Sampler, batch_size: int, n_batches: int, *, part: str, seed: int
     ) -> Iterable[Batch]:
         """The same few batches at every call, drawn from all cells of a part; those of files are read once."""
-        key = (
-            getattr(sampler, "func", sampler),
-            str(getattr(sampler, "keywords", "")),
-            batch_size,
-            n_batches,
-            part,
-            seed,
-        )
         if not self.on_disk:
             return islice(self.batches(sampler, batch_size, part=part, seed=seed), n_batches)
-        if key not in self._kept:
+        key = (sampler, batch_size, n_batches, part, seed)
+        if key not in self._first:
             drawn = sampler(self.layout(part), batch_size, np.random.default_rng(seed))
             batches = list(islice(drawn, n_batches))
-            wanted = [part for rows in batches for part in (rows.target, rows.source) if part is not None]
+            wanted = [rows.target for rows in batches]
+            wanted += [rows.source for rows in batches if rows.source is not None]
             needed = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
-            self._kept[key] = batches, Held(needed, self.matrix.store.read(needed))
-        batches, held = self._kept[key]
-        return (self.take(rows, held.dense) for rows in batches)
+            self._first[key] = batches, LoadedRows(needed, self.source.read(needed))
+        batches, loaded = self._first[key]
+        return (self.take(rows, loaded.dense) for rows in batches)
 
     def take(self, rows: Rows | np.ndarray, dense: Dense | None = None) -> Batch:
         """Read some rows as a Batch, with `dense` where they are in a window."""
@@ -218,24 +221,26 @@ class CellDataset:
             condition=self.condition[index],
             target=dense(rows.target),
             source=None if rows.source is None else dense(rows.source),
+            embedding=self._embedded(rows.target),
+            source_embedding=self._embedded(rows.source),
             size_factor=self.size_factor[index],
             index=index,
             set_size=rows.set_size,
         )
 
+    def _embedded(self, rows: np.ndarray | None) -> torch.Tensor | None:
+        """(n, d) embedding of some rows."""
+        return None if self.embedding is None or rows is None else self.embedding[torch.from_numpy(rows)]
+
     def dense(self, rows: np.ndarray) -> torch.Tensor:
         """(n, g) values of some rows, float32."""
         if self.values is not None:
             return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
-        return torch.from_numpy(self.matrix[rows].toarray())
+        return torch.from_numpy(self.source.read(rows).toarray())
 
     def blocks(self, part: str | np.ndarray = "train") -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Pass over the cells of a part, or some rows (rising): rows and values; at once where they are in memory."""
-        rows = self.rows(part) if isinstance(part, str) else part
-        if sparse.issparse(self.matrix):
-            yield rows, self.matrix[rows]
-        else:
-            yield from self.matrix.store.blocks(rows)
+        yield from self.source.blocks(self.rows(part) if isinstance(part, str) else part)
 
     def totals(self, rows: np.ndarray, n_columns: int | None = None) -> np.ndarray:
         """(n,) float32 sums of rows (rising) over the first columns; None: over all."""
@@ -246,30 +251,24 @@ class CellDataset:
         """Smallest value above zero of a part; infinity if there is none."""
         return min((float(x.data[x.data > 0].min(initial=np.inf)) for _, x in self.blocks(part)), default=np.inf)
 
-    def pseudobulk(self, part: str | np.ndarray = "train") -> tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]:
-        """Mean and variance of every condition of a part, or of some rows (rising).
-
-        Returns
-        -------
-        Table of the conditions (columns of the Design), their means (c, g), variances (c, g; ddof 0) and numbers of
-        cells (c,), all in float64 and in the order of the condition names.
-        """
+    def pseudobulk(self, part: str | np.ndarray = "train") -> Pseudobulk:
+        """Mean and variance of every condition of a part, or of some rows (rising), in the order of their names."""
         rows = self.rows(part) if isinstance(part, str) else part
         table, kind = self.design.kinds(self.obs.iloc[rows])
         codes, names = pd.factorize(self.design.names(table), sort=True)
         number = np.zeros(len(self.split), dtype=np.int64)  # of the condition, by row
         number[rows] = codes[kind]
-        counts = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
+        n_cells = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
         total, square = np.zeros((2, len(names), len(self.genes)))
         for own, values in self.blocks(rows):
-            places = (number[own], np.arange(len(own)))
-            members = sparse.csr_matrix((np.ones(len(own)), places), (len(names), len(own)))
             x = values.astype(np.float64)
-            total += (members @ x).toarray()
-            square += (members @ x.multiply(x)).toarray()
-        mean = total / counts[:, None]
-        variance = np.maximum(square / counts[:, None] - mean**2, 0)
-        return table.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True), mean, variance, counts
+            total += group_sums(x, number[own], len(names))
+            square += group_sums(x.multiply(x), number[own], len(names))
+        mean = total / n_cells[:, None]
+        variance = np.maximum(square / n_cells[:, None] - mean**2, 0)
+        table = table.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True)
+        moments = [torch.from_numpy(array) for array in (mean, variance, n_cells)]
+        return Pseudobulk(table, self.design.encode(table), *moments)
 
     def overdispersion(self, part: str = "train") -> np.ndarray:
         """(g,) inverse of the dispersion r of counts with variance m + m^2 / r, m = depth x share; by moments."""
@@ -293,25 +292,20 @@ class CellDataset:
         Files have a hash of their own, in which the memory and the block they are read with count too.
         """
         digest = hashlib.blake2b(digest_size=8)
-        matrix = self.matrix
-        if not sparse.issparse(matrix):
-            table, kind = self.design.kinds(self.obs)
-            for text in (matrix.store.digest(), *self.genes, *self.design.names(table)):
-                digest.update(str(text).encode() + b"\0")
-            digest.update(kind.data)
-            return digest.hexdigest()
-        if not matrix.data.all():
-            matrix = matrix.copy()
-            matrix.eliminate_zeros()
-        for array in (matrix.data, matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)):
-            digest.update(np.ascontiguousarray(array).data)
-        for text in (*self.genes, *self.design.names(self.obs)):
+        self.source.add_to(digest)
+        if self.embedding is not None:
+            digest.update(self.embedding.numpy().data)
+        table, kind = self.design.kinds(self.obs)
+        names = self.design.names(table).to_numpy()
+        for text in (*self.genes, *(names if self.source.on_disk else names[kind])):
             digest.update(str(text).encode() + b"\0")
+        if self.source.on_disk:
+            digest.update(kind.data)
         return digest.hexdigest()
 
 
-class Conditions:
-    """Conditions of the cells of files, each kept once: taking rows gives a :class:`Condition`.
+class EncodedConditions:
+    """Conditions of n cells, each distinct one encoded once: taking rows gives a :class:`Condition`.
 
     Parameters
     ----------
@@ -323,35 +317,29 @@ class Conditions:
 
     def __init__(self, design: Design, obs: pd.DataFrame):
         table, kind = design.kinds(obs)
-        self.each, self.kind = design.encode(table), torch.from_numpy(kind)
+        self.distinct = design.encode(table)
+        self.kind = torch.from_numpy(kind)
 
-    def __getitem__(self, rows) -> Condition:
-        return self.each[self.kind[rows].long()]
+    def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
+        return self.distinct[self.kind[rows].long()]
 
     def __len__(self) -> int:
         return len(self.kind)
 
-    def __getattr__(self, name: str) -> Any:
-        """A field of all cells at once, as a :class:`Condition` has it."""
-        if name.startswith("_") or name in ("each", "kind"):
-            raise AttributeError(name)
-        value, kind = getattr(self.each, name), self.kind.long()
-        return {key: column[kind] for key, column in value.items()} if isinstance(value, dict) else value[kind]
+    def map(self, function: Callable[[Condition], torch.Tensor]) -> torch.Tensor:
+        """What a function makes of every condition, (n, ...) for the cells."""
+        return function(self.distinct)[self.kind.long()]
 
 
-def opened(cells: Any, design: Design, **options: Any) -> Any:
-    """A path, or several, as a :class:`CellStore` with the columns of a design; anything else as it is."""
-    is_path = isinstance(cells, (str, Path)) or (isinstance(cells, (list, tuple)))
-    return CellStore.open(cells, columns=[*design.columns, TOTAL], **options) if is_path else cells
+def _embedding(adata: AnnData | CellStore, key: str) -> torch.Tensor:
+    """(n, d) float32, an entry of obsm."""
+    if key not in adata.obsm:
+        raise ValueError(f"there is no obsm[{key!r}]; found {preview(adata.obsm) or 'no obsm'}. Embed the cells first")
+    return torch.from_numpy(np.array(adata.obsm[key], dtype=np.float32))
 
 
 def _as_list(seed: int | Sequence[int]) -> list[int]:
     return [seed] if isinstance(seed, int) else list(seed)
-
-
-def to_csr(adata: AnnData) -> sparse.csr_matrix:
-    """X as CSR float32, every entry stored once; a copy only where the format demands it."""
-    return canonical_csr(adata.to_memory().X if adata.isbacked else adata.X, np.float32)
 
 
 def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
@@ -359,7 +347,7 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
     if split is None:
         return np.full(len(obs), "train", dtype=object)
     if isinstance(split, pd.DataFrame):
-        raise ValueError(f"split is a DataFrame with {some(split.columns)}; expected one of its columns, a Series")
+        raise ValueError(f"split is a DataFrame with {preview(split.columns)}; expected one of its columns, a Series")
     if not isinstance(split, pd.Series):
         split = pd.Series(np.asarray(split), index=obs.index) if len(split) == len(obs) else pd.Series(split)
     if len(split) != len(obs) or not split.index.equals(obs.index):
@@ -376,23 +364,6 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
     if not (values == "train").any():
         raise ValueError('the split has no "train" cells; nothing to fit')
     return values
-
-
-def _depth(adata: AnnData, matrix: sparse.csr_matrix) -> np.ndarray:
-    """(n,) depth of each cell in memory."""
-    if TOTAL in adata.obs:
-        return adata.obs[TOTAL].to_numpy(np.float64)
-    counts = adata.layers["counts"] if "counts" in adata.layers else matrix
-    return np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-
-
-def _stored_depth(store: CellStore, signed: bool) -> np.ndarray:
-    """(n,) depth of each cell in files; files that were not checked when they were written are checked here."""
-    known = store.obs[TOTAL].to_numpy(np.float64) if TOTAL in store.obs else None
-    if known is not None and store.manifest is not None:
-        return known
-    totals = store.scan(signed=signed).totals
-    return totals if known is None else known
 
 
 def _size_factors(depth: np.ndarray, train: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from invirtuo.batch import Condition
-from invirtuo.checks import some, with_likely
+from invirtuo.errors import preview, with_likely
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -124,7 +124,7 @@ class Design:
         for role, column in roles:
             _check_column(obs, column, role, missing=role == "covariates" and unknown is not None)
         if repeated := [column for column, n in Counter(column for _, column in roles).items() if n > 1]:
-            raise ValueError(f"column(s) {some(repeated)} have more than one role; name each column once")
+            raise ValueError(f"column(s) {preview(repeated)} have more than one role; name each column once")
         columns = cls(
             perturbation=perturbation,
             control=None if control is None else str(control).strip(),
@@ -273,7 +273,7 @@ class Design:
         barred = [label for label in canonical if "|" in label]
         if barred and len(self.columns) > 1:
             raise ValueError(
-                f"obs[{column!r}] has labels with '|': {some(barred)}; '|' joins labels in the names of conditions. "
+                f"obs[{column!r}] has labels with '|': {preview(barred)}; '|' joins labels in the names of conditions. "
                 "Rename them, for example with .str.replace('|', '/')"
             )
         labels = np.array([*canonical, self.unknown], dtype=object)  # the code of a missing label is -1, the last one
@@ -303,7 +303,7 @@ class Design:
                 if part not in position:
                     raise ValueError(
                         f"perturbation {part!r} in obs[{self.perturbation!r}] is not known to this design; "
-                        f"known: {some(self.perturbations)} and the control {self.control!r}"
+                        f"known: {preview(self.perturbations)} and the control {self.control!r}"
                     )
                 rows[row, position[part]] = 1.0
         return rows[codes]
@@ -326,10 +326,11 @@ def _vectors(features: pd.DataFrame, parts: set[str]) -> dict[str, tuple[float, 
     """Name of every perturbation of the table to its vector."""
     names = features.index.astype(str)
     if not names.is_unique:
-        raise ValueError(f"features: perturbations named more than once: {some(names[names.duplicated()].unique())}")
+        raise ValueError(f"features: perturbations named more than once: {preview(names[names.duplicated()].unique())}")
     if lacking := sorted(parts - set(names)):
         raise ValueError(
-            f"features lack {len(lacking)} of the {len(parts)} perturbations: {some(lacking)}; found {some(names)}. "
+            f"features lack {len(lacking)} of the {len(parts)} perturbations: {preview(lacking)}; found "
+            f"{preview(names)}. "
             "Add a row for each, or remove the cells"
         )
     values = features.apply(pd.to_numeric, errors="coerce").to_numpy(float)
@@ -370,8 +371,8 @@ def _codes(labels: pd.Series, levels: Sequence[str], unknown: str | None) -> tor
     strange = sorted(set(labels[codes < 0]) - {unknown})
     if strange:
         raise ValueError(
-            f"covariate obs[{labels.name!r}] has labels that are not known to this design: {some(strange)}; "
-            f"known: {some(levels)}"
+            f"covariate obs[{labels.name!r}] has labels that are not known to this design: {preview(strange)}; "
+            f"known: {preview(levels)}"
         )
     return torch.from_numpy(codes.astype(np.int64))
 
@@ -387,7 +388,7 @@ def _numeric(obs: pd.DataFrame, column: str) -> pd.Series:
     values = pd.to_numeric(written.astype(object), errors="coerce").astype(float)
     wrong = ~(np.isfinite(values) & (values >= 0))
     if wrong.any():
-        raise ValueError(f"obs[{column!r}] must hold finite numbers >= 0; found {some(obs[column][wrong].unique())}")
+        raise ValueError(f"obs[{column!r}] must hold finite numbers >= 0; found {preview(obs[column][wrong].unique())}")
     return values
 
 
@@ -400,8 +401,8 @@ def _written(value: float) -> str:
 def _check_column(obs: pd.DataFrame, column: str, role: str, *, missing: bool = False) -> None:
     if column not in obs.columns:
         files = obs.attrs.get("lacking", {}).get(column, ())
-        lacking = f" ({some(files)} lacks it)" if files else ""
-        raise ValueError(f"{role}: column {column!r} is not in the table{lacking}; found {some(obs.columns)}")
+        lacking = f" ({preview(files)} lacks it)" if files else ""
+        raise ValueError(f"{role}: column {column!r} is not in the table{lacking}; found {preview(obs.columns)}")
     if not missing and obs[column].isna().any():
         raise ValueError(
             f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; "

@@ -1,9 +1,44 @@
-"""Errors that callers may want to tell apart; all others are plain ValueErrors."""
+"""What errors are made of: the kinds that callers may want to tell apart, and words for their messages."""
 
 from __future__ import annotations
 
-__all__ = ["ExistsError"]
+import numbers
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ExistsError", "preview", "whole_number", "with_likely"]
 
 
 class ExistsError(ValueError, FileExistsError):
     """What would be replaced is there already, and nobody said that it may be."""
+
+
+def preview(values, limit: int = 5) -> str:
+    """The first few values, joined, and how many there are in all."""
+    values = [str(value) for value in values]
+    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least `least`, also of another type than int.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    if not is_number or not float(value).is_integer() or value < least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
+    return int(value)
+
+
+def with_likely(wanted: str, known: Iterable[str]) -> str:
+    """The first few known names for a message, and those that may have been meant."""
+    names = list(map(str, known))
+    likely = [name for name in names if name.casefold() == wanted.casefold()]
+    likely += [name for name in get_close_matches(wanted, names, n=3) if name not in likely]
+    return f"{preview(names)}; did you mean {' or '.join(map(repr, likely))}?" if likely else preview(names)

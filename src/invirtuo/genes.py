@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -254,5 +254,7 @@ def read_vectors(path: str | Path, genes: Sequence[str]) -> np.ndarray:
             "in the first column"
         ) from error
     if not table.index.is_unique:
-        raise ValueError(f"{path} names gene(s) {some(table.index[table.index.duplicated()])} twice; keep one of each")
+        raise ValueError(
+            f"{path} names gene(s) {preview(table.index[table.index.duplicated()])} twice; keep one of each"
+        )
     return table.reindex([str(gene) for gene in genes]).to_numpy()

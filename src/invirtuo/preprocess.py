@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import check, check_genes, some, whole
+from invirtuo.checks import check, check_genes
+from invirtuo.errors import preview, whole_number
 from invirtuo.genes import variable_genes
 from invirtuo.pseudotime import pseudotime
 from invirtuo.values import canonical_csr, check_values, looks_like_counts, matrix, require_counts, require_log
@@ -94,7 +95,7 @@ def normalize(
     check_genes(adata)
     require_counts(adata, layer=layer)
     check_target_sum(target_sum)
-    n_genes = None if n_genes is None else whole("n_genes", n_genes)
+    n_genes = None if n_genes is None else whole_number("n_genes", n_genes)
     size_factor = size_factor or adata.uns.get("invirtuo", {}).get("size_factor")
     wanted = _positions(adata, keep)
     counts = _counts(adata, layer)
@@ -157,7 +158,7 @@ def perturbench(
     check_genes(adata)
     require_counts(adata)
     check_target_sum(1.0 if target_sum is None else target_sum)
-    n_genes = whole("n_genes", n_genes, 0)
+    n_genes = whole_number("n_genes", n_genes, 0)
     counts = _counts(adata, None)
     seen = np.asarray((counts > 0).sum(axis=0)).ravel() >= min_cells
     counts, adata = counts[:, seen], adata[:, seen]
@@ -281,7 +282,7 @@ def _depth(obs: pd.DataFrame, counts: sparse.csr_matrix, column: str | None) -> 
     elif column in obs:
         total = pd.to_numeric(obs[column], errors="coerce").to_numpy(np.float64)
     else:
-        raise ValueError(f"size_factor: column {column!r} is not in obs; found {some(obs.columns, 12)}")
+        raise ValueError(f"size_factor: column {column!r} is not in obs; found {preview(obs.columns, 12)}")
     bad = int((~(np.isfinite(total) & (total > 0))).sum())
     if bad:
         source = "no counts at all" if column is None else f"a depth obs[{column!r}] that is not a number above 0"
@@ -328,7 +329,7 @@ def _training_rows(adata: AnnData, split: pd.Series | None) -> np.ndarray:
         )
     train = (split == "train").to_numpy()
     if not train.any():
-        raise ValueError(f"split holds no 'train' cells; found {some(sorted(map(str, split.unique())))}")
+        raise ValueError(f"split holds no 'train' cells; found {preview(sorted(map(str, split.unique())))}")
     return train
 
 
@@ -337,7 +338,7 @@ def _positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
     positions = adata.var_names.get_indexer(genes)
     missing = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
     if missing:
-        raise ValueError(f"keep: {len(missing)} genes are not in the data: {some(missing)}")
+        raise ValueError(f"keep: {len(missing)} genes are not in the data: {preview(missing)}")
     return positions
 
 

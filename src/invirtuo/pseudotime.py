@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.values import require_log
 
 if TYPE_CHECKING:
@@ -99,12 +99,12 @@ def _root(part: AnnData, position: np.ndarray, root: str | Mapping[str, str]) ->
     ((column, label),) = root.items()
     mine = np.flatnonzero((_column(part, column) == str(label)).to_numpy())
     if not len(mine):
-        raise ValueError(f"no cell has {column} = {label!r}; found {some(sorted(set(_column(part, column))))}")
+        raise ValueError(f"no cell has {column} = {label!r}; found {preview(sorted(set(_column(part, column))))}")
     centre = position[mine].mean(axis=0)
     return int(mine[((position[mine] - centre) ** 2).sum(axis=1).argmin()])
 
 
 def _column(adata: AnnData, name: str) -> pd.Series:
     if name not in adata.obs:
-        raise ValueError(f"obs has no column {name!r}; found {some(adata.obs.columns)}")
+        raise ValueError(f"obs has no column {name!r}; found {preview(adata.obs.columns)}")
     return adata.obs[name].astype(str)

@@ -1,16 +1,20 @@
 """Which rows form the next batch. A sampler knows labels, never expression values.
 
-A sampler is a function ``sampler(layout, batch_size, rng) -> Iterator[Rows]`` that passes once over the rows of a
-:class:`Layout`; the same rng gives the same batches.
+A sampler is called as ``sampler(layout, batch_size, rng) -> Iterator[Rows]`` and passes once over the rows of a
+:class:`Layout`; the same rng gives the same batches. Any function like that is one. A sampler may say of itself what
+those who read cells from files need to know:
+
+- ``groups_conditions``: it puts cells of one condition together, ``set_size`` at a time;
+- ``whole_courses``: it needs all cells of a covariate group at once, and reads from memory only.
+
+One that says nothing is taken to mix all cells, as :class:`Cells` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,16 +23,19 @@ from invirtuo.design import Design
 
 __all__ = [
     "SAMPLERS",
+    "Cells",
+    "Courses",
     "Layout",
+    "MappedSets",
+    "Pairs",
     "Rows",
     "Sampler",
+    "Sets",
     "cells",
     "courses",
-    "mapped_sets",
     "named",
     "pairs",
     "sets",
-    "time_pairs",
     "without",
 ]
 
@@ -91,11 +98,18 @@ class Layout:
         is_control = design.is_control(table)[kind]
         return cls(rows, group[kind], condition[kind], is_control, time, tuple(map(str, names)), pools)
 
-    def only(self, places: np.ndarray, spare: Mapping[int, np.ndarray]) -> Layout:
-        """The layout of some places of `rows`, as part of a whole whose other controls are the spare ones."""
-        time = None if self.time is None else self.time[places]
-        parts = (self.rows[places], self.group[places], self.condition[places], self.is_control[places], time)
-        return Layout(*parts, self.group_names, spare, joined=True)
+    def only(self, positions: np.ndarray, spare: Mapping[int, np.ndarray]) -> Layout:
+        """The layout of some positions in `rows`, as part of a whole whose other controls are the spare ones."""
+        return replace(
+            self,
+            rows=self.rows[positions],
+            group=self.group[positions],
+            condition=self.condition[positions],
+            is_control=self.is_control[positions],
+            time=None if self.time is None else self.time[positions],
+            spare=spare,
+            joined=True,
+        )
 
     def controls(self) -> dict[int, np.ndarray]:
         """Rows of the control cells of every group that has cells.
@@ -121,127 +135,144 @@ class Layout:
 Sampler = Callable[[Layout, int, np.random.Generator], Iterator[Rows]]
 
 
-def cells(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+@dataclass(frozen=True)
+class Cells:
     """Every cell once, in random order; a last batch may be smaller."""
-    order = rng.permutation(len(layout.rows))
-    for start in range(0, len(order), batch_size):
-        yield Rows(layout.rows[order[start : start + batch_size]])
+
+    def __call__(self, layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+        """Rows of every batch."""
+        order = rng.permutation(len(layout.rows))
+        for start in range(0, len(order), batch_size):
+            yield Rows(layout.rows[order[start : start + batch_size]])
 
 
-def pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+@dataclass(frozen=True)
+class Pairs:
     """Every perturbed cell once, each with a random control cell of the same covariates."""
-    controls = layout.controls()
-    sizes = np.zeros(max(controls, default=-1) + 1, dtype=np.int64)
-    sizes[list(controls)] = [len(pool) for pool in controls.values()]
-    first, pooled = np.cumsum(sizes) - sizes, np.concatenate([*controls.values()]) if controls else layout.rows
-    targets = rng.permutation(np.flatnonzero(~layout.is_control))
-    for start in range(0, len(targets), batch_size):
-        target = targets[start : start + batch_size]
-        group = layout.group[target]
-        yield Rows(layout.rows[target], pooled[first[group] + rng.integers(sizes[group])])
+
+    def __call__(self, layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+        """Rows of every batch."""
+        controls = layout.controls()
+        sizes = np.zeros(max(controls, default=-1) + 1, dtype=np.int64)
+        sizes[list(controls)] = [len(pool) for pool in controls.values()]
+        # controls of all groups in a row, and where those of each group begin
+        pooled = np.concatenate([*controls.values()]) if controls else layout.rows
+        first = np.cumsum(sizes) - sizes
+        targets = rng.permutation(np.flatnonzero(~layout.is_control))
+        for start in range(0, len(targets), batch_size):
+            target = targets[start : start + batch_size]
+            group = layout.group[target]
+            yield Rows(layout.rows[target], pooled[first[group] + rng.integers(sizes[group])])
 
 
-def sets(layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size: int = 64) -> Iterator[Rows]:
+@dataclass(frozen=True)
+class Sets:
     """Cells of one condition in sets, each set with a set of control cells of the same covariates.
 
     Every cell of a condition is used at least once; a short last set is filled by drawing from itself with
     replacement. Controls are drawn without replacement where there are enough of them. `batch_size` counts cells.
-    """
-    controls = layout.controls()
-    chunks = []
-    for condition in np.unique(layout.condition):
-        members = rng.permutation(np.flatnonzero(layout.condition == condition))
-        for start in range(0, len(members), set_size):
-            chunk = members[start : start + set_size]
-            chunks.append(np.concatenate([chunk, rng.choice(chunk, set_size - len(chunk))]))
-    rng.shuffle(chunks)
-    per_batch = max(batch_size // set_size, 1)
-    for start in range(0, len(chunks), per_batch):
-        target = np.concatenate(chunks[start : start + per_batch])
-        pools = [controls[g] for g in layout.group[target[::set_size]]]
-        source = np.concatenate([rng.choice(pool, set_size, replace=len(pool) < set_size) for pool in pools])
-        yield Rows(layout.rows[target], source, set_size)
-
-
-def mapped_sets(
-    layout: Layout, batch_size: int, rng: np.random.Generator, *, set_size: int, mapping: str, place: int
-) -> Iterator[Rows]:
-    """Sets of one batch, with control cells of that batch, or of all batches of the context.
 
     Parameters
     ----------
-    layout, batch_size, rng, set_size
-        As for :func:`sets`.
+    set_size
+        Cells of a set.
+    """
+
+    groups_conditions: ClassVar[bool] = True
+    set_size: int = 64
+
+    def __call__(self, layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+        """Rows of every batch."""
+        size, controls = self.set_size, layout.controls()
+        chunks = []
+        for condition in np.unique(layout.condition):
+            members = rng.permutation(np.flatnonzero(layout.condition == condition))
+            for start in range(0, len(members), size):
+                chunk = members[start : start + size]
+                chunks.append(np.concatenate([chunk, rng.choice(chunk, size - len(chunk))]))
+        rng.shuffle(chunks)
+        per_batch = max(batch_size // size, 1)
+        for start in range(0, len(chunks), per_batch):
+            target = np.concatenate(chunks[start : start + per_batch])
+            pools = [controls[g] for g in layout.group[target[::size]]]
+            source = np.concatenate([rng.choice(pool, size, replace=len(pool) < size) for pool in pools])
+            yield Rows(layout.rows[target], source, size)
+
+
+@dataclass(frozen=True)
+class MappedSets(Sets):
+    """Sets of one experimental batch, with control cells of that batch, or of all batches of the context.
+
+    Parameters
+    ----------
+    set_size
+        Cells of a set.
     mapping
         "batch": of the same batch, and of the context where that batch has none. "context": of all its batches.
-    place
+    covariate
         Which of the covariates, in order, is the batch; their labels must not hold a ``|``.
     """
-    context, labels = pd.factorize(np.array([without(name, place) for name in layout.group_names]), sort=True)
-    pools = {}
-    for c in range(len(labels)):
-        groups = np.flatnonzero(context == c).tolist()
-        own = layout.rows[np.isin(layout.group, groups) & layout.is_control]
-        pools[c] = np.concatenate([own, *(layout.spare[g] for g in groups if g in layout.spare)])
-    if mapping == "context":
-        layout = replace(layout, group=context[layout.group], group_names=tuple(map(str, labels)), spare=pools)
-    else:
-        with_own = np.unique(layout.group[layout.is_control])
-        lonely = [g for g in range(len(context)) if g not in with_own and not len(layout.spare.get(g, ()))]
-        layout = replace(layout, spare={**layout.spare, **{g: pools[int(context[g])] for g in lonely}})
-    yield from sets(layout, batch_size, rng, set_size=set_size)
+
+    mapping: str = "batch"
+    covariate: int = 0
+
+    def __call__(self, layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+        """Rows of every batch."""
+        contexts = np.array([without(name, self.covariate) for name in layout.group_names])
+        context, labels = pd.factorize(contexts, sort=True)
+        pools = {}
+        for c in range(len(labels)):
+            groups = np.flatnonzero(context == c).tolist()
+            own = layout.rows[np.isin(layout.group, groups) & layout.is_control]
+            pools[c] = np.concatenate([own, *(layout.spare[g] for g in groups if g in layout.spare)])
+        if self.mapping == "context":
+            layout = replace(layout, group=context[layout.group], group_names=tuple(map(str, labels)), spare=pools)
+        else:
+            with_own = np.unique(layout.group[layout.is_control])
+            empty = [g for g in range(len(context)) if g not in with_own and not len(layout.spare.get(g, ()))]
+            of_context = {g: pools[int(context[g])] for g in empty}
+            layout = replace(layout, spare={**layout.spare, **of_context})
+        yield from super().__call__(layout, batch_size, rng)
 
 
-def without(group: str, place: int) -> str:
-    """Name of a covariate group without the covariate at a place."""
-    parts = group.split("|")
-    return "|".join(parts[:place] + parts[place + 1 :])
+def without(group: str, covariate: int) -> str:
+    """Name of a covariate group without one of the covariates, counted from 0."""
+    labels = group.split("|")
+    return "|".join(labels[:covariate] + labels[covariate + 1 :])
 
 
-def time_pairs(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
-    """Every cell after the first time point once, each with a random cell of its group at the time point before."""
-    if layout.time is None:
-        raise ValueError("time pairs need a Design with time=; name the column of obs that holds time")
-    earlier = {}
-    for g in np.unique(layout.group):
-        in_group = layout.group == g
-        times = np.unique(layout.time[in_group])
-        for before, now in pairwise(times):
-            earlier[int(g), now] = np.flatnonzero(in_group & (layout.time == before))
-    keys = zip(layout.group.tolist(), layout.time.tolist(), strict=True)
-    targets = rng.permutation([i for i, key in enumerate(keys) if key in earlier])
-    for start in range(0, len(targets), batch_size):
-        target = targets[start : start + batch_size]
-        pools = [earlier[int(layout.group[i]), layout.time[i]] for i in target]
-        source = np.array([pool[rng.integers(len(pool))] for pool in pools])
-        yield Rows(layout.rows[target], layout.rows[source])
-
-
-def courses(layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+@dataclass(frozen=True)
+class Courses:
     """Whole time courses: all cells of a group in the order of time, as many groups as hold `batch_size` cells.
 
     A group larger than that is a batch by itself. Groups that fit into one batch come in the order of their names.
     """
-    if layout.time is None:
-        raise ValueError("time courses need a Design with time=; name the column of obs that holds time")
-    order = np.lexsort([layout.time, layout.group])
-    parts = np.split(order, np.flatnonzero(np.diff(layout.group[order])) + 1)
-    if len(order) > batch_size:
-        parts = [parts[i] for i in rng.permutation(len(parts))]
-    waiting: list[np.ndarray] = []
-    for part in parts:
-        if waiting and sum(map(len, waiting)) + len(part) > batch_size:
-            yield Rows(layout.rows[np.concatenate(waiting)])
-            waiting = []
-        waiting.append(part)
-    yield Rows(layout.rows[np.concatenate(waiting)])
+
+    whole_courses: ClassVar[bool] = True
+
+    def __call__(self, layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
+        """Rows of every batch."""
+        if layout.time is None:
+            raise ValueError("time courses need a Design with time=; name the column of obs that holds time")
+        order = np.lexsort([layout.time, layout.group])
+        groups = np.split(order, np.flatnonzero(np.diff(layout.group[order])) + 1)
+        if len(order) > batch_size:
+            groups = [groups[i] for i in rng.permutation(len(groups))]
+        batch: list[np.ndarray] = []
+        for group in groups:
+            if batch and sum(map(len, batch)) + len(group) > batch_size:
+                yield Rows(layout.rows[np.concatenate(batch)])
+                batch = []
+            batch.append(group)
+        yield Rows(layout.rows[np.concatenate(batch)])
 
 
-SAMPLERS = {"cells": cells, "pairs": pairs, "sets": sets, "time_pairs": time_pairs, "courses": courses}
+cells, pairs, sets, courses = Cells(), Pairs(), Sets(), Courses()
+SAMPLERS: dict[str, Sampler] = {"cells": cells, "pairs": pairs, "sets": sets, "courses": courses}
 
 
 def named(name: str | Sampler, set_size: int) -> Sampler:
     """The sampler of a name in ``SAMPLERS``, `set_size` being for "sets"; a sampler is given back as it is."""
     if not isinstance(name, str):
         return name
-    return partial(sets, set_size=set_size) if name == "sets" else SAMPLERS[name]
+    return Sets(set_size) if name == "sets" else SAMPLERS[name]

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from invirtuo.samplers import Layout, Sampler, courses, mapped_sets, sets, time_pairs
+from invirtuo.samplers import Layout, Sampler
 from invirtuo.store.cells import ROW, VALUE, CellStore
 
 if TYPE_CHECKING:
     from scipy import sparse
 
-__all__ = ["Held", "Stock", "Window", "ahead", "windows"]
+__all__ = ["ControlCache", "LoadedRows", "Window", "prefetched", "windows"]
 
-STOCK = 2000  # most control cells of a group in the stock
+MOST_CONTROLS = 2000  # of a group in the cache
 
 
-class Held:
-    """Rows of a store in memory.
+class LoadedRows:
+    """Rows of a store that were read into memory.
 
     Parameters
     ----------
@@ -41,21 +41,21 @@ class Held:
         self.rows, self.matrix = rows, matrix
 
     def dense(self, rows: np.ndarray, otherwise: Callable[[np.ndarray], torch.Tensor] | None = None) -> torch.Tensor:
-        """(n, g) values of rows; those that are not held come from `otherwise`."""
-        place = np.searchsorted(self.rows, rows)
-        inside = self.rows.take(place, mode="clip") == rows if len(self.rows) else np.zeros(len(rows), bool)
+        """(n, g) values of rows; those that are not in memory come from `otherwise`."""
+        position = np.searchsorted(self.rows, rows)
+        inside = self.rows.take(position, mode="clip") == rows if len(self.rows) else np.zeros(len(rows), bool)
         if inside.all():
-            return torch.from_numpy(self.matrix[place].toarray())
+            return torch.from_numpy(self.matrix[position].toarray())
         if otherwise is None:
             raise ValueError(f"{int((~inside).sum())} of {len(rows)} rows are not in memory; this is a fault of ours")
         x = torch.empty(len(rows), self.matrix.shape[1])
-        x[torch.from_numpy(inside)] = torch.from_numpy(self.matrix[place[inside]].toarray())
+        x[torch.from_numpy(inside)] = torch.from_numpy(self.matrix[position[inside]].toarray())
         x[torch.from_numpy(~inside)] = otherwise(rows[~inside])
         return x
 
 
-class Stock:
-    """Control cells of every group that are always at hand, for windows with few of them; read at first use.
+class ControlCache:
+    """Control cells of every group that stay in memory, for windows with few of them; read at first use.
 
     Parameters
     ----------
@@ -67,21 +67,21 @@ class Stock:
 
     def __init__(self, store: CellStore, layout: Layout):
         self.store = store
-        self.held: Held | None = None
+        self._loaded: LoadedRows | None = None
         controls = np.flatnonzero(layout.is_control)
         rng, limit = np.random.default_rng(0), store.memory // 8
         controls = rng.permutation(controls)
         groups = layout.group[controls]
         cost = float(store.lengths[layout.rows[controls]].mean() * VALUE + ROW) if len(controls) else 1.0
-        most = int(np.clip(limit / cost / max(len(np.unique(groups)), 1), 1, STOCK))
+        most = int(np.clip(limit / cost / max(len(np.unique(groups)), 1), 1, MOST_CONTROLS))
         self.rows = {int(g): np.sort(layout.rows[controls[groups == g][:most]]) for g in np.unique(groups)}
 
     def dense(self, rows: np.ndarray) -> torch.Tensor:
-        """(n, g) values of control cells of the stock."""
-        if self.held is None:
+        """(n, g) values of control cells of the cache."""
+        if self._loaded is None:
             every = np.sort(np.concatenate([*self.rows.values()]))
-            self.held = Held(every, self.store.read(every))
-        return self.held.dense(rows)
+            self._loaded = LoadedRows(every, self.store.read(every))
+        return self._loaded.dense(rows)
 
 
 class Window:
@@ -95,39 +95,41 @@ class Window:
         Of the sampler.
     read
         Reads their values.
+    controls
+        Cells beside them.
     """
 
-    def __init__(self, layout: Layout, seed: Sequence[int], read: Callable[[], Held], stock: Stock):
-        self.layout, self.seed, self.stock = layout, seed, stock
+    def __init__(self, layout: Layout, seed: Sequence[int], read: Callable[[], LoadedRows], controls: ControlCache):
+        self.layout, self.seed, self.controls = layout, seed, controls
         self.following: Window | None = None
         self.reader: ThreadPoolExecutor | None = None
         self._read = read
-        self._held: Held | None = None
-        self._coming: Future | None = None
+        self._loaded: LoadedRows | None = None
+        self._future: Future | None = None
 
     @property
     def rng(self) -> np.random.Generator:
         """A new generator for the sampler."""
         return np.random.default_rng(self.seed)
 
-    def begin(self) -> None:
+    def prefetch(self) -> None:
         """Begin to read in the background."""
-        if self._coming is None and self.reader is not None:
-            self._coming = self.reader.submit(self._read)
+        if self._future is None and self.reader is not None:
+            self._future = self.reader.submit(self._read)
 
     def dense(self, rows: np.ndarray) -> torch.Tensor:
         """(n, g) values of rows; waits for them, and lets the next window be read."""
-        if self._held is None:
-            self.begin()
-            self._held = self._read() if self._coming is None else self._coming.result()
-            self._coming = None
+        if self._loaded is None:
+            self.prefetch()
+            self._loaded = self._read() if self._future is None else self._future.result()
+            self._future = None
             if self.following is not None:
-                self.following.begin()
-        return self._held.dense(rows, self.stock.dense)
+                self.following.prefetch()
+        return self._loaded.dense(rows, self.controls.dense)
 
 
-def ahead(planned: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Window]]:
-    """Numbered windows, each knowing the one that follows; reading goes on in a thread."""
+def prefetched(planned: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Window]]:
+    """Numbered windows; while one is used, a thread reads the one that follows."""
     with ThreadPoolExecutor(1, "reading") as reader:
         now = next(planned, None)
         while now is not None:
@@ -143,7 +145,7 @@ def ahead(planned: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Window]]
 def windows(
     store: CellStore,
     layout: Layout,
-    stock: Stock,
+    controls: ControlCache,
     sampler: Sampler,
     seed: Sequence[int],
     *,
@@ -156,10 +158,10 @@ def windows(
     ----------
     layout
         Rows (rising) to pass over once.
-    stock
+    controls
         Control cells beside them.
     sampler
-        Cells that it puts together are read together: for sets, cells of a condition.
+        Cells that it puts together are read together: those of a condition, if its ``groups_conditions`` is set.
     seed
         Same seed, same windows.
     rank, n_ranks
@@ -180,37 +182,37 @@ def windows(
     limit = store.memory * 7 // 16
     number = np.cumsum(cost[share]) // max(limit, 1)
     for k, members in enumerate(np.split(share, np.flatnonzero(np.diff(number)) + 1)):
-        places = np.sort(np.concatenate([order[starts[b] : ends[b]] for b in members]))
-        rows = layout.rows[places]
-        spare = {g: pool[~_among(pool, rows)] for g, pool in stock.rows.items()}
-        yield Window(layout.only(places, spare), [*seed, k + 1, rank], partial(_held, store, rows), stock)
+        positions = np.sort(np.concatenate([order[starts[b] : ends[b]] for b in members]))
+        rows = layout.rows[positions]
+        spare = {g: pool[~_among(pool, rows)] for g, pool in controls.rows.items()}
+        yield Window(layout.only(positions, spare), [*seed, k + 1, rank], partial(_load, store, rows), controls)
 
 
-def _held(store: CellStore, rows: np.ndarray) -> Held:
-    return Held(rows, store.read(rows))
+def _load(store: CellStore, rows: np.ndarray) -> LoadedRows:
+    return LoadedRows(rows, store.read(rows))
 
 
-def _among(some: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Which of some rows are among rows that rise."""
-    return rows.take(np.searchsorted(rows, some), mode="clip") == some
+def _among(wanted: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Which of the wanted rows are among rows that rise."""
+    return rows.take(np.searchsorted(rows, wanted), mode="clip") == wanted
 
 
 def _blocks(
     store: CellStore, layout: Layout, sampler: Sampler, rng: np.random.Generator, n_ranks: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the layout in the order of blocks, and where blocks begin."""
-    kind = getattr(sampler, "func", sampler)
-    if kind in (courses, time_pairs):
-        raise ValueError(
-            f"the sampler {kind.__name__!r} needs whole time courses and reads from memory only; pass an AnnData"
-        )
+    """Positions in the layout in the order of blocks, and where blocks begin."""
+    if getattr(sampler, "whole_courses", False):
+        name = getattr(sampler, "__name__", type(sampler).__name__.lower())
+        raise ValueError(f"the sampler {name!r} needs whole time courses and reads from memory only; pass an AnnData")
     n, size = len(layout.rows), max(min(store.block, len(layout.rows) // (8 * n_ranks)), 1)
-    if kind not in (sets, mapped_sets):
-        part = np.searchsorted(store.starts, layout.rows, side="right") - 1
-        block = (layout.rows - store.starts[part]) // size
-        starts = np.flatnonzero((np.diff(part, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
+    if not getattr(sampler, "groups_conditions", False):
+        # blocks of neighbouring rows of a file
+        file = np.searchsorted(store.starts, layout.rows, side="right") - 1
+        block = (layout.rows - store.starts[file]) // size
+        starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
         return np.arange(n), starts
-    set_size = getattr(sampler, "keywords", {}).get("set_size", 64)
+    # blocks of cells of one condition, in random order, that hold whole sets
+    set_size = getattr(sampler, "set_size", 1)
     size = -(-size // set_size) * set_size
     order = np.lexsort([rng.random(n), layout.condition])
     condition = layout.condition[order]

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import labels, some
+from invirtuo.checks import labels
+from invirtuo.errors import preview
 from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k
 
@@ -91,7 +92,7 @@ def oversampled(real: AnnData, by: str, counts: Mapping[str, int], *, seed: int 
 
     rng, label = np.random.default_rng(seed), labels(real, by, "real")
     if strange := sorted(set(counts) - set(label)):
-        raise ValueError(f"counts: {some(strange)} do not occur in {by!r}; known: {some(sorted(set(label)))}")
+        raise ValueError(f"counts: {preview(strange)} do not occur in {by!r}; known: {preview(sorted(set(label)))}")
     rows = np.concatenate([rng.choice(np.flatnonzero(label == name), n) for name, n in counts.items()])
     obs = real.obs.iloc[rows].set_axis([f"copy_{i}" for i in range(len(rows))])
     return anndata.AnnData(sparse.csr_matrix(real.X)[rows], obs=obs, var=real.var.copy())

@@ -20,8 +20,8 @@ from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.files import check_writable, write_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
@@ -169,7 +169,8 @@ class _Row:
         elif not overwrite:
             other = [name for name in self.settings if record["settings"].get(name) != self.settings[name]]
             raise ValueError(
-                f"{self.out} holds {self.entry.label} with another {some(other)}; give another folder, or overwrite it"
+                f"{self.out} holds {self.entry.label} with another {preview(other)}; give another folder, or "
+                "overwrite it"
             )
 
     def table(self, name: str) -> pd.DataFrame:

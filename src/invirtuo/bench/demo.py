@@ -12,7 +12,7 @@ from invirtuo.bench.entry import BASELINES, Entry
 from invirtuo.fit import FitConfig
 from invirtuo.model import Preset
 from invirtuo.models import LinearAdditive, PRiMeFlow
-from invirtuo.report import write_report
+from invirtuo.reports import report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,5 +100,5 @@ def demo(
         "minutes": minutes,
     }
     scores = compare(adata, design, split, entries, out, seed=seed, about=about, overwrite=overwrite)
-    write_report(out, Path(out) / "report.html")
+    report(out, Path(out) / "report.html")
     return scores

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import EFFECT_COLUMNS, some
+from invirtuo.checks import EFFECT_COLUMNS
 from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.model import PerturbationModel
 from invirtuo.model.effects import bounds
 from invirtuo.model.pseudobulks import Pseudobulks
@@ -66,7 +67,7 @@ def effects(
     """
     models = [models] if not isinstance(models, Sequence) else list(models)
     if others := [model.name for model in models if not isinstance(model, PerturbationModel)]:
-        raise ValueError(f"effects are those of models that predict log expression; {some(others)} does not")
+        raise ValueError(f"effects are those of models that predict log expression; {preview(others)} does not")
     design, genes = models[0].design, models[0].genes
     if any(model.genes != genes or model.design.to_json() != design.to_json() for model in models):
         raise ValueError("the models have different genes or Designs; give models fitted to the same data")
@@ -115,7 +116,7 @@ def tabulate(
     """
     n_genes = len(genes)
     if taken := EFFECT_COLUMNS & set(design.columns) - {design.perturbation}:
-        raise ValueError(f"columns {some(sorted(taken))} clash with columns of the table of effects; rename them")
+        raise ValueError(f"columns {preview(sorted(taken))} clash with columns of the table of effects; rename them")
     rows = table.loc[table.index.repeat(n_genes), design.columns].reset_index(drop=True)
     if design.perturbation in EFFECT_COLUMNS:
         rows = rows.rename(columns={design.perturbation: "perturbation"})

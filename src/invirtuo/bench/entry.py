@@ -14,14 +14,13 @@ from invirtuo.fit import FitConfig
 from invirtuo.generators import CountGenerator
 from invirtuo.model import PerturbationModel, config_from
 from invirtuo.models import MODELS
+from invirtuo.reports.tables import FLOOR
 from invirtuo.settings import comparable
 
 if TYPE_CHECKING:
     from invirtuo.design import Design
 
 __all__ = ["BASELINES", "FLOOR", "Entry", "Predictor", "as_entries", "as_entry"]
-
-FLOOR = "noise_floor"
 
 Predictor: TypeAlias = PerturbationModel | CountGenerator  # what has `predict`
 

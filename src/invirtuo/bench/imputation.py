@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.checks import labels
+from invirtuo.pseudobulk import group_sums
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,9 +76,8 @@ def trivial_answers(masked: AnnData, by: str, *, masked_fraction: float = 0.0) -
     x = sparse.csr_matrix(masked.X, dtype=np.float64)
     kept = 1 - masked_fraction
     names, group = np.unique(labels(masked, by), return_inverse=True)
-    members = sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), (len(names), len(group)))
     depth = np.asarray(x.sum(axis=1)).ravel()
-    share = (members @ x).toarray() / np.maximum(members @ depth, 1.0)[:, None]
+    share = group_sums(x, group, len(names)) / np.maximum(group_sums(depth, group, len(names)), 1.0)[:, None]
     return {
         "nothing (0)": np.zeros(x.shape, dtype=np.float32),
         "mean of the gene": np.broadcast_to(np.asarray(x.mean(axis=0)) / kept, x.shape),

@@ -15,13 +15,13 @@ from scipy import sparse
 from invirtuo.bench.compare import panels
 from invirtuo.bench.entry import FLOOR
 from invirtuo.bench.run import software, write_table
-from invirtuo.checks import some, whole
+from invirtuo.errors import preview, whole_number
 from invirtuo.files import read_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
 from invirtuo.model.base import track
 from invirtuo.multimodal import PEAK
-from invirtuo.report import write_report
+from invirtuo.reports import report
 from invirtuo.values import looks_like_counts
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def judge(
     ValueError
         If nothing is given to judge, or a file cannot be compared; the message says which.
     """
-    seed = whole("seed", seed, 0)
+    seed = whole_number("seed", seed, 0)
     if not generated:
         raise ValueError("no generated cells are given; expected a name and an AnnData or a file for each origin")
     if max_cells is not None and max_cells < 1:
@@ -118,7 +118,7 @@ def judge(
         ]
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
-    write_report(out, out / "report.html")
+    report(out, out / "report.html")
     return scores
 
 
@@ -140,7 +140,7 @@ def _scored(
         for name, cells in sides.items():
             known = cells[roles.names(cells.obs).isin(classes).to_numpy()]
             if not known.n_obs:
-                raise ValueError(f"{name} has none of the classes of the real cells: {some(classes)}")
+                raise ValueError(f"{name} has none of the classes of the real cells: {preview(classes)}")
             known = _at_most(max_cells, known, roles, seed)
             pair = Pair(known, real, roles, n_pcs=n_pcs) if pair is None else pair.against(known)
             yield score(pair, metrics).assign(model=name, task=task)
@@ -184,7 +184,7 @@ def marker_correlation(
     known, made = (_profiles(cells, by, markers, min_cells) for cells in (real, generated))
     classes = known.index.intersection(made.index)
     if not len(classes):
-        raise ValueError(f"no class of {by!r} has {min_cells} cells in both; real has {some(known.index) or 'none'}")
+        raise ValueError(f"no class of {by!r} has {min_cells} cells in both; real has {preview(known.index) or 'none'}")
     rows = []
     for name in classes:
         centred = [table.loc[name] - known.mean() for table in (made, known)]
@@ -224,7 +224,7 @@ def _of_large_classes(real: AnnData, design: Design, min_cells: int) -> AnnData:
     names = design.names(real.obs)
     large = names.value_counts().loc[lambda n: n >= min_cells].index
     if not len(large):
-        raise ValueError(f"no class has {min_cells} real cells; found {some(names.unique())}. Lower min_cells")
+        raise ValueError(f"no class has {min_cells} real cells; found {preview(names.unique())}. Lower min_cells")
     return real[names.isin(large).to_numpy()].copy()
 
 

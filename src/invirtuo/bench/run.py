@@ -20,12 +20,12 @@ from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.files import writing
 from invirtuo.fit import bf16_pays
 from invirtuo.metrics import METRICS, choose
 from invirtuo.models import MODELS
-from invirtuo.report import write_report
+from invirtuo.reports import report
 
 if TYPE_CHECKING:
     import os
@@ -174,7 +174,7 @@ def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baseli
 def _refuse_repeats(what: str, names: list[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"{what} named more than once: {some(repeated)}; give each its own label")
+        raise ValueError(f"{what} named more than once: {preview(repeated)}; give each its own label")
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
@@ -263,7 +263,7 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
     write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")
-    write_report(out, out / "report.html")
+    report(out, out / "report.html")
     return scores
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from invirtuo import datasets, preprocess
-from invirtuo.checks import some
 from invirtuo.design import Design
+from invirtuo.errors import preview
 from invirtuo.files import read_h5ad
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class Task:
             return datasets.load(self.dataset, data_dir=data_dir, counts=not self.published)
         if self.design is None:
             raise ValueError(
-                f"task {self.name!r}: {self.dataset!r} is not a named data set ({some(datasets.DATASETS)}); for a file "
+                f"task {self.name!r}: {self.dataset!r} is not a named data set ({preview(datasets.DATASETS)}); for "
+                "a file "
                 "give design= as well"
             )
         return read_h5ad(self.dataset)
@@ -162,7 +163,7 @@ def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.S
     trained = {part for label in labels[split == "train"].unique() for part in design.parts(label)}
     unseen = {label for label in labels.unique() if not set(design.parts(label)) <= trained}
     if unseen:
-        logger.info("not trained on, so not scored: %s", some(sorted(unseen)))
+        logger.info("not trained on, so not scored: %s", preview(sorted(unseen)))
     return split.mask(labels.isin(unseen), "")
 
 

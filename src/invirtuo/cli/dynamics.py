@@ -54,7 +54,7 @@ def forecast(
     found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level, device=device)
     write_h5ad(found, out)
     if figure is not None:
-        from invirtuo.report import dynamics
+        from invirtuo.reports import dynamics
 
         _picture(dynamics.forecast(found, None if table else cells, time=model.design.time), figure)
     if scores is not None:
@@ -80,7 +80,7 @@ def network(
     with writing(out) as path:
         edges.to_csv(path, index=False)
     if figure is not None:
-        from invirtuo.report import dynamics
+        from invirtuo.reports import dynamics
 
         _picture(dynamics.network(edges), figure)
     if not quiet and len(edges):
@@ -114,7 +114,7 @@ def _held(run, genes, level, out, cells, times, figure, quiet) -> None:
     change = model.overexpress(genes, level, None if cells is None else read_h5ad(cells), _times(times))
     write_h5ad(change, out)
     if figure is not None:
-        from invirtuo.report import dynamics
+        from invirtuo.reports import dynamics
 
         _picture(dynamics.intervention(change, time=model.design.time), figure)
     if not quiet:

@@ -46,10 +46,10 @@ def evaluate(
     import invirtuo
     from invirtuo.files import writing
     from invirtuo.metrics.cells import of_side
-    from invirtuo.metrics.streamed import opened
+    from invirtuo.source import opened
 
     layers = _layers(layer)
-    reality = opened(real, layer=of_side(layers, "real"))
+    reality = opened(real, small_in_memory=True, layer=of_side(layers, "real"))
     design = invirtuo.Design.from_adata(
         reality.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
     )
@@ -85,7 +85,7 @@ def effects(
     """Predicted effect of each perturbation on each gene, with intervals; writes a tidy CSV."""
     from invirtuo.bench import effects as effects_
     from invirtuo.files import read_h5ad, writing
-    from invirtuo.report.effects import plot_effects
+    from invirtuo.reports.effects import plot_effects
 
     table = effects_(
         [model_with(folder, "predict") for folder in run],
@@ -227,7 +227,7 @@ def report(
     out: Out = Path("report.html"),
 ) -> None:
     """Write one HTML page about a folder of results."""
-    from invirtuo.report import write_report
+    from invirtuo.reports import report as write_report
 
     typer.echo(f"report: {write_report(results, out)}")
 

@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.dynamics.baselines import baselines
 from invirtuo.dynamics.courses import Course, anchors, binned, courses, reference, rescaled
+from invirtuo.errors import preview
 from invirtuo.flow import Trajectory, trajectory
 from invirtuo.model import Model, NoSampling
 from invirtuo.model.sampling import takes_options
@@ -78,7 +78,7 @@ class Forecaster(Model):
                 "cells only, and ask for interventions with knock_out and overexpress"
             )
         if config.lineage and config.lineage != "lineage" and config.lineage not in design.covariates:
-            raise ValueError(f"lineage is {config.lineage!r}; the design has {some(design.covariates) or 'none'}")
+            raise ValueError(f"lineage is {config.lineage!r}; the design has {preview(design.covariates) or 'none'}")
         self.lineage = config.lineage if config.lineage in design.covariates else None
         self.levels = design.covariates[self.lineage] if self.lineage else ()
         self.alike = self.lineage or ("lineage" if "lineage" in design.covariates else None)  # for simple forecasts
@@ -108,7 +108,7 @@ class Forecaster(Model):
         parts = [self.binned(c) for c in self.courses_of(values, obs)]
         if short := [c.name for c in parts if len(c.time) < 2]:
             raise ValueError(
-                f"course(s) {some(short)} have too few cells for two times; give more cells, or a smaller min_cells"
+                f"course(s) {preview(short)} have too few cells for two times; give more cells, or a smaller min_cells"
             )
         self.course_values = torch.from_numpy(np.concatenate([c.values for c in parts])).float()
         self.course_time = torch.from_numpy(np.concatenate([c.time for c in parts]))
@@ -120,7 +120,7 @@ class Forecaster(Model):
         """Labels and anchors of time of every training course."""
         parts = courses(values, obs, self.design)
         if short := [c.name for c in parts if len(np.unique(c.time)) < 3]:
-            raise ValueError(f"course(s) {some(short)} have fewer than 3 times; leave these cells out")
+            raise ValueError(f"course(s) {preview(short)} have fewer than 3 times; leave these cells out")
         ends = {c.name: anchors(c.time) for c in parts}
         if self.config.time == "global":
             longest = max(float(c.time[-1]) for c in parts)
@@ -409,7 +409,7 @@ class Forecaster(Model):
         if split is not None:
             rows = np.flatnonzero((split.reindex(adata.obs_names) == part).to_numpy())
             if not len(rows):
-                raise ValueError(f"the split calls no cells {part!r}; found {some(split.unique())}")
+                raise ValueError(f"the split calls no cells {part!r}; found {preview(split.unique())}")
         table = self.judged(self._read(adata, rows), sampled=sampled, level=level)
         if not table.attrs["beats_baselines"]:
             warnings.warn(_complaint(self.name, table.attrs["loses_to"]), stacklevel=2)
@@ -482,7 +482,7 @@ def _errors(x: np.ndarray, course: Course, bins: Course, at: np.ndarray) -> dict
 def _scaled(times: Sequence[float], low: float, high: float) -> np.ndarray:
     moments = np.asarray(times, dtype=float)
     if moments.ndim != 1 or not moments.size or not np.isfinite(moments).all():
-        raise ValueError(f"times are {some(moments.ravel().tolist())}; expected a list of finite numbers")
+        raise ValueError(f"times are {preview(moments.ravel().tolist())}; expected a list of finite numbers")
     return (moments - low) / (high - low)
 
 

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from invirtuo.checks import some
 from invirtuo.dynamics.base import Forecaster
 from invirtuo.dynamics.courses import Course
+from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -116,7 +116,7 @@ def edge_matrices(model: GeneNetwork, labels: Mapping[str, str] | None = None, c
     """
     parts = [c for c in model.training_courses() if not labels or set(labels.items()) <= set(c.labels.items())]
     if not parts:
-        raise ValueError(f"no training course is {dict(labels or {})}; there are {some(model.known)}")
+        raise ValueError(f"no training course is {dict(labels or {})}; there are {preview(model.known)}")
     states, names = _states(parts)
     x = torch.from_numpy(states).float().expand(model.config.n_members, *states.shape)
     codes = model.labels_of(names)
@@ -233,9 +233,9 @@ def _places(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
     if not genes:
         raise ValueError("no genes were given; expected at least one")
     if strange := [gene for gene in genes if gene not in known]:
-        raise ValueError(f"gene(s) {some(strange)} are not in the model; it has {some(model.genes)}")
+        raise ValueError(f"gene(s) {preview(strange)} are not in the model; it has {preview(model.genes)}")
     if len(set(genes)) < len(genes):
-        raise ValueError(f"genes {some(genes)} repeat; name each once")
+        raise ValueError(f"genes {preview(genes)} repeat; name each once")
     return [known[gene] for gene in genes]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -64,7 +64,7 @@ def tradeoff(
     if model.config.penalty == "none":
         raise ValueError("the model has no penalty to weigh; make it with another one, for example 'target_l0'")
     if missing := sorted({"train", inside, outside} - set(split)):
-        raise ValueError(f"the split has no {some(missing)} cells; found {some(sorted(set(split)))}")
+        raise ValueError(f"the split has no {preview(missing)} cells; found {preview(sorted(set(split)))}")
     rows, errors = [], pd.DataFrame()
     for lam in lams:
         one = type(model)(model.design, model.genes, replace(model.config, lam=float(lam)))

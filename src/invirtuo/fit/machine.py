@@ -5,20 +5,25 @@ from __future__ import annotations
 import ctypes
 import time
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from invirtuo.fit.config import FitConfig
 from invirtuo.fit.devices import several
 
-if TYPE_CHECKING:
-    from invirtuo.model import SampleConfig
-
 __all__ = ["bf16_pays", "keep_freed_memory", "use_bf16"]
 
 
-def use_bf16(config: FitConfig | SampleConfig, device: str | None = None) -> bool:
+class Precise(Protocol):
+    """Settings with a precision: of a fit, or of sampling."""
+
+    @property
+    def precision(self) -> str:
+        """One of "fp32", "bf16" and "auto"."""
+
+
+def use_bf16(config: Precise, device: str | None = None) -> bool:
     """Whether a fit, or sampling on a type of device, computes in bf16.
 
     Several processes on CPUs might disagree and do not measure.

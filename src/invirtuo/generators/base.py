@@ -21,9 +21,9 @@ from scipy import sparse
 from torch import Tensor
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some, whole
 from invirtuo.conditions import Conditions
-from invirtuo.dataset import CellDataset, opened
+from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview, whole_number
 from invirtuo.files import read_h5ad
 from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.generators.drawing import Request, drawn
@@ -35,6 +35,7 @@ from invirtuo.model.sampling import takes_options
 from invirtuo.model.wanted import wanted_conditions
 from invirtuo.multimodal import PEAK
 from invirtuo.nn import CountLikelihood, SizeFactor
+from invirtuo.source import opened
 from invirtuo.store import CellStore
 from invirtuo.values import check_values, looks_like_counts, require_counts
 
@@ -112,7 +113,7 @@ class CountGenerator(Model):
         """Learn the distribution of the depth of training cells."""
         rows = dataset.rows("train")
         _, column = self._depth_kind()
-        groups = self._groups(dataset.condition)[torch.from_numpy(rows)]
+        groups = dataset.condition.map(self._groups)[torch.from_numpy(rows)]
         size = self._size(dataset, rows)
         check_depths(size)
         self.depth.fit(size, groups, len(self.design.covariates[column]) if column else 0)
@@ -151,7 +152,7 @@ class CountGenerator(Model):
         if colon and column not in covariates:
             raise ValueError(
                 f"size_factor names {column!r}, which is no covariate of the design; "
-                f"covariates: {some(covariates) or 'none'}"
+                f"covariates: {preview(covariates) or 'none'}"
             )
         return kind, column or (covariates[0] if kind == "by" and covariates else None)
 
@@ -163,8 +164,8 @@ class CountGenerator(Model):
     def _check_space(self, adata: AnnData) -> None:
         require_counts(adata)
         if isinstance(adata, CellStore):
-            whole = adata.scan().whole if adata.manifest is None else adata.manifest.get("values") == "counts"
-            if not whole:
+            whole_number = adata.scan().whole if adata.manifest is None else adata.manifest.get("values") == "counts"
+            if not whole_number:
                 raise ValueError("the files hold values that are not whole numbers; prepare them with --counts")
             return
         values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X)
@@ -248,11 +249,11 @@ class CountGenerator(Model):
             raise ValueError(f"output is {output!r}; a file is written in pieces only for output='counts'")
         if latent and not self.has_latent:
             raise ValueError(f"{self.name} has no latent vectors; leave latent= out")
-        whole("chunk_size", chunk_size)
+        whole_number("chunk_size", chunk_size)
         sampling = self._sampling(options)
         given = self._given(n_cells, where, labels)
         guidance = options.get("guidance")
-        request = self._request(given, prior, guidance, size_factor, whole("seed", seed, 0))
+        request = self._request(given, prior, guidance, size_factor, whole_number("seed", seed, 0))
         if "guidance" in options:
             sampling = replace(sampling, guidance=_told(guidance))  # weights of every cell travel by themselves
         request = replace(request, config=sampling, means=output != "counts", device=device)
@@ -292,7 +293,7 @@ class CountGenerator(Model):
         """
         self._check_fitted()
         table = wanted_conditions(conditions, self)
-        n_cells = whole("n_cells", n_cells)
+        n_cells = whole_number("n_cells", n_cells)
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         return self.generate(
             labels=rows, seed=seed, out=out, engine=engine, n_jobs=n_jobs, device=device, progress=progress, **options
@@ -331,8 +332,8 @@ class CountGenerator(Model):
         trained = set(self.design.perturbations if self.takes_unseen else self.card["perturbations"])
         if strange := sorted(parts - trained):
             raise ValueError(
-                f"{self.design.perturbation}: {some(strange)} do not occur in the training cells; "
-                f"known: {some(trained, 50)}"
+                f"{self.design.perturbation}: {preview(strange)} do not occur in the training cells; "
+                f"known: {preview(trained, 50)}"
             )
 
     def _request(self, given: pd.DataFrame, prior: Prior, guidance: Guidance, size_factor: Any, seed: int) -> Request:
@@ -359,7 +360,7 @@ class CountGenerator(Model):
             guidance = dict.fromkeys(names, 1.0 if guidance is None else float(guidance))
         if strange := [name for name in guidance if name not in names]:
             raise ValueError(
-                f"guidance: {some(strange)} is not an attribute of this model; its attributes: {some(names)}"
+                f"guidance: {preview(strange)} is not an attribute of this model; its attributes: {preview(names)}"
             )
         columns = [np.broadcast_to(np.asarray(guidance.get(name, 0.0), np.float32), (n,)) for name in names]
         weights = torch.from_numpy(np.stack(columns, axis=1)) if names else torch.zeros(n, 0)
@@ -448,7 +449,7 @@ class CountGenerator(Model):
         self._check_fitted()
         if by not in self.design.attributes:
             raise ValueError(
-                f"by={by!r} is not an attribute of this model; its attributes: {some(self.design.attributes)}"
+                f"by={by!r} is not an attribute of this model; its attributes: {preview(self.design.attributes)}"
             )
         every = self._with_genes(counted(adata))
         train = np.ones(adata.n_obs, bool) if split is None else split.reindex(adata.obs_names).to_numpy() == "train"
@@ -461,7 +462,7 @@ class CountGenerator(Model):
             )
         counts = rare_counts(sizes.to_dict(), target_size - real.n_obs, power=power, max_fold=max_fold)
         if few := [name for name, size in sizes.items() if size < min_cells and counts[name]]:
-            logger.warning("%s: fewer than %d real cells; generated ones may copy them", some(few), min_cells)
+            logger.warning("%s: fewer than %d real cells; generated ones may copy them", preview(few), min_cells)
         labels = np.repeat([*counts], [*counts.values()])
         made = self.generate(
             labels=pd.DataFrame({by: labels}),

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.design import Design
+from invirtuo.errors import preview
 
 __all__ = ["Prior", "draw", "observed", "rare_counts"]
 
@@ -175,10 +175,10 @@ def check_labels(given: pd.DataFrame, table: pd.DataFrame, unknown: str | None) 
     """Raise ValueError for attributes and labels that the training cells do not have."""
     for name in given.columns:
         if name == N or name not in table.columns:
-            known = some([column for column in table.columns if column != N]) or "none"
+            known = preview([column for column in table.columns if column != N]) or "none"
             raise ValueError(f"{name!r} is not an attribute of this model; its attributes: {known}")
         strange = sorted(set(given[name]) - set(table[name]) - {unknown})
         if strange:
             raise ValueError(
-                f"{name}: {some(strange)} do not occur in the training cells; known: {some(set(table[name]), 50)}"
+                f"{name}: {preview(strange)} do not occur in the training cells; known: {preview(set(table[name]), 50)}"
             )

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
 from invirtuo.generators.base import CountGenerator, counted
@@ -338,7 +338,7 @@ class LatentFlow(CountGenerator):
             self._check_null(back)
         size = self._size(dataset, np.arange(adata.n_obs))
         z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
-        own = dataset.condition
+        own = dataset.condition[:]
         other = replace(own, covariates={**own.covariates, batch: torch.full_like(own.covariates[batch], target)})
         moved = torch.empty_like(z)
         with self.on_device(device) as place:
@@ -490,7 +490,7 @@ class LatentFlow(CountGenerator):
     @torch.no_grad()
     def _encoded(self, dataset: CellDataset, device: str | None = None) -> Tensor:
         """(n, d) latent vectors of all cells, on the autoencoder's scale."""
-        n = dataset.matrix.shape[0]
+        n = len(dataset.obs)
         parts = []
         with self.on_device(device) as place:
             for rows in _chunks(n):
@@ -502,11 +502,11 @@ class LatentFlow(CountGenerator):
         """Number of the batch that cells are brought to."""
         if batch not in self.design.covariates:
             raise ValueError(
-                f"batch={batch!r} is no covariate of this model; covariates: {some(self.design.covariates)}"
+                f"batch={batch!r} is no covariate of this model; covariates: {preview(self.design.covariates)}"
             )
         table = self._table.groupby(batch)["n_cells"].sum().drop([self.design.unknown], errors="ignore")
         if label is not None and str(label) not in table.index:
-            raise ValueError(f"reference={label!r} does not occur in the training cells; known: {some(table.index)}")
+            raise ValueError(f"reference={label!r} does not occur in the training cells; known: {preview(table.index)}")
         return self.design.covariates[batch].index(str(table.idxmax() if label is None else label))
 
     def _decoded_layer(

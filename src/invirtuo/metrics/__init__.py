@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.metrics import de, discrimination, distribution, generation, mean, population, rank, wilcoxon
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.copies import copying
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
     from invirtuo.metrics.cells import Layer, Scale
-    from invirtuo.metrics.streamed import Source
+    from invirtuo.source import AnyCells
 
 __all__ = [
     "METRICS",
@@ -81,8 +81,8 @@ ABSENT = ("de_direction_match", "de_recall", "de_spearman_lfc")  # no value, not
 
 
 def evaluate(
-    pred: Source,
-    real: Source,
+    pred: AnyCells,
+    real: AnyCells,
     design: Design,
     metrics: Sequence[str] | str | None = None,
     *,
@@ -147,7 +147,7 @@ def evaluate(
 
 
 def noise_floor(
-    real: Source,
+    real: AnyCells,
     design: Design,
     metrics: Sequence[str] | str | None = None,
     *,
@@ -178,7 +178,7 @@ def noise_floor(
 
 
 def ceiling(
-    real: Source,
+    real: AnyCells,
     design: Design,
     metrics: Sequence[str] | str | None = "cell_eval",
     *,
@@ -234,7 +234,7 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     result.attrs = {"skipped": dict(pair.skipped), "reasons": reasons}
     result.attrs |= {name: counts[name].to_dict() for name in ("n_scored", "n_nan")}
     for reason in dict.fromkeys(reasons.values()):
-        logger.warning("NaN for %s: %s", some([name for name in reasons if reasons[name] == reason]), reason)
+        logger.warning("NaN for %s: %s", preview([name for name in reasons if reasons[name] == reason]), reason)
     return result
 
 
@@ -252,7 +252,7 @@ def _reasons(pair: Pair, chosen: Sequence[str]) -> dict[str, str]:
     reasons = {}
     for name in chosen:
         if METRICS[name].relative and alone:
-            reasons[name] = f"a place among others needs two perturbations; there is one in {some(alone)}"
+            reasons[name] = f"a place among others needs two perturbations; there is one in {preview(alone)}"
         if name.startswith("deg_recall") and len(pair.genes) <= de.TOP:
             reasons[name] = f"the top {de.TOP} of {len(pair.genes)} genes are the same for every prediction"
     return reasons

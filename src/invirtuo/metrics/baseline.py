@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.metrics.core import METRICS
 
 __all__ = ["relative", "score_against"]
@@ -36,11 +36,11 @@ def score_against(user: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     for kind, axis in (("conditions", 0), ("metrics", 1)):
         different = wide["user"].axes[axis].symmetric_difference(wide["base"].axes[axis])
         if len(different):
-            raise ValueError(f"user and base must have the same {kind}; in one of them only: {some(different)}")
+            raise ValueError(f"user and base must have the same {kind}; in one of them only: {preview(different)}")
     names = [name for name in dict.fromkeys(user["metric"]) if name not in METRICS or METRICS[name].direction]
     unbounded = [name for name in names if name not in METRICS or not np.isfinite(METRICS[name].best)]
     if unbounded:
-        raise ValueError(f"metrics without a known finite best value: {some(unbounded)}; leave them out")
+        raise ValueError(f"metrics without a known finite best value: {preview(unbounded)}; leave them out")
     best = pd.Series({name: METRICS[name].best for name in names})
     table = relative(wide["user"].mean(), wide["base"].mean(), best)
     counts = pd.DataFrame({f"n_{side}": wide[side][names].count() for side in wide})

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import SCORE_COLUMNS, some
-from invirtuo.metrics.streamed import BLOCK, Closing, Streamed, opened
-from invirtuo.store.cells import CellStore, DiskMatrix
+from invirtuo.checks import SCORE_COLUMNS
+from invirtuo.errors import preview
+from invirtuo.metrics.streamed import BLOCK, Streamed
+from invirtuo.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
 from invirtuo.values import Values, canonical_csr, look, require_same_scale
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
     from invirtuo.design import Design
-    from invirtuo.metrics.streamed import Source
 
-__all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "compare_levels", "of_side", "per_10k"]
+__all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "compare_levels", "of_side", "per_10k", "read_cells"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,50 +36,80 @@ FAR = (0.25, 2.0)  # ratios of the levels of two files that are hardly on one sc
 DEPTH = 1e4  # total count to which :func:`per_10k` brings each cell
 
 
-class Cells:
-    """One file: which rows belong to which condition, and how to read them in the common gene order."""
+@dataclass(frozen=True)
+class ValueRange:
+    """What a pass over all values found.
 
-    def __init__(
-        self,
-        name: str,
-        source: Source,
-        design: Design,
-        genes: np.ndarray | None = None,
-        layer: str | None = None,
-    ):
-        self.name = name
-        self.layer = layer
-        self.where = "X" if layer is None else repr(layer)
-        self.adata = _checked(name, opened(source, layer=layer), layer)
-        self.closing = Closing(self.adata) if self.adata is not source and self.adata.isbacked else None
-        self.matrix, names = _values(name, self.adata, layer)
-        obs = _checked_obs(name, self.adata.obs, design)
-        control = design.is_control(obs)
-        self.rows = _rows_by(design.names(obs), np.flatnonzero(~control))
-        self.controls = _rows_by(design.groups(obs), np.flatnonzero(control))
-        self.control_names = {group: design.names(obs.iloc[rows[:1]]).iloc[0] for group, rows in self.controls.items()}
-        self.table = design.conditions(obs)
-        self.table["_group"] = design.groups(self.table).to_numpy()
-        self.table.index = pd.Index(design.names(self.table))
-        if not names.is_unique:
-            repeated = some(names[names.duplicated()].unique())
-            raise ValueError(f"{name}: gene names are not unique: {repeated}; call adata.var_names_make_unique()")
-        self.genes = np.array(sorted(names), dtype=object) if genes is None else genes
-        self.columns = names.get_indexer(self.genes)
-        _check_genes(name, names, self.genes, self.columns)
-        self.scale: Literal["log1p", "counts"] = "log1p"
-        self._look_at_values()
+    Parameters
+    ----------
+    largest, smallest
+        Of all values; the smallest is at most 0.
+    above
+        Share of the values other than 0 that no log1p value reaches.
+    whole
+        Whether all are whole numbers.
+    depths
+        (n,) sum of each cell.
+    """
+
+    largest: float
+    smallest: float
+    above: float
+    whole: bool
+    depths: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """One file: which rows belong to which condition, and how to read them in the common gene order.
+
+    Made by :func:`read_cells`.
+
+    Parameters
+    ----------
+    name
+        Of the file in messages: "real" or "pred".
+    source, layer
+        Where values are read from, and which.
+    genes, columns
+        (g,) names in the common order, and the column of each.
+    found
+        What the values look like.
+    rows, controls
+        Condition to rows, and covariate group to rows of its control cells.
+    control_names
+        Covariate group to the name of its control condition.
+    table
+        Conditions by name, with the Design's columns and their ``_group``.
+    scale
+        "log1p", or "counts" to be normalised while they are read.
+    """
+
+    name: str
+    source: Source
+    layer: str | None
+    genes: np.ndarray
+    columns: np.ndarray
+    found: ValueRange
+    rows: dict[str, np.ndarray]
+    controls: dict[str, np.ndarray]
+    control_names: dict[str, str]
+    table: pd.DataFrame
+    scale: Literal["log1p", "counts"] = "log1p"
 
     @property
     def n_cells(self) -> int:
-        return self.adata.n_obs
+        """Number of all cells."""
+        return len(self.source.obs)
+
+    def is_same_file(self, other: Cells) -> bool:
+        """Whether both were made of the same object."""
+        return self.source.obs is other.source.obs
 
     def restricted(self, rows: dict[str, np.ndarray], controls: dict[str, np.ndarray] | None = None) -> Cells:
         """The same file with fewer cells per condition."""
-        other = object.__new__(Cells)
-        other.__dict__ |= self.__dict__ | {"rows": rows, "table": self.table.loc[sorted(rows)]}
-        other.controls = self.controls if controls is None else controls
-        return other
+        controls = self.controls if controls is None else controls
+        return replace(self, rows=rows, controls=controls, table=self.table.loc[sorted(rows)])
 
     def equal_pieces(self, rng: np.random.Generator) -> tuple[dict[str, list[np.ndarray]], set[str]]:
         """Two random halves of each condition and of the controls of each group, and what has too few cells.
@@ -102,26 +131,31 @@ class Cells:
 
     def on_scale(self, scale: Literal["log1p", "counts"]) -> Cells:
         """The same file, its values log1p already or counts to be normalised; an error if they cannot be that."""
-        if scale == "log1p" and (self.too_large > FEW or self.largest > ABSURD or (self.whole and self.largest >= 2)):
+        found, where = self.found, _where(self.layer)
+        is_far_off = found.above > FEW or found.largest > ABSURD
+        if scale == "log1p" and (is_far_off or (found.whole and found.largest >= 2)):
             raise ValueError(
-                f"{self.name}: {self.where} looks like raw counts (largest value {self.largest:.4g}); expected "
+                f"{self.name}: {where} looks like raw counts (largest value {found.largest:.4g}); expected "
                 "log1p-normalised expression. Normalise both files alike, for example with "
                 "scanpy.pp.normalize_total(adata, target_sum=1e4) and scanpy.pp.log1p(adata); if both hold counts, "
                 "scale='counts' does it here, to the median depth of each file"
             )
-        if scale == "counts" and (not self.whole or self.smallest < 0):
+        if scale == "counts" and not self.may_be_counts:
             raise ValueError(
-                f"{self.name}: {self.where} does not hold counts (values from {self.smallest:.4g} to "
-                f"{self.largest:.4g}, {'whole' if self.whole else 'some with a fraction'}); expected whole numbers "
+                f"{self.name}: {where} does not hold counts (values from {found.smallest:.4g} to "
+                f"{found.largest:.4g}, {'whole' if found.whole else 'some with a fraction'}); expected whole numbers "
                 ">= 0 for scale='counts'. Pass scale='log1p' if both files hold log1p values"
             )
-        other = object.__new__(Cells)
-        other.__dict__ |= self.__dict__ | {"scale": scale}
-        return other
+        return replace(self, scale=scale)
+
+    @property
+    def may_be_counts(self) -> bool:
+        """Whether all values are whole numbers >= 0."""
+        return self.found.whole and self.found.smallest >= 0
 
     def read(self, rows: np.ndarray):
         """(n, g) CSR or dense, log1p, genes in the common order."""
-        block = self._stored(rows)
+        block = _read(self.source, rows)
         if self.scale == "counts":
             block = _log_normalised(block, self.size_factors[rows])
         in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
@@ -129,13 +163,13 @@ class Cells:
 
     def matrix_of(self, rows: np.ndarray):
         """Like :meth:`read`; of a file on disk many rows are not read but streamed."""
-        on_disk = self.matrix is None or isinstance(self.matrix, DiskMatrix)
-        return Streamed(self.read, rows, len(self.genes)) if on_disk and len(rows) > BLOCK else self.read(rows)
+        is_streamed = self.source.on_disk and len(rows) > BLOCK
+        return Streamed(self.read, rows, len(self.genes)) if is_streamed else self.read(rows)
 
     @cached_property
     def size_factors(self) -> np.ndarray:
         """(n,) depth of each cell over the median depth of the file, as scanpy's normalize_total; 1 for empty cells."""
-        depths = self.depths.astype(np.float32)
+        depths = self.found.depths.astype(np.float32)
         factors = depths / np.median(depths[depths > 0])
         return np.where(factors == 0, np.float32(1), factors)
 
@@ -143,38 +177,93 @@ class Cells:
     def looks_like(self) -> tuple[Values, float]:
         """What a sample of the cells holds, and the median of their totals, the logarithm undone."""
         rows = np.unique(np.linspace(0, self.n_cells - 1, min(self.n_cells, SAMPLE)).astype(int))
-        block = sparse.csr_matrix(self._stored(rows))[:, self.columns]
+        block = sparse.csr_matrix(_read(self.source, rows))[:, self.columns]
         found = look(block)
         block.data = np.expm1(np.clip(block.data, 0, MAX_LOG1P))
         return found, float(np.median(np.asarray(block.sum(axis=1))))
 
-    def _stored(self, rows: np.ndarray):
-        if self.matrix is None:
-            return _in_rows(self.adata[rows].X)  # type: ignore[index]
-        return _in_rows(self.matrix[rows]) if isinstance(self.matrix, DiskMatrix) else self.matrix[rows]
 
-    def _look_at_values(self) -> None:
-        """Check that all are finite; range, share above any log1p value, whether all are whole, depth of each cell."""
-        self.largest, self.smallest, self.whole = -np.inf, 0.0, True
-        above, positive = 0, 0
-        self.depths = np.empty(self.n_cells)
-        for start in range(0, self.n_cells, BLOCK):
-            rows = np.arange(start, min(start + BLOCK, self.n_cells))
-            block = self._stored(rows)
-            values = block.data if sparse.issparse(block) else block
-            if not np.isfinite(values).all():
-                bad = int((~np.isfinite(values)).sum())
-                raise ValueError(
-                    f"{self.name}: {self.where} holds {bad} NaN or infinite values (cells from row {start}); "
-                    "remove or repair"
-                )
-            if values.size:
-                self.largest = max(self.largest, float(values.max()))
-                self.smallest = min(self.smallest, float(values.min()))
-            above, positive = above + int((values > MAX_LOG1P).sum()), positive + int(np.count_nonzero(values))
-            self.whole = self.whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
-            self.depths[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-        self.too_large = above / max(positive, 1)
+def read_cells(
+    name: str, cells: AnyCells, design: Design, *, genes: np.ndarray | None = None, layer: str | None = None
+) -> Cells:
+    """Open a file, check it, and look at all its values once.
+
+    Parameters
+    ----------
+    name
+        For messages: "real" or "pred".
+    cells
+        Cells, or their path.
+    design
+        Which columns mean what.
+    genes
+        (g,) names in the common order; None takes those of the file, sorted.
+    layer
+        A layer or an entry of obsm to read in place of X.
+    """
+    adata = opened(cells, small_in_memory=True, layer=layer)
+    source = source_of(adata, layer=layer, name=name)
+    if adata is not cells and isinstance(source, BackedSource | StoreSource):
+        source.close_at_the_end()
+    obs = _checked_obs(name, source.obs, design)
+    control = design.is_control(obs)
+    controls = _rows_by(design.groups(obs), np.flatnonzero(control))
+    table = design.conditions(obs)
+    table["_group"] = design.groups(table).to_numpy()
+    table.index = pd.Index(design.names(table))
+    names = source.genes
+    if not names.is_unique:
+        repeated = preview(names[names.duplicated()].unique())
+        raise ValueError(f"{name}: gene names are not unique: {repeated}; call adata.var_names_make_unique()")
+    genes = np.array(sorted(names), dtype=object) if genes is None else genes
+    columns = names.get_indexer(genes)
+    _check_genes(name, names, genes, columns)
+    return Cells(
+        name=name,
+        source=source,
+        layer=layer,
+        genes=genes,
+        columns=columns,
+        found=_value_range(source, name, layer),
+        rows=_rows_by(design.names(obs), np.flatnonzero(~control)),
+        controls=controls,
+        control_names={group: design.names(obs.iloc[rows[:1]]).iloc[0] for group, rows in controls.items()},
+        table=table,
+    )
+
+
+def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
+    """Look at every value once, and refuse those that are not finite."""
+    n_cells = len(source.obs)
+    largest, smallest, whole = -np.inf, 0.0, True
+    above, positive = 0, 0
+    depths = np.empty(n_cells)
+    for start in range(0, n_cells, BLOCK):
+        rows = np.arange(start, min(start + BLOCK, n_cells))
+        block = _read(source, rows)
+        values = block.data if sparse.issparse(block) else block
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise ValueError(
+                f"{name}: {_where(layer)} holds {bad} NaN or infinite values (cells from row {start}); remove or repair"
+            )
+        if values.size:
+            largest, smallest = max(largest, float(values.max())), min(smallest, float(values.min()))
+        above += int((values > MAX_LOG1P).sum())
+        positive += int(np.count_nonzero(values))
+        whole = whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
+        depths[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+    return ValueRange(largest, smallest, above / max(positive, 1), whole, depths)
+
+
+def _read(source: Source, rows: np.ndarray):
+    """Values of rows; genes of files may come in any order, and sums shall not depend on it."""
+    block = source.read(rows)
+    return canonical_csr(block) if source.on_disk and sparse.issparse(block) else block
+
+
+def _where(layer: str | None) -> str:
+    return "X" if layer is None else repr(layer)
 
 
 def common_scale(scale: Scale, *sides: Cells) -> Literal["log1p", "counts"]:
@@ -183,7 +272,7 @@ def common_scale(scale: Scale, *sides: Cells) -> Literal["log1p", "counts"]:
         raise ValueError(f"scale must be 'log1p', 'counts' or 'auto'; found {scale!r}")
     if scale != "auto":
         return scale
-    found = {side.name: "counts" if side.whole and side.smallest >= 0 else "log1p" for side in sides}
+    found = {side.name: "counts" if side.may_be_counts else "log1p" for side in sides}
     if len(set(found.values())) > 1:
         kinds = " and ".join(f"{name} seems to hold {kind}" for name, kind in found.items())
         raise ValueError(
@@ -220,51 +309,9 @@ def of_side(layer: Layer, side: Side) -> str | None:
     """Where the values of a file stand."""
     if isinstance(layer, Mapping):
         if unknown := set(layer) - {"pred", "real"}:
-            raise ValueError(f"layer= by file has the keys 'pred' and 'real'; found {some(sorted(unknown))}")
+            raise ValueError(f"layer= by file has the keys 'pred' and 'real'; found {preview(sorted(unknown))}")
         return layer.get(side)
     return layer
-
-
-def _checked(name: str, source: AnnData | CellStore, layer: str | None) -> AnnData | CellStore:
-    if isinstance(source, CellStore) and layer is not None:
-        raise ValueError(
-            f"{name}: layer={layer!r}, but of a store only X is read; put the values into X, or pass one h5ad file"
-        )
-    if source.n_obs == 0 or (layer is None and (source.n_vars == 0 or source.X is None)):
-        held = [*source.layers, *source.obsm]
-        raise ValueError(
-            f"{name}: expected cells and genes with log1p expression in X; found {(source.n_obs, source.n_vars)}"
-            + ("" if source.n_obs == 0 or not held else f". If it stands in {some(held)}, name it with layer=")
-        )
-    return source
-
-
-def _values(name: str, adata: AnnData | CellStore, layer: str | None) -> tuple[Any, pd.Index]:
-    """X, a layer or an entry of obsm as CSR or dense (None where X stays on disk), and the names of its genes."""
-    if isinstance(adata, CellStore):
-        return adata.X, adata.var_names
-    names = adata.var_names.astype(str)
-    if layer is None:
-        return _matrix(adata), names
-    if layer in adata.layers:
-        return _in_rows(adata.layers[layer]), names
-    if layer not in adata.obsm:
-        raise ValueError(
-            f"{name}: there is no layer and no obsm {layer!r}; found layers {some(adata.layers) or 'none'}, "
-            f"obsm {some(adata.obsm) or 'none'}"
-        )
-    values = adata.obsm[layer]
-    if isinstance(values, pd.DataFrame):
-        return values.to_numpy(), values.columns.astype(str)
-    chosen = adata.var["highly_variable"].to_numpy(dtype=bool) if "highly_variable" in adata.var else np.zeros(0, bool)
-    if values.shape[1] == len(names):
-        return _in_rows(values), names
-    if values.shape[1] == chosen.sum():
-        return _in_rows(values), names[chosen]
-    raise ValueError(
-        f"{name}: obsm[{layer!r}] has {values.shape[1]} columns without gene names, var_names has {len(names)}, and "
-        f"var['highly_variable'] marks {int(chosen.sum())}. Store it as a DataFrame whose columns are gene names"
-    )
 
 
 def _check_genes(name: str, names: pd.Index, genes: np.ndarray, columns: np.ndarray) -> None:
@@ -281,15 +328,19 @@ def _check_genes(name: str, names: pd.Index, genes: np.ndarray, columns: np.ndar
     if nameless and name == "pred":
         logger.warning("neither file has gene names; the columns are taken to be in the same order")
     if len(missing):
-        raise ValueError(f"{name} lacks {len(missing)} of the {len(genes)} genes of real: {some(missing)}")
+        raise ValueError(f"{name} lacks {len(missing)} of the {len(genes)} genes of real: {preview(missing)}")
 
 
 def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
     if taken := SCORE_COLUMNS & set(design.columns) - {design.perturbation}:
-        raise ValueError(f"covariate columns {some(sorted(taken))} clash with columns of the score table; rename them")
+        raise ValueError(
+            f"covariate columns {preview(sorted(taken))} clash with columns of the score table; rename them"
+        )
     for column in design.columns:
         if column not in obs.columns:
-            raise ValueError(f"{name}: obs has no column {column!r}, which the design names; found {some(obs.columns)}")
+            raise ValueError(
+                f"{name}: obs has no column {column!r}, which the design names; found {preview(obs.columns)}"
+            )
         if obs[column].isna().any():
             missing = int(obs[column].isna().sum())
             raise ValueError(f"{name}: obs[{column!r}] has {missing} missing values; remove these cells or label them")
@@ -300,18 +351,6 @@ def _rows_by(keys: pd.Series, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Key to the rows that carry it, keys sorted, rows ascending."""
     keys = keys.to_numpy()[rows]
     return {str(key): rows[index] for key, index in sorted(pd.Series(keys).groupby(keys).indices.items())}
-
-
-def _matrix(adata: AnnData):
-    """X as CSR or dense, quick to take rows of; None where X stays on disk."""
-    if adata.isbacked and not adata.is_view and getattr(adata[:1].X, "format", None) != "csc":
-        return None  # a backed view cannot be indexed again, and rows of CSC are slow to find: both are read whole
-    return _in_rows(adata.to_memory().X if adata.isbacked else adata.X)
-
-
-def _in_rows(x):
-    """CSR without duplicates, or dense."""
-    return canonical_csr(x) if sparse.issparse(x) else np.asarray(x)
 
 
 def per_10k(counts) -> sparse.csr_matrix:

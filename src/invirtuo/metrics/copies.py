@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import labels, some
+from invirtuo.checks import labels
+from invirtuo.errors import preview
 from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k
 
@@ -112,4 +113,4 @@ def _compared(made: np.ndarray, real: np.ndarray) -> dict[str, float]:
 def _check(name: str, adata: AnnData, genes: pd.Index, by: str) -> None:
     labels(adata, by, name)
     if missing := [gene for gene in genes if gene not in adata.var_names]:
-        raise ValueError(f"{name} lacks {len(missing)} genes of the training cells: {some(missing)}")
+        raise ValueError(f"{name} lacks {len(missing)} genes of the training cells: {preview(missing)}")

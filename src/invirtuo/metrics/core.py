@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy import sparse
 
-from invirtuo.checks import some
-from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, compare_levels, of_side
+from invirtuo.errors import preview
+from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, compare_levels, of_side, read_cells
 from invirtuo.metrics.rank import ranks
 from invirtuo.metrics.streamed import Streamed
 
 if TYPE_CHECKING:
-    from invirtuo.metrics.streamed import Source
-from invirtuo.design import Design
+    from invirtuo.design import Design
+    from invirtuo.source import AnyCells
 
 __all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
 
@@ -168,10 +168,11 @@ class _Comparison:
 
     def matrix(self, pair: Pair, group: str) -> np.ndarray:
         views = pair.view(self.on, "pred", group), pair.view(self.on, "real", group)
-        return pair.once(("matrix", "pred", self.name, group), lambda: np.asarray(self.pairwise(*views), dtype=float))
+        key = ("matrix", self.name, group)
+        return pair.once("pred", key, lambda: np.asarray(self.pairwise(*views), dtype=float))
 
     def values(self, pair: Pair, group: str) -> np.ndarray:
-        if pair.has(("matrix", "pred", self.name, group)):
+        if pair.has("pred", ("matrix", self.name, group)):
             return np.diagonal(self.matrix(pair, group))
         views = zip(pair.view(self.on, "pred", group), pair.view(self.on, "real", group), strict=True)
         return np.array([float(self.function(pred, real)) for pred, real in views])
@@ -211,8 +212,8 @@ class Pair:
 
     def __init__(
         self,
-        pred: Source,
-        real: Source,
+        pred: AnyCells | Cells,
+        real: AnyCells | Cells,
         design: Design,
         *,
         n_pcs: int = 30,
@@ -222,15 +223,31 @@ class Pair:
     ):
         if controls not in ("real", "pred"):
             raise ValueError(f"controls must be 'real' or 'pred'; found {controls!r}")
-        real_side = Cells("real", real, design, layer=of_side(layer, "real"))
-        pred_side = Cells("pred", pred, design, genes=real_side.genes, layer=of_side(layer, "pred"))
-        stated = common_scale(scale, real_side, pred_side)
-        self._setup(design, pred_side.on_scale(stated), real_side.on_scale(stated), n_pcs, controls)
+        if not (isinstance(pred, Cells) and isinstance(real, Cells)):
+            pred, real = _sides(pred, real, design, scale, layer)
+        if not pred.is_same_file(real):
+            compare_levels(pred, real)
+        self.design = design
+        self.n_pcs = n_pcs
+        self.genes = real.genes
+        self._cells: dict[Side, Cells] = {"pred": pred, "real": real}
+        self._control_side: dict[Side, Side] = {"pred": controls, "real": "real"}
+        self._cache: dict[Side, dict] = {"pred": {}, "real": {}}
+        both = [name for name in real.rows if name in pred.rows]
+        if not both:
+            raise ValueError(
+                f"no condition is in both files: pred has {preview(pred.rows)}; real has {preview(real.rows)}. "
+                f"Conditions are named by {' | '.join(design.columns)}"
+            )
+        self.skipped: dict[str, str] = {}
+        self._skip({name: "not in pred" for name in real.rows if name not in pred.rows})
+        self._skip({name: "not in real" for name in pred.rows if name not in real.rows})
+        self.conditions = real.table.loc[sorted(both)]
 
     @classmethod
     def halves(
         cls,
-        real: Source,
+        real: AnyCells,
         design: Design,
         *,
         n_pcs: int = 30,
@@ -239,27 +256,26 @@ class Pair:
         layer: Layer = None,
     ) -> Pair:
         """Two disjoint random halves of each real condition, as prediction and truth; the controls stay whole."""
-        whole = Cells("real", real, design, layer=of_side(layer, "real"))
-        whole = whole.on_scale(common_scale(scale, whole))
+        whole = _scaled(real, design, scale, layer)
         single = {name: "only one cell" for name, rows in whole.rows.items() if len(rows) < 2}
         if len(single) == len(whole.rows):
             raise ValueError(
-                f"real: no condition has two or more cells to divide; found {some(single) or 'no conditions'}"
+                f"real: no condition has two or more cells to divide; found {preview(single) or 'no conditions'}"
             )
         rng = np.random.default_rng(seed)
-        pieces = {
-            name: np.array_split(rng.permutation(rows), 2) for name, rows in whole.rows.items() if name not in single
-        }
-        pred, rest = ({name: np.sort(halves[i]) for name, halves in pieces.items()} for i in (1, 0))
-        pair = cls.__new__(cls)
-        pair._setup(design, whole.restricted(pred), whole.restricted(rest), n_pcs, "real")
+        rest, pred = {}, {}
+        for name, rows in whole.rows.items():
+            if name not in single:
+                first, second = np.array_split(rng.permutation(rows), 2)
+                rest[name], pred[name] = np.sort(first), np.sort(second)
+        pair = cls(whole.restricted(pred), whole.restricted(rest), design, n_pcs=n_pcs)
         pair._skip(single)
         return pair
 
     @classmethod
     def equal_halves(
         cls,
-        real: Source,
+        real: AnyCells,
         design: Design,
         *,
         n_pcs: int = 30,
@@ -271,13 +287,12 @@ class Pair:
 
         Unlike :meth:`halves`, each side is compared with its own half of the controls; an odd cell is left out.
         """
-        whole = Cells("real", real, design, layer=of_side(layer, "real"))
-        whole = whole.on_scale(common_scale(scale, whole))
+        whole = _scaled(real, design, scale, layer)
         pieces, single = whole.equal_pieces(np.random.default_rng(seed))
         if all(name in single for name in whole.rows):
             raise ValueError("real: no condition has two or more cells to divide")
         if no_control := [f"controls of {name}" for name in whole.controls if f"controls of {name}" in single]:
-            raise ValueError(f"real: {some(no_control)}: fewer than two cells to divide")
+            raise ValueError(f"real: {preview(no_control)}: fewer than two cells to divide")
         rest, pred = (
             whole.restricted(
                 {name: pieces[name][i] for name in whole.rows if name in pieces},
@@ -285,47 +300,23 @@ class Pair:
             )
             for i in (0, 1)
         )
-        pair = cls.__new__(cls)
-        pair._setup(design, pred, rest, n_pcs, "pred")
+        pair = cls(pred, rest, design, n_pcs=n_pcs, controls="pred")
         pair._skip(dict.fromkeys(single, "only one cell"))
         return pair
 
-    def against(self, pred: Source) -> Pair:
+    def against(self, pred: AnyCells) -> Pair:
         """Another prediction of the same real data; what was computed of the real data is not computed again."""
-        real = self._cells["real"]
-        pair = type(self).__new__(type(self))
-        layer = self._cells["pred"].layer
-        other = Cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
-        pair._setup(self.design, other, real, self.n_pcs, self._control_side["pred"])
-        pair._of_real = self._of_real
+        real, layer = self._cells["real"], self._cells["pred"].layer
+        other = read_cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
+        pair = type(self)(other, real, self.design, n_pcs=self.n_pcs, controls=self._control_side["pred"])
+        pair._cache["real"] = self._cache["real"]
         return pair
-
-    def _setup(self, design: Design, pred: Cells, real: Cells, n_pcs: int, controls: str) -> None:
-        self.design = design
-        self.n_pcs = n_pcs
-        self.genes = real.genes
-        if pred.adata is not real.adata:
-            compare_levels(pred, real)
-        self._cells = {"pred": pred, "real": real}
-        self._control_side: dict[str, Side] = {"pred": "real" if controls == "real" else "pred", "real": "real"}
-        self._of_real: dict = {}
-        self._of_pair: dict = {}
-        both = [name for name in real.rows if name in pred.rows]
-        if not both:
-            raise ValueError(
-                f"no condition is in both files: pred has {some(pred.rows)}; real has {some(real.rows)}. "
-                f"Conditions are named by {' | '.join(design.columns)}"
-            )
-        self.skipped: dict[str, str] = {}
-        self._skip({name: "not in pred" for name in real.rows if name not in pred.rows})
-        self._skip({name: "not in real" for name in pred.rows if name not in real.rows})
-        self.conditions = real.table.loc[sorted(both)]
 
     def _skip(self, reasons: dict[str, str]) -> None:
         self.skipped |= reasons
         if reasons:
             reason = next(iter(reasons.values()))
-            logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, some(reasons))
+            logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, preview(reasons))
 
     @property
     def groups(self) -> list[str]:
@@ -355,18 +346,17 @@ class Pair:
     def moments(self, side: Side, condition: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Mean (g,), variance (g,) with n - 1 (NaN for one cell), and number of cells of a condition."""
         cells = self._cells[side]
-        return self.once(("moments", side, condition), lambda: _moments(cells.matrix_of(cells.rows[condition])))
+        return self.once(side, ("moments", condition), lambda: _moments(cells.matrix_of(cells.rows[condition])))
 
     def control_moments(self, side: Side, group: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Like `moments`, of the control cells that this side is compared with."""
-        key = ("moments of control", self._control_side[side], group)
         cells, rows = self._controls(side, group)
-        return self.once(key, lambda: _moments(cells.matrix_of(rows)))
+        key = ("moments of control", group)
+        return self.once(self._control_side[side], key, lambda: _moments(cells.matrix_of(rows)))
 
     def of_control(self, name: str, side: Side, group: str, compute: Callable):
         """What a function makes of the control cells that this side is compared with, kept under a name."""
-        key = (name, self._control_side[side], group)
-        return self.once(key, lambda: compute(self.stored_control(side, group)))
+        return self.once(self._control_side[side], (name, group), lambda: compute(self.stored_control(side, group)))
 
     def group_moments(self, side: Side, group: str) -> list[tuple[np.ndarray, np.ndarray, int]]:
         """Moments of every condition that this file has in the group, scored or not, and of the controls."""
@@ -414,27 +404,24 @@ class Pair:
     def see(self, name: str, side: Side, condition: str) -> np.ndarray:
         """The named view of one condition."""
         if name not in VIEWS:
-            raise ValueError(f"unknown view {name!r}; known: {some(sorted(VIEWS), 99)}")
+            raise ValueError(f"unknown view {name!r}; known: {preview(sorted(VIEWS), 99)}")
         if name in _UNCACHED:
             return VIEWS[name](self, side, condition)
-        return self.once(("view", name, side, condition), lambda: VIEWS[name](self, side, condition))
+        return self.once(side, ("view", name, condition), lambda: VIEWS[name](self, side, condition))
 
-    def once(self, key: tuple, compute: Callable):
+    def once(self, side: Side, key: tuple, compute: Callable):
         """The value kept under a key; computed when it is first asked for.
 
-        The key names "pred" if the value depends on the prediction; all else is shared by :meth:`against`.
+        The side is "pred" if the value depends on the prediction; what is kept for "real" is shared by :meth:`against`.
         """
-        cache = self._cache(key)
+        cache = self._cache[side]
         if key not in cache:
             cache[key] = compute()
         return cache[key]
 
-    def has(self, key: tuple) -> bool:
+    def has(self, side: Side, key: tuple) -> bool:
         """Whether a value is kept under a key."""
-        return key in self._cache(key)
-
-    def _cache(self, key: tuple) -> dict:
-        return self._of_pair if "pred" in key else self._of_real
+        return key in self._cache[side]
 
     def stored_control(self, side: Side, group: str):
         """Like `control_cells`, CSR or dense as the file holds them."""
@@ -453,10 +440,24 @@ class Pair:
         if rows is None:
             raise ValueError(
                 f"{cells.name}: group {group!r} has no control cells (label {self.design.control!r} in "
-                f"obs[{self.design.perturbation!r}]); groups with controls: {some(cells.controls) or 'none'}. "
+                f"obs[{self.design.perturbation!r}]); groups with controls: {preview(cells.controls) or 'none'}. "
                 "Add them, or name only metrics that need no control, for example metrics=['rmse_mean', 'mmd_gex']"
             )
         return cells, rows
+
+
+def _sides(pred, real, design: Design, scale: Scale, layer: Layer) -> tuple[Cells, Cells]:
+    """Both files on one scale, genes in the order of the real one."""
+    real = read_cells("real", real, design, layer=of_side(layer, "real"))
+    pred = read_cells("pred", pred, design, genes=real.genes, layer=of_side(layer, "pred"))
+    stated = common_scale(scale, real, pred)
+    return pred.on_scale(stated), real.on_scale(stated)
+
+
+def _scaled(real: AnyCells, design: Design, scale: Scale, layer: Layer) -> Cells:
+    """One file on the stated scale."""
+    whole = read_cells("real", real, design, layer=of_side(layer, "real"))
+    return whole.on_scale(common_scale(scale, whole))
 
 
 @dataclass(frozen=True)

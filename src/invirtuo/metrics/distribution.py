@@ -49,7 +49,7 @@ def pca_disjoint_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 
     A random half of the real cells of every condition is scored; the other halves and the controls give the axes.
     """
-    axes = pair.once(("disjoint axes",), lambda: principal_axes(pair.unscored_matrix(), pair.n_pcs))
+    axes = pair.once("real", ("disjoint axes",), lambda: principal_axes(pair.unscored_matrix(), pair.n_pcs))
     cells = _projected(pair, side, condition, axes)
     return cells[: (len(cells) + 1) // 2] if side == "real" else cells
 
@@ -62,7 +62,7 @@ def pca_average_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 
 def axes_of_all(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """Mean (g,) and principal axes (g, d) of all real cells, controls included."""
-    return pair.once(("principal axes",), lambda: principal_axes(pair.real_matrix(), pair.n_pcs))
+    return pair.once("real", ("principal axes",), lambda: principal_axes(pair.real_matrix(), pair.n_pcs))
 
 
 def _projected(pair: Pair, side: Side, condition: str, axes: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -271,7 +271,7 @@ def _to_control(pair: Pair, side: Side, group: str) -> np.ndarray:
 
     ``E|c - c'|`` is left out: it is the same for all conditions, costs most, and changes no correlation.
     """
-    known = pair.once(("distance to control", side, group), dict)
+    known = pair.once(side, ("distance to control", group), dict)
     waiting = [name for name in pair.names(group) if name not in known]
     if waiting:
         centre = pair.control_moments(side, group)[0]

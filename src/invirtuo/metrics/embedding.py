@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 
 __all__ = ["label_scores"]
 
@@ -96,7 +96,9 @@ def _checked(z, labels, real: np.ndarray, known: np.ndarray, groups: np.ndarray)
     if len(np.unique(groups)) > 1:
         raise ValueError("predicted cells are scored in one group; leave groups out, or pass one group at a time")
     if strange := sorted(set(labels) - set(known)):
-        raise ValueError(f"predicted label(s) {some(strange)} have no five real cells; known: {some(np.unique(known))}")
+        raise ValueError(
+            f"predicted label(s) {preview(strange)} have no five real cells; known: {preview(np.unique(known))}"
+        )
     return z, labels
 
 

@@ -48,7 +48,7 @@ MOST_PIVOTS = 10**9  # never reached: transport between 14,000 and 1,000 cells t
 @view("pca_scaled")
 def pca_scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(n, d) cells on the principal axes of all real cells, divided by the standard deviation of these on each axis."""
-    return pair.see("pca", side, condition) / pair.once(("spread",), lambda: _spread(pair))
+    return pair.see("pca", side, condition) / pair.once("real", ("spread",), lambda: _spread(pair))
 
 
 @metric(

@@ -76,7 +76,7 @@ def scaled_ref_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 
 def _scaled_by(ruler: Side, pair: Pair, side: Side, condition: str) -> np.ndarray:
     group = pair.group_of(condition)
-    centre, scale = pair.once(("scaling", ruler, group), lambda: _pooled(pair.group_moments(ruler, group)))
+    centre, scale = pair.once(ruler, ("scaling", group), lambda: _pooled(pair.group_moments(ruler, group)))
     return scaled_mean(pair.cells(side, condition), centre, scale)
 
 

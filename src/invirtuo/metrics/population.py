@@ -30,7 +30,7 @@ def correlations_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 
     Genes that are constant here have NaN outside of the diagonal; all is NaN for a single cell.
     """
-    genes = pair.once(("variable genes",), lambda: _most_variable(pair.real_matrix()))
+    genes = pair.once("real", ("variable genes",), lambda: _most_variable(pair.real_matrix()))
     cells = pair.cells(side, condition)[:, genes]
     if len(cells) < 2:
         return np.full((len(genes),) * 2, np.nan)

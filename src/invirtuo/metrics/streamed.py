@@ -1,26 +1,15 @@
-"""Opening files of cells, and such a file as a matrix of which some rows are in memory at a time."""
+"""A file of cells as a matrix of which a few rows are in memory at a time."""
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from invirtuo.files import bytes_by_row, read_h5ad
-from invirtuo.store.cells import CellStore
+__all__ = ["BLOCK", "Streamed"]
 
-if TYPE_CHECKING:
-    from anndata import AnnData
-
-__all__ = ["BLOCK", "Closing", "Source", "Streamed", "opened"]
-
-Source: TypeAlias = "AnnData | CellStore | str | Path | Sequence[str | Path]"
-IN_MEMORY = 512 << 20  # bytes of X, beyond which a file that is named by its path stays on disk
 BLOCK = 4096  # cells in memory at a time
 
 
@@ -42,8 +31,8 @@ class Streamed:
     def __init__(self, read: Callable[[np.ndarray], Any], rows: np.ndarray, n_genes: int):
         self.read, self.rows, self.shape = read, rows, (len(rows), n_genes)
 
-    def __getitem__(self, places: slice) -> Streamed:
-        return Streamed(self.read, self.rows[places], self.shape[1])
+    def __getitem__(self, positions: slice) -> Streamed:
+        return Streamed(self.read, self.rows[positions], self.shape[1])
 
     def __matmul__(self, axes: np.ndarray) -> np.ndarray:
         return np.concatenate([block @ axes for block in self.blocks()])
@@ -95,28 +84,6 @@ class Streamed:
                 squares, implied = _added(squares, np.square(block - mean)), np.zeros(g, int)
         squares += implied * np.square(mean)
         return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
-
-
-def opened(source: Source, *, layer: str | None = None) -> AnnData | CellStore:
-    """What a path, a folder, or a list of them stands for.
-
-    An h5ad with an X of more than 512 MiB stays on disk (not if X is stored by columns, or `layer` is named instead of
-    X); a zarr, a folder and a list of files always do.
-    """
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.is_dir():
-            return CellStore.open(path)
-        return read_h5ad(path, backed=layer is None and bytes_by_row(path) > IN_MEMORY)
-    return CellStore.open(source) if isinstance(source, list | tuple) else source
-
-
-class Closing:
-    """Closes a file that was opened here, when the last that reads it is gone; AnnData waits for garbage collection."""
-
-    def __init__(self, adata: AnnData | CellStore):
-        files = adata.parts if isinstance(adata, CellStore) else [adata.file]
-        weakref.finalize(self, lambda: [file.close() for file in files])
 
 
 def _added(total: np.ndarray, block) -> np.ndarray:

@@ -80,7 +80,7 @@ class DETable(NamedTuple):
 def wilcoxon_view(pair: Pair, side: Side, condition: str) -> DETable:
     """Table of rank-sum tests, made together with those of the other scored conditions of the group."""
     group = pair.group_of(condition)
-    known = pair.once(("rank sum", side, group), dict)
+    known = pair.once(side, ("rank sum", group), dict)
     waiting = [name for name in pair.names(group) if name not in known]
     for start in range(0, len(waiting), AT_ONCE):
         names = waiting[start : start + AT_ONCE]

@@ -17,16 +17,17 @@ import torch
 from torch import nn
 
 from invirtuo import fit as fitting
-from invirtuo.checks import label_findings, some
-from invirtuo.dataset import CellDataset, opened
+from invirtuo.checks import label_findings
+from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
-from invirtuo.errors import ExistsError
+from invirtuo.errors import ExistsError, preview
 from invirtuo.files import check_writable
 from invirtuo.fit import FitConfig, Trainable
 from invirtuo.model import saving
 from invirtuo.model.device import chosen
 from invirtuo.model.sampling import NoSampling, check_names
 from invirtuo.settings import comparable
+from invirtuo.source import opened
 from invirtuo.transforms import TRANSFORMS, Transform
 from invirtuo.values import require_counts, require_log
 
@@ -74,6 +75,8 @@ class Model(Trainable):
     Sampling: ClassVar[type[NoSampling]] = NoSampling  # options of drawing cells from it
     takes_features: ClassVar[bool] = False  # whether features of the Design tell it of unseen perturbations
     signed: bool = False  # whether values below zero are data; `build` may choose
+    obsm: str | None = None  # entry of obsm that is read beside expression; `build` may choose
+    obsm_width: int = 0  # its width
     verb: ClassVar[str]  # what it is for: the name of a method
     stage: str = ""  # the part that is being trained, while `fit` runs and the model has stages
 
@@ -159,11 +162,6 @@ class Model(Trainable):
         """Whether perturbations that are not among the training cells can be asked for."""
         return self.takes_features and bool(self.design.features)
 
-    @property
-    def n_columns(self) -> int:
-        """Columns of the cells that the model reads: its genes, and what `_with_genes` puts beside them."""
-        return len(self.genes)
-
     # ---- fitting -----------------------------------------------------------------------------------------------
 
     def fit(
@@ -222,7 +220,7 @@ class Model(Trainable):
         adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
-        dataset = CellDataset(adata, self.design, split, signed=self.signed)
+        dataset = CellDataset(adata, self.design, split, signed=self.signed, obsm=self.obsm)
         self.check_labels(dataset)
         with self._unchanged_on_failure():
             self.card = {}
@@ -395,7 +393,7 @@ class Model(Trainable):
         missing = [gene for gene in self.genes if gene not in known]
         if missing:
             raise ValueError(
-                f"{len(missing)} of the model's {len(self.genes)} genes are not in the data: {some(missing)}; "
+                f"{len(missing)} of the model's {len(self.genes)} genes are not in the data: {preview(missing)}; "
                 "use the gene set that the model was made with"
             )
         if list(adata.var_names) == self.genes:

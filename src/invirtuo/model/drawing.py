@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from invirtuo import fit
 from invirtuo.batch import Batch
-from invirtuo.checks import some, whole
+from invirtuo.errors import preview, whole_number
+from invirtuo.model.controls import ControlCells
 from invirtuo.model.sampling import SampleConfig
 from invirtuo.workers import n_workers, over_ray
 
@@ -93,7 +93,7 @@ class Request:
     n_cells: int
     seed: int
     config: SampleConfig
-    pool: Mapping[str, sparse.csr_matrix]
+    pool: Mapping[str, ControlCells]
     device: str | None = None
     first: int = 0  # number of the first condition
 
@@ -121,9 +121,7 @@ def drawn(model: Sampled, request: Request, engine: str, n_jobs: int | None) -> 
 
 
 @torch.no_grad()
-def _conditions(
-    request: Request, model: Sampled, pool: Mapping[str, sparse.csr_matrix]
-) -> Iterator[tuple[int, np.ndarray]]:
+def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCells]) -> Iterator[tuple[int, np.ndarray]]:
     """Number and cells of some conditions; each depends on the seed and its name alone."""
     table, config, n_cells = request.table, request.config, request.n_cells
     names = model.design.names(table)
@@ -134,8 +132,8 @@ def _conditions(
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed}|{name}".encode()))
             batch = Batch(model.design.encode(table.iloc[[i] * n_cells]))
             if model.needs_source:
-                source = _sources(pool, groups.iloc[i], n_cells, generator)
-                batch = Batch(batch.condition, source=source)
+                source, embedding = _sources(pool, groups.iloc[i], n_cells, generator)
+                batch = Batch(batch.condition, source=source, source_embedding=embedding)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 x = model.sample(batch.to(device), generator, config).float().cpu()
             if not bool(torch.isfinite(x).all()):
@@ -164,7 +162,7 @@ def check_engine(engine: str, n_jobs: int | None) -> None:
         raise ValueError(f"engine is {engine!r}; expected local or ray")
     if n_jobs is None:
         return
-    whole("n_jobs", n_jobs)
+    whole_number("n_jobs", n_jobs)
     if engine == "local":
         raise ValueError(f"n_jobs is {n_jobs} and engine is 'local', which draws in this process; pass engine='ray'")
 
@@ -254,7 +252,7 @@ def means_of(cells: Iterable[tuple[int, np.ndarray]], means: np.ndarray) -> Iter
         yield i, values
 
 
-def control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, sparse.csr_matrix]:
+def control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, ControlCells]:
     """Training control cells of every group, at most `limit` of each, chosen by a fixed seed."""
     rows = dataset.rows("train")
     design = dataset.design
@@ -265,16 +263,20 @@ def control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, sparse.cs
     pool = {}
     for g in np.unique(group[control]):
         members = rows[(group == g) & control]
-        pool[str(names[g])] = dataset.matrix[np.sort(rng.permutation(members)[:limit])]
+        kept = np.sort(rng.permutation(members)[:limit])
+        embedding = None if dataset.embedding is None else dataset.embedding[torch.from_numpy(kept)].numpy()
+        pool[str(names[g])] = ControlCells(dataset.source.read(kept), embedding)
     return pool
 
 
-def _sources(pool: Mapping[str, sparse.csr_matrix], group: str, n: int, generator: torch.Generator) -> Tensor:
-    """n control cells of a group; each is used once before any is used again."""
+def _sources(
+    pool: Mapping[str, ControlCells], group: str, n: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """n control cells of a group, and their embedding; each is used once before any is used again."""
     if group not in pool:
         raise ValueError(
-            f"no control cells for the covariates {group!r}; known: {some(pool)}. Pass them with controls="
+            f"no control cells for the covariates {group!r}; known: {preview(pool)}. Pass them with controls="
         )
     cells = pool[group]
-    rows = torch.cat([torch.randperm(cells.shape[0], generator=generator) for _ in range(-(-n // cells.shape[0]))])[:n]
-    return torch.from_numpy(cells[rows.numpy()].toarray())
+    rows = torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(-(-n // len(cells)))])[:n]
+    return cells.take(rows.numpy())

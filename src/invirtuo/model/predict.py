@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from invirtuo.batch import Batch
-from invirtuo.checks import some, whole
 from invirtuo.conditions import Conditions
 from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
+from invirtuo.errors import preview, whole_number
 from invirtuo.files import read_h5ad, writing_h5ad
 from invirtuo.model import saving
 from invirtuo.model.base import Model, check_torch, track
+from invirtuo.model.controls import ControlCells
 from invirtuo.model.drawing import Request, check_engine, control_pool, drawn, filled, means_of, stored
 from invirtuo.model.effects import Calibration
 from invirtuo.model.pseudobulks import Pseudobulks
@@ -43,7 +43,7 @@ class PerturbationModel(Model):
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
     deterministic: bool = False  # whether every seed gives the same cells; `build` may choose
 
-    _controls: dict[str, sparse.csr_matrix]
+    _controls: dict[str, ControlCells]
     _pseudobulks: Pseudobulks | None
 
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
@@ -134,7 +134,7 @@ class PerturbationModel(Model):
         check_engine(engine, n_jobs)
         self._check_fitted()
         check_torch()
-        n_cells, seed = whole("n_cells", n_cells), whole("seed", seed, 0)
+        n_cells, seed = whole_number("n_cells", n_cells), whole_number("seed", seed, 0)
         config = self._sampling(options)
         controls = read_h5ad(controls) if isinstance(controls, str | Path) else controls
         model = self if controls is None else self.with_controls(controls)
@@ -196,22 +196,22 @@ class PerturbationModel(Model):
         """The wanted conditions as a tidy table, each once, checked."""
         return wanted_conditions(conditions, self)
 
-    def _pool(self, controls: AnnData | None) -> dict[str, sparse.csr_matrix]:
+    def _pool(self, controls: AnnData | None) -> dict[str, ControlCells]:
         """Control cells of every covariate group: those that are given, or of the fit."""
         if controls is None:
             return self._controls
         self._check_space(controls)
-        dataset = CellDataset(self._with_genes(controls), self.design)
+        dataset = CellDataset(self._with_genes(controls), self.design, obsm=self.obsm)
         return control_pool(dataset)
 
     # ---- fitting -----------------------------------------------------------------------------------------------
 
     def check_labels(self, dataset: CellDataset) -> None:
         """All labels are known, there are responses to learn from, and those that are held out can be predicted."""
-        unknown = [name for name, codes in dataset.condition.covariates.items() if bool((codes < 0).any())]
+        unknown = [name for name, codes in dataset.condition.distinct.covariates.items() if bool((codes < 0).any())]
         if unknown:
             raise ValueError(
-                f"{self.name} needs the labels of all cells; {some(unknown)} is unknown for some. Remove these cells"
+                f"{self.name} needs the labels of all cells; {preview(unknown)} is unknown for some. Remove these cells"
             )
         super().check_labels(dataset)
         self._check_responses(dataset)
@@ -231,7 +231,9 @@ class PerturbationModel(Model):
         unseen = sorted((parts["val"] | parts["test"]) - parts["train"])
         if unseen and not self.takes_unseen:
             logger.warning(
-                "perturbations %s are held out everywhere; %s cannot predict what it never saw", some(unseen), self.name
+                "perturbations %s are held out everywhere; %s cannot predict what it never saw",
+                preview(unseen),
+                self.name,
             )
 
     def remember(self, dataset: CellDataset) -> None:
@@ -241,13 +243,13 @@ class PerturbationModel(Model):
         table, kind = design.kinds(dataset.obs)
         wanted = design.is_control(table) | design.names(table).isin(design.names(held_out)).to_numpy()
         rows = np.flatnonzero(wanted[kind] & np.isin(dataset.split, ("train", "val")))
-        self._pseudobulks = Pseudobulks.of(dataset, rows, len(self.genes))
+        self._pseudobulks = Pseudobulks.of(dataset, rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Transforms, control cells and pseudobulks."""
         arrays = super().arrays()
-        for group, x in self._controls.items():
-            arrays |= {f"controls/{group}/{part}": getattr(x, part) for part in ("data", "indices", "indptr")}
+        for group, cells in self._controls.items():
+            arrays |= {f"controls/{group}/{part}": array for part, array in cells.state().items()}
         if self._pseudobulks is not None:
             arrays |= {f"pseudobulks/all/{part}": array for part, array in self._pseudobulks.state().items()}
         return arrays
@@ -256,10 +258,7 @@ class PerturbationModel(Model):
         super().load_arrays(arrays)
         for (owner, name), state in saving.by_owner(arrays).items():
             if owner == "controls":
-                shape = (len(state["indptr"]) - 1, self.n_columns)
-                cells = sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape)
-                cells.check_format(full_check=True)  # indices out of bounds would read foreign memory
-                self._controls[name] = cells
+                self._controls[name] = ControlCells.load(state, len(self.genes), self.obsm_width)
             elif owner == "pseudobulks":
                 self._pseudobulks = Pseudobulks.load(state)
 

@@ -1,4 +1,4 @@
-"""Means of real cells, from which effects are told."""
+"""Means of real cells, to which effects are differences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from invirtuo.checks import some
-from invirtuo.nn.anchor import pooled
+from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from invirtuo.dataset import CellDataset
@@ -34,22 +33,22 @@ class Pseudobulks:
     mean: np.ndarray
 
     @classmethod
-    def of(cls, dataset: CellDataset, rows: np.ndarray | None = None, n_genes: int | None = None) -> Self:
-        """From all cells of a dataset, or some rows (rising), and its first genes."""
+    def of(cls, dataset: CellDataset, rows: np.ndarray | None = None) -> Self:
+        """From all cells of a dataset, or some rows (rising)."""
         design = dataset.design
-        table, mean, variance, n_cells = dataset.pseudobulk(np.arange(len(dataset.obs)) if rows is None else rows)
-        mean, variance = mean[:, :n_genes], variance[:, :n_genes]
-        control, groups = design.is_control(table), design.groups(table).to_numpy(dtype=str)
-        names = tuple(np.unique(groups[control]))
-        moments = [torch.from_numpy(array[control]) for array in (mean, variance, n_cells)]
-        members = [torch.from_numpy(groups[control] == name) for name in names]
-        own = [pooled(*(array[rows] for array in moments)) for rows in members]
+        seen = dataset.pseudobulk(np.arange(len(dataset.obs)) if rows is None else rows)
+        control = torch.from_numpy(design.is_control(seen.table))
+        controls, others = seen[control], seen[~control]
+        groups = design.groups(controls.table).to_numpy(dtype=str)
+        names = tuple(np.unique(groups))
+        pooled = [controls[torch.from_numpy(groups == name)].pooled() for name in names]
+        n_genes = seen.mean.shape[1]
         return cls(
             names,
-            np.array([m.numpy() for m, _ in own], np.float32).reshape(-1, mean.shape[1]),
-            np.array([v.sqrt().numpy() for _, v in own], np.float32).reshape(-1, mean.shape[1]),
-            tuple(design.names(table)[~control]),
-            mean[~control].astype(np.float32),
+            np.array([mean.numpy() for mean, _ in pooled], np.float32).reshape(-1, n_genes),
+            np.array([variance.sqrt().numpy() for _, variance in pooled], np.float32).reshape(-1, n_genes),
+            tuple(design.names(others.table)),
+            others.mean.numpy().astype(np.float32),
         )
 
     def state(self) -> dict[str, np.ndarray]:
@@ -85,7 +84,8 @@ class Pseudobulks:
         groups = design.groups(table)
         if missing := sorted(set(groups) - set(self.groups)):
             raise ValueError(
-                f"there are no control cells of {some(missing)}, and effects are differences to them; pass such cells"
+                f"there are no control cells of {preview(missing)}, and effects are differences to them; pass such "
+                "cells"
             )
         rows = [self.groups.index(group) for group in groups]
         return self.control[rows].astype(np.float64), self.sd[rows].astype(np.float64)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.flow import SOLVER_NAMES, SOLVERS
 from invirtuo.settings import Settings, parameters, setting
 
@@ -147,7 +147,7 @@ class PartsSampling(FlowSampling):
         if not isinstance(self.guidance, Mapping):
             return
         if unknown := [name for name in self.guidance if name not in PARTS]:
-            raise ValueError(f"guidance: {some(unknown)} is no part of it; expected {some(PARTS)}")
+            raise ValueError(f"guidance: {preview(unknown)} is no part of it; expected {preview(PARTS)}")
         object.__setattr__(self, "guidance", dict.fromkeys(PARTS, 1.0) | dict(self.guidance))
 
     @property
@@ -206,7 +206,7 @@ def check_names(method: Callable[..., Any], model: str, given: Iterable[str]) ->
     """Refuse options that a verb of a model has not got."""
     known = list(inspect.signature(method).parameters)[1:]
     if strange := [name for name in given if name not in known]:
-        raise ValueError(f"{model}.{method.__name__} has no option {some(strange)}; its options: {', '.join(known)}")
+        raise ValueError(f"{model}.{method.__name__} has no option {preview(strange)}; its options: {', '.join(known)}")
 
 
 def _parameters(sampling: type[NoSampling]) -> list[inspect.Parameter]:

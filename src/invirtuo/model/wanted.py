@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Protocol
 
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.conditions import Conditions, as_table
 from invirtuo.design import Design
+from invirtuo.errors import preview
 
 __all__ = ["wanted_conditions"]
 
@@ -57,14 +57,14 @@ def wanted_conditions(conditions: Conditions, model: Fitted) -> pd.DataFrame:
               and bool((encoded.perturbation[:, i] != 0).any())]  # fmt: skip
     if unseen and not model.takes_unseen:
         raise ValueError(
-            f"perturbation(s) {some(unseen)} do not occur in the training cells of this model; "
-            f"trained: {some(model.card['perturbations'])}. Only models that take perturbation features "
+            f"perturbation(s) {preview(unseen)} do not occur in the training cells of this model; "
+            f"trained: {preview(model.card['perturbations'])}. Only models that take perturbation features "
             "(features= of Design.from_adata) predict others"
         )
     for name, levels in model.card["covariates"].items():
         strange = sorted(set(conditions[name]) - set(levels))
         if strange:
             raise ValueError(
-                f"covariate {name!r}: {some(strange)} do not occur in the training cells; trained: {some(levels)}"
+                f"covariate {name!r}: {preview(strange)} do not occur in the training cells; trained: {preview(levels)}"
             )
     return conditions

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.generators import CountGenerator, check_depths
 from invirtuo.model import NoSampling
 from invirtuo.nn import CountLikelihood, SizeFactor
+from invirtuo.pseudobulk import group_sums
 from invirtuo.settings import Settings
 
 __all__ = ["Config", "IndependentNB"]
@@ -60,12 +60,11 @@ class IndependentNB(CountGenerator):
         total, square, weighted = np.zeros((3, len(self.labels), len(self.genes)))
         size = np.zeros(len(dataset.split))
         for own, values in dataset.blocks(rows):
-            members = sparse.csr_matrix((np.ones(len(own)), (number[own], np.arange(len(own)))), (len(total), len(own)))
-            x = values.astype(np.float64)
+            x, group_of = values.astype(np.float64), number[own]
             size[own] = np.asarray(x.sum(axis=1)).ravel()
-            total += (members @ x).toarray()
-            square += (members @ x.multiply(x)).toarray()
-            weighted += (members @ x.multiply(size[own][:, None]).tocsr()).toarray()
+            total += group_sums(x, group_of, len(total))
+            square += group_sums(x.multiply(x), group_of, len(total))
+            weighted += group_sums(x.multiply(size[own][:, None]).tocsr(), group_of, len(total))
         depth = torch.from_numpy(size[rows]).float()
         check_depths(depth)
         depths, depth_squares = (np.bincount(number[rows], size[rows] ** power)[:, None] for power in (1, 2))
@@ -88,7 +87,7 @@ class IndependentNB(CountGenerator):
         if bool((group < 0).any()):
             raise ValueError(
                 f"{self.name} knows only combinations of labels that occur in the training cells, and cannot put "
-                f"{some(self.design.attributes)} together anew"
+                f"{preview(self.design.attributes)} together anew"
             )
         return CountLikelihood(
             self.log_share[group] + batch.size_factor.log()[:, None], self.log_dispersion[group]

@@ -15,6 +15,7 @@ from torch import Tensor
 from invirtuo.batch import Batch
 from invirtuo.dataset import CellDataset
 from invirtuo.model import PerturbationModel, Preset, SampleConfig
+from invirtuo.pseudobulk import Pseudobulk, weighted_mean
 from invirtuo.settings import Settings, setting
 
 __all__ = ["ContextMean", "NoChange", "PerturbationMean", "Ridge"]
@@ -77,7 +78,7 @@ class NoChange(PerturbationModel):
         return batch.source
 
 
-class _Pseudobulk(PerturbationModel):
+class _ConditionMeans(PerturbationModel):
     """Keeps the mean of every training condition."""
 
     SEARCH = {}
@@ -92,18 +93,19 @@ class _Pseudobulk(PerturbationModel):
         self.register_buffer("n_cells", torch.zeros(0, dtype=torch.int64))
 
     def prepare(self, dataset: CellDataset) -> None:
-        table, mean, _, n_cells = dataset.pseudobulk("train")
-        condition = self.design.encode(table)
-        self.means, self.n_cells = torch.from_numpy(mean).float(), torch.from_numpy(n_cells)
-        self.perturbations, self.covariates = condition.perturbation, condition.groups
+        self._keep(dataset.pseudobulk("train"))
+
+    def _keep(self, training: Pseudobulk) -> None:
+        self.means, self.n_cells = training.mean.float(), training.n_cells
+        self.perturbations, self.covariates = training.condition.perturbation, training.condition.groups
 
     def _control_mean(self, covariates: Tensor) -> Tensor | None:
         """(g,), control mean of one covariate group, or None."""
         rows = (self.covariates == covariates).all(1) & (self.perturbations == 0).all(1)
-        return _weighted(self.means[rows], self.n_cells[rows]) if rows.any() else None
+        return weighted_mean(self.means[rows], self.n_cells[rows]) if rows.any() else None
 
 
-class PerturbationMean(_Pseudobulk):
+class PerturbationMean(_ConditionMeans):
     """Control mean of the covariates plus the mean effect of the perturbation over the training contexts.
 
     delta_{c,p} = mean(x | c, p) - mean(x | c, control); delta_p is the plain mean over the contexts that hold p. A
@@ -141,7 +143,7 @@ class PerturbationMean(_Pseudobulk):
         for covariates in (self.covariates.new_tensor(context) for context in contexts):
             own = rows & (self.covariates == covariates).all(1)  # A+B, B+A and all times are one perturbation
             if (control := self._control_mean(covariates)) is not None:
-                deltas.append(_weighted(self.means[own], self.n_cells[own]) - control)
+                deltas.append(weighted_mean(self.means[own], self.n_cells[own]) - control)
         if deltas:
             return torch.stack(deltas).mean(0)
         parts = torch.nonzero(multi_hot).flatten()
@@ -155,7 +157,7 @@ class PerturbationMean(_Pseudobulk):
         return torch.stack([self.effect(single[i]) for i in parts]).sum(0)
 
 
-class ContextMean(_Pseudobulk):
+class ContextMean(_ConditionMeans):
     """Mean of all perturbed training cells of the same covariates; control cells stay as they are.
 
     Covariates without perturbed training cells fall back to their control mean.
@@ -173,7 +175,7 @@ class ContextMean(_Pseudobulk):
         covariates = batch.condition.groups
         rows = (self.covariates == covariates[0]).all(1) & (self.perturbations != 0).any(1)
         if rows.any():
-            mean = _weighted(self.means[rows], self.n_cells[rows])
+            mean = weighted_mean(self.means[rows], self.n_cells[rows])
         else:
             logger.info("no perturbed training cells of these covariates: the context mean is their control mean")
             control = self._control_mean(covariates[0])
@@ -181,7 +183,7 @@ class ContextMean(_Pseudobulk):
         return torch.where(batch.condition.is_control[:, None], batch.source, mean)
 
 
-class Ridge(_Pseudobulk):
+class Ridge(_ConditionMeans):
     """Ridge regression of effects on what is known of perturbations, and, with a kernel, of contexts.
 
     A perturbation that was never trained on is an error without features; `unseen` gives it the mean effect or none,
@@ -233,12 +235,12 @@ class Ridge(_Pseudobulk):
         self.register_buffer("bandwidth", torch.ones(()))  # s
 
     def prepare(self, dataset: CellDataset) -> None:
-        super().prepare(dataset)
-        config, table = self.config, dataset.pseudobulk("train")[0]
-        codes, effects, controls, n_cells = self._effects(self.design.encode(table).code)
+        config, training = self.config, dataset.pseudobulk("train")
+        self._keep(training)
+        codes, effects, controls, n_cells = self._effects(training.condition.code)
         if config.kernel == "linear":
             codes, which = codes.unique(dim=0, return_inverse=True)  # a perturbation in several contexts is one column
-            effects = torch.stack([_weighted(effects[which == i], n_cells[which == i]) for i in range(len(codes))])
+            effects = torch.stack([weighted_mean(effects[which == i], n_cells[which == i]) for i in range(len(codes))])
         self.average = effects.mean(0).float()
         self.offset = self.average * config.center
         centred = effects - self.offset.double()
@@ -314,8 +316,3 @@ def _two_sided(genes: Tensor, y: Tensor, codes: Tensor, config: RidgeConfig) -> 
         return u @ ((u.T @ cross @ v) / (a[:, None] * c + config.penalty)) @ v.T
     identity = [config.penalty * torch.eye(len(gram), dtype=gram.dtype) for gram in (left, right)]
     return torch.linalg.solve(left + identity[0], torch.linalg.solve(right + identity[1], cross.T).T)
-
-
-def _weighted(means: Tensor, n_cells: Tensor) -> Tensor:
-    weight = n_cells.to(means)[:, None]
-    return (means * weight).sum(0) / weight.sum()

@@ -176,18 +176,14 @@ class PRiMeFlow(PerturbationModel):
 
     def prepare(self, dataset: CellDataset) -> None:
         """What the training cells tell before the first step: moments of the genes, anchors, depths, order of genes."""
-        table, mean, variance, n_cells = dataset.pseudobulk("train")
-        rows = dataset.rows("train")
+        training, rows = dataset.pseudobulk("train"), dataset.rows("train")
         self.smallest = torch.tensor(dataset.smallest("train"))
         if self.config.precondition:
-            weight = n_cells[:, None] / n_cells.sum()
-            overall = (mean * weight).sum(0)
-            spread = ((variance + (mean - overall) ** 2) * weight).sum(0)
-            self.gene_mean = torch.from_numpy(overall).float()
-            self.gene_sd = torch.from_numpy(spread**0.5).float() + 1e-3
+            mean, variance = training.pooled()
+            self.gene_mean = mean.float()
+            self.gene_sd = variance.sqrt().float() + 1e-3
         if self.anchor is not None:
-            tensors = [torch.from_numpy(array) for array in (mean, variance, n_cells)]
-            self.anchor.fit(self.design.encode(table), *tensors)
+            self.anchor.fit(training)
         if self.depth is not None:
             condition = dataset.condition[torch.from_numpy(rows)]
             control = condition.is_control
@@ -238,14 +234,14 @@ class PRiMeFlow(PerturbationModel):
         if self.config.covariate_scale or self.config.depth:
             raise ValueError(f"controls= holds covariate groups that this model was not fitted to. {WHO_LEARNS}")
         self._check_space(controls)
-        table, *moments = CellDataset(self._with_genes(controls), design).pseudobulk()
+        known = CellDataset(self._with_genes(controls), design).pseudobulk()
         new, state = type(self)(design, self.genes, self.config), self.state_dict()
         for name, module in new.named_modules():
             if isinstance(module, ConditionEncoder):
                 state[f"{name}.mlp.0.weight"] = module.widened(self.get_submodule(name))
         new.load_state_dict(state)
-        new.anchor.add_groups(design.encode(table), *(torch.from_numpy(array) for array in moments))
-        groups = {name: sorted({*levels, *table[name]}) for name, levels in self.card["covariates"].items()}
+        new.anchor.add_groups(known)
+        groups = {name: sorted({*levels, *known.table[name]}) for name, levels in self.card["covariates"].items()}
         new.card, new._pseudobulks = self.card | {"covariates": groups}, self._pseudobulks
         return new.eval()
 

@@ -125,7 +125,7 @@ class SAMSVAE(PerturbationModel):
 
     def prepare(self, dataset: CellDataset) -> None:
         """Count the training cells of every perturbation."""
-        present = dataset.condition.perturbation[torch.from_numpy(dataset.rows("train"))] != 0
+        present = dataset.condition[torch.from_numpy(dataset.rows("train"))].perturbation != 0
         self.n_trained = present.sum(0).float().clamp_min(1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

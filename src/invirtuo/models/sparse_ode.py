@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Batch
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.dynamics import Course, GeneNetwork, best_bandwidth, local_fit
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig, seeded
 from invirtuo.flow import SOLVER_NAMES
 from invirtuo.model import Preset
@@ -226,7 +226,7 @@ class SparseODE(GeneNetwork):
         config, place = self.config, {gene: i for i, gene in enumerate(self.genes)}
         named = {*config.regulators, *(gene for pair in config.prior for gene in pair)}
         if strange := sorted(named - set(place)):
-            raise ValueError(f"regulators and prior name {len(strange)} genes that the data lack: {some(strange)}")
+            raise ValueError(f"regulators and prior name {len(strange)} genes that the data lack: {preview(strange)}")
         if not named:
             return None, None
         # every gene is told its own state; regulators come first

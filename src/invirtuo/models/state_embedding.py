@@ -32,13 +32,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from invirtuo.batch import Batch
-from invirtuo.checks import some
-from invirtuo.dataset import CellDataset, to_csr
+from invirtuo.dataset import CellDataset
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig
 from invirtuo.genes import hashed_vectors, read_vectors
 from invirtuo.model import Model, NoSampling, Preset
 from invirtuo.model.sampling import takes_options
 from invirtuo.settings import Settings, setting
+from invirtuo.source import to_csr
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -214,11 +215,12 @@ class StateEmbedding(Model):
         """Look up the vectors of genes, and which genes each data set has."""
         n_genes = len(self.genes)
         self._set_vectors()
-        levels = dataset.condition.covariates.get(self.config.dataset)
-        rows = dataset.rows("train")
-        if levels is not None and bool((levels < 0).any()):
-            raise ValueError(f"{self.config.dataset!r} is unknown for some cells; name the data set of every cell")
-        of_level = np.zeros(len(dataset.split), np.int64) if levels is None else levels.numpy()
+        name, rows = self.config.dataset, dataset.rows("train")
+        of_level = np.zeros(len(dataset.split), np.int64)
+        if name in self.design.covariates:
+            of_level = dataset.condition.map(lambda condition: condition.covariates[name]).numpy()
+        if (of_level < 0).any():
+            raise ValueError(f"{name!r} is unknown for some cells; name the data set of every cell")
         n_cells = np.zeros((len(self.measured), n_genes), np.int64)  # that express a gene, by data set
         for own, x in dataset.blocks("train"):
             for level in np.unique(of_level[own]):
@@ -246,7 +248,7 @@ class StateEmbedding(Model):
         found = np.isfinite(table).all(axis=1)
         if not found.any():
             raise ValueError(
-                f"{source} has no vector for any of the genes {some(self.genes)}; expected gene names alike"
+                f"{source} has no vector for any of the genes {preview(self.genes)}; expected gene names alike"
             )
         logger.info("%d of %d genes have a vector; the others are not read", found.sum(), len(found))
         self.known.copy_(torch.from_numpy(found))
@@ -373,7 +375,7 @@ class StateEmbedding(Model):
         shared = int((place >= 0).sum())
         if not shared:
             raise ValueError(
-                f"none of the genes {some(adata.var_names)} is known to the model, which has {some(self.genes)}; "
+                f"none of the genes {preview(adata.var_names)} is known to the model, which has {preview(self.genes)}; "
                 "use the same kind of gene names"
             )
         logger.info("%d of the %d genes of the data are known to the model", shared, adata.n_vars)

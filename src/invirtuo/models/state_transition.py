@@ -28,19 +28,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.checks import some
 from invirtuo.dataset import CellDataset
 from invirtuo.design import Design
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig
 from invirtuo.model import PerturbationModel, Preset, SampleConfig
+from invirtuo.model.controls import ControlCells
 from invirtuo.nn.attention import SetTransformer, pad, windows
 from invirtuo.nn.energy import energy_loss
 from invirtuo.preprocess import EMBEDDED
-from invirtuo.samplers import Sampler, mapped_sets, without
+from invirtuo.samplers import MappedSets, Sampler, without
 from invirtuo.settings import Settings, setting
 from invirtuo.transforms import PCA
 
@@ -186,12 +186,12 @@ class StateTransition(PerturbationModel):
         self.embedded = config.space != "genes"
         n_in = min(config.n_embedding, self.n_genes) if config.space == "pca" else config.n_embedding
         self.n_in = n_in if self.embedded else self.n_genes
+        if config.space == "obsm":
+            self.obsm, self.obsm_width = config.obsm, self.n_in
         self.batch = self._find_batch()
         if self.batch:
-            self.sampler = partial(
-                mapped_sets, set_size=config.set_size, mapping=config.mapping,
-                place=list(self.design.covariates).index(self.batch),
-            )  # fmt: skip
+            covariate = list(self.design.covariates).index(self.batch)
+            self.sampler = MappedSets(config.set_size, config.mapping, covariate)
         mlp = partial(encoder, norm=config.encoder_norm, dropout=config.dropout)
         self.cell_encoder = mlp(self.n_in, width, config.n_encoder_layers, width)
         self.perturbation_encoder = self._perturbation_encoder(mlp)
@@ -217,7 +217,7 @@ class StateTransition(PerturbationModel):
         """Name of the covariate that is the batch, or ""."""
         config, covariates = self.config, self.design.covariates
         if config.batch and config.batch not in covariates:
-            raise ValueError(f"batch {config.batch!r} is no covariate of the design; found {some(covariates)}")
+            raise ValueError(f"batch {config.batch!r} is no covariate of the design; found {preview(covariates)}")
         if config.batch_encoder and not covariates:
             raise ValueError("a batch encoder needs a covariate; name the batch in covariates= of the Design")
         return config.batch or (list(covariates)[-1] if config.batch_encoder else "")
@@ -278,18 +278,10 @@ class StateTransition(PerturbationModel):
 
     # ---- spaces ------------------------------------------------------------------------------------------------
 
-    @property
-    def n_columns(self) -> int:
-        """Genes, and with obsm the positive and negative parts of the embedding beside them."""
-        return self.n_genes + (2 * self.n_in if self.config.space == "obsm" else 0)
-
-    def _with_genes(self, adata: AnnData) -> AnnData:
-        """Put the embedding beside the genes, in two parts because expression has no negative values."""
-        import anndata
-
-        adata = super()._with_genes(adata)
+    def _check_space(self, adata: AnnData) -> None:
+        super()._check_space(adata)
         if self.config.space != "obsm":
-            return adata
+            return
         key, found = self.config.obsm, {k: np.shape(v) for k, v in adata.obsm.items()}
         if found.get(key) != (adata.n_obs, self.n_in):
             raise ValueError(
@@ -297,10 +289,6 @@ class StateTransition(PerturbationModel):
                 "change obsm and n_embedding"
             )
         self._check_encoder(adata.uns.get(EMBEDDED, {}).get(key, ""))
-        z = np.asarray(adata.obsm[key], np.float32)
-        x = sparse.hstack([sparse.csr_matrix(part) for part in (adata.X, z.clip(0), (-z).clip(0))], format="csr")
-        names = [*self.genes, *(f"{key}{sign}{i}" for sign in "+-" for i in range(self.n_in))]
-        return anndata.AnnData(x, obs=adata.obs, var=pd.DataFrame(index=names))
 
     def _check_encoder(self, checkpoint: str) -> None:
         """Refuse embeddings of another encoder than the one whose embeddings were seen before."""
@@ -320,9 +308,9 @@ class StateTransition(PerturbationModel):
         """Fit principal components to training cells, unless those of an earlier model are kept."""
         if self.batch and self.config.mapping == "batch":
             layout = dataset.layout()
-            lonely = sorted(set(layout.group) - set(layout.group[layout.is_control]))
-            if lonely:
-                names = some([layout.group_names[g] for g in lonely])
+            without_controls = sorted(set(layout.group) - set(layout.group[layout.is_control]))
+            if without_controls:
+                names = preview([layout.group_names[g] for g in without_controls])
                 logger.info("no control cells of the same batch for %s; those of the context are taken", names)
         if self.config.space != "pca" or self._start:
             return
@@ -332,18 +320,17 @@ class StateTransition(PerturbationModel):
         chosen = np.sort(np.random.default_rng(0).permutation(rows)[:PCA_CELLS])
         self.transforms["pca"] = PCA(self.n_in).fit(dataset.dense(chosen).numpy())
 
-    def represent(self, x: Tensor) -> Tensor:
-        """Cells as the data set holds them (n, columns) to the space of the model (n, e)."""
+    def represent(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Expression (n, g) of cells, or their embedding (n, d), to the space of the model (n, e)."""
         if self.config.space == "obsm":
-            positive, negative = x[:, self.n_genes :].chunk(2, dim=1)
-            return positive - negative
+            return embedding
         if self.config.space == "pca":
             with torch.autocast(x.device.type, enabled=False):
                 return self.transforms["pca"].forward(x.float())
         return x
 
-    def decode(self, predicted: Tensor, hidden: Tensor, source: Tensor) -> Tensor:
-        """Expression (n, g) of predicted cells; `source` (n, columns) are their control cells.
+    def decode(self, predicted: Tensor, hidden: Tensor, source: Tensor, cells: Tensor) -> Tensor:
+        """Expression (n, g) of predicted cells; their control cells are `source` (n, g), in the model's space `cells`.
 
         With residual "expression" what is decoded is the change: of the embedding, or as read from the hidden code.
         """
@@ -353,8 +340,8 @@ class StateTransition(PerturbationModel):
         if self.config.residual != "expression":
             return decoded
         if self.config.decode_from == "embedding":
-            decoded = decoded - self.decoder(self.represent(source))
-        return source[:, : self.n_genes] + decoded
+            decoded = decoded - self.decoder(cells)
+        return source + decoded
 
     # ---- loss and prediction -----------------------------------------------------------------------------------
 
@@ -363,15 +350,16 @@ class StateTransition(PerturbationModel):
         config, size = self.config, batch.set_size
         condition = self.encode_condition(batch.condition[::size]).repeat_interleave(size, dim=0)
         sizes = [size] * (len(batch) // size)
-        predicted, hidden = self(self.represent(batch.source), condition, sizes)
+        cells = self.represent(batch.source, batch.source_embedding)
+        predicted, hidden = self(cells, condition, sizes)
 
         def distance(x: Tensor, y: Tensor) -> Tensor:
             return config.loss_scale * energy_loss(x.unflatten(0, (-1, size)), y.unflatten(0, (-1, size)))
 
-        per_set = distance(predicted, self.represent(batch.target))
+        per_set = distance(predicted, self.represent(batch.target, batch.embedding))
         losses = {"total": per_set.mean()}
         if self.embedded:
-            genes = distance(self.decode(predicted, hidden, batch.source), batch.target[:, : self.n_genes]).mean()
+            genes = distance(self.decode(predicted, hidden, batch.source, cells), batch.target).mean()
             losses |= {
                 "total": losses["total"] + config.decoder_weight * genes,
                 "embedding": per_set.mean(),
@@ -385,23 +373,26 @@ class StateTransition(PerturbationModel):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Control cells of a condition, in windows of at most `set_size`, to expression (n, g)."""
-        cells = [
-            self.decode(predicted, hidden, batch.source[rows])
-            for rows, predicted, hidden in self._windows(batch, config.batch_size)
+        decoded = [
+            self.decode(predicted, hidden, part.source, cells)
+            for part, cells, predicted, hidden in self._windows(batch, config.batch_size)
         ]
-        x = torch.cat(cells).float()
+        x = torch.cat(decoded).float()
         return x.clamp_min(0) if self.config.clip else x
 
-    def _windows(self, batch: Batch, batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, predicted cells and their codes, about `batch_size` at a time; windows do not depend on that number."""
+    def _windows(self, batch: Batch, batch_size: int) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+        """Parts of a batch of about `batch_size` cells: control cells in the model's space, predicted cells, codes.
+
+        The windows within them do not depend on that number.
+        """
         sizes, start = windows(len(batch), self.set_size), 0
         at_once = max(batch_size // self.set_size, 1)
         for first in range(0, len(sizes), at_once):
-            some_sizes = sizes[first : first + at_once]
-            rows = slice(start, start + sum(some_sizes))
-            start = rows.stop
-            condition = self.encode_condition(batch.condition[rows])
-            yield rows, *self(self.represent(batch.source[rows]), condition, some_sizes)
+            own = sizes[first : first + at_once]
+            part = batch[start : start + sum(own)]
+            start += len(part)
+            cells = self.represent(part.source, part.source_embedding)
+            yield part, cells, *self(cells, self.encode_condition(part.condition), own)
 
     @torch.no_grad()
     def expected_loss(self, conditions: pd.DataFrame, n_cells: int = 256, *, seed: int = 0) -> pd.Series:
@@ -432,26 +423,26 @@ class StateTransition(PerturbationModel):
         for i in range(len(table)):
             row = table.iloc[[i]]
             controls = pool[self.design.groups(row).iloc[0]]
-            source = torch.from_numpy(controls[rng.integers(controls.shape[0], size=n_cells)].toarray())
-            batch = Batch(self.design.encode(table.iloc[[i] * n_cells]), source=source)
-            heads = [self.confidence_head(hidden) for _, _, hidden in self._windows(batch, n_cells)]
+            source, embedding = controls.take(rng.integers(len(controls), size=n_cells))
+            batch = Batch(self.design.encode(table.iloc[[i] * n_cells]), source=source, source_embedding=embedding)
+            heads = [self.confidence_head(hidden) for *_, hidden in self._windows(batch, n_cells)]
             found[self.design.names(row).iloc[0]] = float(torch.cat(heads).mean())
         return pd.Series(found, name="expected_loss", dtype=float)
 
-    def _pool(self, controls: AnnData | None) -> dict[str, sparse.csr_matrix]:
+    def _pool(self, controls: AnnData | None) -> dict[str, ControlCells]:
         """Control cells of every group, by the mapping."""
         own = super()._pool(controls)
         if not self.batch:
             return own
-        place = list(self.design.covariates).index(self.batch)
-        contexts: dict[str, list[sparse.csr_matrix]] = {}
+        covariate = list(self.design.covariates).index(self.batch)
+        contexts: dict[str, list[ControlCells]] = {}
         for group, cells in own.items():
-            contexts.setdefault(without(group, place), []).append(cells)
+            contexts.setdefault(without(group, covariate), []).append(cells)
         pool = {}
-        for context, parts in contexts.items():
-            merged, labels = sparse.vstack(parts, format="csr"), context.split("|") if context else []
+        for context, of_batches in contexts.items():
+            merged, labels = ControlCells.joined(of_batches), context.split("|") if context else []
             for level in self.design.covariates[self.batch]:
-                group = "|".join([*labels[:place], level, *labels[place:]])
+                group = "|".join([*labels[:covariate], level, *labels[covariate:]])
                 pool[group] = own[group] if self.config.mapping == "batch" and group in own else merged
         return pool
 

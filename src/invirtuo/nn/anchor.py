@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Condition
+from invirtuo.pseudobulk import Pseudobulk
 
-__all__ = ["PseudobulkAnchor", "pooled"]
+__all__ = ["PseudobulkAnchor"]
 
 FLOOR = 0.01  # weight of a group that is not like the target at all
 RIDGE = 1e-3
@@ -58,30 +59,21 @@ class PseudobulkAnchor(nn.Module):
         self._expected.clear()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def fit(self, condition: Condition, mean: Tensor, variance: Tensor, n_cells: Tensor) -> None:
-        """Learn from the pseudobulk of the training conditions.
-
-        Parameters
-        ----------
-        condition
-            The c conditions.
-        mean, variance
-            (c, g), over the cells of each.
-        n_cells
-            (c,)
-        """
+    def fit(self, training: Pseudobulk) -> None:
+        """Learn from the training conditions."""
+        condition = training.condition
         control = condition.is_control
         if not control.any():
             raise ValueError("the training cells hold no control cells; anchored conditioning needs them")
         codes = condition.groups
         groups = codes[control].unique(dim=0) if codes.shape[1] else codes[:1]
         members = [control, *(control & (codes == group).all(1) for group in groups)]  # several with time or dose
-        moments = [pooled(mean[rows], variance[rows], n_cells[rows]) for rows in members]
+        moments = [training[rows].pooled() for rows in members]
         self.codes = torch.cat([torch.full((1, codes.shape[1]), -1), groups])
         self.control_mean = torch.stack([m for m, _ in moments]).float()
         self.control_sd = torch.stack([v for _, v in moments]).sqrt().float()
         self.own_codes = codes[~control]
-        self.effects = (mean[~control] - self.control_mean[self._rows(self.own_codes)]).float()
+        self.effects = (training.mean[~control] - self.control_mean[self._rows(self.own_codes)]).float()
         self.designs = condition.code[~control].clone()
         self._expected.clear()
         self.bandwidth = self._choose_bandwidth()
@@ -90,13 +82,12 @@ class PseudobulkAnchor(nn.Module):
         """(n,) bool, whether the group of each condition has control cells of its own."""
         return self._rows(condition.groups) > 0
 
-    def add_groups(self, condition: Condition, mean: Tensor, variance: Tensor, n_cells: Tensor) -> None:
-        """Learn of further groups from the pseudobulk of their control cells; arguments as for :meth:`fit`."""
-        codes = condition.groups
+    def add_groups(self, controls: Pseudobulk) -> None:
+        """Learn of further groups from their control cells."""
+        condition, codes = controls.condition, controls.condition.groups
         new = ~self.knows(condition) & condition.is_control
         for group in codes[new].unique(dim=0):
-            rows = new & (codes == group).all(1)
-            m, v = pooled(mean[rows], variance[rows], n_cells[rows])
+            m, v = controls[new & (codes == group).all(1)].pooled()
             self.codes = torch.cat([self.codes, group[None]])
             self.control_mean = torch.cat([self.control_mean, m.float()[None]])
             self.control_sd = torch.cat([self.control_sd, v.sqrt().float()[None]])
@@ -141,9 +132,9 @@ class PseudobulkAnchor(nn.Module):
             if key not in self._expected:
                 weights = self._weights(multi_hot[i].to(self.effects), codes[i].to(self.codes), float(self.bandwidth))
                 self._expected[key] = weights @ self.effects
-        place = {key: i for i, key in enumerate(known)}
+        position = {key: i for i, key in enumerate(known)}
         table = torch.stack([self._expected[key] for key in known]).to(self.effects.device)
-        return table[torch.tensor([place[key] for key in keys], device=table.device)]
+        return table[torch.tensor([position[key] for key in keys], device=table.device)]
 
     def _rows(self, codes: Tensor) -> Tensor:
         """(n,), row of the group in the tables; 0 for groups without control cells."""
@@ -176,10 +167,3 @@ class PseudobulkAnchor(nn.Module):
             weights = torch.stack([self._weights(m, codes, bandwidth) for m, codes in pairs])
             errors.append(float((weights @ self.effects - self.effects[left_out]).square().sum()))
         return candidates[errors.index(min(errors))]
-
-
-def pooled(mean: Tensor, variance: Tensor, n_cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (g,) over all cells of several conditions."""
-    weight = n_cells[:, None].to(mean)
-    overall = (mean * weight).sum(0) / weight.sum()
-    return overall, ((variance + (mean - overall) ** 2) * weight).sum(0) / weight.sum()

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some, with_likely
 from invirtuo.conditions import Conditions, matches, wanted
 from invirtuo.design import Design
+from invirtuo.errors import preview, with_likely
 from invirtuo.splits.parts import PARTS, labels_and_states, rows_by, warn_about_controls
 
 __all__ = ["deal_controls", "hold_out", "under_represented", "zero_shot"]
@@ -93,7 +93,7 @@ def hold_out(
     tested = _condition_names(obs, design, conditions)
     validated = set() if val is None else _condition_names(obs, design, val)
     if both := tested & validated:
-        raise ValueError(f"{some(sorted(both))} stand in conditions and in val; hold each out for one of them")
+        raise ValueError(f"{preview(sorted(both))} stand in conditions and in val; hold each out for one of them")
     test = names.isin(tested).to_numpy() & ~control
     whole = names.isin(validated).to_numpy() & ~control
     split = pd.Series(np.where(whole, "val", "test"), index=obs.index, name="split", dtype=object)
@@ -170,14 +170,15 @@ def under_represented(
         unknown, target = [label for label in chosen if label not in present], set(present) - set(chosen)
         if unknown or not chosen or not target:
             raise ValueError(
-                f"context {name} has {len(present)} perturbations ({some(present)}), of which {len(chosen)} would train"
-                + (f", among them the unknown {some(unknown)}" if unknown else "")
+                f"context {name} has {len(present)} perturbations ({preview(present)}), of which {len(chosen)} "
+                "would train"
+                + (f", among them the unknown {preview(unknown)}" if unknown else "")
                 + "; at least one must train and one be held out. Change fraction= or support=, or take zero_shot"
             )
         test |= inside & np.isin(labels, sorted(target))
     lacking = sorted(set(labels[test]) - set(labels[~test]))
     if lacking:
-        logger.warning("held-out perturbations that are trained on in no context: %s", some(lacking))
+        logger.warning("held-out perturbations that are trained on in no context: %s", preview(lacking))
     others = ~np.logical_or.reduce(list(found.values()))
     return _whole_conditions(obs, design, test, others, val_fraction, control_fractions, seed)
 
@@ -226,7 +227,7 @@ def zero_shot(
     missing = sorted(set(labels[inside & ~control]) - set(labels[~inside & ~control]))
     if missing:
         raise ValueError(
-            f"the other contexts lack {len(missing)} perturbations of {name}: {some(missing, 20)}; zero-shot needs "
+            f"the other contexts lack {len(missing)} perturbations of {name}: {preview(missing, 20)}; zero-shot needs "
             "them all. Remove their cells, or hold out conditions with hold_out"
         )
     if not (inside & ~control).any():
@@ -308,12 +309,12 @@ def _contexts(obs: pd.DataFrame, design: Design, contexts: Conditions) -> dict[s
         name = "|".join(str(context.get(column, "*")) for column in covariates) or "all"
         inside = matches(context, table)
         if not inside.any():
-            raise ValueError(f"context {name!r} does not occur in obs; found {some(sorted(set(groups)))}")
+            raise ValueError(f"context {name!r} does not occur in obs; found {preview(sorted(set(groups)))}")
         if any((inside & other).any() for other in found.values()):
             raise ValueError(f"context {name!r} shares cells with another; expected each cell in one context")
         found[name] = inside
     if np.logical_or.reduce(list(found.values())).all():
-        raise ValueError(f"contexts {some(found)} are all there is; expected others to train on")
+        raise ValueError(f"contexts {preview(found)} are all there is; expected others to train on")
     return found
 
 

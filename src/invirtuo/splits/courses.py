@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.design import Design
+from invirtuo.errors import preview
 
 __all__ = ["courses"]
 
@@ -80,8 +80,10 @@ def _matches(obs: pd.DataFrame, design: Design, wanted: str | Mapping[str, str])
         found = (design.groups(obs) == wanted).to_numpy()
     else:
         if strange := sorted(set(wanted) - set(design.covariates)):
-            raise ValueError(f"cannot hold out by {some(strange)}; covariates of the design: {some(design.covariates)}")
+            raise ValueError(
+                f"cannot hold out by {preview(strange)}; covariates of the design: {preview(design.covariates)}"
+            )
         found = np.logical_and.reduce([(obs[c].astype(str) == str(label)).to_numpy() for c, label in wanted.items()])
     if not found.any():
-        raise ValueError(f"no cells match {wanted!r}; courses: {some(design.groups(obs).unique())}")
+        raise ValueError(f"no cells match {wanted!r}; courses: {preview(design.groups(obs).unique())}")
     return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.splits.parts import PARTS
 
 if TYPE_CHECKING:
@@ -48,17 +48,17 @@ def from_csv(path: str | Path, obs: pd.DataFrame) -> pd.Series:
     wrong = ~values.isin([*PARTS, ""])
     if wrong.any():
         raise ValueError(
-            f"{path}: split values must be train, val, test or empty; found {some(values[wrong].unique())} "
+            f"{path}: split values must be train, val, test or empty; found {preview(values[wrong].unique())} "
             f"in line {int(np.flatnonzero(wrong)[0]) + 1}. The file has no header line"
         )
     if cells.duplicated().any():
-        raise ValueError(f"{path}: cells named more than once: {some(cells[cells.duplicated()].unique())}")
+        raise ValueError(f"{path}: cells named more than once: {preview(cells[cells.duplicated()].unique())}")
     if not obs.index.is_unique:
         raise ValueError(
             "obs: cell names are not unique, a split file cannot be matched; call adata.obs_names_make_unique()"
         )
     unknown = cells[~cells.isin(obs.index.astype(str))]
     if len(unknown):
-        raise ValueError(f"{path}: cells that are not in obs: {some(unknown)}; obs has {some(obs.index, 3)}")
+        raise ValueError(f"{path}: cells that are not in obs: {preview(unknown)}; obs has {preview(obs.index, 3)}")
     split = pd.Series(values.to_numpy(dtype=object), index=cells).reindex(obs.index.astype(str), fill_value="")
     return pd.Series(split.to_numpy(), index=obs.index, name="split", dtype=object)

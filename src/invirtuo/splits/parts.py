@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.conditions import Conditions, wanted
 from invirtuo.design import Design
+from invirtuo.errors import preview
 
 __all__ = [
     "CAP",
@@ -40,7 +40,7 @@ Heldout = list[tuple[str, State]]  # (perturbation label, state), in the order i
 def labels_and_states(obs: pd.DataFrame, design: Design) -> pd.DataFrame:
     """Label and state of each cell, in canonical form."""
     if missing := [column for column in design.columns if column not in obs]:
-        raise ValueError(f"obs has no column {missing[0]!r}, which the design names; found {some(obs.columns)}")
+        raise ValueError(f"obs has no column {missing[0]!r}, which the design names; found {preview(obs.columns)}")
     table = design.tidy(obs)
     columns = [table[name] for name in design.covariates]
     states = list(zip(*columns, strict=True)) if columns else [()] * len(obs)
@@ -69,7 +69,7 @@ def states_named(groups: Conditions, design: Design, table: pd.DataFrame) -> lis
         state = tuple(str(group.get(column)) for column in covariates)
         if state not in known:
             found = ["|".join(state) or "all" for state in sorted(known)]
-            raise ValueError(f"group {'|'.join(state)!r} does not occur in obs; found {some(found)}")
+            raise ValueError(f"group {'|'.join(state)!r} does not occur in obs; found {preview(found)}")
         states.append(state)
     return states
 
@@ -90,14 +90,14 @@ def divide(
     order = sorted(counts) if stratum_order is None else states_named(stratum_order, design, table)
     missing = {state for _, state in rest} - set(order)
     if missing:
-        names = some("|".join(state) for state in sorted(missing))
+        names = preview("|".join(state) for state in sorted(missing))
         raise ValueError(f"stratum_order leaves out groups with held-out conditions: {names}")
     if alone:
         fate = "they go to test" if keep_singletons else "their cells are unassigned (keep_singletons=True: test)"
         logger.warning(
             "held-out conditions alone in their group cannot be divided into val and test, %s: %s",
             fate,
-            some("|".join([*state, label]) for label, state in alone),
+            preview("|".join([*state, label]) for label, state in alone),
         )
     val, test = _halves(rest, [order.index(state) for _, state in rest], seed)
     part = dict.fromkeys(val, "val") | dict.fromkeys(test, "test")

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.design import Design
+from invirtuo.errors import preview
 from invirtuo.splits.parts import (
     CAP,
     Heldout,
@@ -378,7 +378,7 @@ def imbalanced(
     else:
         states = states_named(order, design, table)
     if set(states) != set(present) or len(states) < 2:
-        names = some("|".join(state) or "all" for state in sorted(present))
+        names = preview("|".join(state) or "all" for state in sorted(present))
         raise ValueError(f"expected two or more covariate groups, each once in order=; obs has {names}")
     sizes = _unequal([len(present[state]) for state in states], entropy)
     kept: set[tuple[str, State]] = set()

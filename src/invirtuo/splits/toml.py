@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
 from invirtuo.design import Design
+from invirtuo.errors import preview
 from invirtuo.splits.contexts import Fractions, deal_controls
 from invirtuo.splits.parts import labels_and_states
 
@@ -94,7 +94,7 @@ def from_toml(
             if unknown:
                 raise ValueError(
                     f"{path}: fewshot {key} {part} names perturbations that this context does not have: "
-                    f"{some(unknown)}; found {some(sorted(set(labels[inside & ~control])))}"
+                    f"{preview(unknown)}; found {preview(sorted(set(labels[inside & ~control])))}"
                 )
             split[inside & np.isin(labels, wanted) & ~control] = part
     _check_left(split, control, path)
@@ -110,15 +110,15 @@ def _read(path: str | Path) -> dict[str, dict[str, Any]]:
         with open(path, "rb") as file:
             content = tomllib.load(file)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; expected a TOML file with {some(SECTIONS)}") from error
+        raise ValueError(f"{path} does not exist; expected a TOML file with {preview(SECTIONS)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
     unknown = sorted(set(content) - set(SECTIONS))
     wrong = [name for name, section in content.items() if not isinstance(section, Mapping)]
     if unknown or wrong:
-        raise ValueError(f"{path}: expected the tables {some(SECTIONS)}; found {some(content)}")
+        raise ValueError(f"{path}: expected the tables {preview(SECTIONS)}; found {preview(content)}")
     if not content.get("datasets") or not (content.get("training") or content.get("fewshot")):
-        raise ValueError(f"{path}: expected data sets under [datasets] and [training]; found {some(content)}")
+        raise ValueError(f"{path}: expected data sets under [datasets] and [training]; found {preview(content)}")
     return {name: content.get(name, {}) for name in SECTIONS}
 
 
@@ -127,20 +127,23 @@ def _datasets(content: Mapping, obs: pd.DataFrame, dataset: str | None, path: st
     known = list(content["datasets"])
     lost = sorted(set(content["training"]) - set(known))
     if lost:
-        raise ValueError(f"{path}: [training] names {some(lost)}, not in [datasets]: {some(known)}")
+        raise ValueError(f"{path}: [training] names {preview(lost)}, not in [datasets]: {preview(known)}")
     if dataset is None and len(known) > 1:
         raise ValueError(
-            f"{path} has {len(known)} data sets: {some(known)}; say with dataset= which one obs is, or in which column "
+            f"{path} has {len(known)} data sets: {preview(known)}; say with dataset= which one obs is, or in which "
+            "column "
             "of obs their names stand"
         )
     if dataset is None or dataset in known:
         return np.full(len(obs), dataset or known[0], dtype=object)
     if dataset not in obs.columns:
-        raise ValueError(f"dataset {dataset!r} is neither in {path} ({some(known)}) nor a column of obs")
+        raise ValueError(f"dataset {dataset!r} is neither in {path} ({preview(known)}) nor a column of obs")
     names = obs[dataset].astype(str).to_numpy(dtype=object)
     strange = sorted(set(names) - set(known))
     if strange:
-        raise ValueError(f"obs[{dataset!r}] holds {some(strange)}, which {path} does not name; it has {some(known)}")
+        raise ValueError(
+            f"obs[{dataset!r}] holds {preview(strange)}, which {path} does not name; it has {preview(known)}"
+        )
     return names
 
 
@@ -149,7 +152,9 @@ def _context(design: Design, context: str | None) -> str:
     if context is None and len(covariates) == 1:
         return covariates[0]
     if context not in covariates:
-        raise ValueError(f"context is {context!r}; expected the covariate that holds the contexts: {some(covariates)}")
+        raise ValueError(
+            f"context is {context!r}; expected the covariate that holds the contexts: {preview(covariates)}"
+        )
     return context
 
 
@@ -159,14 +164,14 @@ def _inside(key: str, names: np.ndarray, contexts: np.ndarray, content: Mapping,
     if not known:
         raise ValueError(
             f'{path}: {key!r} is not "data set.context", in quotes, of a data set in [datasets]: '
-            f"{some(content['datasets'])}"
+            f"{preview(content['datasets'])}"
         )
     name = max(known, key=len)  # names may hold dots
     context, here = key[len(name) + 1 :].strip(), names == name
     inside = here & (contexts == context)
     if here.any() and not inside.any():
         raise ValueError(
-            f"{path}: {name} has no cells of context {context!r}; found {some(sorted(set(contexts[here])))}"
+            f"{path}: {name} has no cells of context {context!r}; found {preview(sorted(set(contexts[here])))}"
         )
     return inside
 
@@ -184,7 +189,7 @@ def _lists(table: Any, key: str, path: str | Path) -> dict[str, list[str]]:
     lists = {part: [str(label) for label in table.get(part, [])] for part in HELD_OUT}
     both = sorted(set(lists["val"]) & set(lists["test"]))
     if both:
-        logger.warning("%s: %s are val and test in %s; they are taken as test", path, some(both), key)
+        logger.warning("%s: %s are val and test in %s; they are taken as test", path, preview(both), key)
     return lists
 
 
@@ -192,6 +197,7 @@ def _check_left(split: pd.Series, control: np.ndarray, path: str | Path) -> None
     found = set(split[~control])
     if "train" not in found or not found & set(HELD_OUT):
         raise ValueError(
-            f"{path} leaves perturbed cells for {some(sorted(found - {''})) if found - {''} else 'nothing'}; expected "
+            f"{path} leaves perturbed cells for {preview(sorted(found - {''})) if found - {''} else 'nothing'}; "
+            "expected "
             "some to train on and some held out"
         )

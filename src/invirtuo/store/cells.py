@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.files import is_zarr_folder
 from invirtuo.store.parts import Part, aligned
 from invirtuo.values import canonical_csr, look, require_same_scale
@@ -48,7 +48,7 @@ class CellStore:
     genes
         (g,) names of the genes, in the order of columns read.
     memory
-        Bytes that reading may take: two windows of cells and a stock of control cells.
+        Bytes that reading may take: two windows of cells and a cache of control cells.
     block
         Rows that are read in one piece.
     manifest
@@ -326,7 +326,7 @@ def _files(paths: Paths) -> tuple[list[Path], dict[str, Any] | None]:
     if not files:
         raise ValueError("no files were given; expected paths of .h5ad or .zarr, or a folder of them")
     if len({path.resolve() for path in files}) < len(files):
-        raise ValueError(f"files are named twice among {some(files)}; name each once")
+        raise ValueError(f"files are named twice among {preview(files)}; name each once")
     return files, None
 
 
@@ -340,7 +340,7 @@ def _from_manifest(folder: Path) -> tuple[list[Path], dict[str, Any]]:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}); write the store again") from error
     if strange := [name for name in names if Path(name).name != name]:
         raise ValueError(
-            f"{folder / MANIFEST} names files outside of its folder: {some(strange)}; write the store again"
+            f"{folder / MANIFEST} names files outside of its folder: {preview(strange)}; write the store again"
         )
     return [folder / name for name in names], manifest
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import some
+from invirtuo.errors import preview
 from invirtuo.files import check_h5ad
 
 __all__ = ["Part"]
@@ -238,11 +238,11 @@ def aligned(parts: list[Part]) -> np.ndarray:
     for part in parts:
         if not part.genes.is_unique:
             twice = part.genes[part.genes.duplicated()].unique()
-            raise ValueError(f"{part.path}: gene names repeat ({some(twice)}); expected each once")
+            raise ValueError(f"{part.path}: gene names repeat ({preview(twice)}); expected each once")
         if missing := sorted(set(genes) ^ set(part.genes)):
             raise ValueError(
                 f"{part.path} has {part.n_vars} genes, {parts[0].path} {parts[0].n_vars}; {len(missing)} are in one of "
-                f"them only: {some(missing)}. Write the files with the same genes (in any order), for example "
+                f"them only: {preview(missing)}. Write the files with the same genes (in any order), for example "
                 "adata[:, genes].write_h5ad(...)"
             )
     return genes.to_numpy(dtype=str)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import some, whole
+from invirtuo.errors import preview, whole_number
 from invirtuo.files import making, writing_hdf5
 from invirtuo.genes import variable_genes_of
 from invirtuo.preprocess import TOTAL, check_target_sum
@@ -75,7 +75,7 @@ def shuffle(
     if folder.exists():
         raise ValueError(f"{folder} exists; give the name of a new folder, or remove it")
     check_target_sum(target_sum)
-    n_genes = None if n_genes is None else whole("n_genes", n_genes)
+    n_genes = None if n_genes is None else whole_number("n_genes", n_genes)
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression is {compression!r}; expected one of {', '.join(COMPRESSIONS)}")
     scan = store.scan()
@@ -107,14 +107,14 @@ def _depths(store: CellStore, column: str | None) -> np.ndarray:
     if column is None:
         return store.obs[TOTAL].to_numpy(np.float64) if TOTAL in store.obs else store.scan().totals
     if column not in store.obs:
-        raise ValueError(f"size_factor: column {column!r} is not in obs; found {some(store.obs.columns, 12)}")
+        raise ValueError(f"size_factor: column {column!r} is not in obs; found {preview(store.obs.columns, 12)}")
     return pd.to_numeric(store.obs[column], errors="coerce").to_numpy(np.float64)
 
 
 def _chosen(store: CellStore, n_genes: int, keep: list[str], split: pd.Series | None) -> pd.Index:
     """Names of the genes that stay, in their order."""
     if strange := [gene for gene in keep if gene not in store.var_names]:
-        raise ValueError(f"keep: {len(strange)} genes are not in the data: {some(strange)}")
+        raise ValueError(f"keep: {len(strange)} genes are not in the data: {preview(strange)}")
     if split is not None and (len(split) != store.n_obs or not (split == "train").any()):
         raise ValueError(f"the split has {len(split)} entries for {store.n_obs} cells; make it from store.obs")
     rows = None if split is None else np.flatnonzero(np.asarray(split) == "train")

@@ -1,0 +1,351 @@
+"""What a reader asks of a benchmark: who is ahead overall, by how much, for sure or by chance, and at what cost.
+
+It works on the score tables of the tasks and on the tables of costs and comparisons; the drawing is in `charts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from invirtuo.reports import charts
+from invirtuo.reports.tables import Cell, Column, ScoreTable, number
+
+__all__ = [
+    "costs_section",
+    "failed_models",
+    "failures",
+    "heat",
+    "is_benchmark",
+    "overview",
+    "places",
+    "positions",
+    "task_section",
+]
+
+MAIN = ("mmd_gex", "mmd_pca", "energy_distance", "rmse_mean")  # the metric drawn over cost, the first that is there
+STEPS, SHADES = (0.5, 0.7), ("low", "middle", "high")  # where text changes its colour on a dark and on a light page
+FEW = 3  # fewer conditions are not worth a scatter plot
+ERROR_LENGTH = 200
+
+
+def overview(tables: Mapping[str, ScoreTable]) -> dict[str, Any]:
+    """Mean place of each model over all metrics and tasks, and its mean position within each task.
+
+    Parameters
+    ----------
+    tables
+        Task to its score table.
+    """
+    placed = places(tables)
+    kinds = {name: kind for table in tables.values() for name, kind in table.kinds.items() if kind != "floor"}
+    reached = {task: positions(table).mean(axis=1) for task, table in tables.items()}
+    of_model = placed.groupby("model")["place"]
+    order = sorted(kinds, key=lambda name: (of_model.mean().get(name, np.inf), name))
+    rows = []
+    for name in order:
+        cells = [_shaded(values.get(name, np.nan), number(values.get(name, np.nan))) for values in reached.values()]
+        rows.append(
+            {"name": name, "kind": kinds[name], "place": number(of_model.mean().get(name, np.nan)), "cells": cells}
+        )
+    spread = [
+        charts.Spread(name, kinds[name], of_model.get_group(name).to_numpy(float))
+        for name in order
+        if name in of_model.groups
+    ]
+    last = float(placed["place"].max()) if len(placed) else 1.0
+    chart = charts.spreads(spread, 1.0, max(last, 2.0), reference=None, axis="place (1 is best)") if spread else ""
+    return {"tasks": list(tables), "rows": rows, "chart": chart, "n_places": placed.groupby(["task", "metric"]).ngroups}
+
+
+def positions(table: ScoreTable) -> pd.DataFrame:
+    """Where each mean lies between the worst simple baseline (0) and the noise floor (1), cut off at both ends.
+
+    Without baselines the worst row stands for 0, without a floor the best row for 1. NaN where the two ends are the
+    same or the wrong way round, or the direction of the metric is not known.
+    """
+    found = pd.DataFrame(np.nan, index=table.means.index, columns=[column.name for column in table.columns])
+    for column in table.columns:
+        ends = _ends(table, column)
+        if ends is not None:
+            low, high = ends
+            found[column.name] = ((table.means[column.name] - low) / (high - low)).clip(0, 1)
+    return found
+
+
+def places(tables: Mapping[str, ScoreTable]) -> pd.DataFrame:
+    """Place of each model and baseline in each metric of each task, ties in the middle, no value last.
+
+    Returns
+    -------
+    DataFrame with columns ``task``, ``metric``, ``model``, ``place``.
+    """
+    found = []
+    for task, table in tables.items():
+        names = [row.name for row in table.rows if row.kind != "floor"]
+        for column in table.columns:
+            values = table.means[column.name].reindex(names)
+            if column.direction is None or values.notna().sum() < 2:
+                continue
+            place = values.rank(ascending=column.direction == "lower", na_option="bottom")
+            found.append(pd.DataFrame({"task": task, "metric": column.name, "model": names, "place": place.to_numpy()}))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["task", "metric", "model", "place"])
+
+
+def heat(table: ScoreTable) -> dict[str, Any]:
+    """Models x metrics, each cell coloured by its position; best mean position first."""
+    reached = positions(table)
+    mean = reached.mean(axis=1)
+    names = sorted(reached.index, key=lambda name: (table.kinds[name] == "floor", -mean.fillna(-1)[name], name))
+    rows = [
+        {
+            "name": name,
+            "kind": table.kinds[name],
+            "cells": [
+                _shaded(reached.loc[name, column.name], number(table.means.loc[name, column.name]))
+                for column in table.columns
+            ],
+            "mean": _shaded(mean[name], number(mean[name])),
+        }
+        for name in names
+    ]
+    kinds = set(table.kinds.values())
+    low = "the worst simple baseline" if "baseline" in kinds else "the worst row"
+    high = "the noise floor" if "floor" in kinds else "the best row (there is no noise floor)"
+    return {"columns": table.columns, "rows": rows, "low": low, "high": high}
+
+
+def task_section(scores: pd.DataFrame, table: ScoreTable, comparisons: pd.DataFrame | None) -> dict[str, Any]:
+    """Everything drawn about one task.
+
+    Parameters
+    ----------
+    scores
+        Of this task.
+    table
+        Made from them.
+    comparisons
+        Of this task; None if there are none.
+    """
+    wide = {
+        metric: part.pivot_table(index="condition", columns="model", values="value", aggfunc="mean", dropna=False)
+        for metric, part in scores.groupby("metric")
+    }
+    section: dict[str, Any] = {
+        "heat": heat(table),
+        "ranks": _rank_charts(wide, table),
+        "scatters": [],
+        "best_model": "",
+    }
+    placed = places({"": table}).groupby("model")["place"].mean()
+    models = [name for name in placed.index if table.kinds.get(name) == "model" and name in table.means.index]
+    if models:
+        best = min(models, key=lambda name: (placed[name], name))
+        section |= {"best_model": best, "scatters": _scatters(wide, table, best)}
+    return section | _differences(comparisons, table)
+
+
+def costs_section(costs: pd.DataFrame, tables: Mapping[str, ScoreTable]) -> dict[str, Any]:
+    """A chart per task, quality over seconds, and a table of seconds, memory and parameters.
+
+    Parameters
+    ----------
+    costs
+        Columns ``task``, ``model`` and any of ``fit_seconds``, ``predict_seconds``, ``peak_memory_mib``,
+        ``parameters``.
+    tables
+        Task to its score table.
+    """
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(costs["model"]), 1)}
+    seconds = costs.assign(seconds=costs[["fit_seconds", "predict_seconds"]].sum(axis=1, min_count=1))
+    seconds = seconds.groupby(["task", "model"])["seconds"].mean()
+    drawn = [
+        {"task": task, "chart": chart}
+        for task, table in tables.items()
+        if task in seconds.index and (chart := _cost_chart(seconds[task], table, numbers))
+    ]
+    largest = costs.groupby("model")[["peak_memory_mib", "parameters"]].max()
+    rows = [
+        {
+            "number": i,
+            "name": name,
+            "kind": next((table.kinds[name] for table in tables.values() if name in table.kinds), "model"),
+            "cells": [_seconds(seconds.get((task, name), np.nan)) for task in tables]
+            + [_amount(largest.loc[name, column]) for column in largest],
+        }
+        for name, i in numbers.items()
+    ]
+    return {"charts": drawn, "tasks": list(tables), "rows": rows}
+
+
+def failures(costs: pd.DataFrame) -> list[dict[str, str]]:
+    """Cells of the grid that failed, with what they said."""
+    failed = costs[costs["status"] == "failed"]
+    return [
+        {
+            "task": task,
+            "model": model,
+            "seed": f"{seed:g}" if isinstance(seed, float) else str(seed),
+            "error": _cut(error),
+        }
+        for task, model, seed, error in failed[["task", "model", "seed", "error"]].itertuples(index=False)
+    ]
+
+
+def _ends(table: ScoreTable, column: Column) -> tuple[float, float] | None:
+    """Values of one metric that stand for 0 and 1."""
+    values = table.means[column.name].dropna()
+    if column.direction is None or values.empty:
+        return None
+    kind = pd.Series(table.kinds).reindex(values.index)
+    weak, strong = (values.max, values.min) if column.direction == "lower" else (values.min, values.max)
+    if (kind == "baseline").any():
+        below = values[kind == "baseline"]
+        weak = below.max if column.direction == "lower" else below.min
+    low, high = float(weak()), float(values[kind == "floor"].iloc[0] if (kind == "floor").any() else strong())
+    apart = (low - high) if column.direction == "lower" else (high - low)
+    return (low, high) if apart > 1e-12 * max(abs(low), abs(high)) else None
+
+
+def _best_baseline(table: ScoreTable, column: Column) -> str | None:
+    values = table.means[column.name].dropna()
+    values = values[[name for name in values.index if table.kinds[name] == "baseline"]]
+    if values.empty or column.direction is None:
+        return None
+    return str(values.idxmin() if column.direction == "lower" else values.idxmax())
+
+
+def _rank_charts(wide: Mapping[str, pd.DataFrame], table: ScoreTable) -> list[charts.Markup]:
+    drawn = []
+    for column in table.columns:
+        if not column.name.endswith("_rank"):
+            continue
+        here = wide[column.name]
+        names = table.means[column.name].dropna().sort_values().index
+        rows = [charts.Spread(name, table.kinds[name], here[name].to_numpy(float)) for name in names]
+        if rows:
+            drawn.append(charts.spreads(rows, 0.0, 1.0, reference=0.5, axis=f"{column.label} (0 is best)"))
+    return drawn
+
+
+def _scatters(wide: Mapping[str, pd.DataFrame], table: ScoreTable, model: str) -> list[dict[str, Any]]:
+    """The model against the best simple baseline of each metric, condition by condition."""
+    drawn = []
+    for column in table.columns:
+        baseline = _best_baseline(table, column)
+        if baseline is None or column.name.endswith("_rank") or model not in wide[column.name]:
+            continue
+        both = wide[column.name][[baseline, model]].set_axis(["x", "y"], axis=1).dropna()
+        if len(both) < FEW:
+            continue
+        ahead = both["y"] < both["x"] if column.direction == "lower" else both["y"] > both["x"]
+        chart = charts.scatter(
+            both["x"].to_numpy(float), both["y"].to_numpy(float), [str(name) for name in both.index],
+            x_axis=baseline, y_axis=model,
+        )  # fmt: skip
+        side = "below" if column.direction == "lower" else "above"
+        drawn.append({"column": column, "chart": chart, "ahead": int(ahead.sum()), "n": len(both), "side": side})
+    return drawn
+
+
+def _differences(comparisons: pd.DataFrame | None, table: ScoreTable) -> dict[str, Any]:
+    """Models against the best simple baseline of each metric: charts, all numbers, and how often each is ahead."""
+    empty: dict[str, Any] = {"forests": [], "differences": [], "verdicts": []}
+    if comparisons is None:
+        return empty
+    models = [row.name for row in table.rows if row.kind == "model"]
+    forests, lines = [], []
+    for column in table.columns:
+        baseline = _best_baseline(table, column)
+        chosen = comparisons[(comparisons["metric"] == column.name) & (comparisons["against"] == baseline)]
+        chosen = (
+            chosen.drop_duplicates("model").set_index("model").reindex([m for m in models if m in set(chosen["model"])])
+        )
+        rows = []
+        for model, line in chosen.iterrows():
+            value, low, high = (float(line[name]) for name in ("difference", "low", "high"))
+            verdict = _verdict(low, high, column.direction)
+            rows.append(charts.Interval(str(model), value, low, high, verdict))
+            text = f"{number(low)} to {number(high)}" if np.isfinite(low + high) else "no interval"
+            lines.append(
+                {
+                    "model": str(model), "metric": column.label, "baseline": baseline, "difference": number(value),
+                    "interval": text, "n": f"{line['n_conditions']:g}", "verdict": verdict,
+                }
+            )  # fmt: skip
+        if rows:
+            chart = charts.forest(rows, axis=f"model minus {baseline}", lower_is_better=column.direction == "lower")
+            forests.append({"column": column, "chart": chart})
+    verdicts = []
+    for model in models:
+        counts = pd.Series([line["verdict"] for line in lines if line["model"] == model], dtype=str).value_counts()
+        if len(counts):
+            verdicts.append(
+                {"model": model, **{name: int(counts.get(name, 0)) for name in ("better", "worse", "open")}}
+            )
+    return {"forests": forests, "differences": lines, "verdicts": verdicts}
+
+
+def _verdict(low: float, high: float, direction: str | None) -> str:
+    """Whether an interval leaves zero out, and on which side."""
+    if not np.isfinite(low + high) or low <= 0 <= high or direction is None:
+        return "open"
+    return "better" if (high < 0) == (direction == "lower") else "worse"
+
+
+def _cost_chart(seconds: pd.Series, table: ScoreTable, numbers: Mapping[str, int]) -> charts.Markup | None:
+    names = {column.name: column for column in table.columns if column.direction}
+    column = next((names[name] for name in (*MAIN, *names) if name in names), None)
+    if column is None:
+        return None
+    values = table.means[column.name]
+    dots = [
+        charts.Dot(numbers[name], name, table.kinds[name], max(float(seconds[name]), 1e-3), float(values[name]))
+        for name in values.dropna().index
+        if np.isfinite(seconds.get(name, np.nan))
+    ]
+    floor = next((float(values[name]) for name, kind in table.kinds.items() if kind == "floor"), np.nan)
+    better = {"lower": "lower is better", "higher": "higher is better"}[column.direction or "lower"]
+    axes = {"x_axis": "seconds to fit and predict", "y_axis": f"{column.label} ({better})"}
+    return charts.quality_by_cost(dots, floor=floor if np.isfinite(floor) else None, **axes) if dots else None
+
+
+def _shaded(position: float, text: str) -> dict[str, str]:
+    """Text with its position in percent, and how dark that is; no colour where there is none."""
+    if not np.isfinite(position):
+        return {"text": text, "at": "", "shade": ""}
+    return {"text": text, "at": f"{100 * position:.0f}%", "shade": SHADES[int(np.searchsorted(STEPS, position))]}
+
+
+def _seconds(value: float) -> Cell:
+    return Cell("" if not np.isfinite(value) else number(value))
+
+
+def _amount(value: float) -> Cell:
+    return Cell("" if not np.isfinite(value) else f"{value:,.0f}")
+
+
+def _cut(error: object) -> str:
+    text = "no message" if pd.isna(error) else str(error)
+    return text if len(text) <= ERROR_LENGTH else f"{text[:ERROR_LENGTH]}…"
+
+
+def failed_models(costs: pd.DataFrame) -> dict[str, str]:
+    """Model of one task to what failed of it."""
+    found = {}
+    for model, part in costs.groupby("model", sort=False):
+        failed = part[part["status"] == "failed"]
+        if len(failed):
+            every = len(failed) == len(part)
+            found[str(model)] = (
+                f"failed: {_cut(failed['error'].iloc[0])}" if every else f"{len(failed)} of {len(part)} seeds failed"
+            )
+    return found
+
+
+def is_benchmark(scores: pd.DataFrame, others: Iterable[object]) -> bool:
+    """Whether a folder holds more than one comparison of models."""
+    return scores["task"].nunique() > 1 or any(other is not None for other in others)

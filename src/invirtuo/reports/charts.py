@@ -1,0 +1,298 @@
+"""Charts of a benchmark as inline SVG: they follow the colours of the page, stay sharp, and need no drawing library.
+
+Every text passes through `markupsafe`, so that labels cannot become markup. A chart is 320 units wide, about as many
+pixels on a phone; shapes tell models, simple baselines and the noise floor apart where colours do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from invirtuo.reports.tables import number
+
+__all__ = ["Dot", "Interval", "Spread", "forest", "quality_by_cost", "scatter", "spreads"]
+
+WIDTH = 320
+NAMES = 118  # units for the names of the rows
+ROW = 17
+MAX_TITLES = 300  # dots with a name to hover over; more would make the page heavy
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A row of :func:`spreads`: all values of one model."""
+
+    name: str
+    kind: str
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A row of :func:`forest`: a difference with its interval, and what it says ("better", "worse" or "open")."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A numbered dot of :func:`quality_by_cost`."""
+
+    number: int
+    name: str
+    kind: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Values -> units between two edges, linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (np.log10(v) if self.log else v for v in (self.low, self.high, value))
+        return round(float(self.start + (value - low) / (high - low) * (self.end - self.start)), 1)
+
+    def ticks(self, n: int = 4) -> list[float]:
+        return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high, n)
+
+
+def spreads(rows: Sequence[Spread], low: float, high: float, *, reference: float | None, axis: str) -> Markup:
+    """Mean of each row as a mark, the middle half of its values as a bar, 10 to 90 % as a line.
+
+    Parameters
+    ----------
+    rows
+        From top to bottom.
+    low, high
+        Ends of the axis.
+    reference
+        Where a dashed line stands, for example what a guess reaches.
+    axis
+        What the axis shows.
+    """
+    scale = _Scale(low, high, NAMES, WIDTH - 10)
+    bottom = 6 + ROW * len(rows)
+    parts = _vertical_grid(scale, 2, bottom, axis)
+    if reference is not None:
+        parts.append(_line(scale(reference), 2, scale(reference), bottom, "reference"))
+    for i, row in enumerate(rows):
+        y = 4 + ROW * (i + 0.5)
+        parts.append(_row_name(row.name, y))
+        values = row.values[np.isfinite(row.values)]
+        if not len(values):
+            parts.append(_text(NAMES + 4, y + 4, "no value", "tick"))
+            continue
+        ends = [scale(v) for v in np.clip(np.percentile(values, [10, 25, 75, 90]), low, high)]
+        parts.append(_line(ends[0], y, ends[3], y, "whisker"))
+        parts.append(_tag("rect", x=ends[1], y=y - 4, width=max(ends[2] - ends[1], 0.5), height=8, class_="middle"))
+        mean = float(values.mean())
+        parts.append(_mark(scale(np.clip(mean, low, high)), y, row.kind, f"{row.name}: mean {number(mean)}"))
+    return _svg(bottom + 30, parts, f"{axis}: " + _said((row.name, np.nanmean(row.values)) for row in rows))
+
+
+def forest(rows: Sequence[Interval], *, axis: str, lower_is_better: bool | None) -> Markup:
+    """Differences with intervals around zero; filled where the interval leaves zero out.
+
+    Parameters
+    ----------
+    rows
+        From top to bottom.
+    axis
+        What the axis shows.
+    lower_is_better
+        Which side of zero is the better one; None: not known.
+    """
+    values = np.array([[row.value, row.low, row.high] for row in rows], dtype=float)
+    finite = values[np.isfinite(values)]
+    scale = _padded(min([*finite, 0.0]), max([*finite, 0.0]), NAMES, WIDTH - 10)
+    top = 16
+    bottom = top + 6 + ROW * len(rows)
+    parts = _vertical_grid(scale, top, bottom, axis)
+    parts.append(_line(scale(0), top, scale(0), bottom, "zero"))
+    if lower_is_better is not None:
+        x, anchor, text = (NAMES, "start", "← better") if lower_is_better else (WIDTH - 10, "end", "better →")
+        parts.append(_text(x, 11, text, "side", anchor))
+    for i, row in enumerate(rows):
+        y = top + 2 + ROW * (i + 0.5)
+        parts.append(_row_name(row.name, y))
+        if np.isfinite(row.low + row.high):
+            parts.append(_line(scale(row.low), y, scale(row.high), y, f"interval {row.verdict}"))
+        if np.isfinite(row.value):
+            title = f"{row.name}: {number(row.value)} [{number(row.low)}, {number(row.high)}]"
+            dot = _tag("title", title)
+            parts.append(_tag("circle", dot, cx=scale(row.value), cy=y, r=4.2, class_=f"difference {row.verdict}"))
+        else:
+            parts.append(_text(NAMES + 4, y + 4, "no value", "tick"))
+    return _svg(bottom + 30, parts, f"{axis}: " + _said((row.name, row.value) for row in rows))
+
+
+def scatter(x: np.ndarray, y: np.ndarray, names: Sequence[str], *, x_axis: str, y_axis: str) -> Markup:
+    """One dot per condition and the diagonal, on equal axes.
+
+    Parameters
+    ----------
+    x, y
+        (n,), finite.
+    names
+        (n,), shown when a pointer rests on a dot, up to 300.
+    x_axis, y_axis
+        What the axes show.
+    """
+    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    across = _padded(low, high, 44, WIDTH - 12)
+    up = _Scale(across.low, across.high, 258, 20)
+    parts = _vertical_grid(across, 20, 258, x_axis)
+    for tick in up.ticks():
+        parts.append(_line(44, up(tick), WIDTH - 12, up(tick), "grid"))
+        parts.append(_text(40, up(tick) + 4, f"{tick:g}", "tick", "end"))
+    parts.append(_text(2, 12, f"↑ {_short(y_axis, 310)}", "axis"))
+    ends = (across.low, across.high)
+    parts.append(_line(across(ends[0]), up(ends[0]), across(ends[1]), up(ends[1]), "reference"))
+    if len(x) > MAX_TITLES:
+        path = "".join(f"M{across(a)} {up(b)}h0" for a, b in zip(x, y, strict=True))
+        parts.append(_tag("path", d=path, class_="dots"))
+    else:
+        for a, b, name in zip(x, y, names, strict=True):
+            title = _tag("title", f"{name}: {number(a)}, {number(b)}")
+            parts.append(_tag("circle", title, cx=across(a), cy=up(b), r=3, class_="dot"))
+    return _svg(288, parts, f"{y_axis} against {x_axis}, {len(x)} conditions")
+
+
+def quality_by_cost(dots: Sequence[Dot], *, floor: float | None, x_axis: str, y_axis: str) -> Markup:
+    """Numbered dots, a metric over seconds on a logarithmic axis; the noise floor as a dashed line.
+
+    Parameters
+    ----------
+    dots
+        Finite, x above 0.
+    floor
+        Value of the noise floor, if known.
+    x_axis, y_axis
+        What the axes show.
+    """
+    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots] + ([floor] if floor is not None else [])
+    across = _Scale(min(xs) / 1.6, max(xs) * 1.6, 44, WIDTH - 12, log=True)
+    up = _padded(min(ys), max(ys), 238, 22)
+    parts = _vertical_grid(across, 20, 240, x_axis)
+    for tick in up.ticks():
+        parts.append(_line(44, up(tick), WIDTH - 12, up(tick), "grid"))
+        parts.append(_text(40, up(tick) + 4, f"{tick:g}", "tick", "end"))
+    parts.append(_text(2, 12, f"↑ {_short(y_axis, 310)}", "axis"))
+    if floor is not None:
+        parts.append(_line(44, up(floor), WIDTH - 12, up(floor), "reference"))
+        parts.append(_text(WIDTH - 14, up(floor) - 4, "noise floor", "tick", "end"))
+    taken = [(across(dot.x), up(dot.y)) for dot in dots]
+    for dot in dots:
+        x, y = across(dot.x), up(dot.y)
+        parts.append(_mark(x, y, dot.kind, f"{dot.name}: {number(dot.x)} s, {number(dot.y)}"))
+        spot = _free_spot(x, y, taken)
+        taken.append(spot)
+        parts.append(_text(spot[0], spot[1] + 4, str(dot.number), "label", "middle"))
+    return _svg(270, parts, f"{y_axis} over {x_axis}: " + _said((dot.name, dot.y) for dot in dots))
+
+
+def _free_spot(x: float, y: float, taken: list[tuple[float, float]]) -> tuple[float, float]:
+    """Place for a number beside a dot, as far from everything else as can be had."""
+    spots = [(x + dx, y + dy) for dx, dy in ((11, -1), (-11, -1), (0, -12), (0, 12), (11, -11), (-11, 11), (21, -1))]
+    spots = [(a, b) for a, b in spots if 50 < a < WIDTH - 6 and 24 < b < 236] or spots
+    others = [spot for spot in taken if spot != (x, y)]
+    room = [min([np.hypot(a - c, 1.3 * (b - d)) for c, d in others] + [14.0]) for a, b in spots]
+    return spots[int(np.argmax(room))]
+
+
+def _vertical_grid(scale: _Scale, top: float, bottom: float, axis: str) -> list[Markup]:
+    parts = []
+    for tick in scale.ticks():
+        parts.append(_line(scale(tick), top, scale(tick), bottom, "grid"))
+        parts.append(_text(scale(tick), bottom + 12, f"{tick:g}", "tick", "middle"))
+    middle = (scale.start + scale.end) / 2
+    parts.append(_text(middle, bottom + 26, _short(axis, 2 * (WIDTH - middle)), "axis", "middle"))
+    return parts
+
+
+def _padded(low: float, high: float, start: float, end: float) -> _Scale:
+    """Leave a little room at both ends; a single value gets a range around it."""
+    room = 0.06 * (high - low) or 0.1 * abs(low) or 1.0
+    return _Scale(low - room, high + room, start, end)
+
+
+def _ticks(low: float, high: float, n: int) -> list[float]:
+    """Round numbers between two ends."""
+    raw = (high - low) / n
+    power = 10.0 ** np.floor(np.log10(raw))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(np.log(s / raw)))
+    first = np.ceil(low / step - 1e-9)
+    return [float(f"{i * step:.6g}") + 0.0 for i in np.arange(first, np.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten; with their doubles and fives where there are few."""
+    powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        found = [float(f * 10.0**p) for p in powers for f in factors if low <= f * 10.0**p <= high]
+        if len(found) >= 3:
+            break
+    return found[:: -(-len(found) // 5)] if found else [low, high]
+
+
+def _mark(x: float, y: float, kind: str, title: str) -> Markup:
+    """Disc for a model, square for a simple baseline, diamond for the noise floor."""
+    inner = _tag("title", title)
+    if kind == "model":
+        return _tag("circle", inner, cx=x, cy=y, r=4.4, class_="mark model")
+    shape = f"M{x - 4} {y - 4}h8v8h-8z" if kind == "baseline" else f"M{x} {y - 5.4}l5.4 5.4l-5.4 5.4l-5.4 -5.4z"
+    return _tag("path", inner, d=shape, class_=f"mark {kind}")
+
+
+def _row_name(name: str, y: float) -> Markup:
+    """Name at the left of a row, shortened to fit, in full on hover."""
+    return _tag("text", _tag("title", name) + _short(name, NAMES - 8), x=NAMES - 8, y=y + 4, class_="name end")
+
+
+def _short(text: str, room: float) -> str:
+    """Cut a text that would be wider than the room; letters of the small font are 6.3 units wide or less."""
+    fits = int(room / 6.3)
+    return text if len(text) <= fits else text[: max(fits - 1, 1)] + "…"
+
+
+def _said(values) -> str:
+    """What a reader who cannot see the chart hears."""
+    return ", ".join(f"{name} {number(float(value))}" for name, value in values)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return _tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+def _text(x: float, y: float, text: str, class_: str, anchor: str = "start") -> Markup:
+    return _tag("text", text, x=x, y=y, class_=f"{class_} {anchor}")
+
+
+def _svg(height: float, parts: Sequence[Markup], label: str) -> Markup:
+    return _tag("svg", Markup("").join(parts), viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label)
+
+
+def _tag(name: str, inner: str = "", **attributes) -> Markup:
+    """One element; the inner text is escaped unless it is markup already."""
+    given = Markup("").join(
+        Markup(' {}="{}"').format(
+            key.rstrip("_").replace("_", "-"), f"{value:g}" if isinstance(value, float) else value
+        )
+        for key, value in attributes.items()
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, escape(inner))

@@ -1,0 +1,188 @@
+"""Reads a folder of results and renders the page."""
+
+from __future__ import annotations
+
+import math
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from invirtuo import __version__
+from invirtuo.files import writing
+from invirtuo.reports import benchmark, folder
+from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
+from invirtuo.reports.figures import as_png, curves, panels, populations
+from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, score_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["report"]
+
+GENES = 12  # largest effects of a condition that are drawn
+MAX_CELLS = 5000  # numbers in the tables by condition of a benchmark; beyond, the charts must do
+
+
+def report(results: str | os.PathLike, out: str | os.PathLike = "report.html", *, title: str | None = None) -> Path:
+    r"""Write one self-contained HTML page about a folder of results.
+
+    Parameters
+    ----------
+    results
+        Folder with ``scores.csv`` (columns ``condition``, ``metric``, ``value``, ``model``; optionally ``seed``,
+        ``task``, ``direction``). Shown if present: ``panels.npz`` or ``panels.csv`` (``pc1``, ``pc2``, ``kind``,
+        ``model``, ``condition``), ``history.csv`` (``step``, ``model``, one column per quantity), ``effects.csv``
+        (``condition``, ``gene``, ``effect``, ``low``, ``high``, ``real``; `invirtuo.bench.effects`) and ``run.json``
+        (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor``, ``effect level`` and
+        ``notes`` have a place of their own, anything else is listed); of generated populations ``genes.csv``
+        (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
+        has more: ``costs.csv`` (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters),
+        ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
+        ``n_conditions``), and in ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or
+        "higher" is better). With these, or with several tasks, the page also compares models over tasks.
+    out
+        The page to write; an existing one is replaced only when the new one is complete.
+    title
+        Heading; None takes ``title`` from ``run.json``.
+
+    Returns
+    -------
+    Path of the page.
+
+    Raises
+    ------
+    ValueError
+        If the folder or its tables are missing, damaged or without the columns above.
+
+    Examples
+    --------
+    >>> results = getfixture("tmp_path")
+    >>> _ = (results / "scores.csv").write_text("condition,metric,value,model\nT|A,rmse_mean,0.2,mine\n")
+    >>> report(results, results / "report.html").name
+    'report.html'
+    """
+    path = Path(results)
+    scores, run = folder.read_scores(path / "scores.csv"), folder.read_run(path / "run.json")
+    costs, comparisons = folder.read_costs(path / "costs.csv"), folder.read_comparisons(path / "comparisons.csv")
+    cells, history = folder.read_panels(path), folder.read_history(path / "history.csv")
+    picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
+    counted = folder.read_populations(path)
+    structure, n_origins = populations(*counted) if counted is not None else ("", 0)
+    sections = _sections(scores, run, costs)
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title or run.pop("title", None) or "How well were the cells predicted?",
+            subtitle=" · ".join(str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)),
+            sections=sections,
+            benchmark=_benchmark(scores, sections, costs, comparisons),
+            panels=picture,
+            panels_columns=n_columns,
+            panels_note=left_out,
+            effects=_effects(folder.read_effects(path / "effects.csv"), run),
+            populations=structure,
+            populations_columns=n_origins,
+            curves=curves(history) if history is not None else "",
+            notes=_notes(run),
+            run=_flat({key: value for key, value in run.items() if key != "notes"}),
+            version=__version__,
+        )
+    )
+    out = Path(out)
+    with writing(out) as part:
+        part.write_text(page, encoding="utf-8")
+    return out
+
+
+def _environment() -> Environment:
+    """Templates of this package; all that they show is escaped."""
+    files = resources.files("invirtuo.reports")
+    loader = FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8"))
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _sections(scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """One section per task, in the order of the table."""
+    baselines, floor = run.get("baselines", BASELINES), run.get("floor", FLOOR)
+    about = run["tasks"] if isinstance(run.get("tasks"), dict) else {}
+    if "direction" not in scores and isinstance(run.get("directions"), dict):
+        scores = scores.assign(direction=scores["metric"].map(run["directions"]))
+    found = []
+    for task, part in scores.groupby("task", sort=False):
+        failed = benchmark.failed_models(costs[costs["task"] == task]) if costs is not None else {}
+        table = score_table(part, baselines, floor, failed)
+        found.append(
+            {
+                "task": task,
+                "about": str(about.get(task, "")),
+                "scores": part,
+                "headline": headline(table),
+                "table": table,
+                "conditions": condition_tables(part, table),
+                "n_seeds": part["seed"].nunique() if "seed" in part else 1,
+            }
+        )
+    return found
+
+
+def _benchmark(
+    scores: pd.DataFrame,
+    sections: list[dict[str, Any]],
+    costs: pd.DataFrame | None,
+    comparisons: pd.DataFrame | None,
+) -> dict[str, Any] | None:
+    """What compares models over tasks; None for a single comparison. Charts of a task go into its section."""
+    if not benchmark.is_benchmark(scores, (costs, comparisons)):
+        return None
+    tables = {section["task"]: section["table"] for section in sections}
+    for section in sections:
+        differences = comparisons[comparisons["task"] == section["task"]] if comparisons is not None else None
+        section |= benchmark.task_section(section["scores"], section["table"], differences)
+        if sum(len(table["rows"]) * len(table["models"]) for table in section["conditions"]) > MAX_CELLS:
+            section["conditions"] = []
+    return {
+        "overview": benchmark.overview(tables),
+        "costs": benchmark.costs_section(costs, tables) if costs is not None else None,
+        "failures": benchmark.failures(costs) if costs is not None else [],
+        "lost": _lost(costs, tables),
+    }
+
+
+def _effects(table: pd.DataFrame | None, run: dict[str, Any]) -> dict[str, Any] | None:
+    """Picture of the largest effects, its number of columns, and how often intervals hold."""
+    if table is None:
+        return None
+    share, level = coverage(table), run.get("effect level")
+    return {
+        "picture": as_png(effects_figure(table, GENES)),
+        "columns": min(table["condition"].nunique(), COLUMNS),
+        "n_genes": GENES,
+        "level": f"{level:.0%}" if isinstance(level, int | float) else "",
+        "covered": "" if math.isnan(share) else f"{share:.0%}",
+    }
+
+
+def _lost(costs: pd.DataFrame | None, tables: dict[str, Any]) -> list[str]:
+    """Tasks of which nothing could be scored."""
+    return [] if costs is None else [task for task in dict.fromkeys(costs["task"]) if task not in tables]
+
+
+def _notes(run: dict[str, Any]) -> list[str]:
+    notes = run.get("notes", [])
+    return [str(note) for note in notes] if isinstance(notes, list) else [str(notes)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as lines "a.b" -> value."""
+    lines = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            lines += _flat(value, f"{name}.")
+        else:
+            lines.append((name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return lines
