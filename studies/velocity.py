@@ -25,6 +25,7 @@ from invirtuo.files import writing
 from invirtuo.fit import FitConfig
 from invirtuo.metrics import Pair
 from invirtuo.models.primeflow import PRiMeFlow
+from studies.ablations import correlated_order, random_order
 from studies.harness import Tables, filled, mean_scores, part, study
 
 METRICS = ("mmd_gex", "mmd_pca", "variance_ratio", "deg_recall", "cosine_logfc", "rmse_mean", "correlation_error",
@@ -41,22 +42,22 @@ PLAIN = {"precondition": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "unet": {**UNET, **PLAIN},
     "unet, preconditioned": UNET,
-    "unet, random gene order": {**UNET, **PLAIN, "gene_order": "random"},
-    "unet, correlated genes side by side": {**UNET, **PLAIN, "gene_order": "correlation"},
-    "unet, kernel 1": {**UNET, **PLAIN, "kernel_size": 1},
-    "unet, no long skips": {**UNET, **PLAIN, "skips": False},
-    "unet, no gene identity": {**UNET, **PLAIN, "gene_identity": False},
+    "unet, random gene order": {**UNET, **PLAIN},
+    "unet, correlated genes side by side": {**UNET, **PLAIN},
+    "unet, kernel 1": {**UNET, **PLAIN, "velocity": "unet, kernel 1"},
+    "unet, no long skips": {**UNET, **PLAIN, "velocity": "unet, no long skips"},
+    "unet, no gene identity": {**UNET, **PLAIN, "velocity": "unet, no gene identity"},
     "unet, values as they are": {**UNET, **PLAIN, "value_scale": 0.1},
-    "unet, patches of 4": {**UNET, **PLAIN, "patch": 4},
-    "unet, FiLM": {**UNET, **PLAIN, "film": True},
-    "unet, x1-prediction": {**UNET, **PLAIN, "prediction": "x1"},
+    "unet, patches of 4": {**UNET, **PLAIN, "velocity": "unet, patches of 4"},
+    "unet, FiLM": {**UNET, **PLAIN, "velocity": "unet, FiLM"},
+    "unet, x1-prediction": {**UNET, **PLAIN, "velocity": "unet, x1-prediction"},
     "mlp": {**MLP, **PLAIN},
     "mlp, preconditioned": MLP,
-    "mlp, x1-prediction": {**MLP, **PLAIN, "prediction": "x1"},
+    "mlp, x1-prediction": {**MLP, **PLAIN, "velocity": "mlp, x1-prediction"},
     "genewise": GENEWISE,
     "genewise, not preconditioned": {**GENEWISE, **PLAIN},
     "genewise, no context": {**GENEWISE, "n_context": 0},
-    "genewise, no gene identity": {**GENEWISE, "gene_identity": False},
+    "genewise, no gene identity": {**GENEWISE, "velocity": "genewise, no gene identity"},
     "genewise, values as they are": {**GENEWISE, "value_scale": 0.1},
     "genewise, value scale 1": {**GENEWISE, "value_scale": 1.0},
     "genewise, value scale 100": {**GENEWISE, "value_scale": 100.0},
@@ -64,6 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "genewise, no anchors": {**GENEWISE, "anchor": False, "covariate_scale": 1.0},
     "unet, no anchors": {**UNET, **PLAIN, "anchor": False, "covariate_scale": 1.0},
 }
+ORDERS = {"unet, random gene order": random_order, "unet, correlated genes side by side": correlated_order}
 LR = {"unet": 1e-3, "mlp": 1e-3, "genewise": 2e-3}
 
 
@@ -107,14 +109,18 @@ def run(task: str, variant: str, seed: int, *, marks: dict, n_genes: int, data_d
     chosen = replace(chosen, n_genes=n_genes) if not chosen.is_normalised else chosen
     adata, design, split = chosen.load(0, data_dir=data_dir)
     adata = adata[:, :n_genes].copy()
+    if variant in ORDERS:
+        order = ORDERS[variant](part(adata, split, "train").to_df().to_numpy())
+        adata = adata[:, order].copy()
     config = replace(PRiMeFlow.Config(), **VARIANTS[variant])
     model = PRiMeFlow(design, adata.var_names, config)
     train = adata[(split == "train").to_numpy()]
     taker = Marks(marks, 0.0)
     model.fit(adata, split, FitConfig(steps=1, batch_size=BATCH, val_every=0, progress=False, seed=seed))
     taker.flops = flops_of_a_step(model, train, design)
-    fit = FitConfig(steps=10**6, batch_size=BATCH, lr=LR[config.velocity], schedule="constant", ema=0.995, clip=1.0,
-                    betas=(0.9, 0.99), val_every=0, progress=False, seed=seed)  # fmt: skip
+    lr = LR[variant.split(",", maxsplit=1)[0]]
+    fit = FitConfig(steps=10**6, batch_size=BATCH, lr=lr, schedule="constant", ema=0.995, clip=1.0, betas=(0.9, 0.99),
+                    val_every=0, progress=False, seed=seed)  # fmt: skip
     model.fit(adata, split, fit, callbacks=[taker])
     seen = design.conditions(train.obs)
     seen = seen[~design.is_control(seen)].head(N_SEEN)

@@ -57,7 +57,6 @@ def cases() -> dict:
     paper = PRiMeFlow.PRESETS["norman19"].config
     for width in UNET_WIDTHS:
         found[f"primeflow, U-Net of {width}"] = PRiMeFlow, replace(paper, hidden_dim=width)
-    found["primeflow, FiLM"] = PRiMeFlow, replace(paper, hidden_dim=32, film=True)
     found["primeflow, U-Net, depth"] = PRiMeFlow, replace(paper, hidden_dim=16, depth=True)
     found["primeflow, U-Net, anchors"] = PRiMeFlow, replace(paper, hidden_dim=16, anchor=True)
     return {name: (kind, shrunk(config)) for name, (kind, config) in found.items()}

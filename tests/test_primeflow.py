@@ -519,7 +519,7 @@ def test_presets_are_the_tables(name):
     assert {field: getattr(preset.fit, field) for field in fit} == fit
     # what the paper has not: no additions of ours, 100 Euler steps, Adam at a constant rate, plain weights
     ours = {"precondition": False, "anchor": False, "covariate_scale": 1.0, "loss_genes": 0, "hurdle": False,
-            "film": False, "solver": "euler", "steps": 100, "time_scale": 1000.0, "value_scale": 10.0}  # fmt: skip
+            "solver": "euler", "steps": 100, "time_scale": 1000.0, "value_scale": 10.0}  # fmt: skip
     assert {field: getattr(preset.config, field) for field in ours} == ours
     fixed = {"optimizer": "adam", "schedule": "constant", "ema": 0.0, "warmup": 0, "betas": (0.9, 0.999)}
     assert {field: getattr(preset.fit, field) for field in fixed} == fixed

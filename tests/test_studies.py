@@ -5,11 +5,16 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+
+import invirtuo as iv
+from invirtuo.models import PRiMeFlow
 
 cli = pytest.importorskip("studies.__main__", reason="studies come with the repository alone")
-from studies import harness, state_ablation  # noqa: E402
+from studies import ablations, harness, state_ablation, velocity  # noqa: E402
 
 for module in cli.modules():
     cli.import_module(module)
@@ -35,7 +40,7 @@ def test_options_are_described_and_quick_names_some(name):
 
 
 def test_every_module_has_a_study():
-    shared = {"studies.__main__", "studies.harness", "studies.rivals"}
+    shared = {"studies.__main__", "studies.ablations", "studies.harness", "studies.rivals"}
     assert {study.run.__module__ for study in harness.STUDIES.values()} == set(cli.modules()) - shared
 
 
@@ -141,6 +146,63 @@ def test_functions_take_turns():
     ways = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
     assert harness.in_turn(ways, 2).shape == (2, 2)
     assert seen == ["a", "b"] * 3
+
+
+# ---- velocity networks taken apart -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    cells = iv.preprocess.normalize(iv.datasets.toy(n_cells=120, n_genes=14))
+    return cells, iv.Design.from_adata(cells, perturbation="perturbation", control="control", covariates=["cell_type"])
+
+
+@pytest.mark.parametrize("variant", velocity.VARIANTS)
+def test_ablated_networks_learn_and_know_time_and_condition(variant, experiment):
+    cells, design = experiment
+    dataset = iv.CellDataset(cells, design)
+    model = PRiMeFlow(design, cells.var_names, PRiMeFlow.Config(**velocity.VARIANTS[variant]))
+    model.prepare(dataset)
+    batch = dataset.take(range(20))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.velocity.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.loss(batch)["total"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.velocity.parameters())
+    model.eval()
+    with torch.no_grad():
+        x, t = batch.target, torch.full((20,), 0.5)
+        v = model.evaluate(x, t, batch.condition, size_factor=batch.size_factor)
+        null = model.evaluate(x, t, batch.condition, torch.ones(20, dtype=torch.bool), batch.size_factor)
+        later = model.evaluate(x, t + 0.1, batch.condition, size_factor=batch.size_factor)
+    assert v.shape == x.shape
+    assert not torch.allclose(v, null, atol=1e-3) and not torch.allclose(v, later, atol=1e-3)
+
+
+def test_parts_of_a_u_net_are_changed(experiment):
+    cells, design = experiment
+    networks = {name: PRiMeFlow(design, cells.var_names, PRiMeFlow.Config(**velocity.UNET | {"velocity": name})).velocity
+                for name in ("unet", *(name for name in ablations.ABLATIONS if name.startswith("unet")))}  # fmt: skip
+    narrow = networks["unet, kernel 1"].unet
+    assert narrow.stem.kernel_size == narrow.head.kernel_size == narrow.middle[0].conv_in.kernel_size == (1, 1)
+    n = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    assert n["unet, kernel 1"] < n["unet"] < n["unet, FiLM"]
+    assert n["unet"] == n["unet, no long skips"] == n["unet, x1-prediction"]
+    plain, cut = networks["unet"].unet, networks["unet, no long skips"].unet
+    generator = torch.Generator().manual_seed(0)
+    for parameter in plain.parameters():
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    cut.load_state_dict(plain.state_dict())
+    x, embedding = torch.randn(2, 8, 16, generator=generator), torch.randn(2, 64, generator=generator)
+    assert not torch.allclose(plain(x, embedding), cut(x, embedding), atol=1e-4)
+
+
+def test_an_order_of_genes():
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    x = np.concatenate([x, x + 0.01 * np.random.default_rng(1).normal(size=x.shape)], axis=1)
+    assert sorted(ablations.random_order(x)) == list(range(6))
+    order = list(ablations.correlated_order(x))
+    assert all(abs(order.index(i) - order.index(i + 3)) == 1 for i in range(3))
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "PRiMeFlow"]
 
-NEAREST = 0.05  # share of noise below which an expected end of the path is not turned into a velocity
 PILOT = 512  # cells of a condition from which the mean of the flow is taken
-ORDERED_BY = 2000  # most cells whose correlations order the genes
 WHO_LEARNS = "Only models with anchor=True, covariate_scale=0 and depth=False learn of groups by their control cells"
 T_BINS = 5  # bins of time in which the validation loss is reported
 
@@ -72,25 +70,12 @@ class Config(Settings):
     conv_resample: bool = setting(True, "U-Net: learned down- and upsampling")
     num_heads: int = setting(8, "U-Net: attention heads", ge=1)
     attention_resolutions: tuple[int, ...] = setting((16,), "U-Net: downsampling factors with attention", ge=1)
-    film: bool = setting(False, "U-Net: scale and shift instead of adding the embedding")
-    recompute: bool = setting(False, "U-Net: recompute blocks in the backward pass to save memory")
-    gene_order: Literal["file", "random", "correlation"] = setting(
-        "file", 'U-Net: "file" (the paper), "random", or "correlation": genes that vary alike are neighbours'
-    )
-    kernel_size: int = setting(3, "U-Net: width of its convolutions", ge=1)
-    skips: bool = setting(True, "U-Net: long skip connections")
-    patch: int = setting(1, "U-Net: neighbouring genes that share one position", ge=1)
-    gene_identity: bool = setting(True, "U-Net, genewise: tell the network which gene is which")
     gene_width: int = setting(64, "genewise: width of the network shared by all genes", ge=1)
     n_context: int = setting(8, "genewise: context numbers per gene", ge=0)
     cell_width: int = setting(512, "genewise: width of the network that reads the whole cell", ge=1)
     n_blocks: int = setting(3, "genewise: residual blocks of the network that reads the whole cell", ge=0)
     n_sinusoids: int = setting(32, "genewise: sinusoidal features of a value", ge=1)
     loss_genes: int = setting(512, "genewise: genes drawn for the loss of each step, 0 for all", ge=0)
-    prediction: Literal["velocity", "x1"] = setting(
-        "velocity",
-        'what the network gives: "velocity" (the paper), or "x1", the end of the path (the same if preconditioned)',
-    )
     depth: bool = setting(False, "tell the network the depth of the cell; when sampling it is drawn from control cells")
     prob_unconditional: float = setting(
         0.1, "probability that a cell's condition is replaced by the null condition", ge=0, lt=1
@@ -107,6 +92,17 @@ class Config(Settings):
     )
     solver: str = setting("ab2", "default solver of predict", choices=SOLVER_NAMES)
     steps: int = setting(10, "default number of steps of the solver", ge=1)
+
+    RETIRED: ClassVar[Mapping[str, Any]] = {  # of a study of velocity networks
+        "film": False,
+        "recompute": False,
+        "gene_order": "file",
+        "kernel_size": 3,
+        "skips": True,
+        "patch": 1,
+        "gene_identity": True,
+        "prediction": "velocity",
+    }
 
 
 _PAPER = Config(
@@ -175,7 +171,7 @@ class PRiMeFlow(PerturbationModel):
         self.depth = SizeFactor(empirical=True) if config.depth else None
 
     def prepare(self, dataset: CellDataset) -> None:
-        """What the training cells tell before the first step: moments of the genes, anchors, depths, order of genes."""
+        """What the training cells tell before the first step: moments of the genes, anchors, depths."""
         training, rows = dataset.pseudobulk("train"), dataset.rows("train")
         self.smallest = torch.tensor(dataset.smallest("train"))
         if self.config.precondition:
@@ -189,8 +185,6 @@ class PRiMeFlow(PerturbationModel):
             control = condition.is_control
             sizes = dataset.size_factor[torch.from_numpy(rows)][control]
             self.depth.fit(sizes.clamp_min(1e-3), self._group(condition[control]), self._n_groups)
-        if self.config.gene_order != "file" and self.config.velocity == "unet":
-            self.velocity.order = _gene_order(self.config.gene_order, dataset)
 
     @property
     def _n_groups(self) -> int:
@@ -283,17 +277,14 @@ class PRiMeFlow(PerturbationModel):
         features = None if self.anchor is None else self.anchor(condition, is_null)
         log_depth = None if self.depth is None else size_factor.clamp_min(1e-3).log()
         take = (lambda z: z) if genes is None else (lambda z: z.index_select(1, genes))
-        a, b, da, db = COEFFICIENTS[config.interpl_type](t[:, None])
         cell, centre, scale = x, 0.0, 1.0
         if config.precondition:
+            a, b, _, _ = COEFFICIENTS[config.interpl_type](t[:, None])
             variance = a**2 + (b * self.gene_sd) ** 2 + config.sigma**2
             cell = (x - b * self.gene_mean) / variance.sqrt()  # standardised by the Gaussian it would come from
             v, spread = gaussian_velocity(x, t, self.gene_mean, self.gene_sd, config.interpl_type, config.sigma)
             centre, scale = take(v), take(spread)
         v = network(Point(x, cell, t, condition, is_null, features, genes, log_depth))
-        if config.prediction == "x1" and not config.precondition:  # v stands for the expected end of the path
-            a = a.clamp_min(NEAREST)
-            return da / a * take(x) + (db - da * b / a) * v
         return centre + scale * v
 
     def sample(self, batch: Batch, generator: torch.Generator, config: FlowSampling) -> Tensor:
@@ -347,17 +338,3 @@ class PRiMeFlow(PerturbationModel):
             field = nested(velocity, weights, config.interval)
             cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
         return torch.cat(cells)
-
-
-def _gene_order(kind: str, dataset: CellDataset) -> Tensor:
-    """(g,), numbers of the genes in the order in which a convolution sees them."""
-    n_genes = len(dataset.genes)
-    rng = np.random.default_rng(0)
-    if kind == "random":
-        return torch.from_numpy(rng.permutation(n_genes))
-    from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
-
-    rows = dataset.rows("train")
-    x = dataset.dense(np.sort(rng.permutation(rows)[:ORDERED_BY])).numpy()
-    standard = (x - x.mean(0)) / (x.std(0) + 1e-3)
-    return torch.from_numpy(leaves_list(linkage(standard.T, "average")).astype(np.int64))

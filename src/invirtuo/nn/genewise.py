@@ -44,8 +44,6 @@ class GenewiseVelocity(nn.Module):
         Scale of the values inside the sinusoids.
     dropout
         Dropout in the network that reads the whole cell.
-    identity
-        Give every gene an embedding and a read-out of its own; otherwise all genes share one of each.
     """
 
     def __init__(
@@ -61,7 +59,6 @@ class GenewiseVelocity(nn.Module):
         n_sinusoids: int = 32,
         value_scale: float = 10.0,
         dropout: float = 0.0,
-        identity: bool = True,
     ):
         super().__init__()
         self.n_sinusoids, self.value_scale = n_sinusoids, value_scale
@@ -70,13 +67,12 @@ class GenewiseVelocity(nn.Module):
         self.context = nn.Parameter(torch.randn(n_genes, n_context, cell_width) / math.sqrt(cell_width))
         self.context_bias = nn.Parameter(torch.zeros(n_genes, n_context))
         self.first = nn.Linear(n_sinusoids + n_features + n_context, width)
-        rows = n_genes if identity else 1
-        self.genes = nn.Parameter(torch.randn(rows, width) * 0.3)
+        self.genes = nn.Parameter(torch.randn(n_genes, width) * 0.3)
         self.shift_first = nn.Linear(d_embedding, width)
         self.second = nn.Linear(width, width)
         self.modulate = nn.Linear(d_embedding, 2 * width)
-        self.read_out = nn.Parameter(torch.zeros(rows, width))
-        self.bias_out = nn.Parameter(torch.zeros(rows))
+        self.read_out = nn.Parameter(torch.zeros(n_genes, width))
+        self.bias_out = nn.Parameter(torch.zeros(n_genes))
 
     def forward(
         self,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from invirtuo.nn.norm import group_norm_silu
 
@@ -19,7 +18,7 @@ __all__ = ["UNet1d"]
 
 
 class UNet1d(nn.Module):
-    """U-Net over a line of positions with additive (or FiLM) embedding and attention at chosen resolutions.
+    """U-Net over a line of positions with additive embedding and attention at chosen resolutions.
 
     Parameters
     ----------
@@ -39,14 +38,6 @@ class UNet1d(nn.Module):
         Width of the embedding that modulates the blocks.
     resample
         Learned convolutions for down- and upsampling, instead of average pooling and plain repetition.
-    film
-        Scale and shift after the second norm instead of adding the embedding. Differs: not in the paper.
-    recompute
-        Recompute each block in the backward pass: less memory, a third more work.
-    kernel
-        Of the convolutions of stem, blocks and head; 1 leaves mixing to resampling and attention.
-    skips
-        Hand the features of every level on the way down to the way up; otherwise zeros take their place.
 
     References
     ----------
@@ -66,20 +57,14 @@ class UNet1d(nn.Module):
         dropout: float = 0.1,
         d_embedding: int = 1024,
         resample: bool = True,
-        film: bool = False,
-        recompute: bool = False,
-        kernel: int = 3,
-        skips: bool = True,
     ):
         super().__init__()
         self.n_levels = len(mult)
-        self.recompute = recompute
-        self.skips = skips
 
         def res(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, d_embedding, dropout, film, kernel)
+            return ResBlock(c_in, c_out, d_embedding, dropout)
 
-        self.stem = Conv(in_channels, width * mult[0], kernel)
+        self.stem = Conv(in_channels, width * mult[0])
         waiting, channels, factor = [width * mult[0]], width * mult[0], 1
         self.encoder = nn.ModuleList()
         for level, m in enumerate(mult):
@@ -107,7 +92,7 @@ class UNet1d(nn.Module):
                     factor //= 2
                 self.decoder.append(nn.ModuleList(stage))
         self.norm = GroupNormAct(channels)
-        self.head = _zero(Conv(channels, out_channels, kernel))
+        self.head = _zero(Conv(channels, out_channels))
 
     @property
     def multiple(self) -> int:
@@ -126,16 +111,13 @@ class UNet1d(nn.Module):
             skips.append(h)
         h = self._run(self.middle, h, embedding)
         for stage in self.decoder:
-            skip = skips.pop()
-            h = self._run(stage, torch.cat([h, skip if self.skips else torch.zeros_like(skip)], dim=1), embedding)
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), embedding)
         return self.head(self.norm(h)).squeeze(2).transpose(1, 2)
 
-    def _run(self, stage: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
+    @staticmethod
+    def _run(stage: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
         for block in stage:
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, embedding, use_reentrant=False)
-            else:
-                h = block(h, embedding)
+            h = block(h, embedding)
         return h
 
 
@@ -171,27 +153,21 @@ class GroupNormAct(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the embedding added (or scaling and shifting) in between; starts as its skip path."""
+    """Two convolutions with the embedding added in between; starts as its skip path."""
 
-    def __init__(self, c_in: int, c_out: int, d_embedding: int, dropout: float, film: bool, kernel: int = 3):
+    def __init__(self, c_in: int, c_out: int, d_embedding: int, dropout: float):
         super().__init__()
         self.norm_in = GroupNormAct(c_in)
-        self.conv_in = Conv(c_in, c_out, kernel)
-        self.embed = nn.Linear(d_embedding, c_out * (2 if film else 1))
-        self.norm_out = GroupNormAct(c_out, activation=not film)
+        self.conv_in = Conv(c_in, c_out)
+        self.embed = nn.Linear(d_embedding, c_out)
+        self.norm_out = GroupNormAct(c_out)
         self.dropout = Dropout(dropout)
-        self.conv_out = _zero(Conv(c_out, c_out, kernel))
+        self.conv_out = _zero(Conv(c_out, c_out))
         self.skip = nn.Identity() if c_in == c_out else nn.Linear(c_in, c_out)
-        self.film = film
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(self.norm_in(x))
-        e = self.embed(embedding)
-        if self.film:
-            scale, shift = e.to(h.dtype)[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(self.norm_out(h) * (1 + scale) + shift)
-        else:
-            h = self.norm_out(h, e)
+        h = self.norm_out(h, self.embed(embedding))
         return _pointwise(self.skip, x) + self.conv_out(self.dropout(h))
 
 

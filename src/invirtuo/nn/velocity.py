@@ -80,23 +80,17 @@ class UNetVelocity(nn.Module):
     row, hold 0, and never reach loss or output.
     """
 
-    order: Tensor | None
-
     def __init__(self, config: Any, sizes: Sizes):
         super().__init__()
-        d, self.patch = config.hidden_dim, config.patch
+        d = config.hidden_dim
         self.value_scale, self.width = config.value_scale, d
         self.embed = _Embedding(config, sizes, d, 4 * d)
         self.values = MLP(d, d, config.n_layers_gene_expression - 1, n_out=d)
         self.genes = nn.Embedding(sizes.n_genes + 1, d)
         nn.init.normal_(self.genes.weight, std=0.02)
-        if not config.gene_identity:
-            nn.init.zeros_(self.genes.weight).requires_grad_(False)
         self.anchors = nn.Linear(PseudobulkAnchor.n_features, d) if config.anchor else None
-        self.join = nn.Linear(self.patch * d, d) if self.patch > 1 else nn.Identity()
         self.unet = UNet1d(
             d,
-            self.patch,
             width=d,
             mult=config.channel_mult,
             n_res=config.num_res_blocks,
@@ -105,32 +99,23 @@ class UNetVelocity(nn.Module):
             dropout=config.dropout,
             d_embedding=4 * d,
             resample=config.conv_resample,
-            film=config.film,
-            recompute=config.recompute,
-            kernel=config.kernel_size,
-            skips=config.skips,
         )
         self.n_genes = sizes.n_genes
-        multiple = self.unet.multiple * self.patch
-        self.length = -(-sizes.n_genes // multiple) * multiple
-        self.register_buffer("order", None if config.gene_order == "file" else torch.arange(sizes.n_genes))
+        self.length = -(-sizes.n_genes // self.unet.multiple) * self.unet.multiple
 
     def forward(self, at: Point) -> Tensor:
         time, encoded = self.embed(at)
-        dtype = self.genes.weight.dtype
-        numbers = torch.arange(self.n_genes, device=at.x.device) if self.order is None else self.order
-        h = self.values(sinusoids(self._line(at.x), self.width, self.value_scale).to(dtype))
-        h = h + self.genes(F.pad(numbers, (0, self.length - self.n_genes), value=self.n_genes)).to(h.dtype)
+        numbers = torch.arange(self.n_genes, device=at.x.device)
+        rows = self.genes(F.pad(numbers, (0, self.length - self.n_genes), value=self.n_genes))
+        h = self.values(sinusoids(self._padded(at.x), self.width, self.value_scale).to(rows.dtype))
+        h = h + rows.to(h.dtype)
         if self.anchors is not None:
-            h = h + self.anchors(self._line(at.features).to(h.dtype))
-        h = self.join(h.reshape(len(h), self.length // self.patch, -1))
-        v = self.unet(h, (time + encoded).to(h.dtype)).reshape(len(h), self.length)[:, : self.n_genes].float()
-        v = v if self.order is None else v.index_select(1, self.order.argsort())
+            h = h + self.anchors(self._padded(at.features).to(h.dtype))
+        v = self.unet(h, (time + encoded).to(h.dtype))[:, : self.n_genes, 0].float()
         return v if at.genes is None else v.index_select(1, at.genes)
 
-    def _line(self, values: Tensor) -> Tensor:
-        """Values (n, g, ...) of the genes in the order of the line, padded with zeros to its length."""
-        values = values if self.order is None else values.index_select(1, self.order)
+    def _padded(self, values: Tensor) -> Tensor:
+        """Values (n, g, ...) of the genes, with zeros on the right to the length of the line."""
         return F.pad(values, (*(0, 0) * (values.ndim - 2), 0, self.length - self.n_genes))
 
 
@@ -175,7 +160,6 @@ class GenewiseField(nn.Module):
             n_sinusoids=config.n_sinusoids,
             value_scale=config.value_scale,
             dropout=config.dropout,
-            identity=config.gene_identity,
         )
 
     def forward(self, at: Point) -> Tensor:
