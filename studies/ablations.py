@@ -1,6 +1,6 @@
 """Velocity networks of PRiMeFlow taken apart: U-Nets without one of their parts, and what the networks are told.
 
-Every name of :data:`ABLATIONS` stands in `invirtuo.nn.velocity.VELOCITIES` once this module is imported, so that
+Every name of :data:`ABLATIONS` stands in `VELOCITIES` once this module is imported, so that
 ``PRiMeFlow.Config(velocity="unet, FiLM")`` is that network.
 """
 
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from invirtuo.flow.path import COEFFICIENTS
-from invirtuo.nn import UNet1d
-from invirtuo.nn.unet1d import Conv, Down, GroupNormAct, ResBlock, Up
-from invirtuo.nn.velocity import VELOCITIES, GenewiseField, MLPVelocity, Point, Sizes, UNetVelocity
+from invirtuo.models.primeflow.unet import Conv, Down, GroupNormAct, ResBlock, UNet1d, Up
+from invirtuo.models.primeflow.velocity import VELOCITIES, GenewiseField, MLPVelocity, Point, Sizes, UNetVelocity
 
 NEAREST = 0.05  # share of noise below which an expected end of the path is not turned into a velocity
 ORDERED_BY = 2000  # most cells whose correlations order the genes

@@ -18,7 +18,7 @@ import pandas as pd
 
 import invirtuo as iv
 from invirtuo.bench import oversampled, rare_recall
-from invirtuo.genes import variable_genes
+from invirtuo.cells.genes import variable_genes
 from studies.harness import Rows, Tables, filled, fit, part, study
 
 BY, DONOR = "cell_type", "donor"

@@ -16,7 +16,7 @@ import numpy as np
 import invirtuo as iv
 from invirtuo.bench import integration_scores
 from invirtuo.bench.comparators import embeddings
-from invirtuo.files import writing
+from invirtuo.cells.files import writing
 from invirtuo.metrics.axes import principal_axes
 from invirtuo.metrics.cells import per_10k
 from studies.harness import Rows, Tables, fit, spent, study

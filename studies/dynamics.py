@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 
 import invirtuo as iv
-from invirtuo.dynamics import simulate
-from invirtuo.dynamics.network import OPEN, edge_matrices
 from invirtuo.flow import trajectory
 from invirtuo.metrics import network
-from invirtuo.nn import SharedField
+from invirtuo.models.sparse_ode.field import SharedField
+from invirtuo.models.sparse_ode.systems import simulate
 from invirtuo.reports import dynamics as pictures
+from invirtuo.verbs.network import OPEN, edge_matrices
 from studies import harness
 from studies.harness import Rows, Tables, filled, in_turn, over_seeds, spent, study
 

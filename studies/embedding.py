@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 import invirtuo as iv
-from invirtuo.genes import read_vectors
+from invirtuo.cells.genes import read_vectors
 from invirtuo.metrics import label_scores
 from studies.harness import Rows, Tables, filled, over_seeds, spent, study
 

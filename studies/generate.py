@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import invirtuo as iv
-from invirtuo.files import read_h5ad
+from invirtuo.cells.files import read_h5ad
 from studies import rivals
 from studies.harness import Tables, apart, filled, spent, study
 

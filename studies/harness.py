@@ -77,7 +77,7 @@ class Rows:
 
     def add(self, case: Mapping[str, Any], rows: pd.DataFrame | Mapping | Sequence[Mapping]) -> None:
         """Put the rows of a case in the place of those it had, and write the file."""
-        from invirtuo.files import writing
+        from invirtuo.cells.files import writing
 
         rows = pd.DataFrame([rows] if isinstance(rows, Mapping) else rows).reset_index(drop=True)
         others = [column for column in rows if column not in case]

@@ -15,8 +15,8 @@ import pandas as pd
 import invirtuo as iv
 from invirtuo.bench import imputation_scores, trivial_answers
 from invirtuo.bench.comparators import posterior_mean
-from invirtuo.generators import mask_entries
-from invirtuo.genes import variable_genes
+from invirtuo.cells.genes import variable_genes
+from invirtuo.verbs.hidden_entries import mask_entries
 from studies.harness import Tables, filled, fit, over_seeds, study
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import torch
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo.files import writing
+from invirtuo.cells.files import writing
 from invirtuo.metrics import Pair, de, distribution, mean
 from studies import rivals
 from studies.harness import Tables, apart, cpu_seconds, filled, spent, study

@@ -21,8 +21,8 @@ import invirtuo as iv
 from invirtuo.bench import judge
 from invirtuo.bench.comparators import COMPARATORS, sample_prior
 from invirtuo.bench.entry import FLOOR
-from invirtuo.files import read_h5ad, writing
-from invirtuo.genes import variable_genes
+from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.cells.genes import variable_genes
 from studies.harness import Tables, filled, fit, over_seeds, spent, study
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from invirtuo.bench import TASKS
 from invirtuo.metrics import Pair
-from invirtuo.models.primeflow import PRiMeFlow
+from invirtuo.models.primeflow.model import PRiMeFlow
 from studies.harness import Rows, Tables, fit, grid, mean_scores, part, spent, study
 
 METRICS = ("mmd_gex", "mmd_pca", "energy_distance", "variance_ratio", "deg_recall", "cosine_logfc", "rmse_mean")

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 import invirtuo as iv
-from invirtuo.files import read_h5ad
+from invirtuo.cells.files import read_h5ad
 from studies.harness import Rows, Tables, apart, process, study
 
 HELD_OUT = ["B cell", "CD14 monocyte"]

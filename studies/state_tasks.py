@@ -18,9 +18,9 @@ from sklearn.decomposition import PCA
 
 import invirtuo as iv
 from invirtuo.bench import TASKS, Entry, Task, paired_differences
-from invirtuo.genes import read_vectors
+from invirtuo.cells.genes import read_vectors
+from invirtuo.cells.preprocess import with_embedding
 from invirtuo.metrics import label_scores
-from invirtuo.preprocess import with_embedding
 from studies.harness import Tables, filled, study
 
 N_GENES, N_CELLS = 500, 300  # at most so many genes; predicted cells of each condition

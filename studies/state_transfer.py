@@ -13,7 +13,7 @@ from pathlib import Path
 
 from invirtuo.bench import TASKS
 from invirtuo.metrics import Pair
-from invirtuo.models.state_transition import StateTransition
+from invirtuo.models.state.state_transition import StateTransition
 from studies.harness import Tables, filled, fit, mean_scores, part, study
 
 METRICS = ("mmd_gex", "deg_recall", "cosine_logfc", "pearson_delta", "rmse_mean", "variance_ratio")

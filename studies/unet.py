@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from invirtuo.fit import bf16_pays, keep_freed_memory
-from invirtuo.nn import UNet1d
-from invirtuo.nn.unet1d import Attention, ResBlock, Up
+from invirtuo.models.primeflow.unet import Attention, ResBlock, UNet1d, Up
 from studies.harness import Tables, filled, in_turn, study
 
 

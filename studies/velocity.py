@@ -21,10 +21,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from invirtuo.bench import TASKS
-from invirtuo.files import writing
+from invirtuo.cells.files import writing
 from invirtuo.fit import FitConfig
 from invirtuo.metrics import Pair
-from invirtuo.models.primeflow import PRiMeFlow
+from invirtuo.models.primeflow.model import PRiMeFlow
 from studies.ablations import correlated_order, random_order
 from studies.harness import Tables, filled, mean_scores, part, study
 

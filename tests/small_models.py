@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 import invirtuo as iv
-from invirtuo.model import Model
+from invirtuo.verbs.model import Model
 
 PRIME = iv.models.PRiMeFlow.Config(
     hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1, n_sinusoids=4, steps=4

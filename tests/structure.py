@@ -15,6 +15,7 @@ from statistics import mean, median, quantiles
 
 PACKAGE = "invirtuo"
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+NO_ROOMS = {PACKAGE, "__main__", "_former"}  # the face of the package, its entry point, names of the past
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER)
 
 
@@ -39,6 +40,17 @@ def imported(file: Path, known: dict[str, Path], *, types: bool = True) -> set[s
     return found & set(known)
 
 
+def outside(file: Path) -> set[str]:
+    """Top-level packages outside of this one that a file imports anywhere."""
+    found = set()
+    for node in _walk(ast.parse(file.read_text()), types=True):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+    return found - {PACKAGE}
+
+
 def _walk(node: ast.AST, *, types: bool) -> Iterator[ast.AST]:
     yield node
     for child in ast.iter_child_nodes(node):
@@ -53,10 +65,10 @@ def room_of(module: str) -> str:
 
 
 def arrows(root: Path) -> set[tuple[str, str]]:
-    """Which room imports which, types included; the face of the package is no room."""
+    """Which room imports which, types included."""
     known = modules(root)
     pairs = {(room_of(name), room_of(other)) for name, file in known.items() for other in imported(file, known)}
-    return {(a, b) for a, b in pairs if a != b and PACKAGE not in (a, b) and "__main__" not in (a, b)}
+    return {(a, b) for a, b in pairs if a != b and not {a, b} & NO_ROOMS}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -109,7 +121,7 @@ def floors(root: Path) -> dict[str, int]:
             known.update(dict.fromkeys(own, level))
         return known[room]
 
-    return {room: floor(room) for room in below if room not in (PACKAGE, "__main__")}
+    return {room: floor(room) for room in below if room not in NO_ROOMS}
 
 
 def statements(tree: ast.AST) -> Iterator[tuple[ast.stmt, int, int]]:

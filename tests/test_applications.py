@@ -23,9 +23,9 @@ from invirtuo.bench import (
     rare_recall,
     trivial_answers,
 )
-from invirtuo.generators import mask_entries
 from invirtuo.metrics.cells import per_10k
 from invirtuo.metrics.copies import copying, nearest
+from invirtuo.verbs.hidden_entries import mask_entries
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_class_without_real_cells_has_no_figure(cells):
 
 
 def test_what_copying_refuses(cells):
-    with pytest.raises(ValueError, match="generated has no column 'type' in obs; found kind"):
+    with pytest.raises(ValueError, match="generated: column 'type' is not in the table; found kind"):
         copying(cells, cells, by="type")
     with pytest.raises(ValueError, match="held_out lacks 1 genes of the training cells: g0"):
         copying(cells, cells, cells[:, 1:], by="kind")
@@ -121,7 +121,7 @@ def test_rare_recall(cells):
     p, r, f = (value["knn", "more", "rare", name] for name in ("precision", "recall", "f1"))
     assert f == pytest.approx(2 * p * r / (p + r))
     test.obs = test.obs.drop(columns="kind")
-    with pytest.raises(ValueError, match="test has no column 'kind'"):
+    with pytest.raises(ValueError, match="test: column 'kind' is not in the table"):
         rare_recall(train, {}, test, "kind")
 
 
@@ -201,7 +201,7 @@ def test_trivial_answers(cells):
     np.testing.assert_allclose(
         found["mean of the class x depth"][a], share * x[a].sum(1, keepdims=True) / 0.9, rtol=1e-4
     )
-    with pytest.raises(ValueError, match="the data has no column 'type' in obs"):
+    with pytest.raises(ValueError, match="the data: column 'type' is not in the table"):
         trivial_answers(masked, "type")
 
 

@@ -15,10 +15,11 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 import invirtuo as iv
-from invirtuo import flow, multimodal
+from invirtuo import flow
 from invirtuo.batch import Condition
+from invirtuo.cells import multimodal
 from invirtuo.fit import FitConfig
-from invirtuo.models.cfgen import Autoencoder
+from invirtuo.models.counts.cfgen import Autoencoder
 
 CFGen = iv.models.CFGen
 Config = CFGen.Config

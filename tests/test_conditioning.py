@@ -19,7 +19,7 @@ from torch import nn
 
 import invirtuo as iv
 from invirtuo.batch import Batch
-from invirtuo.model import SampleConfig
+from invirtuo.verbs.sampling import SampleConfig
 
 MODELS = iv.models.MODELS
 PRiMeFlow = iv.models.PRiMeFlow

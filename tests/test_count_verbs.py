@@ -23,7 +23,7 @@ from scipy import sparse
 
 import invirtuo as iv
 from invirtuo.fit import FitConfig
-from invirtuo.generators.labels import rare_counts
+from invirtuo.verbs.labels import rare_counts
 
 GENERATORS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "generate"}
 SMALL = {
@@ -446,7 +446,7 @@ def test_moments_of_files_are_those_of_memory(cells, design, split, tmp_path, mo
     (tmp_path / "whole").mkdir()
     for i, part in enumerate(parts):
         part.write_h5ad(tmp_path / "whole" / f"{i}.h5ad")
-    monkeypatch.setattr("invirtuo.store.cells.STREAM", 500)  # values
+    monkeypatch.setattr("invirtuo.cells.store.STREAM", 500)  # values
     store = iv.CellStore.open(tmp_path / "whole")
     assert len(list(iv.CellDataset(store, design, split).blocks("train"))) > 1
     disk, memory = (new("independent_nb", design, cells.var_names).fit(data, split) for data in (store, cells))

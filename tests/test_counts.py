@@ -15,7 +15,6 @@ from torch import nn
 import invirtuo as iv
 from invirtuo import flow
 from invirtuo.batch import Condition
-from invirtuo.generators import labels
 from invirtuo.nn import (
     BatchNormMLP,
     CountLikelihood,
@@ -26,6 +25,7 @@ from invirtuo.nn import (
     nb_sample,
 )
 from invirtuo.nn.residual import scalar_features
+from invirtuo.verbs import labels
 
 F64 = {"dtype": torch.float64}
 

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo.samplers import SAMPLERS, cells, pairs, sets
+from invirtuo.cells.samplers import SAMPLERS, cells, pairs, sets
 
 
 def wide(x):

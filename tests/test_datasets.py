@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import invirtuo as iv
-from invirtuo import datasets
+from invirtuo.cells import datasets
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 import invirtuo as iv
 from invirtuo.bench import effects
 from invirtuo.cli import app
-from invirtuo.model.effects import _factor, bounds
-from invirtuo.model.pseudobulks import Pseudobulks
 from invirtuo.reports.effects import plot_effects
+from invirtuo.verbs.effects import _factor, bounds
+from invirtuo.verbs.observed import ObservedMeans
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_intervals_are_as_wide_as_errors_are_large():
         pd.concat([table, pd.DataFrame({"perturbation": ["control"], "cell_type": ["x"]})]),
         perturbation="perturbation", control="control", covariates=["cell_type"],
     )  # fmt: skip
-    seen = Pseudobulks(("x",), np.ones((1, g)), np.ones((1, g)), tuple(plan.names(table)), 1 + effect + error)
+    seen = ObservedMeans(("x",), np.ones((1, g)), np.ones((1, g)), tuple(plan.names(table)), 1 + effect + error)
     known, new = table.iloc[:20], table.iloc[20:].reset_index(drop=True)
     guess, half = bounds(seen, plan, new, 1 + effect[None, 20:], known, 1 + effect[None, :20], 0.9)
     np.testing.assert_allclose(guess, effect[20:], atol=1e-9)

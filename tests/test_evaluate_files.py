@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo import source
+from invirtuo.cells import source
 from invirtuo.metrics import axes, cells, core, streamed
 
 NAMES = ["mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean"]
@@ -205,7 +205,7 @@ def other_genes(adata, folder):
         (lambda adata, folder: [folder / "absent.h5ad"], "does not exist"),
         (lambda adata, folder: [], "no files were given"),
         (with_nan, "real: X holds 1 NaN"),
-        (unlabelled, "real: obs has no column 'cell_type'"),
+        (unlabelled, "real: column 'cell_type' is not in the table"),
         (other_genes, "has 50 genes"),
         (lambda adata, folder: [h5ad(iv.datasets.toy(n_cells=900, n_genes=60), folder)], "raw counts"),
     ],

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from safetensors import SafetensorError
 
-from invirtuo.files import check_writable, making, read_h5ad, write_h5ad, writing, writing_h5ad
+from invirtuo.cells.files import check_writable, making, read_h5ad, write_h5ad, writing, writing_h5ad
 
 
 def names(folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ from torch import nn
 import invirtuo as iv
 from invirtuo import fit as fitting
 from invirtuo.fit import FitConfig, validation_losses
-from invirtuo.model import Model
+from invirtuo.verbs.model import Model
 
 CONFIG = FitConfig(steps=24, batch_size=32, precision="fp32", accelerator="cpu", progress=False)
 DROPOUT = iv.models.PRiMeFlow.Config(hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1, n_sinusoids=4,

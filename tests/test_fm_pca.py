@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 
 import invirtuo as iv
 from invirtuo.fit import FitConfig
-from invirtuo.model import FlowSampling
+from invirtuo.verbs.sampling import FlowSampling
 
 Config = iv.models.FMPCA.Config
 N_GENES = 6

@@ -22,7 +22,7 @@ import torch
 import invirtuo as iv
 from invirtuo import cli
 from invirtuo.fit import FitConfig
-from invirtuo.model import SampleConfig
+from invirtuo.verbs.sampling import SampleConfig
 
 COLUMNS = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]
 CONFIG = FitConfig(steps=6, batch_size=64, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=0)

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import invirtuo as iv
-from invirtuo import preprocess, splits
-from invirtuo.conditions import as_table
-from invirtuo.dataset import CellDataset
-from invirtuo.model.drawing import control_pool
+from invirtuo import splits
+from invirtuo.cells import preprocess
+from invirtuo.cells.conditions import as_table
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.verbs.draw import control_pool
 
 LABELS = ("ctrl", "A", "B", "C", "A+B", "A+C", "B+C")
 FIT = iv.FitConfig(steps=2, batch_size=64, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=0)
@@ -82,7 +83,7 @@ def made_of(obs: pd.DataFrame) -> dict:
         "names": design.names(obs).tolist(),
         "codes": design.encode(obs).perturbation.tolist(),
         "splits": {name: function(obs, design).tolist() for name, function in SPLITS.items()},
-        "pools": {group: cells.toarray().tolist() for group, cells in control_pool(dataset).items()},
+        "pools": {group: cells.expression.toarray().tolist() for group, cells in control_pool(dataset).items()},
         "card": model.card,
         "asked": as_table("K562|B+ctrl+A", design).to_dict("list"),
         "scores": scores.to_dict("list"),

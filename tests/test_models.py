@@ -14,9 +14,9 @@ import torch
 from anndata import AnnData
 
 import invirtuo as iv
-from invirtuo.files import read_h5ad
+from invirtuo.cells.files import read_h5ad
+from invirtuo.cells.samplers import SAMPLERS
 from invirtuo.fit import FitConfig, Trainable, validation_losses
-from invirtuo.samplers import SAMPLERS
 from invirtuo.settings import described
 
 # those with other verbs: test_count_verbs.py, test_sparse_ode.py

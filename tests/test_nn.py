@@ -13,19 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from invirtuo.batch import Condition
-from invirtuo.nn import (
-    MLP,
-    ConditionEncoder,
-    GenewiseVelocity,
-    ModulatedBlock,
-    PseudobulkAnchor,
-    UNet1d,
-    sinusoids,
-    with_mean,
-)
-from invirtuo.nn.norm import group_norm_silu
-from invirtuo.nn.unet1d import Attention, GroupNormAct
-from invirtuo.pseudobulk import Pseudobulk
+from invirtuo.cells.pseudobulk import Pseudobulk
+from invirtuo.models.primeflow.anchor import PseudobulkAnchor
+from invirtuo.models.primeflow.calibrate import with_mean
+from invirtuo.models.primeflow.genewise import GenewiseVelocity
+from invirtuo.models.primeflow.norm import group_norm_silu
+from invirtuo.models.primeflow.unet import Attention, GroupNormAct, UNet1d
+from invirtuo.nn import MLP, ConditionEncoder, ModulatedBlock, sinusoids
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -619,7 +613,7 @@ def random_genewise(**options) -> GenewiseVelocity:
 
 @pytest.mark.parametrize("genes", [None, torch.tensor([7, 0, 299])])
 def test_genewise_in_tiles_is_the_same_network(genes, monkeypatch):
-    monkeypatch.setattr("invirtuo.nn.genewise.TILE", 1000)
+    monkeypatch.setattr("invirtuo.models.primeflow.genewise.TILE", 1000)
     network, generator = random_genewise(), torch.Generator().manual_seed(1)
     x, e, f = (torch.randn(*shape, generator=generator) for shape in ((20, 300), (20, 16), (20, 300, 2)))
     with torch.no_grad():

@@ -13,7 +13,7 @@ import invirtuo as iv
 from invirtuo import fit as fitting
 from invirtuo.bench.entry import as_entries
 from invirtuo.fit import devices
-from invirtuo.model.sampling import NoSampling
+from invirtuo.verbs.sampling import NoSampling
 
 # An option to another value than its default, and what else is given beside it, with and without the option.
 OTHER: dict[str, object] = {
@@ -283,6 +283,6 @@ def test_cells_are_encoded_on_the_device_of_the_fit(monkeypatch):
     """Also between the stages of a fit, when there is no card yet."""
     cells, design, _ = experiment(iv.models.CFGen)
     seen = []
-    monkeypatch.setattr("invirtuo.model.base.chosen", lambda name, kind, **_: seen.append(kind) or torch.device("cpu"))
+    monkeypatch.setattr("invirtuo.verbs.model.chosen", lambda name, kind, **_: seen.append(kind) or torch.device("cpu"))
     iv.models.CFGen(design, cells.var_names, CFGEN).fit(cells, config=FIT)
     assert seen and set(seen) == {"cpu"}

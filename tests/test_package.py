@@ -1,8 +1,7 @@
-"""The package as a whole: import time, laziness, layers, what is in the wheel."""
+"""The package as a whole: import time, laziness, former names, what is in the wheel, pages of the API."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import pkgutil
 import re
@@ -17,89 +16,10 @@ from types import ModuleType
 import pytest
 
 import invirtuo as iv
+from invirtuo import _former
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "invirtuo"
-LAYERS = [
-    {
-        *("design", "splits", "preprocess", "batch", "transforms", "nn", "flow", "metrics", "reports"),
-        *("checks", "conditions", "errors", "files", "genes", "multimodal", "pseudobulk", "pseudotime"),
-        *("settings", "source", "store", "threads", "values", "workers"),
-    },
-    {"samplers", "datasets", "fit", "windows"},
-    {"dataset"},
-    {"model"},
-    {"generators", "dynamics"},
-    {"models"},
-    {"bench"},
-    {"cli"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-
-
-def imported(source: str) -> set[str]:
-    """Absolute names that a module imports anywhere, `from a import b` as both a and a.b."""
-    names = set()
-    for node in executed(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative import"
-            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def executed(node: ast.AST):
-    """Walk all nodes but those for the type checker only: a type may be named from above."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
-            yield from executed(child)
-
-
-def faults(module: str, source: str) -> list[str]:
-    """What a module, named like "nn.mlp", imports against the rules."""
-    parts = module.split(".")
-    top, names = parts[0], imported(source)
-    own = {name.split(".")[1] for name in names if name.startswith("invirtuo.")} & set(LEVEL)
-    found = [f"{module} imports {other}, which lies above" for other in own if LEVEL[other] > LEVEL[top]]
-    if top == "models" and len(parts) > 1:
-        other = {tuple(name.split(".")[2:3]) for name in names if name.startswith("invirtuo.models.")}
-        found += [f"{module} imports the model {name}" for (name,) in other if name != parts[1] and is_module(name)]
-    if top in ("nn", "flow") and any(name.split(".")[0] == "anndata" for name in names):
-        found.append(f"{module} imports anndata")
-    if top in ("metrics", "reports") and own & {"model", "models"}:
-        found.append(f"{module} imports a model")
-    return found
-
-
-def is_module(name: str) -> bool:
-    return (SOURCE / "models" / f"{name}.py").exists()
-
-
-def modules() -> list[str]:
-    files = [file.relative_to(SOURCE).with_suffix("") for file in SOURCE.rglob("*.py")]
-    names = [".".join(file.parts).removesuffix(".__init__") for file in files]
-    return sorted(name for name in names if name not in ("__init__", "__main__"))
-
-
-@pytest.mark.parametrize("module", modules())
-def test_imports_point_down(module):
-    assert module.split(".")[0] in LEVEL, f"{module} has no layer; put it into LAYERS"
-    path = SOURCE.joinpath(*module.split("."))
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    assert faults(module, file.read_text(encoding="utf-8")) == []
-
-
-def test_layer_rules_find_faults():
-    assert faults("fit", "from invirtuo.model import Model") == ["fit imports model, which lies above"]
-    assert faults("fit", "def f():\n    from invirtuo import models") == ["fit imports models, which lies above"]
-    assert faults("nn.mlp", "import anndata as ad") == ["nn.mlp imports anndata"]
-    assert "metrics.core imports a model" in faults("metrics.core", "import invirtuo.models")
-    assert faults("model", "from invirtuo.fit import FitConfig\nimport torch") == []
-    assert faults("fit", "if TYPE_CHECKING:\n    from invirtuo.model import Model") == []
-    with pytest.raises(AssertionError, match="relative"):
-        faults("model", "from .fit import FitConfig")
 
 
 def test_import_is_quick_and_lazy():
@@ -193,3 +113,28 @@ def test_every_model_stands_in_the_pages_of_the_models(name):
         if f"`{name}`" in page.read_text()
     ]
     assert pages
+
+
+# ---- former names ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*_former.MODULES, *_former.PACKAGES])
+def test_modules_are_found_by_their_former_names(name):
+    """With a warning that says where they are; nothing is loaded twice."""
+    package = name.split(".")[0]
+    for former in (name, package) if package in _former.PACKAGES else (name,):
+        sys.modules.pop(f"invirtuo.{former}", None)
+    with pytest.warns(DeprecationWarning) as said:
+        module = importlib.import_module(f"invirtuo.{name}")
+    assert str(said[-1].message).startswith(f"invirtuo.{name} is now invirtuo.")
+    if name in _former.MODULES:
+        assert module is importlib.import_module(f"invirtuo.{_former.MODULES[name]}")
+        assert module.__spec__.name == f"invirtuo.{_former.MODULES[name]}"
+    else:
+        assert hasattr(module, "__all__") and not hasattr(module, "no_such_name")
+
+
+def test_a_report_is_made_by_its_name_even_if_the_former_module_is_imported():
+    code = "import invirtuo as iv, invirtuo.report; assert callable(iv.report); print(iv.report.page.report.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "src")
+    assert run.stdout.strip() == "report"

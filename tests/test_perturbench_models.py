@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import invirtuo as iv
 from invirtuo.fit import FitConfig, noise_seed
-from invirtuo.model import SampleConfig
 from invirtuo.nn import NormMLP
+from invirtuo.verbs.sampling import SampleConfig
 
 N_GENES = 8
 GENES = [f"g{i}" for i in range(N_GENES)]

@@ -12,9 +12,9 @@ import pytest
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo import preprocess
-from invirtuo.files import read_h5ad, writing
-from invirtuo.genes import loess, variable_genes
+from invirtuo.cells import preprocess
+from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.cells.genes import loess, variable_genes
 
 KINDS = ["csr", "csc", "dense", "view", "backed"]
 

@@ -14,10 +14,10 @@ import invirtuo as iv
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
 from invirtuo.flow import EVALUATIONS
-from invirtuo.model.sampling import FlowSampling, PartsSampling
 from invirtuo.models import PRiMeFlow
+from invirtuo.models.primeflow.velocity import Point
 from invirtuo.nn import sinusoids
-from invirtuo.nn.velocity import Point
+from invirtuo.verbs.sampling import FlowSampling, PartsSampling
 
 Config = PRiMeFlow.Config
 GENEWISE = Config(hidden_dim=32, gene_width=16, n_context=4, cell_width=32, n_blocks=1, n_sinusoids=8, loss_genes=0,

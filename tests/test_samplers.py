@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import invirtuo as iv
-from invirtuo.samplers import SAMPLERS, Layout, Sets, cells, named, pairs, sets
+from invirtuo.cells.samplers import SAMPLERS, Layout, Sets, cells, named, pairs, sets
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import invirtuo as iv
-from invirtuo.model import config_from
 from invirtuo.settings import Settings, described, setting
+from invirtuo.verbs.saving import config_from
 
 REGISTRY = {"plain": 1}
 

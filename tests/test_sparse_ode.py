@@ -14,10 +14,12 @@ from anndata import AnnData
 
 import invirtuo as iv
 from invirtuo import dynamics
-from invirtuo.dynamics import simulate
 from invirtuo.metrics import network
-from invirtuo.model.saving import size_buffers
-from invirtuo.nn import PENALTIES, SharedField, TargetField, sparsity
+from invirtuo.models.sparse_ode import gates as sparsity
+from invirtuo.models.sparse_ode.field import SharedField, TargetField
+from invirtuo.models.sparse_ode.gates import PENALTIES
+from invirtuo.models.sparse_ode.systems import simulate
+from invirtuo.verbs.saving import size_buffers
 
 SparseODE = iv.models.SparseODE
 FIT = replace(SparseODE.PRESETS["default"].fit, steps=40, progress=False, accelerator="cpu")

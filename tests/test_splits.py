@@ -503,7 +503,7 @@ def test_hold_out_messages(conditions, options, message):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_missing_columns_and_labels(name):
-    with pytest.raises(ValueError, match="no column 'drug'"):
+    with pytest.raises(ValueError, match="'drug' is not in the table"):
         SPLITS[name](OBS.drop(columns="drug"), BOTH, **CALLS[name])
     with pytest.raises(ValueError, match="missing values"):
         SPLITS[name](OBS.assign(gene=OBS["gene"].where(OBS["gene"] != "A")), BOTH, **CALLS[name])

@@ -14,8 +14,8 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 import invirtuo as iv
-from invirtuo.models.state_embedding import Config, Decoder, StateEmbedding, depth
-from invirtuo.preprocess import with_embedding
+from invirtuo.cells.preprocess import with_embedding
+from invirtuo.models.state.state_embedding import Config, Decoder, StateEmbedding, depth
 
 TINY = Config(gene_width=8, length=10, hidden_dim=16, n_layers=2, n_dataset=3, bin_width=12, n_expressed=6, n_silent=5,
               n_shared=7)  # fmt: skip

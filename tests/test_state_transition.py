@@ -14,12 +14,12 @@ from torch import nn
 
 import invirtuo as iv
 from invirtuo.batch import Batch
+from invirtuo.cells.samplers import Layout, MappedSets
 from invirtuo.fit import FitConfig
 from invirtuo.metrics.distribution import energy_distance
-from invirtuo.model import SampleConfig
-from invirtuo.nn import energy_loss
-from invirtuo.nn.attention import SetTransformer, pad, windows
-from invirtuo.samplers import Layout, MappedSets
+from invirtuo.models.state.attention import SetTransformer, pad, windows
+from invirtuo.models.state.energy import energy_loss
+from invirtuo.verbs.sampling import SampleConfig
 
 ST = iv.models.StateTransition
 Config = ST.Config

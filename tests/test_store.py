@@ -19,9 +19,9 @@ import torch
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo.samplers import SAMPLERS, cells, named, pairs
-from invirtuo.store import shuffle
-from invirtuo.store.cells import n_bytes
+from invirtuo.cells.samplers import SAMPLERS, cells, named, pairs
+from invirtuo.cells.shuffle import shuffle
+from invirtuo.cells.store import n_bytes
 
 FIT = iv.FitConfig(steps=12, batch_size=32, precision="fp32", accelerator="cpu", progress=False, val_every=6)
 
@@ -221,7 +221,7 @@ def test_memory_is_bounded(whole, folder, plan):
 
 def test_samplers_of_time_courses_stay_in_memory(small, plan):
     dataset = iv.CellDataset(small, plan)
-    with pytest.raises(ValueError, match="'courses' needs whole time courses and reads from memory only; pass an AnnD"):
+    with pytest.raises(ValueError, match="'courses' needs whole time courses and reads from memory only"):
         next(dataset.batches(SAMPLERS["courses"], 32))
 
 

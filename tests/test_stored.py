@@ -16,7 +16,7 @@ import torch
 from small_models import CASES, call, experiment, fitted, values, verbs
 
 import invirtuo as iv
-from invirtuo.model import Model
+from invirtuo.verbs.model import Model
 
 STORED = Path(__file__).parent / "stored"
 PRESETS = STORED / "presets.json"

@@ -10,10 +10,10 @@ import pytest
 from scipy import sparse
 
 import invirtuo as iv
-from invirtuo import preprocess
-from invirtuo.dataset import CellDataset
-from invirtuo.store import shuffle
-from invirtuo.values import look
+from invirtuo.cells import preprocess
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.shuffle import shuffle
+from invirtuo.cells.values import look
 
 COUNTS = iv.datasets.toy(n_cells=300, n_genes=60)
 LOG = preprocess.normalize(COUNTS)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import invirtuo as iv
-from invirtuo.model import PerturbationModel
+from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.workers import over_ray
 
 

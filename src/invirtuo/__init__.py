@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import importlib
 
+from invirtuo import _former
+
 __version__ = "0.1.0"
 
-_MODULES = (
-    *("bench", "datasets", "flow", "generators", "metrics", "models", "multimodal"),
-    *("nn", "preprocess", "samplers", "splits", "store", "transforms"),
-)
+_MODULES = {
+    "bench": "bench",
+    "datasets": "cells.datasets",
+    "files": "cells.files",
+    "flow": "flow",
+    "metrics": "metrics",
+    "models": "models",
+    "multimodal": "cells.multimodal",
+    "nn": "nn",
+    "preprocess": "cells.preprocess",
+    "samplers": "cells.samplers",
+    "splits": "splits",
+    "transforms": "cells.transforms",
+    "verbs": "verbs",
+}
 _NAMES = {
     "Batch": "batch",
-    "CellDataset": "dataset",
-    "CellStore": "store",
+    "CellDataset": "cells.dataset",
+    "CellStore": "cells.store",
     "Condition": "batch",
     "Design": "design",
     "FitConfig": "fit",
-    "Model": "model",
+    "Model": "verbs",
     "Pair": "metrics",
-    "PerturbationModel": "model",
-    "SampleConfig": "model",
+    "PerturbationModel": "verbs",
+    "SampleConfig": "verbs",
     "benchmark": "bench",
     "evaluate": "metrics",
     "load": "models",
+    "mask_entries": "verbs",
     "report": "reports",
+    "shuffle": "cells.shuffle",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]  # noqa: PLE0604 - the names are strings
@@ -35,7 +50,7 @@ def __getattr__(name: str):
     if name in _NAMES:
         value = getattr(importlib.import_module(f"invirtuo.{_NAMES[name]}"), name)
     elif name in _MODULES:
-        value = importlib.import_module(f"invirtuo.{name}")
+        value = importlib.import_module(f"invirtuo.{_MODULES[name]}")
     else:
         raise AttributeError(f"module 'invirtuo' has no attribute {name!r}")
     globals()[name] = value
@@ -44,3 +59,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_former.install()

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from invirtuo.batch import Condition
-from invirtuo.errors import preview, with_likely
+from invirtuo.errors import preview, require_column, with_likely
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -399,12 +399,5 @@ def _written(value: float) -> str:
 
 
 def _check_column(obs: pd.DataFrame, column: str, role: str, *, missing: bool = False) -> None:
-    if column not in obs.columns:
-        files = obs.attrs.get("lacking", {}).get(column, ())
-        lacking = f" ({preview(files)} lacks it)" if files else ""
-        raise ValueError(f"{role}: column {column!r} is not in the table{lacking}; found {preview(obs.columns)}")
-    if not missing and obs[column].isna().any():
-        raise ValueError(
-            f"{role}: column {column!r} has {int(obs[column].isna().sum())} missing values; "
-            "remove these cells or label them (or, for covariates, give the Design unknown=, the label to read them as)"
-        )
+    advice = " (or, for covariates, give the Design unknown=, the label to read them as)"
+    require_column(obs, column, role, allow_missing=missing, advice=advice)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-__all__ = ["ExistsError", "preview", "whole_number", "with_likely"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ExistsError", "preview", "require_column", "whole_number", "with_likely"]
 
 
 class ExistsError(ValueError, FileExistsError):
@@ -20,6 +23,35 @@ def preview(values, limit: int = 5) -> str:
     """The first few values, joined, and how many there are in all."""
     values = [str(value) for value in values]
     return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
+
+
+def require_column(
+    obs: pd.DataFrame, column: str, where: str, *, allow_missing: bool = False, advice: str = ""
+) -> None:
+    """Raise ValueError if a table of cells lacks a column, or a label of it is missing.
+
+    Parameters
+    ----------
+    obs
+        (n, columns)
+    column
+        Its name.
+    where
+        What the message begins with: whose table it is, or what the column is for.
+    allow_missing
+        Whether labels may be missing.
+    advice
+        What else could be done about missing labels.
+    """
+    if column not in obs.columns:
+        files = obs.attrs.get("lacking", {}).get(column, ())
+        lacking = f" ({preview(files)} lacks it)" if files else ""
+        raise ValueError(f"{where}: column {column!r} is not in the table{lacking}; found {preview(obs.columns)}")
+    n_missing = 0 if allow_missing else int(obs[column].isna().sum())
+    if n_missing:
+        raise ValueError(
+            f"{where}: column {column!r} has {n_missing} missing values; remove these cells or label them{advice}"
+        )
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

@@ -17,8 +17,8 @@ import torch
 import invirtuo as iv
 from invirtuo import dynamics
 from invirtuo.flow import trajectory
-from invirtuo.nn import sparsity
-from invirtuo.nn.sparse_field import SharedField
+from invirtuo.models.sparse_ode import gates as sparsity
+from invirtuo.models.sparse_ode.field import SharedField
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "sparse_ode"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden files are not at {GOLDEN}")

@@ -29,8 +29,8 @@ import pandas as pd
 
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.task import Task
-from invirtuo.files import writing
-from invirtuo.model import SampleConfig
+from invirtuo.cells.files import writing
+from invirtuo.verbs.sampling import SampleConfig
 
 if TYPE_CHECKING:
     from anndata import AnnData

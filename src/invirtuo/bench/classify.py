@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import labels
+from invirtuo.cells.checks import labels
 from invirtuo.errors import preview
 from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k

@@ -20,12 +20,12 @@ from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import PUBLISHED
-from invirtuo.dataset import CellDataset
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.files import check_writable, write_h5ad, writing
 from invirtuo.errors import preview
-from invirtuo.files import check_writable, write_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
-from invirtuo.model import PerturbationModel
+from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from invirtuo import datasets, preprocess, splits
+from invirtuo import splits
 from invirtuo.bench.compare import compare
 from invirtuo.bench.entry import BASELINES, Entry
+from invirtuo.cells import datasets, preprocess
 from invirtuo.fit import FitConfig
-from invirtuo.model import Preset
 from invirtuo.models import LinearAdditive, PRiMeFlow
 from invirtuo.reports import report
+from invirtuo.verbs.model import Preset
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.checks import EFFECT_COLUMNS
-from invirtuo.dataset import CellDataset
+from invirtuo.cells.checks import EFFECT_COLUMNS
+from invirtuo.cells.dataset import CellDataset
 from invirtuo.errors import preview
-from invirtuo.model import PerturbationModel
-from invirtuo.model.effects import bounds
-from invirtuo.model.pseudobulks import Pseudobulks
+from invirtuo.verbs.effects import bounds
+from invirtuo.verbs.observed import ObservedMeans
+from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -37,7 +37,7 @@ def effects(
 
     `PerturbationModel.predict(effect_level=)` gives intervals of one model beside its cells. Here several models
     are taken together, whose spread counts in the intervals, and calibration conditions may be chosen
-    (:mod:`invirtuo.model.effects`). Intervals hold for new conditions as far as these are like the calibration
+    (:mod:`invirtuo.verbs.effects`). Intervals hold for new conditions as far as these are like the calibration
     conditions; with one or two of those, take them as a rough size of the error.
 
     Parameters
@@ -73,7 +73,7 @@ def effects(
         raise ValueError("the models have different genes or Designs; give models fitted to the same data")
     if level is not None and not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a share between 0 and 1, or None for no intervals")
-    seen = Pseudobulks.of(CellDataset(adata[:, genes], design, signed=models[0].signed))
+    seen = ObservedMeans.of(CellDataset(adata[:, genes], design, signed=models[0].signed))
     wanted = _table(models[0], conditions)
     seen.of_control(design, wanted)  # before anything is drawn
     known = known_means = None
@@ -94,7 +94,7 @@ def tabulate(
     design: Design,
     genes: Sequence[str],
     table: pd.DataFrame,
-    seen: Pseudobulks,
+    seen: ObservedMeans,
     effect: np.ndarray,
     half: np.ndarray,
 ) -> pd.DataFrame:
@@ -140,7 +140,7 @@ def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFra
     -------
     As :func:`tabulate` gives it.
     """
-    seen = Pseudobulks.of(CellDataset(adata, design))
+    seen = ObservedMeans.of(CellDataset(adata, design))
     names = design.names(predicted.obs)
     codes, _ = pd.factorize(names)
     first = np.unique(codes, return_index=True)[1]

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from invirtuo.fit import FitConfig
-from invirtuo.generators import CountGenerator
-from invirtuo.model import PerturbationModel, config_from
 from invirtuo.models import MODELS
 from invirtuo.reports.tables import FLOOR
 from invirtuo.settings import comparable
+from invirtuo.verbs.generate import CountGenerator
+from invirtuo.verbs.predict import PerturbationModel
+from invirtuo.verbs.saving import config_from
 
 if TYPE_CHECKING:
     from invirtuo.design import Design

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import labels
-from invirtuo.pseudobulk import group_sums
+from invirtuo.cells.checks import labels
+from invirtuo.cells.pseudobulk import group_sums
 
 if TYPE_CHECKING:
     from anndata import AnnData

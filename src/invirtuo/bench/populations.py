@@ -15,14 +15,14 @@ from scipy import sparse
 from invirtuo.bench.compare import panels
 from invirtuo.bench.entry import FLOOR
 from invirtuo.bench.run import software, write_table
+from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.cells.multimodal import PEAK
+from invirtuo.cells.values import looks_like_counts
 from invirtuo.errors import preview, whole_number
-from invirtuo.files import read_h5ad, writing
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
-from invirtuo.model.base import track
-from invirtuo.multimodal import PEAK
 from invirtuo.reports import report
-from invirtuo.values import looks_like_counts
+from invirtuo.verbs.model import track
 
 if TYPE_CHECKING:
     import os

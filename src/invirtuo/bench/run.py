@@ -20,8 +20,8 @@ from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
+from invirtuo.cells.files import writing
 from invirtuo.errors import preview
-from invirtuo.files import writing
 from invirtuo.fit import bf16_pays
 from invirtuo.metrics import METRICS, choose
 from invirtuo.models import MODELS

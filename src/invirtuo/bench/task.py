@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from invirtuo import datasets, preprocess
+from invirtuo.cells import datasets, preprocess
+from invirtuo.cells.files import read_h5ad
 from invirtuo.design import Design
 from invirtuo.errors import preview
-from invirtuo.files import read_h5ad
 
 if TYPE_CHECKING:
     import os

@@ -17,7 +17,7 @@ from invirtuo.bench.cell import Cell, Record, launch, scores_of
 from invirtuo.bench.entry import Entry, as_entry
 from invirtuo.bench.run import one_task, resumable, shared_plan, write_table
 from invirtuo.bench.task import Task
-from invirtuo.files import writing
+from invirtuo.cells.files import writing
 from invirtuo.fit import FitConfig
 from invirtuo.metrics import METRICS
 from invirtuo.models import MODELS

@@ -36,7 +36,7 @@ def _begun(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def begin(**given: Any) -> None:
-        from invirtuo.files import check_writable
+        from invirtuo.cells.files import check_writable
         from invirtuo.threads import size_threads
 
         size_threads()

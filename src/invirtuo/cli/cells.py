@@ -76,8 +76,8 @@ def fit(
     """Fit a model and save it as a folder."""
     from invirtuo.design import Design
     from invirtuo.fit import is_main
-    from invirtuo.model.saving import check_free, holds_model
     from invirtuo.models import MODELS
+    from invirtuo.verbs.saving import check_free, holds_model
 
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
@@ -218,7 +218,7 @@ def augment(
 ) -> None:
     """Add generated cells to real ones, more of rare classes."""
     from invirtuo import splits
-    from invirtuo.files import read_h5ad
+    from invirtuo.cells.files import read_h5ad
 
     adata = read_h5ad(data)
     both = model_with(run, "augment").augment(
@@ -254,7 +254,7 @@ def correct(
     quiet: Quiet = False,
 ) -> None:
     """Bring the cells of all batches to one batch."""
-    from invirtuo.files import read_h5ad
+    from invirtuo.cells.files import read_h5ad
 
     corrected = model_with(run, "correct").correct(
         read_h5ad(data),
@@ -283,7 +283,7 @@ def impute(
     quiet: Quiet = False,
 ) -> None:
     """Write the means that the model expects for every entry into the layer "imputed"."""
-    from invirtuo.files import read_h5ad
+    from invirtuo.cells.files import read_h5ad
 
     imputed = model_with(run, "impute").impute(
         read_h5ad(data),
@@ -308,8 +308,8 @@ def embed(
     quiet: Quiet = False,
 ) -> None:
     """Encode cells: a file of embeddings, or with --key the given cells with their embedding in obsm."""
-    from invirtuo.files import read_h5ad
-    from invirtuo.preprocess import with_embedding
+    from invirtuo.cells.files import read_h5ad
+    from invirtuo.cells.preprocess import with_embedding
 
     adata = read_h5ad(data)
     embedded = model_with(run, "embed").embed(adata, device=device)
@@ -341,8 +341,8 @@ def _end_checkpoints(folder: Path, model: Any, config: Any) -> None:
 
 def _cells(data: list[Path], memory: str | None) -> Any:
     """One file in memory; more of them, a folder, or with a bound of memory, on disk."""
-    from invirtuo.files import read_h5ad
-    from invirtuo.store import CellStore
+    from invirtuo.cells.files import read_h5ad
+    from invirtuo.cells.store import CellStore
 
     if len(data) == 1 and memory is None and not data[0].is_dir():
         return read_h5ad(data[0])
@@ -350,7 +350,7 @@ def _cells(data: list[Path], memory: str | None) -> Any:
 
 
 def _write(adata: Any, out: Path, quiet: bool) -> None:
-    from invirtuo.files import write_h5ad
+    from invirtuo.cells.files import write_h5ad
 
     write_h5ad(adata, out)
     if not quiet:

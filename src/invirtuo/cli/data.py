@@ -115,7 +115,7 @@ def _metrics() -> list[tuple[str, ...]]:
 
 
 def _datasets() -> list[tuple[str, ...]]:
-    from invirtuo import datasets
+    from invirtuo.cells import datasets
 
     rows = datasets.describe().iterrows()
     return [(str(name), row["title"], "here" if row["here"] else f"needs {row['file']}") for name, row in rows]
@@ -146,9 +146,9 @@ def check(
     unknown: Unknown = None,
 ) -> None:
     """Say what is in a file, and what would go wrong with it; exit code 2 if something would."""
-    from invirtuo import preprocess
+    from invirtuo.cells import preprocess
+    from invirtuo.cells.files import read_h5ad
     from invirtuo.design import Design
-    from invirtuo.files import read_h5ad
 
     adata = read_h5ad(data)
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
@@ -230,8 +230,8 @@ def _prepare(
     data: Path, out: Path, parts_of: Any, design_of: Any, unmeasured: Literal["drop", "keep"], **options: Any
 ) -> None:
     """Normalise one file, and filter knock-downs if there is a Design for it."""
-    from invirtuo import preprocess
-    from invirtuo.files import check_h5ad_name, check_writable, read_h5ad, write_h5ad
+    from invirtuo.cells import preprocess
+    from invirtuo.cells.files import check_h5ad_name, check_writable, read_h5ad, write_h5ad
 
     check_h5ad_name(out)
     check_writable(out, inputs=[data])
@@ -251,8 +251,8 @@ def _prepare(
 def _shuffle(files: list[Path], out: Path, parts_of: Any, memory: str, **options: Any) -> None:
     """Write a shuffled store."""
     from invirtuo import CellStore
-    from invirtuo.files import check_writable
-    from invirtuo.store import shuffle
+    from invirtuo.cells.files import check_writable
+    from invirtuo.cells.shuffle import shuffle
 
     check_writable(out, folder=True)
     store = CellStore.open(files, memory=memory)

@@ -46,7 +46,7 @@ def forecast(
     quiet: Quiet = False,
 ) -> None:
     """Follow time courses from their first states, with intervals."""
-    from invirtuo.files import read_h5ad, write_h5ad
+    from invirtuo.cells.files import read_h5ad, write_h5ad
 
     model = model_with(run, "forecast")
     table = data.suffix == ".csv"
@@ -73,7 +73,7 @@ def network(
     quiet: Quiet = False,
 ) -> None:
     """Read signed edges between genes from a fitted field."""
-    from invirtuo.files import writing
+    from invirtuo.cells.files import writing
 
     model = model_with(run, "network")
     edges = model.network(pairs("--where", where) or None, n_edges=n_edges)
@@ -108,7 +108,7 @@ def overexpress(
 
 
 def _held(run, genes, level, out, cells, times, figure, quiet) -> None:
-    from invirtuo.files import read_h5ad, write_h5ad
+    from invirtuo.cells.files import read_h5ad, write_h5ad
 
     model = model_with(run, "overexpress")
     change = model.overexpress(genes, level, None if cells is None else read_h5ad(cells), _times(times))
@@ -126,7 +126,7 @@ def _held(run, genes, level, out, cells, times, figure, quiet) -> None:
 
 def _judged(model: Any, cells: Any, level: float, folder: Path, quiet: bool) -> None:
     """Scores of forecasts as a folder that `report` reads."""
-    from invirtuo.files import writing
+    from invirtuo.cells.files import writing
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -159,7 +159,7 @@ def _times(text: str | None) -> list[float] | None:
 def _picture(address: str, path: Path) -> None:
     import base64
 
-    from invirtuo.files import writing
+    from invirtuo.cells.files import writing
 
     with writing(path) as part:
         part.write_bytes(base64.b64decode(address.split(",", 1)[1]))

@@ -44,9 +44,9 @@ def evaluate(
 ) -> None:
     """Score predicted cells against real cells; writes a tidy CSV."""
     import invirtuo
-    from invirtuo.files import writing
+    from invirtuo.cells.files import writing
+    from invirtuo.cells.source import opened
     from invirtuo.metrics.cells import of_side
-    from invirtuo.source import opened
 
     layers = _layers(layer)
     reality = opened(real, small_in_memory=True, layer=of_side(layers, "real"))
@@ -84,7 +84,7 @@ def effects(
 ) -> None:
     """Predicted effect of each perturbation on each gene, with intervals; writes a tidy CSV."""
     from invirtuo.bench import effects as effects_
-    from invirtuo.files import read_h5ad, writing
+    from invirtuo.cells.files import read_h5ad, writing
     from invirtuo.reports.effects import plot_effects
 
     table = effects_(
@@ -125,8 +125,8 @@ def judge(
 ) -> None:
     """Compare generated populations with real cells; writes tables and a report into a folder."""
     from invirtuo.bench import judge as judge_
+    from invirtuo.cells.files import read_h5ad
     from invirtuo.design import Design
-    from invirtuo.files import read_h5ad
 
     reality = read_h5ad(real)
     design = Design.from_adata(reality, perturbation=perturbation, control=control, covariates=covariate or [])

@@ -18,7 +18,7 @@ MOST_COLUMNS = 6  # metrics beside each other; of more each has a row
 
 def writable_file(path: Path | None) -> Path | None:
     """The path of a file, once it is known that it can be written."""
-    from invirtuo.files import check_writable
+    from invirtuo.cells.files import check_writable
 
     if path is not None:
         check_writable(path)
@@ -27,7 +27,7 @@ def writable_file(path: Path | None) -> Path | None:
 
 def writable_cells(path: Path | None) -> Path | None:
     """The path of an h5ad file, once it is known that it can be written."""
-    from invirtuo.files import check_h5ad_name
+    from invirtuo.cells.files import check_h5ad_name
 
     if path is not None:
         check_h5ad_name(path)
@@ -36,7 +36,7 @@ def writable_cells(path: Path | None) -> Path | None:
 
 def writable_folder(path: Path | None) -> Path | None:
     """The path of a folder, once it is known that it can be written."""
-    from invirtuo.files import check_writable
+    from invirtuo.cells.files import check_writable
 
     if path is not None:
         check_writable(path, folder=True)

@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from invirtuo.files import writing
+from invirtuo.cells.files import writing
 from invirtuo.fit.config import FitConfig
 from invirtuo.fit.devices import barrier, broadcast, is_main, rank_and_size
 from invirtuo.fit.sharding import is_sharded, local, own_rows
 
 if TYPE_CHECKING:
-    from invirtuo.dataset import CellDataset
+    from invirtuo.cells.dataset import CellDataset
 
 __all__ = ["BEST", "LAST", "Checkpoint", "check_same", "data_hash", "remove", "write", "write_tensors"]
 

@@ -21,7 +21,7 @@ from invirtuo.fit.trainable import Trainable
 from invirtuo.fit.training import Training
 
 if TYPE_CHECKING:
-    from invirtuo.dataset import CellDataset
+    from invirtuo.cells.dataset import CellDataset
 
 __all__ = ["run"]
 

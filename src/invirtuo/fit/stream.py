@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from invirtuo import samplers
+from invirtuo.cells import samplers
 from invirtuo.fit.config import FitConfig
 from invirtuo.fit.devices import rank_and_size
 from invirtuo.fit.trainable import Trainable
 
 if TYPE_CHECKING:
     from invirtuo.batch import Batch
-    from invirtuo.dataset import CellDataset
+    from invirtuo.cells.dataset import CellDataset
 
 __all__ = ["GENERATOR_LOCK", "Stream", "noise_seed", "seeded"]
 

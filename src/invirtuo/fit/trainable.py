@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from invirtuo.batch import Batch
-    from invirtuo.samplers import Sampler
+    from invirtuo.cells.samplers import Sampler
 
 __all__ = ["Trainable"]
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from invirtuo.files import writing
+from invirtuo.cells.files import writing
 from invirtuo.fit.checkpoint import BEST, Checkpoint, check_same, data_hash, write, write_tensors
 from invirtuo.fit.config import FitConfig, learning_rate
 from invirtuo.fit.devices import broadcast, mean_over_devices, rank_and_size
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from invirtuo.batch import Batch
-    from invirtuo.dataset import CellDataset
+    from invirtuo.cells.dataset import CellDataset
 
 __all__ = ["Training"]
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from invirtuo import samplers
+from invirtuo.cells import samplers
 from invirtuo.fit.config import FitConfig
 from invirtuo.fit.machine import use_bf16
 from invirtuo.fit.stream import noise_seed, seeded
 from invirtuo.fit.trainable import Trainable
 
 if TYPE_CHECKING:
-    from invirtuo.dataset import CellDataset
+    from invirtuo.cells.dataset import CellDataset
 
 __all__ = ["validation_losses"]
 

@@ -23,9 +23,9 @@ from invirtuo.metrics.embedding import label_scores
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from invirtuo.cells.source import AnyCells
     from invirtuo.design import Design
     from invirtuo.metrics.cells import Layer, Scale
-    from invirtuo.source import AnyCells
 
 __all__ = [
     "METRICS",

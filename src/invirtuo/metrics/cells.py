@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.checks import SCORE_COLUMNS
-from invirtuo.errors import preview
+from invirtuo.cells.checks import SCORE_COLUMNS
+from invirtuo.cells.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
+from invirtuo.cells.values import Values, canonical_csr, log_normalised, look, require_same_scale
+from invirtuo.errors import preview, require_column
 from invirtuo.metrics.streamed import BLOCK, Streamed
-from invirtuo.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
-from invirtuo.values import Values, canonical_csr, look, require_same_scale
 
 if TYPE_CHECKING:
     from invirtuo.design import Design
@@ -157,7 +157,7 @@ class Cells:
         """(n, g) CSR or dense, log1p, genes in the common order."""
         block = _read(self.source, rows)
         if self.scale == "counts":
-            block = _log_normalised(block, self.size_factors[rows])
+            block = _over_size_factors(block, self.size_factors[rows])
         in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
         return block if in_order else block[:, self.columns]
 
@@ -337,13 +337,7 @@ def _checked_obs(name: str, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
             f"covariate columns {preview(sorted(taken))} clash with columns of the score table; rename them"
         )
     for column in design.columns:
-        if column not in obs.columns:
-            raise ValueError(
-                f"{name}: obs has no column {column!r}, which the design names; found {preview(obs.columns)}"
-            )
-        if obs[column].isna().any():
-            missing = int(obs[column].isna().sum())
-            raise ValueError(f"{name}: obs[{column!r}] has {missing} missing values; remove these cells or label them")
+        require_column(obs, column, name)
     return obs[design.columns]
 
 
@@ -355,15 +349,12 @@ def _rows_by(keys: pd.Series, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 def per_10k(counts) -> sparse.csr_matrix:
     """(n, g) log1p of counts per 10,000, CSR in float32; empty cells stay empty."""
-    logged = canonical_csr(counts, np.float32).copy()
-    total = np.asarray(logged.sum(axis=1), dtype=np.float64).ravel()
-    scale = np.divide(DEPTH, total, out=np.zeros_like(total), where=total > 0)
-    logged.data = np.log1p(logged.data * np.repeat(scale, np.diff(logged.indptr)).astype(np.float32))
-    return logged
+    rows = canonical_csr(counts, np.float32)
+    return log_normalised(rows, np.asarray(rows.sum(axis=1), dtype=np.float64).ravel(), DEPTH)
 
 
-def _log_normalised(block, size_factors: np.ndarray):
-    """log1p of counts over size factors, (n, g) and (n,) in float32."""
+def _over_size_factors(block, size_factors: np.ndarray):
+    """log1p of counts over size factors, (n, g) and (n,) in float32 throughout, as scanpy computes it."""
     if not sparse.issparse(block):
         return np.log1p(block.astype(np.float32) / size_factors[:, None])
     block = sparse.csr_array(block, dtype=np.float32, copy=True)

@@ -28,8 +28,8 @@ from invirtuo.metrics.rank import ranks
 from invirtuo.metrics.streamed import Streamed
 
 if TYPE_CHECKING:
+    from invirtuo.cells.source import AnyCells
     from invirtuo.design import Design
-    from invirtuo.source import AnyCells
 
 __all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
 
@@ -293,13 +293,12 @@ class Pair:
             raise ValueError("real: no condition has two or more cells to divide")
         if no_control := [f"controls of {name}" for name in whole.controls if f"controls of {name}" in single]:
             raise ValueError(f"real: {preview(no_control)}: fewer than two cells to divide")
-        rest, pred = (
-            whole.restricted(
-                {name: pieces[name][i] for name in whole.rows if name in pieces},
-                {name: pieces[f"controls of {name}"][i] for name in whole.controls},
-            )
-            for i in (0, 1)
-        )
+        sides = []
+        for i in (0, 1):
+            rows = {name: pieces[name][i] for name in whole.rows if name in pieces}
+            controls = {name: pieces[f"controls of {name}"][i] for name in whole.controls}
+            sides.append(whole.restricted(rows, controls))
+        rest, pred = sides
         pair = cls(pred, rest, design, n_pcs=n_pcs, controls="pred")
         pair._skip(dict.fromkeys(single, "only one cell"))
         return pair

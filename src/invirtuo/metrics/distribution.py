@@ -272,12 +272,12 @@ def _to_control(pair: Pair, side: Side, group: str) -> np.ndarray:
     ``E|c - c'|`` is left out: it is the same for all conditions, costs most, and changes no correlation.
     """
     known = pair.once(side, ("distance to control", group), dict)
-    waiting = [name for name in pair.names(group) if name not in known]
-    if waiting:
+    missing = [name for name in pair.names(group) if name not in known]
+    if missing:
         centre = pair.control_moments(side, group)[0]
         double = len(centre) <= NARROW
         control = cloud(pair.control_cells(side, group), centre, double=double)
-        for name in waiting:
+        for name in missing:
             cells = cloud(pair.cells(side, name), centre, double=double)
             within = between(cells, cells) - np.sqrt(FLOOR) / len(cells.cells)  # no distance to itself
             known[name] = 2 * between(cells, control) - within

@@ -95,9 +95,9 @@ def _checked(z, labels, real: np.ndarray, known: np.ndarray, groups: np.ndarray)
         )
     if len(np.unique(groups)) > 1:
         raise ValueError("predicted cells are scored in one group; leave groups out, or pass one group at a time")
-    if strange := sorted(set(labels) - set(known)):
+    if unknown := sorted(set(labels) - set(known)):
         raise ValueError(
-            f"predicted label(s) {preview(strange)} have no five real cells; known: {preview(np.unique(known))}"
+            f"predicted label(s) {preview(unknown)} have no five real cells; known: {preview(np.unique(known))}"
         )
     return z, labels
 

@@ -81,9 +81,9 @@ def wilcoxon_view(pair: Pair, side: Side, condition: str) -> DETable:
     """Table of rank-sum tests, made together with those of the other scored conditions of the group."""
     group = pair.group_of(condition)
     known = pair.once(side, ("rank sum", group), dict)
-    waiting = [name for name in pair.names(group) if name not in known]
-    for start in range(0, len(waiting), AT_ONCE):
-        names = waiting[start : start + AT_ONCE]
+    missing = [name for name in pair.names(group) if name not in known]
+    for start in range(0, len(missing), AT_ONCE):
+        names = missing[start : start + AT_ONCE]
         found = rank_sum([pair.stored(side, name) for name in names], pair.stored_control(side, group))
         known.update(zip(names, zip(*found, strict=True), strict=True))
     p_value, statistic = known[condition]

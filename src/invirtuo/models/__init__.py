@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from invirtuo.model import Model
-from invirtuo.model.saving import holds_model, path_of
 from invirtuo.models.biolord import Biolord
-from invirtuo.models.cellflow_counts import CellFlowCounts
-from invirtuo.models.cfgen import CFGen
+from invirtuo.models.counts.cellflow_counts import CellFlowCounts
+from invirtuo.models.counts.cfgen import CFGen
+from invirtuo.models.counts.independent_nb import IndependentNB
 from invirtuo.models.cpa import CPA
 from invirtuo.models.decoder_only import DecoderOnly
 from invirtuo.models.fm_pca import FMPCA
-from invirtuo.models.independent_nb import IndependentNB
 from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
 from invirtuo.models.means import ContextMean, NoChange, PerturbationMean, Ridge
-from invirtuo.models.primeflow import PRiMeFlow
+from invirtuo.models.primeflow.model import PRiMeFlow
 from invirtuo.models.sams_vae import SAMSVAE
-from invirtuo.models.sparse_ode import SparseODE
-from invirtuo.models.state_embedding import StateEmbedding
-from invirtuo.models.state_transition import StateTransition
+from invirtuo.models.sparse_ode.model import SparseODE
+from invirtuo.models.state.state_embedding import StateEmbedding
+from invirtuo.models.state.state_transition import StateTransition
+from invirtuo.verbs.model import Model
+from invirtuo.verbs.saving import holds_model, path_of
 
 __all__ = [
     "CPA",

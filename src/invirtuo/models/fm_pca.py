@@ -25,13 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Batch, Condition
-from invirtuo.dataset import CellDataset
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.transforms import PCA
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, SOLVER_NAMES, exact_coupling, guided, plan_pairs, sinkhorn, solve
-from invirtuo.model import FlowSampling, PerturbationModel, Preset
 from invirtuo.nn import MLP, ConditionEncoder, sinusoids
 from invirtuo.settings import Settings, setting
-from invirtuo.transforms import PCA
+from invirtuo.verbs.model import Preset
+from invirtuo.verbs.predict import PerturbationModel
+from invirtuo.verbs.sampling import FlowSampling
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -19,9 +19,12 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.fit import FitConfig
-from invirtuo.model import PerturbationModel, Preset, SampleConfig, in_batches
 from invirtuo.nn import NormMLP, one_hots
 from invirtuo.settings import Settings, setting
+from invirtuo.verbs.draw import in_batches
+from invirtuo.verbs.model import Preset
+from invirtuo.verbs.predict import PerturbationModel
+from invirtuo.verbs.sampling import SampleConfig
 
 __all__ = ["Config", "LatentAdditive"]
 

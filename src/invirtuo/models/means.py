@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from invirtuo.batch import Batch
-from invirtuo.dataset import CellDataset
-from invirtuo.model import PerturbationModel, Preset, SampleConfig
-from invirtuo.pseudobulk import Pseudobulk, weighted_mean
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.pseudobulk import Pseudobulk, weighted_mean
 from invirtuo.settings import Settings, setting
+from invirtuo.verbs.model import Preset
+from invirtuo.verbs.predict import PerturbationModel
+from invirtuo.verbs.sampling import SampleConfig
 
 __all__ = ["ContextMean", "NoChange", "PerturbationMean", "Ridge"]
 

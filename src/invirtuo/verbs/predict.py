@@ -1,0 +1,266 @@
+"""PerturbationModel: predicts cells of perturbations and covariates that were never seen together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from invirtuo.batch import Batch
+from invirtuo.cells.conditions import Conditions
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.files import read_h5ad, writing_h5ad
+from invirtuo.design import Design
+from invirtuo.errors import preview, whole_number
+from invirtuo.verbs import saving
+from invirtuo.verbs.controls import ControlCells
+from invirtuo.verbs.draw import Request, check_engine, control_pool, drawn, filled, means_of, stored
+from invirtuo.verbs.effects import Calibration
+from invirtuo.verbs.model import Model, check_torch, track
+from invirtuo.verbs.observed import ObservedMeans
+from invirtuo.verbs.sampling import NoSampling, SampleConfig, takes_options
+from invirtuo.verbs.wanted import wanted_conditions
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["PerturbationModel"]
+
+logger = logging.getLogger(__name__)
+
+
+class PerturbationModel(Model):
+    """Base of the models that predict cells under perturbations, in log space; they write `sample`."""
+
+    verb = "predict"
+    Sampling: ClassVar[type[NoSampling]] = SampleConfig
+    needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
+    deterministic: bool = False  # whether every seed gives the same cells; `build` may choose
+
+    _controls: dict[str, ControlCells]
+    _pseudobulks: ObservedMeans | None
+
+    def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
+        if design.perturbation is None:
+            raise ValueError(
+                f"the design names no perturbation, and {self.name} predicts responses to perturbations; "
+                "give perturbation= and control= to Design.from_adata, or use a model that generates populations"
+            )
+        super().__init__(design, genes, config)
+        self._controls, self._pseudobulks = {}, None
+
+    # ---- what a model writes -----------------------------------------------------------------------------------
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: Any) -> Tensor:
+        """Draw n cells (n, g) of one condition; `batch.source` holds control cells if needed.
+
+        `config` is a record of the class `Sampling`: all its options must act. Noise comes from the generator, on the
+        CPU, and networks are given at most `config.batch_size` cells at once (`in_batches`).
+        """
+        raise NotImplementedError
+
+    # ---- predicting --------------------------------------------------------------------------------------------
+
+    @takes_options()
+    def predict(
+        self,
+        conditions: Conditions,
+        n_cells: int = 1000,
+        *,
+        seed: int = 0,
+        controls: AnnData | str | Path | None = None,
+        effect_level: float | None = None,
+        out: str | Path | None = None,
+        engine: str = "local",
+        n_jobs: int | None = None,
+        device: str | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> AnnData:
+        """Draw cells for conditions.
+
+        Parameters
+        ----------
+        conditions
+            A condition (``"B cell|IFN-beta"`` or a mapping of column to value), several, or a table with the columns of
+            the Design; or "test" / "val": the conditions held out by the split of the fit.
+        n_cells
+            Cells per condition.
+        seed
+            Same seed, same cells, whatever the device, the batch size and the other conditions.
+        controls
+            Control cells (or their h5ad) to start from, for models that need them; None takes those of the fitted data.
+            For models that know covariates by their control cells (`with_controls`) they may be of groups that were
+            never seen.
+        effect_level
+            Also give the effect on every gene with an interval, which shall cover this share of all genes. Intervals
+            are conformal and calibrated on the conditions that the split of the fit held out for validation, drawn
+            in the same way (`invirtuo.effects`): they hold for conditions that are like those.
+        out
+            h5ad to write while cells are drawn; memory then does not grow with their number.
+        engine, n_jobs
+            "local" draws in this process. "ray" spreads conditions over the Ray cluster of this session or of
+            ``RAY_ADDRESS``, or over `n_jobs` processes of this machine: the same cells; those of a lost worker are
+            drawn again.
+        device
+            "cpu", "cuda" or "cuda:1"; None or "auto": a GPU if there is one and `FitConfig.accelerator` of the fit
+            allowed it.
+        progress
+            Show a progress bar.
+        {options}
+
+        Returns
+        -------
+        AnnData with the columns of the Design in obs, X in the model's data space (float32), and
+        ``uns["invirtuo"]``: how it was made. With `out` it reads from the file (backed). With `effect_level` varm holds
+        ``effect``, ``effect_low`` and ``effect_high``, (g, c): change of the mean to the control cells of the same
+        covariates; conditions in the order of obs, and named in ``uns["invirtuo"]["conditions"]``.
+
+        Raises
+        ------
+        ValueError
+            If the model is not fitted, a condition has an unknown perturbation or covariate, an option is unknown or
+            cannot act, the device is not there, or intervals are asked for and the fit held out no conditions for
+            validation.
+        """
+        import anndata
+
+        check_engine(engine, n_jobs)
+        self._check_fitted()
+        check_torch()
+        n_cells, seed = whole_number("n_cells", n_cells), whole_number("seed", seed, 0)
+        config = self._sampling(options)
+        controls = read_h5ad(controls) if isinstance(controls, str | Path) else controls
+        model = self if controls is None else self.with_controls(controls)
+        table = model.wanted(conditions)
+        calibration = None if effect_level is None else model._calibration(effect_level, controls)
+        request = Request(table, n_cells, seed, config, model._pool(controls), device)
+
+        # what is drawn goes into memory or into a file as it comes; effects need the means
+        cells = drawn(model, request, engine, n_jobs)
+        means = np.empty((len(table), len(self.genes)))
+        if calibration is not None:
+            cells = means_of(cells, means)
+        cells = track(cells, "predicting", progress, len(table))
+
+        obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
+        obs.index = [f"cell_{i}" for i in range(len(obs))]
+        for column in self.design.attributes:
+            obs[column] = obs[column].astype("category")
+        var, uns = pd.DataFrame(index=pd.Index(self.genes)), {"invirtuo": self._provenance(seed, config)}
+        if calibration is not None:
+            uns["invirtuo"] |= {"effect_level": effect_level, "conditions": model.design.names(table).to_numpy(str)}
+
+        shape = (len(obs), len(self.genes))
+        if out is not None:
+            with writing_h5ad(out, obs, var, uns) as file:
+                filled(stored(file, shape), cells, n_cells)
+                if calibration is not None:
+                    anndata.io.write_elem(file, "varm", calibration.intervals(request, means))
+            return read_h5ad(out, backed=True)
+        x = filled(np.empty(shape, np.float32), cells, n_cells)
+        varm = None if calibration is None else calibration.intervals(request, means)
+        return anndata.AnnData(x, obs=obs, var=var, uns=uns, varm=varm)
+
+    def _calibration(self, level: float, controls: AnnData | None) -> Calibration:
+        """How intervals of effects are made; with further control cells, of groups that the fit did not see."""
+        seen, design = self._pseudobulks, self.design
+        if seen is not None and controls is not None:
+            cells = self._with_genes(controls[design.is_control(controls.obs)])
+            seen = seen.with_groups(ObservedMeans.of(CellDataset(cells, design)))
+        known = pd.DataFrame(self.card["held_out"]["val"], columns=design.columns)
+        return Calibration(self, seen, known, level)
+
+    def with_controls(self, controls: AnnData) -> Self:
+        """The model, or a copy that also knows the covariate groups of these control cells, if it can learn of them.
+
+        Raises
+        ------
+        ValueError
+            If control cells mean nothing to the model.
+        """
+        if not self.needs_source:
+            raise ValueError(
+                f"{self.name}, as it is configured, neither starts from control cells nor learns of covariates by "
+                "them; leave controls= out"
+            )
+        return self
+
+    def wanted(self, conditions: Conditions) -> pd.DataFrame:
+        """The wanted conditions as a tidy table, each once, checked."""
+        return wanted_conditions(conditions, self)
+
+    def _pool(self, controls: AnnData | None) -> dict[str, ControlCells]:
+        """Control cells of every covariate group: those that are given, or of the fit."""
+        if controls is None:
+            return self._controls
+        self._check_space(controls)
+        dataset = CellDataset(self._with_genes(controls), self.design, obsm=self.obsm)
+        return control_pool(dataset)
+
+    # ---- fitting -----------------------------------------------------------------------------------------------
+
+    def check_labels(self, dataset: CellDataset) -> None:
+        """All labels are known, there are responses to learn from, and those that are held out can be predicted."""
+        unknown = [name for name, codes in dataset.condition.distinct.covariates.items() if bool((codes < 0).any())]
+        if unknown:
+            raise ValueError(
+                f"{self.name} needs the labels of all cells; {preview(unknown)} is unknown for some. Remove these cells"
+            )
+        super().check_labels(dataset)
+        self._check_responses(dataset)
+
+    def _check_responses(self, dataset: CellDataset) -> None:
+        """There are responses to learn from, and those that are held out can be predicted."""
+        design, column = self.design, self.design.perturbation
+        parts: dict[str, set[str]] = {}
+        for part in ("train", "val", "test"):
+            labels = design.kinds(dataset.obs.iloc[dataset.rows(part)])[0][column].unique()
+            parts[part] = {single for label in labels for single in design.parts(label)}
+        if not parts["train"]:
+            n_cells = len(dataset.rows("train"))
+            raise ValueError(
+                f"no perturbed cell is left to train on: all {n_cells:,} training cells are controls. Hold out less"
+            )
+        unseen = sorted((parts["val"] | parts["test"]) - parts["train"])
+        if unseen and not self.takes_unseen:
+            logger.warning(
+                "perturbations %s are held out everywhere; %s cannot predict what it never saw",
+                preview(unseen),
+                self.name,
+            )
+
+    def remember(self, dataset: CellDataset) -> None:
+        """Keep control cells to start from, and means of them and of the conditions held out for validation."""
+        self._controls = control_pool(dataset) if self.needs_source else {}
+        design, held_out = self.design, pd.DataFrame(self.card["held_out"]["val"], columns=self.design.columns)
+        table, kind = design.kinds(dataset.obs)
+        wanted = design.is_control(table) | design.names(table).isin(design.names(held_out)).to_numpy()
+        rows = np.flatnonzero(wanted[kind] & np.isin(dataset.split, ("train", "val")))
+        self._pseudobulks = ObservedMeans.of(dataset, rows)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Transforms, control cells and pseudobulks."""
+        arrays = super().arrays()
+        for group, cells in self._controls.items():
+            arrays |= {f"controls/{group}/{part}": array for part, array in cells.state().items()}
+        if self._pseudobulks is not None:
+            arrays |= {f"pseudobulks/all/{part}": array for part, array in self._pseudobulks.state().items()}
+        return arrays
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super().load_arrays(arrays)
+        for (owner, name), state in saving.by_owner(arrays).items():
+            if owner == "controls":
+                self._controls[name] = ControlCells.load(state, len(self.genes), self.obsm_width)
+            elif owner == "pseudobulks":
+                self._pseudobulks = ObservedMeans.load(state)
+
+    def replaced_by_fits(self) -> list[Any]:
+        return [*super().replaced_by_fits(), self._pseudobulks, *self._controls.values()]

@@ -1,0 +1,83 @@
+"""Drawn cells, block by block, put together in memory or written to a file as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from invirtuo.cells.files import writing_h5ad
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Block", "assembled", "in_rows", "write_cells"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Drawn cells: counts, means where they are asked for, latent vectors where there are some."""
+
+    counts: sparse.csr_matrix
+    mean: np.ndarray | None
+    latent: np.ndarray | None
+
+
+def in_rows(x: Tensor) -> sparse.csr_matrix:
+    """(n, g) counts, made sparse where they are, int32."""
+    rows, columns = x.nonzero(as_tuple=True)
+    ends = torch.bincount(rows, minlength=len(x)).cumsum(0).cpu().numpy()
+    values = x[rows, columns].to(torch.int32).cpu().numpy()
+    parts = (values, columns.to(torch.int32).cpu().numpy(), np.concatenate([[0], ends]).astype(np.int32))
+    return sparse.csr_matrix(parts, shape=tuple(x.shape))
+
+
+def assembled(blocks: list[Block], obs, var, uns, output: str, latent: bool) -> AnnData:
+    """All cells in memory; X is what `output` says."""
+    import anndata
+
+    layers = {}
+    x: Any = sparse.vstack([block.counts for block in blocks], format="csr")
+    if output != "counts":
+        mean = np.concatenate([block.mean for block in blocks])
+        x, layers = (mean, {}) if output == "mean" else (x, {"mean": mean})
+    adata = anndata.AnnData(x, obs=obs, var=var, layers=layers, uns={"invirtuo": uns})
+    if latent and blocks[0].latent is not None:
+        adata.obsm["z"] = np.concatenate([block.latent for block in blocks])
+    return adata
+
+
+def write_cells(path: Path, obs, var, uns, blocks: Iterator[Block], chunk_size: int, latent: bool) -> None:
+    """Write cells as they come; the file appears when all are there."""
+    from anndata.io import sparse_dataset, write_elem
+
+    vectors: list[np.ndarray] = []
+    with writing_h5ad(path, obs, var, {"invirtuo": uns}) as file:
+        for counts in _gathered(blocks, chunk_size, vectors if latent else None):
+            if "X" in file and "data" in file["X"]:
+                sparse_dataset(file["X"]).append(counts)
+            else:
+                counts.indptr = counts.indptr.astype(np.int64)  # later chunks may need it
+                write_elem(file, "X", counts, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+        if vectors:
+            write_elem(file, "obsm/z", np.concatenate(vectors))
+
+
+def _gathered(blocks: Iterator[Block], chunk_size: int, vectors: list | None) -> Iterator[sparse.csr_matrix]:
+    """Counts of at least `chunk_size` cells at a time."""
+    waiting: list[sparse.csr_matrix] = []
+    for block in blocks:
+        waiting.append(block.counts)
+        if vectors is not None and block.latent is not None:
+            vectors.append(block.latent)
+        if sum(part.shape[0] for part in waiting) >= chunk_size:
+            yield sparse.vstack(waiting, format="csr")
+            waiting = []
+    if waiting:
+        yield sparse.vstack(waiting, format="csr")
