@@ -1,6 +1,6 @@
 """Velocity networks of PRiMeFlow taken apart: U-Nets without one of their parts, and what the networks are told.
 
-Every name of :data:`ABLATIONS` stands in `VELOCITIES` once this module is imported, so that
+Every name of :data:`ABLATIONS` stands in `VELOCITIES` of PRiMeFlow once this module is imported, so that
 ``PRiMeFlow.Config(velocity="unet, FiLM")`` is that network.
 """
 

@@ -181,8 +181,8 @@ def test_ablated_networks_learn_and_know_time_and_condition(variant, experiment)
 
 def test_parts_of_a_u_net_are_changed(experiment):
     cells, design = experiment
-    configs = {name: PRiMeFlow.Config(**velocity.UNET | {"velocity": name})
-               for name in ("unet", *ablations.ABLATIONS) if name.startswith("unet")}  # fmt: skip
+    names = ["unet", *(name for name in ablations.ABLATIONS if name.startswith("unet"))]
+    configs = {name: PRiMeFlow.Config(**velocity.UNET | {"velocity": name}) for name in names}
     networks = {name: PRiMeFlow(design, cells.var_names, config).velocity for name, config in configs.items()}
     narrow = networks["unet, kernel 1"].unet
     assert narrow.stem.kernel_size == narrow.head.kernel_size == narrow.middle[0].conv_in.kernel_size == (1, 1)

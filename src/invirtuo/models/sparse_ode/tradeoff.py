@@ -46,7 +46,7 @@ def tradeoff(
     inside, outside
         Parts of the split to judge: held-out cells of training courses, and other courses.
     metric
-        A column of :meth:`~invirtuo.dynamics.Forecaster.evaluate_forecast`, for example ``"mse_bins"``.
+        A column of :meth:`~invirtuo.verbs.Forecaster.evaluate_forecast`, for example ``"mse_bins"``.
 
     Returns
     -------
