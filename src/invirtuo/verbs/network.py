@@ -181,8 +181,8 @@ def intervene(
     place = _places(model, genes)
     if cells is None:
         parts = model.training_courses()
-        starts, ends = [model.first(c) for c in parts], [(model.known[c.name]["low"], model.known[c.name]["high"])
-                                                         for c in parts]  # fmt: skip
+        starts = [model.preparation.first(c) for c in parts]
+        ends = [(model.known[c.name]["low"], model.known[c.name]["high"]) for c in parts]
     else:
         starts, ends = model._starts(cells, None)
     asked = model.asked(starts, ends, times)
