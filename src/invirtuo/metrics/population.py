@@ -151,8 +151,8 @@ def _most_variable(cells) -> np.ndarray:
     """Positions of the genes with the largest variance over all real cells, sorted."""
     if isinstance(cells, Streamed):
         variance = cells.squared().mean() - cells.mean() ** 2
-        return np.sort(np.argsort(-variance, kind="stable")[:N_VARIABLE])
-    mean = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
-    square = cells.multiply(cells) if sparse.issparse(cells) else np.square(cells)
-    variance = np.asarray(square.mean(axis=0, dtype=np.float64)).ravel() - mean**2
+    else:
+        mean = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
+        square = cells.multiply(cells) if sparse.issparse(cells) else np.square(cells)
+        variance = np.asarray(square.mean(axis=0, dtype=np.float64)).ravel() - mean**2
     return np.sort(np.argsort(-variance, kind="stable")[:N_VARIABLE])

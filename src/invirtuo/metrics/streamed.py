@@ -75,6 +75,7 @@ class Streamed:
         total = np.zeros(g)
         for block in self.blocks():
             total = _added(total, block)
+        # of sparse blocks the zeros that are not stored are counted, and added at the end
         mean, squares, implied = total / n, np.zeros(g), np.full(g, n)
         for block in self.blocks():
             if sparse.issparse(block):
@@ -83,7 +84,8 @@ class Streamed:
             else:
                 squares, implied = _added(squares, np.square(block - mean)), np.zeros(g, int)
         squares += implied * np.square(mean)
-        return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
+        variance = squares / (n - 1) if n > 1 else np.full(g, np.nan)
+        return mean, variance, n
 
 
 def _added(total: np.ndarray, block) -> np.ndarray:
