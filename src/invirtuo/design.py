@@ -57,7 +57,7 @@ class Design:
     unknown
         Label of cells whose covariate is not known; NaN is read as it. None: a missing covariate is an error.
     features
-        A vector for every single perturbation, (p, f), or empty. Networks then see vectors in place of one-hots, and
+        A vector for every single perturbation, (p, f), or empty. Networks then see vectors instead of one-hots, and
         can be asked for perturbations that were never trained on.
 
     Examples
@@ -118,6 +118,7 @@ class Design:
                 f"perturbation is {perturbation!r} and control is {control!r}; give both, or neither for data in which "
                 "nothing was perturbed"
             )
+
         # every column is there, has a label in every row, and one role
         named = {"perturbation": perturbation, "dose": dose, "time": time}
         roles = [(role, column) for role, column in named.items() if column is not None]
@@ -144,14 +145,11 @@ class Design:
         vectors = {} if features is None else _vectors(features, observed)
         perturbations = sorted(vectors or observed)
         levels = {name: _levels(table[name], unknown) for name in covariates}
-        largest = float(table[dose].max()) if dose else 1.0
-        return replace(
-            columns,
-            perturbations=tuple(perturbations),
-            covariates=levels,
-            dose_max=largest if largest > 0 else 1.0,
-            features=tuple(vectors[name] for name in sorted(vectors)),
-        )
+        dose_max = float(table[dose].max()) if dose else 1.0
+        if dose_max == 0:
+            dose_max = 1.0  # every dose is 0, and stays 0
+        rows = tuple(vectors[name] for name in sorted(vectors))
+        return replace(columns, perturbations=tuple(perturbations), covariates=levels, dose_max=dose_max, features=rows)
 
     @property
     def code_width(self) -> int:
@@ -180,8 +178,9 @@ class Design:
         if label == self.control:
             return ()
         parts = _split(label, self.separator)
-        of_control = _split(self.control, self.separator) if self.control else set()
-        unperturbed = of_control if len(of_control) == 1 else {self.control}  # "ctrl+ctrl" tells what its part means
+        # "ctrl+ctrl": its part alone says control as well
+        control_parts = _split(self.control, self.separator) if self.control else set()
+        unperturbed = control_parts if len(control_parts) == 1 else {self.control}
         return tuple(sorted(parts - unperturbed))
 
     def label(self, label: str) -> str:
@@ -351,6 +350,7 @@ def _vectors(features: pd.DataFrame, parts: set[str]) -> dict[str, tuple[float, 
             f"{preview(names)}. "
             "Add a row for each, or remove the cells"
         )
+    # text becomes NaN, and is refused
     values = features.apply(pd.to_numeric, errors="coerce").to_numpy(float)
     if not values.size or not np.isfinite(values).all():
         raise ValueError("features must hold finite numbers, one column or more; found none, text or missing values")

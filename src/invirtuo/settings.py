@@ -203,11 +203,8 @@ def _all_fields(cls: type) -> tuple[Described, ...]:
         found |= vars(base).get("__dataclass_fields__", {})
         found |= {name: value for name, value in vars(base).items() if isinstance(value, Field)}
     hints = get_type_hints(cls) if found else {}
-    return tuple(
-        Described(name, hints[name], each.default, **each.metadata)
-        for name, each in found.items()
-        if get_origin(hints[name]) is not ClassVar
-    )
+    fields = {name: each for name, each in found.items() if get_origin(hints[name]) is not ClassVar}
+    return tuple(Described(name, hints[name], each.default, **each.metadata) for name, each in fields.items())
 
 
 _checked: Callable[[type], tuple[Described, ...]] = cache(_all_fields)  # of records that are made

@@ -118,6 +118,8 @@ def label_findings(obs: pd.DataFrame, design: Design) -> list[str]:
         Which columns mean what.
     """
     found = []
+
+    # labels as they are written, then as the Design reads them
     for column in design.attributes:
         written = [str(label) for label in obs[column].dropna().unique()]
         found += [f"obs[{column!r}]: {text}" for text in _alike(written) if text]
@@ -126,12 +128,15 @@ def label_findings(obs: pd.DataFrame, design: Design) -> list[str]:
         found += [f"obs[{design.perturbation!r}]: {text}" for text in _unlikely_perturbations(labels, design)]
     if design.dose is not None:
         table = design.tidy(obs)
+        # a perturbation without a dose is none
         undosed = table[(table[design.dose] == 0) & ~design.is_control(table)]
         if len(undosed):
             names = preview(sorted(set(undosed[design.perturbation])))
             found.append(
                 f"obs[{design.dose!r}] is 0 for {len(undosed):,} perturbed cells ({names}); label them as control"
             )
+
+    # columns of obs become columns of the tables of scores
     if taken := sorted(set(design.columns) & RESERVED - {design.perturbation}):
         found.append(
             f"columns {preview(taken)} have names that tables of scores and effects use; rename them to be scored"
@@ -176,6 +181,7 @@ def _unlikely_perturbations(labels: Sequence[str], design: Design) -> Iterator[s
         )
     spellings: dict[str, set[str]] = {}
     for label in labels:
+        # two spellings of one perturbation are one condition
         spellings.setdefault(design.label(label), set()).add(label.strip())
     if several := _several(spellings):
         yield f"labels that mean the same perturbation and are read as one: {preview(several)}"
@@ -214,6 +220,8 @@ def _cell_findings(adata: AnnData) -> list[Finding]:
 def _condition_findings(obs: pd.DataFrame, design: Design) -> list[Finding]:
     """How many conditions there are, and which are short of cells or of controls."""
     is_control, groups, names = design.is_control(obs), design.groups(obs), design.names(obs)
+
+    # short of cells, then short of controls
     sizes = names.value_counts()
     few = sizes[sizes < FEW_CELLS]
     if design.perturbation is None:

@@ -82,6 +82,7 @@ def matches(condition: Mapping[str, Any], table: pd.DataFrame) -> np.ndarray:
 def _values(condition: Any, columns: Sequence[str], design: Design) -> dict[str, Any]:
     """One condition as column to canonical value."""
     if isinstance(condition, str):
+        # a label may hold the separator where it stands alone
         values = condition.split("|") if len(columns) > 1 else [condition]
     elif isinstance(condition, tuple | list):
         values = list(condition)
@@ -99,6 +100,8 @@ def _values(condition: Any, columns: Sequence[str], design: Design) -> dict[str,
         raise ValueError(
             f"{condition!r} is a {type(condition).__name__}; expected a text like {'|'.join(columns)!r}, or a mapping"
         )
+
+    # a text or a list names every column
     if len(values) != len(columns):
         raise ValueError(
             f"{condition!r} has {len(values)} value(s); expected {len(columns)}, joined by '|': {'|'.join(columns)}"

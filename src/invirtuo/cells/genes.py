@@ -202,6 +202,7 @@ def _knots(x: np.ndarray, limit: int) -> np.ndarray:
         first, last, left, right = stack.pop()
         if last - first + 1 <= max(limit, 1):
             continue
+        # cut at the median, unless it is an end of the cell already
         middle = max(int(np.searchsorted(x, x[(first + last) // 2])), first)
         if x[middle] not in (left, right):
             knots.append(x[middle])
@@ -259,6 +260,7 @@ def read_vectors(path: str | Path, genes: Sequence[str]) -> np.ndarray:
     """
     path = Path(path)
     try:
+        # arrays `genes` and `emb`, or a table with names in its first column
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 table = pd.DataFrame(arrays["emb"].astype(np.float64), index=arrays["genes"].astype(str))

@@ -58,6 +58,7 @@ def join(data: Any, *, rna: str | None = "rna", atac: str = "atac", obs: str | N
     peaks = sparse.csr_matrix(modalities[atac][first.obs_names].X, copy=True)
     if peaks.nnz and peaks.data.max() > 1:
         logger.warning("peaks hold counts; they are read as open (above 0) or closed")
+
     # open or closed
     peaks.sum_duplicates()
     peaks.data = (peaks.data > 0).astype(peaks.dtype)

@@ -105,6 +105,7 @@ def normalize(
     check_target_sum(target_sum)
     n_genes = None if n_genes is None else whole_number("n_genes", n_genes)
     size_factor = size_factor or adata.uns.get("invirtuo", {}).get("size_factor")
+
     # depth and log values over all genes, before any is left out
     wanted = _positions(adata, keep)
     counts = _counts(adata, layer)
@@ -118,14 +119,14 @@ def normalize(
         chosen = chosen.copy()
         chosen[wanted] = True
         new = new[:, chosen].copy()
-    new.uns["invirtuo"] |= preparation(target_sum, size_factor, n_genes, flavor, split)
+    new.uns["invirtuo"] |= provenance(target_sum, size_factor, n_genes, flavor, split)
     return new
 
 
-def preparation(
+def provenance(
     target_sum: float, size_factor: str | None, n_genes: int | None, flavor: str, split: pd.Series | None
 ) -> dict[str, Any]:
-    """What to note of a preparation: depth, and how genes were chosen."""
+    """How values were made, to be noted beside them: choice of genes, depth, and total of a cell."""
     return {
         "genes": "all" if n_genes is None else f"{flavor}, {n_genes}",
         "genes_chosen_on": "all cells" if split is None else "training cells",
@@ -177,6 +178,7 @@ def perturbench(
     check_target_sum(1.0 if target_sum is None else target_sum)
     n_genes = whole_number("n_genes", n_genes, 0)
     counts = _counts(adata, None)
+
     # genes seen in enough cells, then depth over these
     seen = np.asarray((counts > 0).sum(axis=0)).ravel() >= min_cells
     counts, adata = counts[:, seen], adata[:, seen]
@@ -187,6 +189,7 @@ def perturbench(
     if n_genes == 0:
         return new
     train = _training_rows(adata, split)
+
     # variable genes, the strongest responses of every perturbation, and the perturbed genes themselves
     groups = design.groups(new.obs)
     new.var["highly_variable"] = variable_genes(counts[train], n_genes, batch=groups[train])

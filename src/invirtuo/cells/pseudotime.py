@@ -65,6 +65,8 @@ def pseudotime(
     time = np.full(adata.n_obs, np.nan)
     for _, rows in pd.Series(groups).groupby(groups).indices.items():
         time[rows] = _ordered(adata[rows], root, n_pcs, n_neighbors, n_components)
+
+    # cells that no path leads to have infinite pseudotime
     connected = np.isfinite(time)
     if connected.mean() < 0.5:
         raise ValueError(

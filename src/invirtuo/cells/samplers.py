@@ -106,16 +106,8 @@ class Layout:
     def only(self, positions: np.ndarray, spare: Mapping[int, np.ndarray]) -> Layout:
         """The layout of the given positions in `rows`, with spare control cells that join those of every group."""
         time = None if self.time is None else self.time[positions]
-        return Layout(
-            self.rows[positions],
-            self.group[positions],
-            self.condition[positions],
-            self.is_control[positions],
-            time,
-            self.group_names,
-            spare,
-            joined=True,
-        )
+        labels = self.group[positions], self.condition[positions], self.is_control[positions]
+        return Layout(self.rows[positions], *labels, time, self.group_names, spare, joined=True)
 
     def controls(self) -> dict[int, np.ndarray]:
         """Rows of the control cells of every group that has cells.
@@ -127,6 +119,7 @@ class Layout:
         """
         pools: dict[int, np.ndarray] = {}
         for g in np.unique(self.group).tolist():
+            # own control cells, and spare ones where these are few or none
             pool = self.rows[(self.group == g) & self.is_control]
             if self.joined or not len(pool):
                 pool = np.concatenate([pool, self.spare.get(g, pool[:0])])

@@ -17,7 +17,7 @@ from scipy import sparse
 
 from invirtuo.cells.files import making, writing_hdf5
 from invirtuo.cells.genes import variable_genes_of
-from invirtuo.cells.preprocess import TOTAL, check_target_sum, preparation
+from invirtuo.cells.preprocess import TOTAL, check_target_sum, provenance
 from invirtuo.cells.store import MANIFEST, ROW, VALUE, CellStore
 from invirtuo.cells.values import log_normalised, looks_like_counts
 from invirtuo.errors import preview, whole_number
@@ -78,6 +78,7 @@ def shuffle(
     n_genes = None if n_genes is None else whole_number("n_genes", n_genes)
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression is {compression!r}; expected one of {', '.join(COMPRESSIONS)}")
+
     # what X holds, and the depth of every cell
     scan = store.scan()
     is_counts = scan.whole and looks_like_counts(store.X)
@@ -93,7 +94,7 @@ def shuffle(
     values = "as given"
     if is_counts:
         values = "counts" if counts else "log1p"
-    facts = {"values": values} | preparation(target_sum, size_factor, n_genes, "seurat_v3", split)
+    facts = {"values": values} | provenance(target_sum, size_factor, n_genes, "seurat_v3", split)
     with making(folder) as temporary:
         manifest = plan.write(temporary, facts)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))

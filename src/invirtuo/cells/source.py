@@ -185,7 +185,7 @@ def opened(
     small_in_memory
         Read an h5ad with an X of at most 512 MiB, or stored by columns, whole. False leaves all files on disk.
     layer
-        What is to be read in place of X, which takes an h5ad into memory.
+        What is to be read instead of X, which takes an h5ad into memory.
     options
         As for :meth:`CellStore.open`.
     """
@@ -221,7 +221,7 @@ def source_of(cells: AnnData | CellStore, *, layer: str | None = None, name: str
     cells
         In memory, backed, or in a store.
     layer
-        A layer or an entry of obsm to read in place of X.
+        A layer or an entry of obsm to read instead of X.
     name
         For messages.
 
@@ -241,6 +241,7 @@ def source_of(cells: AnnData | CellStore, *, layer: str | None = None, name: str
     genes = cells.var_names.astype(str)
     if layer is not None:
         return MemorySource(cells.obs, *_named_values(cells, genes, layer, name))
+
     # a backed view cannot be indexed again, and rows of CSC are slow: both are read into memory
     is_indexable = cells.isbacked and not cells.is_view
     if is_indexable and getattr(cells[:1].X, "format", None) != "csc":

@@ -119,6 +119,7 @@ class CellStore:
         files, manifest = _files(paths)
         parts = [Part(path) for path in files]
         genes = aligned(parts)
+
         # one table of obs, and the genes that all files have
         wanted = None if columns is None else list(columns)
         obs = _joined([(part.path, part.obs(wanted)) for part in parts])
@@ -133,6 +134,7 @@ class CellStore:
             part.close()
         if block is not None and block < 1:
             raise ValueError(f"block is {block}; expected at least 1 row")
+
         # neighbours in a shuffled store are random already: longer pieces are read faster
         size = block or (BLOCK if manifest is None else SHUFFLED_BLOCK)
         return cls(parts, obs, genes, memory=n_bytes(memory), block=size, manifest=manifest)
@@ -215,7 +217,7 @@ class CellStore:
             yield chunk, self.read(chunk)
 
     def scan(self, *, signed: bool = False) -> Scan:
-        """Look at every value once: are they fit to be used, what are the row sums, and what tells them apart.
+        """Pass over all values once: check them, and find the row sums, a hash, and whether they may be counts.
 
         Raises
         ------
@@ -223,10 +225,11 @@ class CellStore:
             If values are not finite, or, unless `signed`, negative; naming the file.
         """
         if self._scan is None:
-            totals, lowest, whole = [], 0.0, True
+            totals, lowest, is_whole = [], 0.0, True
             digest = hashlib.blake2b(digest_size=8)
             digest.update(self.lengths.tobytes())
             for rows, x in self.blocks():
+                # min and max are not finite as soon as one value is not
                 if len(x.data) and not (np.isfinite(x.data.min()) and np.isfinite(x.data.max())):
                     raise ValueError(
                         f"{self._bad_row(rows, ~np.isfinite(x.data), x)} NaN or infinite values; remove them"
@@ -237,10 +240,11 @@ class CellStore:
                     )
                 digest.update(x.data)
                 digest.update(x.indices)
+                # what tells counts from other values
                 lowest = min(lowest, float(x.data.min(initial=0)))
-                whole = whole and bool((x.data == np.rint(x.data)).all())
+                is_whole = is_whole and bool((x.data == np.rint(x.data)).all())
                 totals.append(np.asarray(x.sum(axis=1, dtype=np.float64)).ravel())
-            self._scan = Scan(np.concatenate(totals), digest.hexdigest(), lowest, whole)
+            self._scan = Scan(np.concatenate(totals), digest.hexdigest(), lowest, is_whole)
         return self._scan
 
     def _bad_row(self, rows: np.ndarray, bad: np.ndarray, x: sparse.csr_matrix) -> str:
@@ -251,9 +255,9 @@ class CellStore:
 
     def digest(self) -> str:
         """Short hash of the values and of how they are read."""
-        of_values = self.manifest["digest"] if self.manifest is not None else self.scan().digest
+        values = self.manifest["digest"] if self.manifest is not None else self.scan().digest
         settings = json.dumps([self.memory, self.block, list(self.var_names)])
-        return hashlib.blake2b(f"{of_values}{settings}".encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(f"{values}{settings}".encode(), digest_size=8).hexdigest()
 
 
 class Scan:
@@ -327,6 +331,7 @@ def _files(paths: Paths) -> tuple[list[Path], dict[str, Any] | None]:
         if not path.is_dir() or is_zarr_folder(path):
             files.append(path)
             continue
+        # a folder stands for its files
         found = sorted(p for p in path.iterdir() if p.suffix in (".h5ad", ".zarr") and not p.name.startswith("."))
         if not found:
             raise ValueError(f"{path} holds no .h5ad or .zarr; expected files of AnnData, or a folder of them")
@@ -364,6 +369,7 @@ def _joined(tables: list[tuple[Path, pd.DataFrame]]) -> pd.DataFrame:
             lacking[name] = without
             continue
         pieces = [table[name] for _, table in tables]
+        # categories of files differ, so they are united
         if any(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces):
             columns[name] = _united([piece.astype("category") for piece in pieces])
         else:

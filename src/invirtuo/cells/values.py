@@ -116,6 +116,7 @@ def look(X: Any, n_rows: int = SAMPLE) -> Values:
         return Values("zeros", 0.0, 1.0)
     maximum = float(values.max())
     whole = float((np.abs(values - np.rint(values)) < 1e-3).mean())
+    # signs first, then whole numbers, then which logarithm was taken
     if values.min() < 0:
         return Values("negative", maximum, whole)
     if whole > 0.999:
@@ -127,7 +128,7 @@ def look(X: Any, n_rows: int = SAMPLE) -> Values:
 
 
 def looks_like_counts(X) -> bool:
-    """Whether all values of a sample of the rows are whole numbers >= 0, some above 0.
+    """Whether all values of a sample of the rows are whole numbers >= 0, and not all 0.
 
     Parameters
     ----------
@@ -146,6 +147,7 @@ def check_values(adata: AnnData, *, layer: str | None = None, allow_negative: bo
     name = _name(layer)
     if not np.issubdtype(values.dtype, np.number):
         raise ValueError(f"{name} holds values of type {values.dtype}; expected numbers")
+    # one pass over all values, not over a sample
     bad = int(values.size - np.isfinite(values).sum())
     if bad:
         raise ValueError(
@@ -164,6 +166,7 @@ def require_counts(adata: AnnData, *, layer: str | None = None) -> None:
     found = look(matrix(adata, layer))
     if found.kind == "counts":
         return
+
     # where counts may be instead
     has = [name for name in adata.layers if layer is None and looks_like_counts(adata.layers[name])]
     in_raw = layer is None and getattr(adata, "raw", None) is not None and looks_like_counts(adata.raw.X)

@@ -181,6 +181,7 @@ def windows(
     order, starts = _blocks(store, layout, sampler, rng, n_ranks)
     if len(starts) < n_ranks:
         raise ValueError(f"{len(layout.rows)} cells make {len(starts)} blocks, too few for {n_ranks} devices")
+
     # bytes of every block
     lengths = store.lengths[layout.rows[order]].astype(np.int64)
     cost = np.add.reduceat(lengths * VALUE + ROW, starts)
@@ -221,6 +222,7 @@ def _blocks(
         block = (layout.rows - store.starts[file]) // size
         starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
         return np.arange(n), starts
+
     # blocks of cells of one condition, in random order, that hold whole sets
     set_size = getattr(sampler, "set_size", 1)
     size = -(-size // set_size) * set_size

@@ -111,9 +111,9 @@ def gaussian_velocity(
     velocity = db * mean + covariance / variance * (xt - b * mean)
     # da^2 + (db sd)^2 - covariance^2 / variance, written so that genes with a small sd lose no digits
     determinant = a * db - b * da
-    of_ends = determinant**2 * sd**2
-    of_blur = sigma**2 * (da**2 + (db * sd) ** 2)
-    residual_variance = (of_ends + of_blur) / variance
+    without_blur = determinant**2 * sd**2
+    blur = sigma**2 * (da**2 + (db * sd) ** 2)
+    residual_variance = (without_blur + blur) / variance
     return velocity, residual_variance.sqrt()
 
 

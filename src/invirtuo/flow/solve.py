@@ -151,6 +151,7 @@ def trajectory(
     states: list[Tensor] = [x0]
     slopes: list[Tensor] = []
     for k in range(len(times) - 1):
+        # slopes at the nodes cost no evaluation
         first: list[Tensor] = []
 
         def noted(x: Tensor, t: Tensor, first: list[Tensor] = first) -> Tensor:
@@ -223,6 +224,7 @@ def _ab2():
         if previous is None:
             x = x + float(h) * v
         else:
+            # extrapolate the slope linearly over the step
             v_before, h_before = previous
             r = float(h / h_before) / 2
             x = x + float(h) * ((1 + r) * v - r * v_before)

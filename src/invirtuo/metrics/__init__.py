@@ -224,15 +224,18 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     """The table of :func:`evaluate` for a Pair that is already made."""
     chosen = choose(metrics, pair.design)
     values = {}
+
     # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
     for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
         values[name] = np.concatenate([_values(METRICS[name], pair, group) for group in pair.groups])
+
     # one row per condition and metric, conditions by name, metrics as asked for
     conditions = [condition for group in pair.groups for condition in pair.names(group)]
     table = pd.DataFrame({"condition": conditions, **values}).melt("condition", var_name="metric")
     table["metric"] = pd.Categorical(table["metric"], categories=chosen)
     table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
     result = _with_labels(table, pair)
+
     # what a reader of the table must know travels with it
     counts, reasons = summarize(result), _reasons(pair, chosen)
     result.attrs = {"skipped": dict(pair.skipped), "reasons": reasons}
@@ -293,10 +296,15 @@ def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",), *, compat: 
 
 def _absent(scores: pd.DataFrame) -> pd.Series:
     """Which values do not exist because the condition has no real DE gene."""
+    # all columns that name a condition, also model, task and seed
     keys = [column for column in scores.columns if column not in ("metric", "value", "n_pred", "n_real")]
+    # de_recall is NaN where the condition has no real DE gene
     no_genes = (scores["metric"] == "de_recall") & scores["value"].isna()
-    of_condition = no_genes.groupby([scores[key] for key in keys], observed=True).transform("any") if keys else no_genes
-    return no_genes | scores["metric"].isin(ABSENT) & (of_condition | (scores["metric"] == "de_direction_match"))
+    condition_without = no_genes
+    if keys:
+        condition_without = no_genes.groupby([scores[key] for key in keys], observed=True).transform("any")
+    is_absent = condition_without | (scores["metric"] == "de_direction_match")
+    return no_genes | scores["metric"].isin(ABSENT) & is_absent
 
 
 def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:

@@ -45,6 +45,8 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
     streamed = isinstance(cells, Streamed)
     centre = cells.mean() if streamed else np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
+
+    # the cheapest of three exact ways
     if g <= FEW:
         variances, axes = _axes_of_few_genes(cells, centre, d)
     elif n <= FEW:
@@ -115,7 +117,8 @@ def _axes_of_many_genes(
                 # Ritz pairs: eigenvectors of the scatter matrix as it acts within the basis
                 small = basis.T @ images
                 rising_variances, rising_weights = linalg.eigh((small + small.T) / 2)
-                variances, weights = rising_variances[::-1][:d], rising_weights[:, ::-1][:, :d]
+                variances = rising_variances[::-1][:d]
+                weights = rising_weights[:, ::-1][:, :d]
                 errors = np.linalg.norm(residual @ weights[-width:], axis=0)
                 if last or errors.max() <= tolerance * variances[0]:
                     break

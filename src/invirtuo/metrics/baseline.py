@@ -33,10 +33,12 @@ def score_against(user: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
         If the tables do not hold the same conditions and metrics once each.
     """
     wide = {"user": _wide("user", user), "base": _wide("base", base)}
+    # means over other conditions would not compare
     for kind, axis in (("conditions", 0), ("metrics", 1)):
         different = wide["user"].axes[axis].symmetric_difference(wide["base"].axes[axis])
         if len(different):
             raise ValueError(f"user and base must have the same {kind}; in one of them only: {preview(different)}")
+    # descriptions without a direction are left out
     names = [name for name in dict.fromkeys(user["metric"]) if name not in METRICS or METRICS[name].direction]
     unbounded = [name for name in names if name not in METRICS or not np.isfinite(METRICS[name].best)]
     if unbounded:

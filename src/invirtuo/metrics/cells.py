@@ -114,7 +114,7 @@ class Cells:
     def equal_pieces(self, rng: np.random.Generator) -> tuple[dict[str, list[np.ndarray]], set[str]]:
         """Two random halves of each condition and of the controls of each group, and what has too few cells.
 
-        Groups and labels are visited in alphabetical order, the control at the place of its label.
+        Groups and labels are visited in alphabetical order, the control by its label.
         """
         # the order of the draws is that of cell-eval
         perturbed = [(self.table.at[name, "_group"], name, rows) for name, rows in self.rows.items()]
@@ -133,6 +133,8 @@ class Cells:
     def on_scale(self, scale: Literal["log1p", "counts"]) -> Cells:
         """The same file, its values log1p already or counts to be normalised; an error if they cannot be that."""
         found, where = self.found, _where(self.layer)
+
+        # a model may overshoot in a few values; counts are large or whole
         is_far_off = found.above > FEW or found.largest > ABSURD
         if scale == "log1p" and (is_far_off or (found.is_whole and found.largest >= 2)):
             raise ValueError(
@@ -202,13 +204,14 @@ def read_cells(
     genes
         (g,) names in the common order; None takes those of the file, sorted.
     layer
-        A layer or an entry of obsm to read in place of X.
+        A layer or an entry of obsm to read instead of X.
     """
     adata = opened(cells, small_in_memory=True, layer=layer)
     source = source_of(adata, layer=layer, name=name)
     if adata is not cells and isinstance(source, BackedSource | StoreSource):
         source.close_at_the_end()
     obs = _checked_obs(name, source.obs, design)
+
     # rows of every perturbed condition, and of the controls of every group
     control = design.is_control(obs)
     rows = _rows_by(design.names(obs), np.flatnonzero(~control))
@@ -217,6 +220,7 @@ def read_cells(
     table = design.conditions(obs)
     table["_group"] = design.groups(table).to_numpy()
     table.index = pd.Index(design.names(table))
+
     # columns of the genes, in the common order
     names = source.genes
     if not names.is_unique:
@@ -290,11 +294,13 @@ def compare_levels(pred: Cells, real: Cells) -> None:
     if "counts" in (pred.scale, real.scale):
         return
     (of_pred, pred_total), (of_real, real_total) = pred.looks_like, real.looks_like
+    # an error where a scale is certain, else a warning
     if of_pred.certain and of_real.certain:
         require_same_scale([("real", of_real), ("pred", of_pred)])
     for name, found in (("real", of_real), ("pred", of_pred)):
         if not found.is_usual and found.kind != "zeros":
             logger.warning("%s looks like %s; expected log1p values", name, found.text)
+    # one logarithm, but other depths
     ratio = pred_total / real_total if real_total > 0 else 1.0
     if not FAR[0] < ratio < FAR[1]:
         logger.warning(

@@ -66,6 +66,7 @@ def copying(
         sides["held_out"] = held_out
     for name, adata in sides.items():
         _check(name, adata, training.var_names, by)
+
     # distances on the principal axes of the training cells
     logged = {name: per_10k(adata[:, training.var_names].X) for name, adata in sides.items()}
     centre, axes = principal_axes(logged["training"], n_pcs)

@@ -61,7 +61,7 @@ class Metric:
     default
         Whether `evaluate` computes it when no metrics are named.
     relative
-        Whether it places a prediction among those of other perturbations; NaN in groups with one perturbation.
+        Whether it ranks a prediction among those of other perturbations; NaN in groups with one perturbation.
     """
 
     name: str
@@ -130,16 +130,22 @@ def metric(
         the function gives for each pair; a value off the diagonal may be rough where it cannot change the rank of the
         real condition.
     ranked
-        Also register ``<name>_rank``: the place of a prediction among those of its group, see `invirtuo.metrics.rank`.
+        Also register ``<name>_rank``: the rank of a prediction among those of its group, see `invirtuo.metrics.rank`.
     """
 
     def register(function: Callable) -> Callable:
         if ranked and (on is None or direction is None):
             raise ValueError(f"metric {name!r}: ranked=True needs a view to compare and a direction; name both")
+
+        # values condition by condition; a rank needs those of all pairs
         compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
         METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default, relative)
         if ranked and direction is not None:
+
+            def rank_values(pair: Pair, group: str) -> np.ndarray:
+                return ranks(compare.matrix(pair, group), direction)
+
             METRICS[f"{name}_rank"] = Metric(
                 name=f"{name}_rank",
                 label=f"{label} rank",
@@ -148,7 +154,7 @@ def metric(
                 best=0.0,
                 definition=f"Share of the other predictions of the group closer to the real condition by {label}",
                 reference=reference,
-                values=lambda pair, group: ranks(compare.matrix(pair, group), direction),
+                values=rank_values,
                 default=default,
                 relative=True,
             )
@@ -241,6 +247,7 @@ class Pair:
         self._cells: dict[Side, Cells] = {"pred": pred, "real": real}
         self._control_side: dict[Side, Side] = {"pred": controls, "real": "real"}
         self._cache: dict[Side, dict] = {"pred": {}, "real": {}}
+
         # conditions of both files are scored, the others listed
         both = [name for name in real.rows if name in pred.rows]
         if not both:
@@ -264,21 +271,22 @@ class Pair:
         scale: Scale = "log1p",
         layer: Layer = None,
     ) -> Pair:
-        """Two disjoint random halves of each real condition, as prediction and truth; the controls stay whole."""
-        whole = _scaled(real, design, scale, layer)
-        single = {name: "only one cell" for name, rows in whole.rows.items() if len(rows) < 2}
-        if len(single) == len(whole.rows):
+        """Two disjoint random halves of each real condition, as prediction and truth; the controls are not divided."""
+        scaled = _scaled(real, design, scale, layer)
+        single = {name: "only one cell" for name, rows in scaled.rows.items() if len(rows) < 2}
+        if len(single) == len(scaled.rows):
             raise ValueError(
                 f"real: no condition has two or more cells to divide; found {preview(single) or 'no conditions'}"
             )
         rng = np.random.default_rng(seed)
+
         # the larger half is the truth
         rest, pred = {}, {}
-        for name, rows in whole.rows.items():
+        for name, rows in scaled.rows.items():
             if name not in single:
                 first, second = np.array_split(rng.permutation(rows), 2)
                 rest[name], pred[name] = np.sort(first), np.sort(second)
-        pair = cls(whole.restricted(pred), whole.restricted(rest), design, n_pcs=n_pcs)
+        pair = cls(scaled.restricted(pred), scaled.restricted(rest), design, n_pcs=n_pcs)
         pair._skip(single)
         return pair
 
@@ -297,17 +305,19 @@ class Pair:
 
         Unlike :meth:`halves`, each side is compared with its own half of the controls; an odd cell is left out.
         """
-        whole = _scaled(real, design, scale, layer)
-        pieces, single = whole.equal_pieces(np.random.default_rng(seed))
-        if all(name in single for name in whole.rows):
+        scaled = _scaled(real, design, scale, layer)
+        pieces, single = scaled.equal_pieces(np.random.default_rng(seed))
+        if all(name in single for name in scaled.rows):
             raise ValueError("real: no condition has two or more cells to divide")
-        if no_control := [f"controls of {name}" for name in whole.controls if f"controls of {name}" in single]:
+
+        # both halves need controls of their own
+        if no_control := [f"controls of {name}" for name in scaled.controls if f"controls of {name}" in single]:
             raise ValueError(f"real: {preview(no_control)}: fewer than two cells to divide")
         sides = []
         for i in (0, 1):
-            rows = {name: pieces[name][i] for name in whole.rows if name in pieces}
-            controls = {name: pieces[f"controls of {name}"][i] for name in whole.controls}
-            sides.append(whole.restricted(rows, controls))
+            rows = {name: pieces[name][i] for name in scaled.rows if name in pieces}
+            controls = {name: pieces[f"controls of {name}"][i] for name in scaled.controls}
+            sides.append(scaled.restricted(rows, controls))
         rest, pred = sides
         pair = cls(pred, rest, design, n_pcs=n_pcs, controls="pred")
         pair._skip(dict.fromkeys(single, "only one cell"))
@@ -467,8 +477,8 @@ def _sides(pred, real, design: Design, scale: Scale, layer: Layer) -> tuple[Cell
 
 def _scaled(real: AnyCells, design: Design, scale: Scale, layer: Layer) -> Cells:
     """One file on the stated scale."""
-    whole = read_cells("real", real, design, layer=of_side(layer, "real"))
-    return whole.on_scale(common_scale(scale, whole))
+    cells = read_cells("real", real, design, layer=of_side(layer, "real"))
+    return cells.on_scale(common_scale(scale, cells))
 
 
 @dataclass(frozen=True)
@@ -496,13 +506,13 @@ def _moments(block) -> tuple[np.ndarray, np.ndarray, int]:
     if isinstance(block, Streamed):
         return block.moments()
     n, g = block.shape
-    # dense
-    if not sparse.issparse(block):
+    if sparse.issparse(block):
+        # stored values first, then the zeros that are not stored
+        mean = np.bincount(block.indices, weights=block.data, minlength=g) / n
+        squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
+        squares += (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
+    else:
         mean = block.mean(axis=0, dtype=np.float64)
         squares = np.square(block - mean).sum(axis=0)
-        return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
-    # CSR: stored values first, then the zeros that are not stored
-    mean = np.bincount(block.indices, weights=block.data, minlength=g) / n
-    squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
-    squares += (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
-    return mean, squares / (n - 1) if n > 1 else np.full(g, np.nan), n
+    variance = squares / (n - 1) if n > 1 else np.full(g, np.nan)
+    return mean, variance, n

@@ -76,6 +76,7 @@ def label_scores(
     rows = []
     for group in np.unique(groups):
         here = groups == group
+        # labels with too few cells cannot be split into train and test
         names, counts = np.unique(labels[here], return_counts=True)
         here &= np.isin(labels, names[counts >= 5])
         if (counts >= 5).sum() < 2:
@@ -122,20 +123,18 @@ def _scores(z, labels, predicted, test_size: float, seed: int) -> dict[str, floa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 50 passes are the protocol
         model.fit(z_train, y_train)
+
     # scores on the test cells; the silhouette is one of the embedding, and asks no classifier
     predicted_labels = model.predict(z_test)
     present = np.unique(y_test)
     recalls = [(predicted_labels[y_test == name] == name).mean() for name in present]
     f1 = f1_score(y_test, predicted_labels, labels=present, average="macro")
     silhouette = silhouette_score(z, labels, sample_size=min(5000, len(z)), random_state=seed)
-    return {
-        "n_labels": len(model.classes_),
-        "accuracy": float((predicted_labels == y_test).mean()),
-        "balanced_accuracy": float(np.mean(recalls)),
-        "f1": float(f1),
-        "auroc": _auroc(y_test, model.predict_proba(z_test), model.classes_),
-        "silhouette": float(silhouette),
-    }
+    scores = {"n_labels": len(model.classes_), "accuracy": float((predicted_labels == y_test).mean())}
+    scores |= {"balanced_accuracy": float(np.mean(recalls)), "f1": float(f1)}
+    scores["auroc"] = _auroc(y_test, model.predict_proba(z_test), model.classes_)
+    scores["silhouette"] = float(silhouette)
+    return scores
 
 
 def _auroc(labels: np.ndarray, chances: np.ndarray, classes: np.ndarray) -> float:

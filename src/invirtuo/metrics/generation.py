@@ -293,9 +293,9 @@ def _unbiased(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float]) -> float:
     if min(n, m) < 2:
         return np.nan
     # the kernels of a cell with itself are 1 each
-    of_self = len(sigmas)
-    within_x = (_kernel_mean(x, x, sigmas) - of_self / n) * n / (n - 1)
-    within_y = (_kernel_mean(y, y, sigmas) - of_self / m) * m / (m - 1)
+    self_kernel = len(sigmas)
+    within_x = (_kernel_mean(x, x, sigmas) - self_kernel / n) * n / (n - 1)
+    within_y = (_kernel_mean(y, y, sigmas) - self_kernel / m) * m / (m - 1)
     return within_x + within_y - 2 * _kernel_mean(x, y, sigmas)
 
 

@@ -63,13 +63,19 @@ def ranks(
         raise ValueError(f"expected a (P, P) matrix of predictions by real conditions; found shape {matrix.shape}")
     if len(matrix) == 1:
         return np.full(1, np.nan)
+
+    # small is good, not finite is worst
     candidates = matrix.T if by == "real" else matrix  # row j: what competes for j
     badness = candidates if direction == "lower" else -candidates
     badness = np.where(np.isfinite(badness), badness, np.finfo(float).max / 4)
+
+    # how many are better, and how many equal up to rounding
     own = np.diagonal(badness)[:, None]
     tied = np.abs(badness - own) <= TIE * np.abs(own)
     better = ((badness < own) & ~tied).sum(axis=1)
     others = tied.sum(axis=1) - 1
+
+    # the rank among equals
     if ties == "mid":
         within = others / 2
     elif ties == "worst":

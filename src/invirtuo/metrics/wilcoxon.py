@@ -121,6 +121,7 @@ def rank_sum(groups: list, control) -> tuple[np.ndarray, np.ndarray]:
 
     blocks = [control, *groups]
     sizes = np.array([block.shape[0] for block in blocks])
+
     # the test takes one AnnData with a label for each cell
     labels = np.repeat([f"{i:06d}" for i in range(len(blocks))], sizes)
     index = pd.RangeIndex(len(labels)).astype(str)

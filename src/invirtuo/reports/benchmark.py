@@ -34,7 +34,7 @@ ERROR_LENGTH = 200
 
 
 def overview(tables: Mapping[str, ScoreTable]) -> dict[str, Any]:
-    """Mean place of each model over all metrics and tasks, and its mean position within each task.
+    """Mean rank of each model over all metrics and tasks, and its mean position within each task.
 
     Parameters
     ----------
@@ -231,9 +231,9 @@ def _rank_charts(wide: Mapping[str, pd.DataFrame], table: ScoreTable) -> list[ch
     for column in table.columns:
         if not column.name.endswith("_rank"):
             continue
-        here = wide[column.name]
+        by_model = wide[column.name]
         names = table.means[column.name].dropna().sort_values().index
-        rows = [charts.Spread(name, table.kinds[name], here[name].to_numpy(float)) for name in names]
+        rows = [charts.Spread(name, table.kinds[name], by_model[name].to_numpy(float)) for name in names]
         if rows:
             drawn.append(charts.spreads(rows, 0.0, 1.0, reference=0.5, axis=f"{column.label} (0 is best)"))
     return drawn
@@ -246,6 +246,7 @@ def _scatters(wide: Mapping[str, pd.DataFrame], table: ScoreTable, model: str) -
         baseline = _best_baseline(table, column)
         if baseline is None or column.name.endswith("_rank") or model not in wide[column.name]:
             continue
+        # conditions that both have
         both = wide[column.name][[baseline, model]].set_axis(["x", "y"], axis=1).dropna()
         if len(both) < FEW:
             continue
@@ -285,6 +286,7 @@ def _differences(comparisons: pd.DataFrame | None, table: ScoreTable) -> dict[st
         if rows:
             chart = charts.forest(rows, axis=f"model minus {baseline}", lower_is_better=column.direction == "lower")
             forests.append({"column": column, "chart": chart})
+
     # how often each model is ahead or behind
     verdicts = []
     for model in models:
@@ -303,6 +305,7 @@ def _verdict(low: float, high: float, direction: str | None) -> str:
 
 def _cost_chart(seconds: pd.Series, table: ScoreTable, numbers: Mapping[str, int]) -> charts.Markup | None:
     """The main metric of a task over the seconds that each model took; None if nothing can be drawn."""
+    # the first of the main metrics that is there, else the first that has a direction
     names = {column.name: column for column in table.columns if column.direction}
     column = next((names[name] for name in (*MAIN, *names) if name in names), None)
     if column is None:

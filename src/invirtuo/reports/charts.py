@@ -101,6 +101,7 @@ def spreads(rows: Sequence[Spread], low: float, high: float, *, reference: float
         if not len(values):
             elements.append(_text(NAMES + 4, y + 4, "no value", "tick"))
             continue
+        # a line, a bar over its middle, a mark at the mean
         percentiles = np.clip(np.percentile(values, [10, 25, 75, 90]), low, high)
         p10, p25, p75, p90 = (scale(percentile) for percentile in percentiles)
         elements.append(_line(p10, y, p90, y, "whisker"))
@@ -131,6 +132,7 @@ def forest(rows: Sequence[Interval], *, axis: str, lower_is_better: bool | None)
     bottom = top + 6 + ROW * len(rows)
     elements = _vertical_grid(scale, top, bottom, axis)
     elements.append(_line(scale(0), top, scale(0), bottom, "zero"))
+
     # which side is better
     if lower_is_better is not None:
         x, anchor, text = (NAMES, "start", "← better") if lower_is_better else (WIDTH - 10, "end", "better →")
@@ -190,7 +192,8 @@ def quality_by_cost(dots: Sequence[Dot], *, floor: float | None, x_axis: str, y_
     x_axis, y_axis
         What the axes show.
     """
-    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots]
+    xs = [dot.x for dot in dots]
+    ys = [dot.y for dot in dots]
     if floor is not None:
         ys.append(floor)
     across = _Scale(min(xs) / 1.6, max(xs) * 1.6, 44, WIDTH - 12, log=True)

@@ -36,6 +36,7 @@ def forecast(
     """
     names = _courses(predicted.obs, time)
     seen = None if observed is None else _courses(observed.obs, time, [c for c in predicted.obs if c in observed.obs])
+
     # unless genes are named, those that change most along a course
     x = pd.DataFrame(np.asarray(predicted.X), columns=predicted.var_names)
     move = x.groupby(names.to_numpy()).agg(np.ptp).max()
@@ -69,6 +70,7 @@ def network(edges: pd.DataFrame) -> str:
     """
     if not len(edges):
         raise ValueError("the table of edges is empty; there is nothing to draw")
+
     # regulators and targets in the order of their strongest edge
     top = edges.head(MAX_EDGES)
     rows, columns = list(dict.fromkeys(top["regulator"])), list(dict.fromkeys(top["target"]))
@@ -110,6 +112,8 @@ def intervention(change: AnnData, *, time: str) -> str:
     colors = [PREDICTED if effect > 0 else REAL for effect in rising]
     bars.barh(list(rising.index), rising.to_numpy(), color=colors)
     bars.set_xlabel("change at the end (sd)", fontsize=8)
+
+    # lines: the change along time, a colour for each gene
     names = _courses(change.obs, time)
     for color, gene in zip(LINES, list(top.index)[: len(LINES)], strict=False):
         column = change.var_names.get_loc(gene)

@@ -49,6 +49,7 @@ def effects_figure(table: pd.DataFrame, n_genes: int) -> Figure:
     """A panel for each of the first 12 conditions, at most `COLUMNS` in a row."""
     from matplotlib.figure import Figure
 
+    # a grid of panels, the last row filled up with empty ones
     conditions = list(dict.fromkeys(table["condition"]))[:MAX_CONDITIONS]
     columns = min(len(conditions), COLUMNS)
     rows = -(-len(conditions) // columns)

@@ -37,6 +37,8 @@ def panels(table: pd.DataFrame) -> tuple[str, int, str]:
     predicted = table[table["kind"] == "predicted"]
     models = list(dict.fromkeys(predicted["model"]))
     conditions = list(dict.fromkeys(predicted["condition"]))
+
+    # as many as a page holds; the note says what is left out
     rows, columns = conditions[:MAX_ROWS], models[:MAX_COLUMNS]
     figure = _figure(1.0 + 2.3 * len(columns), 0.7 + 2.2 * len(rows))
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
@@ -67,6 +69,7 @@ def curves(history: pd.DataFrame) -> str:
     panels: dict[str, list[str]] = {}
     for column in numbers:
         panels.setdefault(column.removeprefix("train_").removeprefix("val_"), []).append(column)
+
     # the total loss first
     names = sorted(panels, key=lambda name: (name != "total", name != "loss", name))[:MAX_COLUMNS]
     per_row = min(3, len(names))
@@ -106,6 +109,8 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
     models = [name for name in dict.fromkeys(genes["model"]) if name != "real"][:MAX_COLUMNS]
     figure = _figure(0.6 + 2.6 * len(models), 7.2)
     grid = figure.subplots(3, len(models), squeeze=False, sharex="row", sharey="row")
+
+    # the same bins for all, so that columns compare
     bins = np.linspace(cells["zeros"].min(), cells["zeros"].max(), 41)
     for j, model in enumerate(models):
         for name, color, label in (("real", GREY, "real"), (model, PREDICTED, "generated")):
@@ -132,6 +137,7 @@ def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
     here = table["condition"].isin([condition, ""]) & table["model"].isin([model, ""])
     style = {"background": (GREY, 3, 0.5), "real": (REAL, 4, 0.7), "predicted": (PREDICTED, 4, 0.6)}
     for kind, (color, size, alpha) in style.items():
+        # background first, so that it lies below
         cells = table[here & (table["kind"] == kind)]
         if len(cells) > MAX_POINTS:
             cells = cells.sample(MAX_POINTS, random_state=0)

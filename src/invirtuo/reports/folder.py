@@ -34,6 +34,7 @@ def read_scores(path: Path) -> pd.DataFrame:
     if table.empty:
         raise ValueError(f"{path} has no rows; expected one per condition, metric and model. Run the evaluation again")
     values = pd.to_numeric(table["value"], errors="coerce")
+    # a missing value may be, text may not
     wrong = values.isna() & ~table["value"].isin(EMPTY) & table["value"].notna()
     if wrong.any():
         raise ValueError(
@@ -58,6 +59,8 @@ def read_panels(folder: Path) -> pd.DataFrame | None:
         table = _read_csv(plain, ("pc1", "pc2", "kind"))
     else:
         return None
+
+    # coordinates and kind must be there, labels may be missing
     lacking = [name for name in PANEL_COLUMNS[:3] if name not in table]
     if lacking:
         raise ValueError(f"{packed} lacks {', '.join(lacking)}; found {', '.join(map(str, table.columns))}")

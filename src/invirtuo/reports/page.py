@@ -37,7 +37,7 @@ def report(results: str | os.PathLike, out: str | os.PathLike = "report.html", *
         ``model``, ``condition``), ``history.csv`` (``step``, ``model``, one column per quantity), ``effects.csv``
         (``condition``, ``gene``, ``effect``, ``low``, ``high``, ``real``; `invirtuo.bench.effects`) and ``run.json``
         (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor``, ``effect level`` and
-        ``notes`` have a place of their own, anything else is listed); of generated populations ``genes.csv``
+        ``notes`` are shown on their own, anything else is listed); of generated populations ``genes.csv``
         (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
         has more: ``costs.csv`` (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters),
         ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
@@ -103,6 +103,7 @@ def _sections(scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | N
     """One section per task, in the order of the table."""
     baselines, floor = run.get("baselines", BASELINES), run.get("floor", FLOOR)
     about = run["tasks"] if isinstance(run.get("tasks"), dict) else {}
+    # scores from elsewhere may say which direction is better
     if "direction" not in scores and isinstance(run.get("directions"), dict):
         scores = scores.assign(direction=scores["metric"].map(run["directions"]))
     found = []
@@ -125,6 +126,7 @@ def _benchmark(
     """What compares models over tasks; None for a single comparison. Charts of a task go into its section."""
     if not benchmark.is_benchmark(scores, (costs, comparisons)):
         return None
+
     # within a task
     tables = {section["task"]: section["table"] for section in sections}
     for section in sections:

@@ -93,15 +93,18 @@ def score_table(
     failed = dict(failed or {})
     means = _means(scores)
     columns = _columns(scores)
+
     # metrics that are the same for all say nothing
-    tells = {column.name: len(means) < 2 or means[column.name].nunique(dropna=False) > 1 for column in columns}
-    equal = [column.label for column in columns if not tells[column.name]] if any(tells.values()) else []
+    differs = {column.name: len(means) < 2 or means[column.name].nunique(dropna=False) > 1 for column in columns}
+    equal = [column.label for column in columns if not differs[column.name]] if any(differs.values()) else []
     columns = [column for column in columns if column.label not in equal]
     names = [column.name for column in columns]
     means = means.reindex(columns=names)
+
     # notes: how many values are missing, and how much seeds differ
     missing = scores["value"].isna().groupby([scores["model"], scores["metric"]]).agg(["sum", "size"])
     spread = _seed_spread(scores)
+
     # best and second best of every metric
     marks: dict[str, dict[str, str]] = {}
     wins: dict[str, list[str]] = {name: [] for name in means.index if name != floor}
@@ -120,7 +123,8 @@ def score_table(
     mean_rank = _mean_ranks(means.drop(floor, errors="ignore"), columns)
 
     def order(name: str) -> tuple[int, int, float, str]:
-        return _KINDS.index(kinds[name]), -len(wins.get(name, ())), mean_rank.get(name, np.inf), name
+        n_wins = len(wins.get(name, ()))
+        return _KINDS.index(kinds[name]), -n_wins, mean_rank.get(name, np.inf), name
 
     rows = []
     for name in sorted(every, key=order):
@@ -166,6 +170,8 @@ def headline(table: ScoreTable) -> str:
     n = sum(map(len, table.wins.values()))
     if n == 0:
         return "No model is ahead of another in any score."
+
+    # most wins first
     winners = [(name, won) for name, won in table.wins.items() if won]
     ranked = sorted(winners, key=lambda item: (-len(item[1]), item[0]))
     first, won = ranked[0]
@@ -183,6 +189,7 @@ def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict]:
     models = [row.name for row in table.rows if row.cells]
     found = []
     for column in table.columns:
+        # mean over seeds
         wide = scores[scores["metric"] == column.name].pivot_table(
             index="condition", columns="model", values="value", aggfunc="mean", dropna=False
         )
@@ -214,6 +221,7 @@ def _columns(scores: pd.DataFrame) -> list[Column]:
     present = list(dict.fromkeys(scores["metric"]))
     order = [name for name in records if name in present]
     order += [name for name in present if name not in records]
+    # what the table says goes before what the registry says
     given = scores.groupby("metric")["direction"].first() if "direction" in scores else {}
     counted = scores[scores["value"].notna()].groupby("metric")["condition"].nunique()
     columns = []
@@ -262,6 +270,8 @@ def _gap(table: ScoreTable, first: str, kinds: dict[str, str]) -> str:
     if column is None:
         return ""
     values = table.means[column.name].dropna()
+
+    # what to hold the winner against
     best = values[[name for name in values.index if kinds[name] == "baseline" and name != first]]
     others = []
     if len(best):

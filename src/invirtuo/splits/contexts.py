@@ -94,6 +94,7 @@ def hold_out(
     validated = set() if val is None else _condition_names(obs, design, val)
     if both := tested & validated:
         raise ValueError(f"{preview(sorted(both))} stand in conditions and in val; hold each out for one of them")
+
     # the named conditions are held out with all their cells
     is_test = names.isin(tested).to_numpy() & ~control
     is_val = names.isin(validated).to_numpy() & ~control
@@ -254,6 +255,7 @@ def _whole_conditions(
     _check_share("val_fraction", val_fraction)
     control = design.is_control(obs)
     labels, groups = design.tidy(obs)[design.perturbation].to_numpy(), design.groups(obs).to_numpy()
+
     # pairs that may validate, and how many groups each perturbation is trained on in
     trained = ~test & ~control
     candidates = trained & others
@@ -321,6 +323,7 @@ def _contexts(obs: pd.DataFrame, design: Design, contexts: Conditions) -> dict[s
     table = design.tidy(obs)[covariates]
     found: dict[str, np.ndarray] = {}
     for context in wanted(contexts, covariates, design):
+        # "*": a context may leave covariates open
         name = "|".join(str(context.get(column, "*")) for column in covariates) or "all"
         inside = matches(context, table)
         if not inside.any():

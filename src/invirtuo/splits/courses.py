@@ -67,8 +67,8 @@ def courses(
             raise ValueError("later times can be held out of a Design with time= only")
         # the range of time is that of the course
         time = pd.to_numeric(obs[design.time]).astype(float)
-        of_course = time.groupby(design.groups(obs).to_numpy())
-        first, last = of_course.transform("min"), of_course.transform("max")
+        by_course = time.groupby(design.groups(obs).to_numpy())
+        first, last = by_course.transform("min"), by_course.transform("max")
         test |= (time > last - later * (last - first)).to_numpy()
     split = pd.Series(np.where(test, "test", "train"), index=obs.index, name="split", dtype=object)
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(~test))

@@ -44,6 +44,7 @@ def from_csv(path: str | Path, obs: pd.DataFrame) -> pd.Series:
         raise ValueError(f"{path} is empty or not a table of two columns (cell name, split): {error}") from error
     if table.shape[1] != 2:
         raise ValueError(f"{path}: expected two columns (cell name, split), no header; found {table.shape[1]} columns")
+
     # the values, the names of the file, and those of obs
     cells, values = table[0], table[1]
     wrong = ~values.isin([*PARTS, ""])
@@ -62,6 +63,7 @@ def from_csv(path: str | Path, obs: pd.DataFrame) -> pd.Series:
     unknown = cells[~cells.isin(obs.index.astype(str))]
     if len(unknown):
         raise ValueError(f"{path}: cells that are not in obs: {preview(unknown)}; obs has {preview(obs.index, 3)}")
+
     # cells that the file leaves out are unassigned
     split = pd.Series(values.to_numpy(dtype=object), index=cells).reindex(obs.index.astype(str), fill_value="")
     return pd.Series(split.to_numpy(), index=obs.index, name="split", dtype=object)

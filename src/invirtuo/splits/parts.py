@@ -98,12 +98,14 @@ def divide(
             fate,
             preview("|".join([*state, label]) for label, state in alone),
         )
+
     # held-out pairs: half val, half test in every state
     val, test = _halves(rest, [order.index(state) for _, state in rest], seed)
     part = dict.fromkeys(val, "val") | dict.fromkeys(test, "test")
     part |= dict.fromkeys(alone, "test" if keep_singletons else "")
     pairs = zip(table["label"], table["state"], strict=True)
     split = pd.Series([part.get(pair, "train") for pair in pairs], index=table.index, name="split", dtype=object)
+
     # controls: half train, a quarter each val and test, whatever their state
     control = (table["label"] == design.control).to_numpy()
     rows = np.flatnonzero(control).tolist()

@@ -44,7 +44,7 @@ def transfer(
     keep_singletons: bool = False,
     stratum_order: Sequence | None = None,
 ) -> pd.Series:
-    """Hold out perturbations in some covariate states; the same perturbations are trained on in the other states.
+    """Hold out perturbations in drawn covariate states; the same perturbations are trained on in the other states.
 
     Parameters
     ----------
@@ -82,15 +82,18 @@ def transfer(
     labels_of_state = table.drop_duplicates()["state"].value_counts()
     if exclude_control:
         labels_of_state = perturbed["state"].value_counts()
+
     # at most a share of the labels of a state is held out
     cap = {state: min(fraction * count, CAP) for state, count in labels_of_state.items()}
     states_of = perturbed.groupby("label", sort=True)["state"].agg(list).to_dict()
+
     # perturbations seen in most states choose first; downsampling removes perturbations from all states
     order = sorted(states_of, key=lambda label: -len(states_of[label]))
     if downsample < 1:
         order = random.Random(seed).sample(order, int(downsample * len(order)))
     n_states = table["state"].nunique()
     rng = np.random.RandomState(seed)
+
     # a seed for each perturbation, so that the draws of one do not depend on the others
     seeds = [int(rng.randint(100000)) for _ in order]
     heldout: Heldout = []
@@ -315,6 +318,7 @@ def scaling(
     n = len(labels) if n is None else n
     if not 0 < core <= n <= len(labels):
         raise ValueError(f"expected 0 < core <= n <= {len(labels)}, the {by} of obs; found core={core}, n={n}")
+
     # the core comes first at every n, so that what is held out stays the same
     order = random.Random(seed).sample(labels, len(labels))
     if by == "groups":
@@ -387,6 +391,7 @@ def imbalanced(
         names = preview("|".join(state) or "all" for state in sorted(present))
         raise ValueError(f"expected two or more covariate groups, each once in order=; obs has {names}")
     sizes = _unequal([len(present[state]) for state in states], entropy)
+
     # the first of each shuffled list stay, so that smaller selections lie inside of larger ones
     kept: set[tuple[str, State]] = set()
     for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
@@ -399,7 +404,7 @@ def imbalanced(
 
 
 def _within(used: pd.Series, split: pd.Series) -> pd.Series:
-    """Widen the split of some of the cells to all; the others are unassigned."""
+    """Widen the split of the used cells to all; the others are unassigned."""
     found = pd.Series("", index=used.index, name="split", dtype=object)
     found[used.to_numpy()] = split.to_numpy()
     return found

@@ -76,15 +76,18 @@ def from_toml(
     names = _datasets(content, obs, dataset, path)
     contexts = design.tidy(obs)[_context(design, context)].to_numpy()
     control = design.is_control(obs)
+
     # all cells of the training data sets train, unless a context says otherwise
     training = [name for name, value in content["training"].items() if _is_part(value, ("train",), name, path)]
     split = pd.Series(np.where(np.isin(names, training), "train", ""), index=obs.index, name="split", dtype=object)
     named = np.zeros(len(obs), dtype=bool)
+
     # a context that is held out as a whole
     for key, part in content["zeroshot"].items():
         inside = _inside(key, names, contexts, content, path)
         _is_part(part, HELD_OUT, key, path)
         split[inside], named = part, named | inside
+
     # a context of which the listed perturbations are held out
     for key, table in content["fewshot"].items():
         inside = _inside(key, names, contexts, content, path)
@@ -119,6 +122,7 @@ def _read(path: str | Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} does not exist; expected a TOML file with {preview(SECTIONS)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
+    # all sections are tables, and there is something to train on
     unknown = sorted(set(content) - set(SECTIONS))
     wrong = [name for name, section in content.items() if not isinstance(section, Mapping)]
     if unknown or wrong:
@@ -139,6 +143,8 @@ def _datasets(content: Mapping, obs: pd.DataFrame, dataset: str | None, path: st
             f"{path} has {len(known)} data sets: {preview(known)}; say with dataset= which one obs is, or in which "
             "column of obs their names stand"
         )
+
+    # one data set for all cells, or a column that says which
     if dataset is None or dataset in known:
         return np.full(len(obs), dataset or known[0], dtype=object)
     if dataset not in obs.columns:
