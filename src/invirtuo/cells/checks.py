@@ -219,7 +219,9 @@ def _cell_findings(adata: AnnData) -> list[Finding]:
 
 def _condition_findings(obs: pd.DataFrame, design: Design) -> list[Finding]:
     """How many conditions there are, and which are short of cells or of controls."""
-    is_control, groups, names = design.is_control(obs), design.groups(obs), design.names(obs)
+    is_control = design.is_control(obs)
+    groups = design.groups(obs)
+    names = design.names(obs)
 
     # short of cells, then short of controls
     sizes = names.value_counts()
@@ -227,7 +229,8 @@ def _condition_findings(obs: pd.DataFrame, design: Design) -> list[Finding]:
     if design.perturbation is None:
         found = [("note", "conditions", f"no perturbation; {names.nunique()} groups of cells")]
     else:
-        n_perturbed, n_controls = names[~is_control].nunique(), int(is_control.sum())
+        n_perturbed = names[~is_control].nunique()
+        n_controls = int(is_control.sum())
         text = (
             f"{len(design.perturbations)} single perturbations, {n_perturbed} perturbed conditions in "
             f"{groups.nunique()} covariate groups, {n_controls:,} control cells"

@@ -100,20 +100,27 @@ def reference(course: Course, *, head: int = 10, tail: int = 20, unique: Collect
     ----------
     theislab/PathReg, notebook of hematopoiesis.
     """
-    time, values, rows = course.time, course.values.astype(np.float64), course.rows
+    time = course.time
+    values = course.values.astype(np.float64)
+    rows = course.rows
     # courses in which cells of one time are dropped
     if set(course.labels.values()) & set(unique):
         keep = np.r_[True, np.diff(time) > 0]
-        time, values, rows = time[keep], values[keep], rows[keep]
+        time = time[keep]
+        values = values[keep]
+        rows = rows[keep]
     if len(time) <= head + tail + 5:
         raise ValueError(
             f"{course.name}: {len(time)} cells; the reference preparation needs more than {head + tail + 5}"
         )
     # the ends of pseudotime are sparse
     cut = slice(head, len(time) - tail)
-    time, values, rows = time[cut], values[cut], rows[cut]
+    time = time[cut]
+    values = values[cut]
+    rows = rows[cut]
     # values and time from 0 to 1
-    low, span = values.min(axis=0), np.ptp(values, axis=0)
+    low = values.min(axis=0)
+    span = np.ptp(values, axis=0)
     values = np.divide(values - low, span, out=np.zeros_like(values), where=span > 0)
     duration = max(time[-1] - time[0], 1e-12)
     return course._replace(time=(time - time[0]) / duration, values=values, rows=rows)

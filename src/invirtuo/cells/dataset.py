@@ -300,7 +300,8 @@ class CellDataset:
             total += np.asarray(x.sum(axis=0)).ravel()
             square += np.asarray(x.multiply(x).sum(axis=0)).ravel()
             weighted += x.T @ depth
-            depths, depth_square = depths + depth.sum(), depth_square + (depth**2).sum()
+            depths = depths + depth.sum()
+            depth_square = depth_square + (depth**2).sum()
         # the residual variance beyond that of a Poisson, summed over cells
         share = total / max(depths, 1.0)
         expected = share**2 * depth_square

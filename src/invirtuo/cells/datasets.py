@@ -287,12 +287,15 @@ def toy(seed: int = 0, n_cells: int = 600, n_genes: int = 100) -> AnnData:
     if n_cells < 42 or n_genes < 10:
         raise ValueError(f"toy with {n_cells} cells and {n_genes} genes; expected at least 42 cells and 10 genes")
     rng = np.random.default_rng(seed)
-    singles, types, batches = ["A", "B", "C"], ["b_cell", "monocyte", "t_cell"], ["batch_1", "batch_2"]
+    singles = ["A", "B", "C"]
+    types = ["b_cell", "monocyte", "t_cell"]
+    batches = ["batch_1", "batch_2"]
     labels = [*["control"] * 3, *singles, "A+B", "A+C", "B+C"]
 
     # every label in every cell type in turn; batches at random
     cell = np.arange(n_cells)
-    label, cell_type = cell % len(labels), cell // len(labels) % len(types)
+    label = cell % len(labels)
+    cell_type = cell // len(labels) % len(types)
     batch = rng.integers(2, size=n_cells)
 
     # each perturbation hits a tenth of the genes; effects of combinations add up

@@ -397,7 +397,8 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
         raise ValueError(
             f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again"
         )
-    adata.obs, adata.var = _plain_text(adata.obs), _plain_text(adata.var)
+    adata.obs = _plain_text(adata.obs)
+    adata.var = _plain_text(adata.var)
     return adata
 
 
@@ -541,7 +542,9 @@ def _check_sparse(group: h5py.Group, path: Path) -> None:
 
     # sizes first, then what they hold
     shape = np.asarray(group.attrs["shape"])
-    data, indices, indptr = group["data"], group["indices"], group["indptr"]
+    data = group["data"]
+    indices = group["indices"]
+    indptr = group["indptr"]
     if shape.shape != (2,) or (shape < 0).any():
         raise ValueError(f"{where} has shape {shape.tolist()}; expected two numbers >= 0")
     n_major, n_minor = shape if group.attrs["encoding-type"] == "csr_matrix" else shape[::-1]

@@ -80,7 +80,9 @@ def variable_genes_of(blocks: Callable[[], Iterator], n_genes: int, *, span: flo
     (g,) bool
     """
     # first pass: mean and variance
-    n, total, square = 0, np.zeros(()), np.zeros(())
+    n = 0
+    total = np.zeros(())
+    square = np.zeros(())
     for block in blocks():
         x = sparse.csr_array(block, dtype=np.float64)
         n += x.shape[0]
@@ -94,7 +96,8 @@ def variable_genes_of(blocks: Callable[[], Iterator], n_genes: int, *, span: flo
 
     # second pass: variance around the mean of counts clipped at sqrt(n) expected deviations
     limit = deviation * np.sqrt(n) + mean
-    total, square = np.zeros_like(mean), np.zeros_like(mean)
+    total = np.zeros_like(mean)
+    square = np.zeros_like(mean)
     for block in blocks():
         x = sparse.csr_array(block, dtype=np.float64, copy=True)
         x.data = np.minimum(x.data, limit[x.indices])
@@ -145,7 +148,8 @@ def normalised_variance(counts, *, span: float = 0.3) -> np.ndarray:
     # the same around the same mean, of counts clipped at sqrt(n) expected deviations
     limit = deviation * np.sqrt(n) + mean
     counts.data = np.minimum(counts.data, np.repeat(limit, np.diff(counts.indptr)))
-    total, square = counts.sum(axis=0), counts.power(2).sum(axis=0)
+    total = counts.sum(axis=0)
+    square = counts.power(2).sum(axis=0)
     squares = n * mean**2 + square - 2 * total * mean
     return np.where(varies, squares / ((n - 1) * deviation**2), 0.0)
 
@@ -155,7 +159,8 @@ def _expected_deviation(mean: np.ndarray, variance: np.ndarray, span: float) -> 
     varies = variance > 1e-12
     deviation = np.ones(len(mean))
     if varies.any():
-        log_mean, log_variance = np.log10(mean[varies]), np.log10(variance[varies])
+        log_mean = np.log10(mean[varies])
+        log_variance = np.log10(variance[varies])
         deviation[varies] = np.sqrt(10 ** loess(log_mean, log_variance, span=span))
     return deviation, varies
 
@@ -195,7 +200,8 @@ def _knots(x: np.ndarray, limit: int) -> np.ndarray:
     """Ends of the cells after cutting sorted x at medians until no cell holds more than `limit` points."""
     size = max(abs(x[0]), abs(x[-1]))
     width = max(x[-1] - x[0], size * 1e-3 + 1e-30)
-    low, high = x[0] - MARGIN * width, x[-1] + MARGIN * width
+    low = x[0] - MARGIN * width
+    high = x[-1] + MARGIN * width
     knots = [low, high]
     stack = [(0, len(x) - 1, low, high)]  # cells: first and last point, left and right end
     while stack:

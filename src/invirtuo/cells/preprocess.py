@@ -181,7 +181,8 @@ def perturbench(
 
     # genes seen in enough cells, then depth over these
     seen = np.asarray((counts > 0).sum(axis=0)).ravel() >= min_cells
-    counts, adata = counts[:, seen], adata[:, seen]
+    counts = counts[:, seen]
+    adata = adata[:, seen]
     total = _depth(adata.obs, counts, None)
     depth = float(np.median(total)) if target_sum is None else target_sum
     new = _assemble(adata, counts, log_normalised(counts, total, depth), total)
@@ -324,7 +325,8 @@ def _assemble(adata: AnnData, counts: sparse.csr_matrix, log_expr: sparse.csr_ma
     """Build the new object: log values in X, counts in a layer; annotations copied, other layers left behind."""
     from anndata import AnnData
 
-    obs, var = adata.obs.copy(), adata.var.copy()
+    obs = adata.obs.copy()
+    var = adata.var.copy()
     obsm = {name: value.copy() for name, value in adata.obsm.items()}
     uns = copy.deepcopy(dict(adata.uns))
     new = AnnData(X=log_expr, obs=obs, var=var, layers={"counts": counts}, obsm=obsm, uns=uns)

@@ -273,7 +273,10 @@ class Courses:
         yield Rows(layout.rows[np.concatenate(batch)])
 
 
-cells, pairs, sets, courses = Cells(), Pairs(), Sets(), Courses()
+cells = Cells()
+pairs = Pairs()
+sets = Sets()
+courses = Courses()
 SAMPLERS: dict[str, Sampler] = {"cells": cells, "pairs": pairs, "sets": sets, "courses": courses}
 
 

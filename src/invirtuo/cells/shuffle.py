@@ -125,7 +125,10 @@ class _Plan:
     """Where every cell goes, and how it is written."""
 
     def __init__(self, store, genes, depth, target_sum, compression, seed):
-        self.depth, self.target_sum, self.compression, self.seed = depth, target_sum, compression, seed
+        self.depth = depth
+        self.target_sum = target_sum
+        self.compression = compression
+        self.seed = seed
         self.obs = store.obs.assign(**{TOTAL: depth})
         self.store = store if genes is store.var_names else store[:, genes]
         size = int(store.lengths.sum(dtype=np.int64)) * VALUE + store.n_obs * ROW

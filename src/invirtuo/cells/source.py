@@ -85,7 +85,9 @@ class MemorySource(Generic[Matrix]):
     on_disk = False
 
     def __init__(self, obs: pd.DataFrame, genes: pd.Index, matrix: Matrix, counts: Any = None):
-        self.obs, self.genes, self.matrix = obs, genes, matrix
+        self.obs = obs
+        self.genes = genes
+        self.matrix = matrix
         self._counts: Any = matrix if counts is None else counts
 
     def read(self, rows: np.ndarray) -> Matrix:
@@ -116,7 +118,9 @@ class BackedSource:
     on_disk = True
 
     def __init__(self, adata: AnnData):
-        self.adata, self.obs, self.genes = adata, adata.obs, adata.var_names.astype(str)
+        self.adata = adata
+        self.obs = adata.obs
+        self.genes = adata.var_names.astype(str)
 
     def read(self, rows: np.ndarray) -> Any:
         return _in_rows(self.adata[rows].X)
@@ -137,7 +141,9 @@ class StoreSource:
     on_disk = True
 
     def __init__(self, store: CellStore):
-        self.store, self.obs, self.genes = store, store.obs, store.var_names.astype(str)
+        self.store = store
+        self.obs = store.obs
+        self.genes = store.var_names.astype(str)
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         return self.store.read(rows)

@@ -77,7 +77,11 @@ class CellStore:
         block: int,
         manifest: dict[str, Any] | None = None,
     ):
-        self.parts, self.obs, self.memory, self.block, self.manifest = parts, obs, memory, block, manifest
+        self.parts = parts
+        self.obs = obs
+        self.memory = memory
+        self.block = block
+        self.manifest = manifest
         self.var_names = pd.Index(genes)
         self.layers: dict[str, Any] = {}
         self.uns: dict[str, Any] = {}
@@ -264,14 +268,18 @@ class Scan:
     """What a pass over all values found: row sums (n,), a hash, the smallest value, whether all are whole numbers."""
 
     def __init__(self, totals: np.ndarray, digest: str, lowest: float, whole: bool):
-        self.totals, self.digest, self.lowest, self.whole = totals, digest, lowest, whole
+        self.totals = totals
+        self.digest = digest
+        self.lowest = lowest
+        self.whole = whole
 
 
 class _Preview:
     """Rows of one file, for a look at its values."""
 
     def __init__(self, part: Part):
-        self.part, self.shape = part, (part.n_obs, part.n_vars)
+        self.part = part
+        self.shape = (part.n_obs, part.n_vars)
 
     def __getitem__(self, rows: Any) -> sparse.csr_matrix:
         rows = np.arange(self.part.n_obs)[rows]

@@ -65,7 +65,8 @@ class Standardize(_Fitted):
 
     def fit(self, x: np.ndarray) -> Self:
         x = np.asarray(x, dtype=np.float64)
-        self.mean, sd = x.mean(axis=0), x.std(axis=0)
+        self.mean = x.mean(axis=0)
+        sd = x.std(axis=0)
         self.sd = np.where(sd > 0, sd, 1.0)
         return self
 

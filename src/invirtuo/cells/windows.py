@@ -105,7 +105,9 @@ class Window:
     """
 
     def __init__(self, layout: Layout, seed: Sequence[int], read: Callable[[], LoadedRows], controls: ControlCache):
-        self.layout, self.seed, self.controls = layout, seed, controls
+        self.layout = layout
+        self.seed = seed
+        self.controls = controls
         self.following: Window | None = None
         self.reader: ThreadPoolExecutor | None = None
         self._read = read
@@ -141,7 +143,8 @@ def prefetched(planned: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Win
             following = next(planned, None)
             now[1].reader = reader
             if following is not None:
-                now[1].following, following[1].reader = following[1], reader
+                now[1].following = following[1]
+                following[1].reader = reader
             yield now
             now[1].following = None  # else every window would keep the next alive
             now = following

@@ -284,7 +284,8 @@ def _dopri5(tolerance: float = 1e-5, taken: list[_Step] | None = None):
 
     def step(velocity, x, t, h):
         nonlocal size
-        now, end = float(t), float(t + h)
+        now = float(t)
+        end = float(t + h)
         first = velocity(x, t)
         while now < end:
             # try a step, no further than the end

@@ -126,7 +126,8 @@ class Cells:
             if len(rows) < 2:
                 single.add(key)
                 continue
-            shuffled, n = rng.permutation(rows), len(rows) // 2
+            shuffled = rng.permutation(rows)
+            n = len(rows) // 2
             pieces[key] = [shuffled[:n], shuffled[n : 2 * n]]
         return pieces, single
 
@@ -249,7 +250,8 @@ def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
                 f"{name}: {_where(layer)} holds {bad} NaN or infinite values (cells from row {start}); remove or repair"
             )
         if values.size:
-            largest, smallest = max(largest, float(values.max())), min(smallest, float(values.min()))
+            largest = max(largest, float(values.max()))
+            smallest = min(smallest, float(values.min()))
         # shares and sums that tell counts from logarithms
         above += int((values > MAX_LOG1P).sum())
         positive += int(np.count_nonzero(values))

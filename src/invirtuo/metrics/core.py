@@ -285,7 +285,8 @@ class Pair:
         for name, rows in scaled.rows.items():
             if name not in single:
                 first, second = np.array_split(rng.permutation(rows), 2)
-                rest[name], pred[name] = np.sort(first), np.sort(second)
+                rest[name] = np.sort(first)
+                pred[name] = np.sort(second)
         pair = cls(scaled.restricted(pred), scaled.restricted(rest), design, n_pcs=n_pcs)
         pair._skip(single)
         return pair
@@ -325,7 +326,8 @@ class Pair:
 
     def against(self, pred: AnyCells) -> Pair:
         """Another prediction of the same real data; what was computed of the real data is not computed again."""
-        real, layer = self._cells["real"], self._cells["pred"].layer
+        real = self._cells["real"]
+        layer = self._cells["pred"].layer
         other = read_cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
         pair = type(self)(other, real, self.design, n_pcs=self.n_pcs, controls=self._control_side["pred"])
         pair._cache["real"] = self._cache["real"]
@@ -458,7 +460,8 @@ class Pair:
                 "example metrics='generation'"
             )
         if rows is None:
-            design, others = self.design, preview(cells.controls) or "none"
+            design = self.design
+            others = preview(cells.controls) or "none"
             raise ValueError(
                 f"{cells.name}: group {group!r} has no control cells (label {design.control!r} in "
                 f"obs[{design.perturbation!r}]); groups with controls: {others}. "

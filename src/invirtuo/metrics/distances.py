@@ -57,7 +57,8 @@ def _repaired(squares: torch.Tensor, x: Cloud, y: Cloud) -> torch.Tensor:
     """Squared distances of close cells by subtraction, of many close cells by products in float64."""
     close = (squares <= CLOSE * (x.norms[:, None] + y.norms)).nonzero()
     if len(close) > 4 * max(squares.shape):
-        a, b = x.cells.double(), y.cells.double()
+        a = x.cells.double()
+        b = y.cells.double()
         norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
         return torch.addmm(norms, a, b.T, alpha=-2)
     for pairs in close.split(SUBTRACTED):

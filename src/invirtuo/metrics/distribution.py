@@ -83,7 +83,8 @@ def _half_energy_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]
         shapes.append(cells.shape)
         means.append(cells.mean(axis=0, dtype=np.float64))
     centre = np.mean(means, axis=0)
-    n_cells, n_genes = sum(n for n, _ in shapes), shapes[0][1]
+    n_cells = sum(n for n, _ in shapes)
+    n_genes = shapes[0][1]
 
     # many cells of many genes are first compared in a few dimensions
     is_screened = n_genes > 4 * SKETCH and n_cells**2 * n_genes > SCREENED
@@ -91,12 +92,15 @@ def _half_energy_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]
 
     # exact: the self terms and the diagonal; beside it the entries that show how exact the sketches are
     matrix = np.full((len(preds), len(preds)), np.nan)
-    within_pred, within_real = np.empty(len(preds)), np.empty(len(preds))
+    within_pred = np.empty(len(preds))
+    within_real = np.empty(len(preds))
     pred_sketches, real_sketches = [], []
     previous: Cloud | None = None
     for i in range(len(preds)):
-        x, y = cloud(preds[i], centre), cloud(reals[i], centre)
-        within_pred[i], within_real[i] = between(x, x), between(y, y)
+        x = cloud(preds[i], centre)
+        y = cloud(reals[i], centre)
+        within_pred[i] = between(x, x)
+        within_real[i] = between(y, y)
         matrix[i, i] = between(x, y)
         if axes is not None:
             if previous is not None:
@@ -230,7 +234,8 @@ def half_energy(pred: np.ndarray, real: np.ndarray) -> float:
     Szekely and Rizzo 2013, doi:10.1016/j.jspi.2013.03.018; Wu et al. 2024, arXiv:2408.10609.
     """
     centre = real.mean(axis=0, dtype=np.float64)
-    x, y = cloud(pred, centre), cloud(real, centre)
+    x = cloud(pred, centre)
+    y = cloud(real, centre)
     return between(x, y) - between(x, x) / 2 - between(y, y) / 2
 
 
@@ -273,7 +278,8 @@ def energy_distance(pred: np.ndarray, real: np.ndarray) -> float:
         (n, d) and (m, d) cells.
     """
     centre = real.mean(axis=0, dtype=np.float64)
-    x, y = cloud(pred, centre), cloud(real, centre)
+    x = cloud(pred, centre)
+    y = cloud(real, centre)
     return 2 * between(x, y) - _without_self(x) - _without_self(y)
 
 

@@ -64,7 +64,8 @@ def label_scores(
     >>> float(label_scores(z, kind)["accuracy"].iloc[0])
     1.0
     """
-    embedding, labels = np.asarray(embedding, np.float32), np.asarray(labels).astype(str)
+    embedding = np.asarray(embedding, np.float32)
+    labels = np.asarray(labels).astype(str)
     groups = np.full(len(labels), "all") if groups is None else np.asarray(groups).astype(str)
     if embedding.ndim != 2 or not len(embedding) == len(labels) == len(groups):
         raise ValueError(
@@ -88,7 +89,8 @@ def label_scores(
 
 def _checked(z, labels, real: np.ndarray, known: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Predicted cells, if they can be read by a network of the real ones."""
-    z, labels = np.asarray(z, np.float32), np.asarray(labels).astype(str)
+    z = np.asarray(z, np.float32)
+    labels = np.asarray(labels).astype(str)
     if z.shape != (len(labels), real.shape[1]) or not np.isfinite(z).all():
         raise ValueError(
             f"predicted embeddings have shape {z.shape}, with {len(labels)} labels; expected a finite row of "

@@ -78,7 +78,8 @@ def mmd_rbf(pred: np.ndarray, real: np.ndarray, *, sigmas: Sequence[float] = SIG
     Gretton et al. 2012, equation 5; Palma et al. 2025, arXiv:2407.11734.
     """
     n = min(len(pred), len(real))
-    x, y = pred[:n], real[:n]
+    x = pred[:n]
+    y = real[:n]
     within = _kernel_mean(x, x, sigmas) + _kernel_mean(y, y, sigmas)
     return max(0.0, within - 2 * _kernel_mean(x, y, sigmas))
 
@@ -315,7 +316,8 @@ def _balls_around(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.n
     blocks = _distance_blocks(centres, centres, "cityblock")
     radius = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])
     # a ball reaches to the k-th neighbour of its centre
-    counts, filled = [], np.zeros(len(centres), dtype=bool)
+    counts = []
+    filled = np.zeros(len(centres), dtype=bool)
     for block in _distance_blocks(points, centres, "cityblock"):
         inside = block < radius
         counts.append(inside.sum(axis=1))

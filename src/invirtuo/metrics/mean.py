@@ -95,12 +95,14 @@ def var_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 def _rmse_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
     from scipy.spatial.distance import cdist
 
-    x, y = np.stack(list(preds)), np.stack(list(reals))
+    x = np.stack(list(preds))
+    y = np.stack(list(reals))
     return cdist(x, y) / np.sqrt(x.shape[1])
 
 
 def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
-    x, y = np.stack(list(preds)), np.stack(list(reals))
+    x = np.stack(list(preds))
+    y = np.stack(list(reals))
     norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(y, axis=1)
     return _ratio(x @ y.T, norms)
 
@@ -360,7 +362,8 @@ def logfc(mean: np.ndarray, control_mean: np.ndarray, *, pseudocount: float = 0.
     np.ndarray
         (..., g); 0 where a mean lies below minus the pseudocount, which a prediction with negative values can have.
     """
-    mean, control_mean = np.asarray(mean, dtype=float), np.asarray(control_mean, dtype=float)
+    mean = np.asarray(mean, dtype=float)
+    control_mean = np.asarray(control_mean, dtype=float)
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.log2(mean + pseudocount) - np.log2(control_mean + pseudocount)
     return np.where(np.isnan(change), 0.0, change)

@@ -42,16 +42,19 @@ def edge_recovery(
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     counted = _counted(truth, regulators, diagonal)
-    y, s = np.asarray(truth)[counted] != 0, np.asarray(scores, dtype=float)[counted]
+    y = np.asarray(truth)[counted] != 0
+    s = np.asarray(scores, dtype=float)[counted]
     n = int(y.sum())
     if not 0 < n < len(y):
         raise ValueError(f"{n} of {len(y)} possible edges are true; expected some that are and some that are not")
     # early precision: of the n best scored edges; edges of the n-th score share what they leave open
     best = np.argsort(-s, kind="stable")[:n]
-    is_above, is_tied = s > s[best[-1]], s == s[best[-1]]
+    is_above = s > s[best[-1]]
+    is_tied = s == s[best[-1]]
     hits = y[is_above].sum() + y[is_tied].mean() * (n - is_above.sum())
     density = n / len(y)
-    auroc, auprc = roc_auc_score(y, s), average_precision_score(y, s)
+    auroc = roc_auc_score(y, s)
+    auprc = average_precision_score(y, s)
     epr = float(hits / n / density)
     return {"auroc": float(auroc), "auprc": float(auprc), "epr": epr, "density": density, "n_edges": float(n)}
 
@@ -61,7 +64,8 @@ def edge_sets(
 ) -> dict[str, float]:
     """True and false positive rate of a set of edges, and its structural Hamming distance to the graph."""
     counted = _counted(truth, regulators, diagonal)
-    y, x = np.asarray(truth)[counted] != 0, np.asarray(found)[counted] != 0
+    y = np.asarray(truth)[counted] != 0
+    x = np.asarray(found)[counted] != 0
     tpr = float(x[y].mean()) if y.any() else float("nan")
     fpr = float(x[~y].mean()) if not y.all() else float("nan")
     return {"tpr": tpr, "fpr": fpr, "hamming": float((x != y).sum()), "n_found": float(x.sum())}
@@ -79,8 +83,10 @@ def random_scores(truth: np.ndarray, rng: np.random.Generator, *, degree_matched
 def correlation_scores(x: np.ndarray, *, later: np.ndarray | None = None) -> np.ndarray:
     """Absolute Pearson correlation of (n, d); with `later`, of each variable with later states of all."""
     y = x if later is None else later
-    a, b = np.asarray(x, float), np.asarray(y, float)
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    a = np.asarray(x, float)
+    b = np.asarray(y, float)
+    a = a - a.mean(axis=0)
+    b = b - b.mean(axis=0)
     squares = np.outer((a**2).sum(axis=0), (b**2).sum(axis=0))
     scale = np.sqrt(squares)
     return np.abs(np.divide(a.T @ b, scale, out=np.zeros_like(scale), where=scale > 0))

@@ -29,7 +29,9 @@ class Streamed:
     """
 
     def __init__(self, read: Callable[[np.ndarray], Any], rows: np.ndarray, n_genes: int):
-        self.read, self.rows, self.shape = read, rows, (len(rows), n_genes)
+        self.read = read
+        self.rows = rows
+        self.shape = (len(rows), n_genes)
 
     def __getitem__(self, positions: slice) -> Streamed:
         return Streamed(self.read, self.rows[positions], self.shape[1])
@@ -76,13 +78,16 @@ class Streamed:
         for block in self.blocks():
             total = _added(total, block)
         # of sparse blocks the zeros that are not stored are counted, and added at the end
-        mean, squares, implied = total / n, np.zeros(g), np.full(g, n)
+        mean = total / n
+        squares = np.zeros(g)
+        implied = np.full(g, n)
         for block in self.blocks():
             if sparse.issparse(block):
                 np.add.at(squares, block.indices, np.square(block.data - mean[block.indices]))
                 implied -= np.bincount(block.indices, minlength=g)
             else:
-                squares, implied = _added(squares, np.square(block - mean)), np.zeros(g, int)
+                squares = _added(squares, np.square(block - mean))
+                implied = np.zeros(g, int)
         squares += implied * np.square(mean)
         variance = squares / (n - 1) if n > 1 else np.full(g, np.nan)
         return mean, variance, n

@@ -204,14 +204,17 @@ def _ends(table: ScoreTable, column: Column) -> tuple[float, float] | None:
         return None
     # 0 is the worst simple baseline, else the worst row; 1 is the noise floor, else the best row
     kind = pd.Series(table.kinds).reindex(values.index)
-    baselines, floors = values[kind == "baseline"], values[kind == "floor"]
+    baselines = values[kind == "baseline"]
+    floors = values[kind == "floor"]
     weak = baselines if len(baselines) else values
     strong = floors[:1] if len(floors) else values
     if column.direction == "lower":
-        low, high = float(weak.max()), float(strong.min())
+        low = float(weak.max())
+        high = float(strong.min())
         apart = low - high
     else:
-        low, high = float(weak.min()), float(strong.max())
+        low = float(weak.min())
+        high = float(strong.max())
         apart = high - low
     return (low, high) if apart > 1e-12 * max(abs(low), abs(high)) else None
 
@@ -251,7 +254,8 @@ def _scatters(wide: Mapping[str, pd.DataFrame], table: ScoreTable, model: str) -
         if len(both) < FEW:
             continue
         ahead = both["y"] < both["x"] if column.direction == "lower" else both["y"] > both["x"]
-        x, y = both["x"].to_numpy(float), both["y"].to_numpy(float)
+        x = both["x"].to_numpy(float)
+        y = both["y"].to_numpy(float)
         chart = charts.scatter(x, y, [str(name) for name in both.index], x_axis=baseline, y_axis=model)
         side = "below" if column.direction == "lower" else "above"
         drawn.append({"column": column, "chart": chart, "ahead": int(ahead.sum()), "n": len(both), "side": side})

@@ -67,7 +67,9 @@ class _Scale:
     def __call__(self, value: float) -> float:
         low, high = self.low, self.high
         if self.log:
-            low, high, value = np.log10(low), np.log10(high), np.log10(value)
+            low = np.log10(low)
+            high = np.log10(high)
+            value = np.log10(value)
         share = (value - low) / (high - low)
         return round(float(self.start + share * (self.end - self.start)), 1)
 
@@ -206,7 +208,8 @@ def quality_by_cost(dots: Sequence[Dot], *, floor: float | None, x_axis: str, y_
     # a number beside each dot, away from dots and numbers that are there
     taken = [(across(dot.x), up(dot.y)) for dot in dots]
     for dot in dots:
-        x, y = across(dot.x), up(dot.y)
+        x = across(dot.x)
+        y = up(dot.y)
         title = f"{dot.name}: {number(dot.x)} s, {number(dot.y)}"
         elements.append(_mark(x, y, dot.kind, title))
         spot = _free_spot(x, y, taken)
@@ -266,7 +269,8 @@ def _ticks(low: float, high: float, n: int) -> list[float]:
     raw = (high - low) / n
     power = 10.0 ** np.floor(np.log10(raw))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(np.log(s / raw)))
-    first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
+    first = np.ceil(low / step - 1e-9)
+    last = np.floor(high / step + 1e-9)
     return [float(f"{i * step:.6g}") + 0.0 for i in np.arange(first, last + 1)]
 
 

@@ -73,7 +73,8 @@ def network(edges: pd.DataFrame) -> str:
 
     # regulators and targets in the order of their strongest edge
     top = edges.head(MAX_EDGES)
-    rows, columns = list(dict.fromkeys(top["regulator"])), list(dict.fromkeys(top["target"]))
+    rows = list(dict.fromkeys(top["regulator"]))
+    columns = list(dict.fromkeys(top["target"]))
     figure = _figure(2.0 + 0.24 * len(columns), 1.6 + 0.22 * len(rows))
     ax = figure.subplots()
     for sign, color, label in ((1, PREDICTED, "raises"), (-1, REAL, "lowers"), (0, GREY, "either")):

@@ -39,7 +39,8 @@ def panels(table: pd.DataFrame) -> tuple[str, int, str]:
     conditions = list(dict.fromkeys(predicted["condition"]))
 
     # as many as a page holds; the note says what is left out
-    rows, columns = conditions[:MAX_ROWS], models[:MAX_COLUMNS]
+    rows = conditions[:MAX_ROWS]
+    columns = models[:MAX_COLUMNS]
     figure = _figure(1.0 + 2.3 * len(columns), 0.7 + 2.2 * len(rows))
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
     for i, condition in enumerate(rows):

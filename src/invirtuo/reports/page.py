@@ -66,9 +66,12 @@ def report(results: str | os.PathLike, out: str | os.PathLike = "report.html", *
     """
     # the tables of the folder; only scores.csv must be there
     path = Path(results)
-    scores, run = folder.read_scores(path / "scores.csv"), folder.read_run(path / "run.json")
-    costs, comparisons = folder.read_costs(path / "costs.csv"), folder.read_comparisons(path / "comparisons.csv")
-    cells, history = folder.read_panels(path), folder.read_history(path / "history.csv")
+    scores = folder.read_scores(path / "scores.csv")
+    run = folder.read_run(path / "run.json")
+    costs = folder.read_costs(path / "costs.csv")
+    comparisons = folder.read_comparisons(path / "comparisons.csv")
+    cells = folder.read_panels(path)
+    history = folder.read_history(path / "history.csv")
     counted = folder.read_populations(path)
     effects = folder.read_effects(path / "effects.csv")
 
@@ -101,7 +104,8 @@ def _environment() -> Environment:
 
 def _sections(scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | None) -> list[dict[str, Any]]:
     """One section per task, in the order of the table."""
-    baselines, floor = run.get("baselines", BASELINES), run.get("floor", FLOOR)
+    baselines = run.get("baselines", BASELINES)
+    floor = run.get("floor", FLOOR)
     about = run["tasks"] if isinstance(run.get("tasks"), dict) else {}
     # scores from elsewhere may say which direction is better
     if "direction" not in scores and isinstance(run.get("directions"), dict):

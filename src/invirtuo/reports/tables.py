@@ -228,7 +228,8 @@ def _columns(scores: pd.DataFrame) -> list[Column]:
     for name in order:
         record = records.get(name)
         direction = given.get(name) or getattr(record, "direction", None)
-        label, definition = getattr(record, "label", name), getattr(record, "definition", "")
+        label = getattr(record, "label", name)
+        definition = getattr(record, "definition", "")
         columns.append(Column(name, label, direction, definition, int(counted.get(name, 0))))
     return columns
 

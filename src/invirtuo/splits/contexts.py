@@ -254,7 +254,8 @@ def _whole_conditions(
     """Split with the given test cells; val takes pairs of group and perturbation among the other contexts."""
     _check_share("val_fraction", val_fraction)
     control = design.is_control(obs)
-    labels, groups = design.tidy(obs)[design.perturbation].to_numpy(), design.groups(obs).to_numpy()
+    labels = design.tidy(obs)[design.perturbation].to_numpy()
+    groups = design.groups(obs).to_numpy()
 
     # pairs that may validate, and how many groups each perturbation is trained on in
     trained = ~test & ~control
@@ -285,7 +286,8 @@ def deal_controls(
     seed: int,
 ) -> None:
     """Divide the controls of each group; groups without perturbed training cells may have shares of their own."""
-    control, groups = design.is_control(obs), design.groups(obs)
+    control = design.is_control(obs)
+    groups = design.groups(obs)
     unseen_fractions = fractions if unseen_fractions is None else unseen_fractions
     for name, shares in (("control_fractions", fractions), ("unseen_control_fractions", unseen_fractions)):
         if len(shares) != len(PARTS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
@@ -319,7 +321,8 @@ def _draw(labels: list[str], fraction: float, name: str, seed: int) -> list[str]
 
 def _contexts(obs: pd.DataFrame, design: Design, contexts: Conditions) -> dict[str, np.ndarray]:
     """Name of each context to its cells; contexts are disjoint and leave cells outside."""
-    groups, covariates = design.groups(obs), list(design.covariates)
+    groups = design.groups(obs)
+    covariates = list(design.covariates)
     table = design.tidy(obs)[covariates]
     found: dict[str, np.ndarray] = {}
     for context in wanted(contexts, covariates, design):
