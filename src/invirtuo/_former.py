@@ -31,7 +31,7 @@ MODULES = {
     "model.saving": "verbs.saving",
     "generators.base": "verbs.generate",
     "generators.drawing": "verbs.draw_counts",
-    "generators.hidden": "verbs.hidden_entries",
+    "generators.hidden": "verbs.masking",
     "generators.labels": "verbs.labels",
     "generators.latent": "verbs.latent_flow",
     "dynamics.base": "verbs.forecast",

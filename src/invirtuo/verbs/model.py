@@ -146,8 +146,11 @@ class Model(Trainable):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is saved beside weights and card, by path: transforms, and what `remember` kept."""
-        states = {f"{key}/{type(t).__name__}": t.state() for key, t in self.transforms.items()}
-        return {f"{path}/{name}": array for path, state in states.items() for name, array in state.items()}
+        arrays: dict[str, np.ndarray] = {}
+        for key, transform in self.transforms.items():
+            path = f"{key}/{type(transform).__name__}"
+            arrays |= {f"{path}/{name}": array for name, array in transform.state().items()}
+        return arrays
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take up what :meth:`arrays` gave."""
@@ -216,30 +219,32 @@ class Model(Trainable):
         check_torch()
         if torch.is_inference_mode_enabled():
             raise ValueError("torch.inference_mode is on, in which nothing can be trained; call fit outside of it")
-        folders = {} if folder is None else {stage: Path(folder) / stage for stage in self.stages(config)}
+
+        # a folder of checkpoints for every stage
+        folders: dict[str, Path] = {}
         if folder is not None:
+            folders = {stage: Path(folder) / stage for stage in self.stages(config)}
             _check_folder(Path(folder), folders.values(), free=resume or overwrite)
+
         adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split, signed=self.signed, obsm=self.obsm)
         self.check_labels(dataset)
+
         with self._unchanged_on_failure():
             self.card = {}
             self.prepare(dataset)
-            for checkpoints in () if resume else folders.values():
-                fitting.remove(checkpoints)
+            if not resume:
+                for checkpoints in folders.values():
+                    fitting.remove(checkpoints)
+            # closed forms have nothing to train
             if any(p.requires_grad for p in self.parameters()):
-                with fitting.seeded(config.seed):
-                    self._reset()
                 options = {"resume": resume, "callbacks": callbacks, "loggers": loggers}
-                runs = [
-                    self._train(stage, plan, dataset, folders.get(stage), options)
-                    for stage, plan in self.stages(config).items()
-                ]
-                self.history = pd.concat(runs, ignore_index=True)
+                self.history = self._train_stages(dataset, config, folders, options)
             self.card = saving.card(self.name, dataset, config) | self.facts(dataset)
             self.remember(dataset)
+
         if not config.keep_checkpoints and fitting.is_main():
             for checkpoints in reversed(folders.values()):
                 fitting.remove(checkpoints)
@@ -256,6 +261,17 @@ class Model(Trainable):
             if before is not None:
                 self.__dict__ = before
             raise
+
+    def _train_stages(
+        self, dataset: CellDataset, config: FitConfig, folders: Mapping[str, Path], options: dict[str, Any]
+    ) -> pd.DataFrame:
+        """Train from fresh weights, stage after stage; gives the history of all."""
+        with fitting.seeded(config.seed):
+            self._reset()
+        histories = []
+        for stage, plan in self.stages(config).items():
+            histories.append(self._train(stage, plan, dataset, folders.get(stage), options))
+        return pd.concat(histories, ignore_index=True)
 
     def _train(
         self, stage: str, plan: FitConfig, dataset: CellDataset, folder: Path | None, options: dict[str, Any]
@@ -323,8 +339,8 @@ class Model(Trainable):
             raise ValueError(f"{cls.name} cannot {verb}")
         check_names(getattr(cls, verb), cls.name, options)
         own = {f.name for f in fields(cls.Sampling)}
-        sampling = cls.Sampling(**{name: value for name, value in options.items() if name in own})
-        sampling.check(cls.name, config)
+        values = {name: value for name, value in options.items() if name in own}
+        cls.Sampling(**values).check(cls.name, config)
 
     def _sampling(self, options: Mapping[str, Any], kind: type[NoSampling] | None = None) -> Any:
         """The record of sampling options, by default that of the class, checked."""
@@ -375,14 +391,19 @@ class Model(Trainable):
             If a file is missing, damaged, or contradicts the others.
         """
         folder = Path(folder)
+
+        # what the model was made with
         with saving.reading(folder, "config.json") as path:
             facts = json.loads(path.read_text())
-            genes, preset, config = facts["genes"], facts["preset"], saving.config_from(cls.Config, facts["config"])
+            genes, preset = facts["genes"], facts["preset"]
+            config = saving.config_from(cls.Config, facts["config"])
         saving.check_hashes(folder, facts.get("sha256", {}))
         with saving.reading(folder, "design.json") as path:
             design = Design.from_json(path.read_text())
         model = cls(design, genes, config)
         model.preset = preset
+
+        # what the fit made
         with saving.reading(folder, "card.json") as path:
             model.card = json.loads(path.read_text())
         history = saving.path_of(folder, "history.csv")
@@ -419,9 +440,11 @@ class Model(Trainable):
             raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
 
     def _check_space(self, adata: AnnData) -> None:
-        (require_log if self.space == "log" else require_counts)(adata)
+        require_space = require_log if self.space == "log" else require_counts
+        require_space(adata)
 
     def _with_genes(self, adata: AnnData) -> AnnData:
+        """The cells with the genes of the model, in its order."""
         known = set(adata.var_names)
         missing = [gene for gene in self.genes if gene not in known]
         if missing:
@@ -443,6 +466,7 @@ class Model(Trainable):
         return json.loads(json.dumps(super().identity() | facts))
 
     def _provenance(self, seed: int, config: NoSampling) -> dict[str, Any]:
+        """How cells were made, for ``uns["invirtuo"]``."""
         return {
             "model": self.name,
             "preset": self.preset or "",
@@ -463,20 +487,21 @@ def _check_folder(folder: Path, checkpoints: Iterable[Path], *, free: bool) -> N
         raise ExistsError(
             f"{folder} holds a saved model; give checkpoints a folder of their own, like {folder / 'checkpoints'}"
         )
-    there = [path / fitting.LAST for path in checkpoints if (path / fitting.LAST).exists()]
-    if there and not free:
+    last = [path / fitting.LAST for path in checkpoints]
+    existing = [path for path in last if path.exists()]
+    if existing and not free:
         raise ExistsError(
-            f"{there[0]} is the checkpoint of a fit that did not end; go on from it with resume=True (--resume), "
+            f"{existing[0]} is the checkpoint of a fit that did not end; go on from it with resume=True (--resume), "
             "begin anew with overwrite=True (--overwrite), or give another name"
         )
 
 
 def check_torch() -> None:
     """Refuse a default type in which models cannot compute."""
-    if torch.get_default_dtype() != torch.float32:
+    dtype = torch.get_default_dtype()
+    if dtype != torch.float32:
         raise ValueError(
-            f"torch's default dtype is {torch.get_default_dtype()}; models compute in float32. Call "
-            "torch.set_default_dtype(torch.float32)"
+            f"torch's default dtype is {dtype}; models compute in float32. Call torch.set_default_dtype(torch.float32)"
         )
 
 
