@@ -273,7 +273,7 @@ def penalties(*, out: Path, data_dir: str | None = None, steps: int = 300) -> Ta
     split = iv.splits.courses(adata.obs, design, DONORS, val_fraction=0.2)
     model = SparseODE(design, adata.var_names, replace(SparseODE.Config(), n_members=1))
     config = replace(model.fit_config, steps=steps, progress=False, accelerator="cpu")
-    table = iv.dynamics.tradeoff(model, adata, split, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), config)
+    table = iv.models.sparse_ode.tradeoff(model, adata, split, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), config)
     picture = pictures.tradeoff(table)
     (out / "penalties.png").write_bytes(base64.b64decode(picture.partition(",")[2]))
     return {"penalties": table}
@@ -353,7 +353,7 @@ def variable_genes(raw, ordered, split, n: int = 300):
 @study(quick={"steps": 2, "seeds": 1})
 def walking(*, out: Path, data_dir: Path, steps: int = 400, seeds: int = 3) -> Tables:
     """Forecasts of 300 frames of 50 channels from the first frame, or the first three; squared errors per element."""
-    adata = iv.dynamics.motion_capture(data_dir / "cmu_mocap35.mat")
+    adata = iv.models.sparse_ode.motion_capture(data_dir / "cmu_mocap35.mat")
     train = (adata.obs["split"] == "train").to_numpy()
     x = np.asarray(adata.X, dtype=float)
     _, _, components = np.linalg.svd(x[train], full_matrices=False)
@@ -389,7 +389,7 @@ def walked(name: str, state: np.ndarray, back: np.ndarray, obs, x: np.ndarray, *
         mine = (obs["split"] == part).to_numpy()
         truth, first = x[mine].reshape(-1, 300, 50), state[mine].reshape(-1, 300, state.shape[1])[:, 0]
         found = model.forecast(first, np.arange(300.0)).X @ back
-        linear = [iv.dynamics.baselines(train, train[0], x0)["linear_ode"] for x0 in model.scaled(first)]
+        linear = [iv.verbs.naive_forecasts.baselines(train, train[0], x0)["linear_ode"] for x0 in model.scaled(first)]
         forecasts = {
             f"sparse_ode, {name}": found.reshape(truth.shape),
             f"linear ODE, {name}": model.unscaled(np.stack(linear)) @ back,

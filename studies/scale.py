@@ -56,7 +56,7 @@ def make(folder: Path, *, out: Path, cells: int = 1_000_000) -> Tables:
 def shuffle(folder: str) -> dict:
     """Write the shuffled store; in a process of its own."""
     with spent() as cost:
-        iv.store.shuffle(iv.CellStore.open(Path(folder) / "files"), Path(folder) / "store")
+        iv.shuffle(iv.CellStore.open(Path(folder) / "files"), Path(folder) / "store")
     return cost
 
 

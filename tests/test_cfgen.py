@@ -385,7 +385,7 @@ def test_correction_takes_out_the_batch_and_keeps_the_type(cells, learned):
 
 
 def test_imputation_beats_zeros_and_the_mean_of_the_genes(cells, learned):
-    masked, mask = iv.generators.mask_entries(cells, 0.1)
+    masked, mask = iv.mask_entries(cells, 0.1)
     filled = learned.impute(masked, masked_fraction=0.1, n_draws=3, steps=20)
     hidden = mask.toarray()
     real, found = cells.X.toarray()[hidden], filled.layers["imputed"][hidden]

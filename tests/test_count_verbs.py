@@ -634,7 +634,7 @@ def test_correct_with_strong_weights_warns(fitted, cells, caplog):
 @pytest.mark.parametrize("name", FLOWS)
 def test_impute(name, fitted, cells):
     model = fitted(name)
-    masked, mask = iv.generators.mask_entries(cells, 0.2)
+    masked, mask = iv.mask_entries(cells, 0.2)
     assert mask.nnz == pytest.approx(0.2 * cells.X.nnz, rel=0.1) and (masked.X.multiply(mask)).nnz == 0
     assert ((masked.X + cells.X.multiply(mask)) != cells.X).nnz == 0
     filled = model.impute(masked, mask=mask, masked_fraction=0.2, n_draws=2, steps=4)

@@ -74,7 +74,7 @@ def zarr(adata, folder):
 
 
 def shuffled(adata, folder):
-    iv.store.shuffle(iv.CellStore.open(h5ad(adata, folder)), folder / "store")
+    iv.shuffle(iv.CellStore.open(h5ad(adata, folder)), folder / "store")
     return folder / "store"
 
 

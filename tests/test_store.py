@@ -540,7 +540,8 @@ def test_a_failed_shuffle_leaves_nothing(raw, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import invirtuo as iv
-from invirtuo.store import shuffle, shuffled as module
+from invirtuo.cells import shuffle as module
+from invirtuo.cells.shuffle import shuffle
 real = module._Plan._write_file
 def write(self, path, *rest):
     real(self, path, *rest)

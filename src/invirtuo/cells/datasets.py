@@ -34,7 +34,7 @@ __all__ = ["DATASETS", "describe", "design", "load", "toy"]
 
 log = logging.getLogger(__name__)
 
-PACKAGE_DATA = Path(__file__).parent / "data"
+PACKAGE_DATA = Path(__file__).parents[1] / "data"
 GEO = "data of GEO under the terms of their depositors"
 PERTURBENCH = "CC BY-NC 4.0: not for commercial use, not to be passed on"
 

@@ -26,6 +26,13 @@ class Trainable(nn.Module):
     sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose
     set_size: int = 64  # cells of a set, for the sampler "sets"; `build` may choose
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Set the flags of a class that writes `update` or `proximal_step`, unless it sets them itself."""
+        super().__init_subclass__(**options)
+        for method, flag in {"update": "has_unused_parameters", "proximal_step": "has_proximal_step"}.items():
+            if method in vars(cls) and flag not in vars(cls):
+                setattr(cls, flag, True)
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of a batch, among them "total", which is minimised."""
         raise NotImplementedError
@@ -33,7 +40,7 @@ class Trainable(nn.Module):
     def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Losses of an optimiser step (counted from 0), among them "total".
 
-        Models with two objectives override it, and set `has_unused_parameters`. Parameters that get no gradient in a
+        Models with two objectives override it. Parameters that get no gradient in a
         step keep their values and the state of their optimiser.
         """
         return self.loss(batch)

@@ -118,7 +118,6 @@ class CPA(PerturbationModel):
     SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "kl_weight": (0.1, 20.0),
               "adversary_weight": (0.1, 100.0)}  # fmt: skip
     needs_source = True
-    has_unused_parameters = True  # the adversary's, in the steps of the autoencoder
     takes_features = True
 
     def build(self) -> None:

@@ -167,8 +167,6 @@ class SparseODE(GeneNetwork):
     """
 
     name = "sparse_ode"
-    has_unused_parameters = True  # those of closed gates
-    has_proximal_step = True
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours, for pseudotime"),
