@@ -63,9 +63,12 @@ class Entry:
 
     def settings(self) -> tuple[Any, FitConfig]:
         """The Config and FitConfig that the fields stand for."""
-        kind, replaced = MODELS[self.model], isinstance(self.config, Mapping)
-        preset = kind.preset_of(None if replaced else self.config)
-        config = config_from(kind.Config, {**asdict(preset.config), **self.config}) if replaced else preset.config
+        # a mapping replaces fields of the defaults
+        model, replaces = MODELS[self.model], isinstance(self.config, Mapping)
+        preset = model.preset_of(None if replaces else self.config)
+        config = preset.config
+        if replaces:
+            config = config_from(model.Config, {**asdict(preset.config), **self.config})
         if isinstance(self.fit, FitConfig):
             return config, self.fit
         return config, config_from(FitConfig, {**asdict(preset.fit), **(self.fit or {})})
