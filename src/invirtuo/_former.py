@@ -101,7 +101,7 @@ class Former(MetaPathFinder, Loader):
     """Finds modules by their former names, after everything else was tried."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The module that has the name now, or the former package whose names it stands for."""
+        """The module that has the name now, or a former package, which looks its names up."""
         package, _, name = fullname.partition(".")
         if package != "invirtuo" or name not in MODULES | PACKAGES:
             return None

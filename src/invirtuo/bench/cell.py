@@ -147,12 +147,13 @@ def failed(cell: Cell, error: str, trace: str = "") -> Record:
 
 
 def scores_of(record: Record) -> pd.DataFrame:
-    """The scores of a record that has some."""
+    """The scores of a record of a cell that was computed."""
     return pd.DataFrame(record["scores"]["rows"], columns=record["scores"]["columns"])
 
 
 def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Scores of a cell over all its splits; seconds of every row and number of parameters."""
+    # a task may have several splits; scores of all of them make a table
     clock = _Clock(cell.entry.rows)
     tables, n_parameters = [], 0
     for fold in range(len(cell.task.splits)):

@@ -1,4 +1,4 @@
-"""What classifiers say of generated cells: do they help to find rare classes, do they have the label asked for."""
+"""Classifiers as judges of generated cells: do they help to find rare classes, do they have the label asked for."""
 
 from __future__ import annotations
 

@@ -238,12 +238,13 @@ def _facts(
     entry: Entry, model: Predictor, fit: FitConfig, fit_seconds: float, predict_seconds: float
 ) -> dict[str, Any]:
     trained = any(p.requires_grad for p in model.parameters())
+    n_parameters = sum(p.numel() for p in model.parameters())
     return {
         "label": entry.label,
         "model": entry.model,
         "config": asdict(model.config),
         "fit": asdict(fit) if trained else "closed form",
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": n_parameters,
         "fit seconds": round(fit_seconds, 1),
         "predict seconds": round(predict_seconds, 1),
         "data hash": model.card["data_hash"],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
-VALIDATION = "NK cell"  # whose response tells how wide intervals must be
+VALIDATION = "NK cell"  # its response sets the width of intervals
 STEPS, LINEAR_STEPS = 900, 1200  # optimiser steps per `MINUTES`
 CELLS = 128  # cells of a step
 CONFIG = PRiMeFlow.Config(cell_width=256, n_context=4)  # a smaller network, trained for longer

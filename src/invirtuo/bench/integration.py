@@ -20,7 +20,7 @@ def integration_scores(
 ) -> pd.DataFrame:
     """Five batch and five biology scores of each embedding, and their means, not rescaled between embeddings.
 
-    A method that was told the labels, as `correct` is, is flattered by the biology scores. scib-metrics has BRAS in
+    A method that is given the labels, as `correct` is, is flattered by the biology scores. scib-metrics has BRAS in
     place of the silhouette of batches, so that means are not those of earlier tables of scIB.
 
     Parameters

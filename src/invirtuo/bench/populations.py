@@ -102,10 +102,12 @@ def judge(
     out, truth = Path(out), _logged(real)
     origins = {name: _logged(cells) for name, cells in generated.items()}
 
+    # a table for each origin and for the noise floor, class by class and of all cells
     tables = _scored(origins, truth, design, metrics, n_pcs, min_cells, max_cells, seed)
     n_tables = 2 * (len(origins) + 1)
     scores = pd.concat(track(tables, "scores", progress, n_tables), ignore_index=True)
 
+    # what the report draws, real cells first
     with_real = {"real": truth, **origins}
     write_table(out / "scores.csv", scores)
     write_table(out / "genes.csv", _genes(with_real))

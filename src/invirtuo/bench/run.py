@@ -53,8 +53,8 @@ def benchmark(
 ) -> pd.DataFrame:
     """Fit and score every model on every task with every seed, beside the simple baselines and the noise floor.
 
-    Each cell of the grid is computed in a process of its own and kept as one file under ``cells/``, written whole or
-    not at all. A benchmark that was killed goes on where it stopped, inside a fit too, and ends with the same tables.
+    Each cell of the grid is computed in a process of its own and kept as one file under ``cells/``, written completely
+    or not at all. A benchmark that was killed goes on where it stopped, inside a fit too, and ends with equal tables.
     A cell that fails is reported and does not stop the rest; the next run tries it again.
 
     Parameters
@@ -138,7 +138,7 @@ def resumable(out: Path) -> Iterator[None]:
 
 
 def software() -> dict[str, str]:
-    """Versions that a reader of numbers may want to know."""
+    """Versions of packages and machine, on which the last digits of numbers depend."""
     packages = {name: version(name) for name in ("invirtuo", "torch", "lightning", "anndata", "numpy")}
     return packages | {"python": platform.python_version(), "machine": platform.machine()}
 
@@ -227,6 +227,8 @@ def _read(out: Path, cell: Cell) -> Record:
         found = record["settings"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it, and the cell is computed again") from error
+
+    # a failed cell is computed again, whatever its settings
     wanted = json.loads(json.dumps(cell.settings()))
     differing = [name for name in wanted if wanted[name] != found.get(name)]
     if differing and record["status"] == "ok":
@@ -320,12 +322,14 @@ def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
         entries[label] = entry.describe()
         for name in cell.metrics or cell.task.metrics:
             directions[name] = METRICS[name].direction
+    baselines = [entry.label for entry in BASELINES if entry.label in entries]
+    seeds = {cell.seed for cell in grid}
     return {
         "title": f"Benchmark: {', '.join(tasks)}",
         "tasks": tasks,
-        "baselines": [entry.label for entry in BASELINES if entry.label in entries],
+        "baselines": baselines,
         "floor": FLOOR,
-        "seeds": sorted({cell.seed for cell in grid}),
+        "seeds": sorted(seeds),
         "threads": grid[0].threads,
         "precision": grid[0].precision,
         "directions": directions,

@@ -212,7 +212,7 @@ def _suggest(trial, name: str, choice: Any) -> Any:
 
 
 def _candidate(entry: Entry, values: Mapping[str, Any]) -> Entry:
-    """The entry with some fields of its Config and FitConfig replaced."""
+    """The entry with these fields of its Config and FitConfig replaced."""
     config, fit = map(asdict, entry.settings())
     config |= {name: value for name, value in values.items() if not name.startswith("fit.")}
     fit |= {name.removeprefix("fit."): value for name, value in values.items() if name.startswith("fit.")}

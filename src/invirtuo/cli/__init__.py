@@ -23,7 +23,7 @@ __all__ = ["app", "main"]
 
 RESULTS = ("out", "figure", "plot")  # options that name files to write
 STOPS = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
-ADVICE = {  # what to do about errors of other packages, by what they say
+ADVICE = {  # text in errors of other packages to what can be done about them
     "cannot cache function": "Set NUMBA_CACHE_DIR to a folder that can be written to",
     "SLURM": "Start one process for each of FitConfig.devices, or set devices to 1",
     "out of memory": "Lower the batch size",
@@ -112,6 +112,7 @@ def main() -> NoReturn:
     logging.captureWarnings(True)  # deprecations inside other packages are not for a user of the shell
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)
+    # exit codes: 2 for bad input, 128 + signal for what a user stopped; faults of this package show where they are
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except typer.Exit as done:
@@ -122,7 +123,7 @@ def main() -> NoReturn:
         if _is_usage(error):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        advice = [what for said, what in ADVICE.items() if said in str(error)]
+        advice = [remedy for text, remedy in ADVICE.items() if text in str(error)]
         if not advice and not _is_expected(error):
             raise
         message = str(error) or type(error).__name__

@@ -372,6 +372,7 @@ def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
 
 def _with_fields(config: Any, assignments: list[str] | None, listing: str) -> Any:
     """A Config with fields replaced by ``field=value``; `listing` is the command that explains them."""
+    # values are JSON, or else text
     known = {field.name for field in dataclasses.fields(config)}
     changes = {}
     for text in assignments or []:

@@ -71,7 +71,7 @@ def run(
 
 @contextmanager
 def _interruptible(folder: Path | None) -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt and SIGTERM an exit code, and say how to go on.
+    """Let Ctrl-C be a KeyboardInterrupt and SIGTERM an exit code, with a note on how to go on.
 
     Lightning makes a SystemExit of both: with code 1, and with the 0 of a fit that ended well.
     """
@@ -184,7 +184,7 @@ def _shell(training: Training, *, shards: bool):
 
 
 def _bar(config: FitConfig, start: int):
-    """A progress bar over optimiser steps, with the loss; it knows the steps of an earlier, resumed fit."""
+    """A progress bar over optimiser steps, with the loss; steps before a resumed fit are counted."""
     import lightning
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

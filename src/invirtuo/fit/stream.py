@@ -57,7 +57,7 @@ def noise_seed(*numbers: int) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's global generators for a block of code, in this thread alone; afterwards they are as before.
 
-    Dropout and other layers use the global generator alone. Fits in several threads wait for each other here.
+    Dropout and other layers use the global generator alone. Fits in several threads take turns.
     """
     with GENERATOR_LOCK, torch.random.fork_rng():
         torch.manual_seed(seed)

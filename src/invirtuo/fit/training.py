@@ -235,6 +235,8 @@ class Training:
         if checkpoint.keys("best"):
             like = self.kept.model.state_dict().items()
             self.best_weights = {k: checkpoint.fill(torch.empty_like(v), f"best.{k}") for k, v in like}
+
+        # state of the optimiser, parameter by parameter
         self.optimizer.load_state_dict({"state": {}, "param_groups": checkpoint.facts["optimizer"]})
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for key in checkpoint.keys("optimizer"):

@@ -31,7 +31,7 @@ def validation_losses(
 ) -> dict[str, float]:
     """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells.
 
-    `losses_of` stands in for ``model.loss``.
+    `losses_of` is called in place of ``model.loss``.
     """
     if not len(dataset.rows("val")):
         return {}

@@ -29,9 +29,13 @@ def chosen(name: str | None, accelerator: str, *, model: str, cpu_only: bool = F
     available = ["cpu"]
     if torch.cuda.is_available():
         available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+    # not asked for: that of the fit, if there is one like it
     if name in (None, "auto"):
         on_gpu = len(available) > 1 and accelerator in ("auto", "gpu", "cuda") and not cpu_only
         return torch.device("cuda" if on_gpu else "cpu")
+
+    # asked for by name
     if str(name).split(":")[0] == "mps":
         raise ValueError(
             f'device is {name!r}; fitted models are not used on Apple GPUs, which have no float64. Pass device="cpu"'

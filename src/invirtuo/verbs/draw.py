@@ -48,7 +48,7 @@ class Divisible(Protocol):
         """Give the number of conditions, or of blocks of cells."""
 
     def part(self, start: int, stop: int) -> Self:
-        """The request of some of them."""
+        """The request of those from `start` to `stop`."""
 
     @property
     def begins_with(self) -> str:
@@ -102,7 +102,7 @@ class Request:
         return len(self.table)
 
     def part(self, start: int, stop: int) -> Request:
-        """The request of some of the conditions."""
+        """The request of the conditions from `start` to `stop`."""
         return replace(self, table=self.table.iloc[start:stop], first=self.first + start)
 
     @property
@@ -115,7 +115,7 @@ def drawn(model: Sampled, request: Request, engine: str, n_jobs: int | None) -> 
     """Number and cells (n, g) of every condition of a request, as they come."""
     device = model.device_of(request.device).type
     precision: Literal["bf16", "fp32"]
-    precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # of workers as here, not as measured there
+    precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # decided here for all workers
     bare = replace(request, config=replace(request.config, precision=precision), pool={})
     yield from in_parts(_conditions, bare, model, request.pool, engine=engine, n_jobs=n_jobs)
 
@@ -153,7 +153,7 @@ def in_batches(draw: Callable[..., Tensor], size: int, *inputs: Any) -> Tensor:
     return torch.cat(batches)
 
 
-# ---- here, or on a cluster -----------------------------------------------------------------------------------------
+# ---- locally, or on a cluster --------------------------------------------------------------------------------------
 
 
 def check_engine(engine: str, n_jobs: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Drawing cells from a generator block by block: here, or on the workers of a cluster, in the order of the cells."""
+"""Drawing cells from a generator block by block, locally or on the workers of a cluster, in the order of the cells."""
 
 from __future__ import annotations
 
@@ -53,17 +53,12 @@ class Request:
         return math.ceil(len(self.labels) / BLOCK)
 
     def part(self, start: int, stop: int) -> Request:
-        """Some of the blocks."""
+        """The request of the blocks from `start` to `stop`."""
         rows = slice(start * BLOCK, stop * BLOCK)
         weights = self.weights[rows] if len(self.weights) > 1 else self.weights
-        return replace(
-            self,
-            labels=self.labels.iloc[rows],
-            # slices of a tensor are sent to workers with all of it
-            size=self.size[rows].clone(),
-            weights=weights.clone(),
-            first=self.first + start,
-        )
+        # copies: a worker would be sent all of a tensor with a slice of it
+        size, weights = self.size[rows].clone(), weights.clone()
+        return replace(self, labels=self.labels.iloc[rows], size=size, weights=weights, first=self.first + start)
 
     @property
     def begins_with(self) -> str:

@@ -1,6 +1,6 @@
 """CountGenerator: base of the models that draw whole populations of cells as counts.
 
-A generator writes `likelihood`: what it says about the counts of cells of given labels and depths. Drawing labels and
+A generator writes `likelihood`: the distribution of the counts of cells of given labels and depths. Drawing labels and
 depths, counts, files that are larger than memory, and the growing of rare classes follow from it.
 """
 
@@ -221,7 +221,7 @@ class CountGenerator(Model):
         output
             What X holds: "counts" (CSR, int32), "mean" (dense float32), or "both": counts, and ``layers["mean"]``.
         latent
-            Keep the latent vectors in ``obsm["z"]``, of models that have some.
+            Keep the latent vectors in ``obsm["z"]``, of models that have them.
         seed
             Same seed, same cells, whatever the device and the chunk size.
         out
@@ -462,7 +462,7 @@ class CountGenerator(Model):
             As for fit: only "train" cells are taken. None takes all.
         check_copies
             Compare generated cells with the training cells nearest to them (:func:`invirtuo.metrics.copying`), beside
-            the other real cells of the split; the table stands in ``uns["invirtuo"]["copying"]``.
+            the other real cells of the split; the table is in ``uns["invirtuo"]["copying"]``.
         prior, size_factor, seed, engine, n_jobs, device, progress
             As in :meth:`generate`.
         {options}

@@ -104,7 +104,8 @@ def _complete(
         drawn = np.empty((n, len(missing)), dtype=object)
         for i, name in enumerate(missing):
             known = _known(table, [name], unknown)
-            drawn[:, i] = rng.choice(known[name], n, p=known[N] / known[N].sum())
+            share = known[N] / known[N].sum()
+            drawn[:, i] = rng.choice(known[name], n, p=share)
         return drawn
     weight = np.ones(len(agreeing)) if prior == "uniform" else agreeing[N].to_numpy(float)
     rows = rng.choice(len(agreeing), n, p=weight / weight.sum())

@@ -549,6 +549,7 @@ class LatentFlow(CountGenerator):
         """Corrected cells in the genes, their order and the type of `adata`."""
         if output not in ("mean", "counts"):
             raise ValueError(f"output is {output!r}; expected mean, counts or None")
+        # genes that the model has not got keep their counts
         columns = adata.var_names.get_indexer(self.genes)
         source = counted(adata).X
         blocks = []
@@ -574,7 +575,7 @@ def _chunks(n: int) -> list[slice]:
 
 
 def _rows(weights: Tensor, rows: slice) -> Tensor:
-    """Weights of some cells; one row stands for all."""
+    """Weights of these cells; a single row holds those of all."""
     return weights if len(weights) == 1 else weights[rows]
 
 

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preset:
-    """A published (or our own) setting: the model's Config, how it is fitted, and where it stands."""
+    """A published (or our own) setting: the model's Config, how it is fitted, and its source."""
 
     config: Any
     fit: FitConfig = field(default_factory=FitConfig)
@@ -75,7 +75,7 @@ class Model(Trainable):
     SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     Sampling: ClassVar[type[NoSampling]] = NoSampling  # options of drawing cells from it
-    takes_features: ClassVar[bool] = False  # whether features of the Design tell it of unseen perturbations
+    takes_features: ClassVar[bool] = False  # whether it predicts unseen perturbations from features of the Design
     signed: bool = False  # whether values below zero are data; `build` may choose
     obsm: str | None = None  # entry of obsm that is read beside expression; `build` may choose
     obsm_width: int = 0  # its width
@@ -96,13 +96,18 @@ class Model(Trainable):
         self.genes = [str(gene) for gene in genes]
         if len(set(self.genes)) != len(self.genes):
             raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
+
+        # a preset, or settings that may be those of one
         preset = self.preset_of(config)
         self.config = preset.config
         self.fit_config = preset.fit
         self.preset = config if isinstance(config, str) else None
+
+        # empty until the model is fitted
         self.transforms: dict[str, Transform] = {}
         self.history = pd.DataFrame()
         self.card: dict[str, Any] = {}
+
         with fitting.GENERATOR_LOCK:  # layers draw their first weights
             self.build()
         self.eval()
@@ -113,12 +118,12 @@ class Model(Trainable):
         """Make the layers from `self.config`, `self.design` and `self.genes`."""
 
     def prepare(self, dataset: CellDataset) -> None:
-        """Compute what the model needs to know of the training cells before the first step."""
+        """Compute statistics of the training cells that the model needs before the first step."""
 
     def stages(self, config: FitConfig) -> dict[str, FitConfig]:
         """Parts that are trained one after the other, each a submodule of that name, and how each is trained.
 
-        The budget of `config` is divided among them. A model that is trained as a whole has the one stage "".
+        The budget of `config` is divided among them. A model that is trained all at once has the one stage "".
         """
         return {"": config}
 
@@ -127,7 +132,7 @@ class Model(Trainable):
         return self.parameters() if not stage else self.get_submodule(stage).parameters()
 
     def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
-        """The cells as the stage sees them: the model may put latent vectors of an earlier stage in their place."""
+        """The cells as the stage sees them: the model may replace them by latent vectors of an earlier stage."""
         return dataset
 
     def facts(self, dataset: CellDataset) -> dict[str, Any]:
@@ -159,7 +164,7 @@ class Model(Trainable):
                 self.transforms[key] = TRANSFORMS[kind].load(state)
 
     def replaced_by_fits(self) -> list[Any]:
-        """What a fit replaces as a whole, and never changes: a copy of the model may share it."""
+        """Objects that a fit replaces and never changes: a copy of the model may share them."""
         return [self.design, self.config, self.fit_config]
 
     @property

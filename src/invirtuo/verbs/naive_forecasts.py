@@ -117,14 +117,16 @@ def linear_ode(same, train, test, x0, *, rank: int = 10, ridge: float = 1e-3):
     n_columns = z.shape[1]
     gram = z.T @ z
     penalty = ridge * np.trace(gram) / n_columns
-    system = np.linalg.solve(gram + penalty * np.eye(n_columns), z.T @ (slopes @ components.T)).T
+    targets = slopes @ components.T
+    system = np.linalg.solve(gram + penalty * np.eye(n_columns), z.T @ targets).T
 
     # exact solution of the affine system, at every distinct time
     generator = np.zeros((len(system) + 1,) * 2)
     generator[:-1] = system
     start = np.r_[(x0 - mean) @ components.T, 1.0]
     times, row = np.unique(test.time, return_inverse=True)
-    path = np.stack([(expm(generator * (t - test.time[0])) @ start)[:-1] for t in times])
+    flows = [expm(generator * (t - test.time[0])) for t in times]
+    path = np.stack([(flow @ start)[:-1] for flow in flows])
     path = np.clip(path, *_range(scores))  # an unstable system diverges
     return (path @ components + mean)[row]
 

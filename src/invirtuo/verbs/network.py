@@ -1,4 +1,4 @@
-"""What a fitted field says: which gene acts on which, and what happens when a gene is held at a value."""
+"""GeneNetwork: regulatory edges read from a fitted field, and forecasts with genes held at a value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_STATES = 60  # at which the field is read
 
 
 class GeneNetwork(Forecaster):
-    """Base of the forecasters whose field says which gene acts on which."""
+    """Base of the forecasters whose field has a Jacobian from which edges between genes are read."""
 
     @abstractmethod
     def jacobian(self, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -174,7 +174,7 @@ def edge_table(model: GeneNetwork, labels: Mapping[str, str] | None = None, n_ed
 
 
 def support(model: GeneNetwork) -> str:
-    """What forecasts of held-out courses say of the field; good ones are no test of its edges."""
+    """Whether forecasts of held-out courses support the field; good ones are no test of its edges."""
     words = {
         True: "forecasts beat simple ones; edges not tested",
         False: "not supported by forecasting",
@@ -235,6 +235,7 @@ def intervene(
 
 def fate(model: GeneNetwork, starts, undisturbed, disturbed) -> pd.DataFrame:
     """How much nearer each course comes to the end points of the lineages (root mean square over genes, sd)."""
+    # last states of the training courses, by lineage
     key = model.lineage
     ends: dict[str, list[np.ndarray]] = {}
     for course in model.training_courses():

@@ -34,7 +34,7 @@ class ObservedMeans:
 
     @classmethod
     def of(cls, dataset: CellDataset, rows: np.ndarray | None = None) -> Self:
-        """From all cells of a dataset, or some rows (rising)."""
+        """From all cells of a dataset, or from rows (rising)."""
         design = dataset.design
         rows = np.arange(len(dataset.obs)) if rows is None else rows
         pseudobulks = dataset.pseudobulk(rows)
@@ -66,9 +66,10 @@ class ObservedMeans:
     def with_groups(self, other: Self) -> Self:
         """The same, with those groups of control cells of another that it has not got."""
         new = [i for i, group in enumerate(other.groups) if group not in self.groups]
+        new_groups = [other.groups[i] for i in new]
         return replace(
             self,
-            groups=(*self.groups, *(other.groups[i] for i in new)),
+            groups=(*self.groups, *new_groups),
             control=np.concatenate([self.control, other.control[new]]),
             sd=np.concatenate([self.sd, other.sd[new]]),
         )

@@ -227,8 +227,9 @@ class PerturbationModel(Model):
 
     def _check_responses(self, dataset: CellDataset) -> None:
         """There are responses to learn from, and those that are held out can be predicted."""
+        # single perturbations in each part of the split
         design, column = self.design, self.design.perturbation
-        perturbed: dict[str, set[str]] = {}  # single perturbations in each part of the split
+        perturbed: dict[str, set[str]] = {}
         for part in ("train", "val", "test"):
             conditions, _ = design.kinds(dataset.obs.iloc[dataset.rows(part)])
             labels = conditions[column].unique()
@@ -238,6 +239,7 @@ class PerturbationModel(Model):
             raise ValueError(
                 f"no perturbed cell is left to train on: all {n_cells:,} training cells are controls. Hold out less"
             )
+
         unseen = sorted((perturbed["val"] | perturbed["test"]) - perturbed["train"])
         if unseen and not self.takes_unseen:
             logger.warning(

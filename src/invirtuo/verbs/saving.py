@@ -138,7 +138,7 @@ def size_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def card(name: str, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
-    """What a user of the saved model needs to know of its fit."""
+    """Facts about the fit, for users of the saved model."""
     design = dataset.design
     rows = {part: dataset.rows(part) for part in ("train", "val", "test")}
     train, _ = design.kinds(dataset.obs.iloc[rows["train"]])
@@ -181,12 +181,14 @@ def config_from(cls: type, values: Mapping[str, Any]) -> Any:
     retired = getattr(cls, "RETIRED", {})
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if unknown := sorted(set(values) - known - set(retired)):
-        raise ValueError(
-            f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {', '.join(sorted(known))}"
-        )
+        names = ", ".join(sorted(known))
+        raise ValueError(f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {names}")
 
     # a retired field may hold only the value that still applies
-    changed = [f"{name}={values[name]!r}" for name, value in retired.items() if values.get(name, value) != value]
+    changed = []
+    for name, value in retired.items():
+        if values.get(name, value) != value:
+            changed.append(f"{name}={values[name]!r}")
     if changed:
         raise ValueError(
             f"{cls.__qualname__} has no field(s) {', '.join(changed)} any more; use the version that saved it"

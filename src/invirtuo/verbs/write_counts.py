@@ -40,7 +40,7 @@ def in_rows(x: Tensor) -> sparse.csr_matrix:
 
 
 def assembled(blocks: list[Block], obs, var, uns, output: str, latent: bool) -> AnnData:
-    """All cells in memory; X is what `output` says."""
+    """All cells in memory; `output` is "counts", "mean" or "both", as in `CountGenerator.generate`."""
     import anndata
 
     layers = {}
