@@ -9,9 +9,11 @@ import torch
 from anndata import AnnData
 
 import invirtuo as iv
-from invirtuo import dynamics
+from invirtuo.cells import courses
 from invirtuo.flow import trajectory
 from invirtuo.metrics import network
+from invirtuo.models import sparse_ode
+from invirtuo.verbs import naive_forecasts
 
 F64 = {"dtype": torch.float64}
 
@@ -20,7 +22,7 @@ def course(n=200, g=3, noise=0.0, name="a", seed=0):
     rng = np.random.default_rng(seed)
     time = np.sort(rng.random(n))
     values = np.stack([np.sin((k + 1) * time) for k in range(g)], axis=1) + noise * rng.normal(size=(n, g))
-    return dynamics.Course(name, {"lineage": name}, time, values, np.arange(n))
+    return courses.Course(name, {"lineage": name}, time, values, np.arange(n))
 
 
 # ---- solutions ---------------------------------------------------------------------------------------------------
@@ -70,17 +72,17 @@ def test_own_times_for_each_row():
 def test_courses_of_cells():
     obs = pd.DataFrame({"t": [3.0, 1.0, 2.0, 5.0], "donor": ["a", "a", "b", "b"]}, index=list("wxyz"))
     design = iv.Design.from_adata(obs, covariates=["donor"], time="t")
-    first, second = dynamics.courses(np.arange(4.0)[:, None], obs, design)
+    first, second = courses.courses(np.arange(4.0)[:, None], obs, design)
     assert first.name == "a" and first.labels == {"donor": "a"}
     np.testing.assert_array_equal(first.rows, [1, 0])
     np.testing.assert_array_equal(second.values[:, 0], [2, 3])
     with pytest.raises(ValueError, match="need a Design with time="):
-        dynamics.courses(np.zeros((4, 1)), obs, iv.Design.from_adata(obs, covariates=["donor"]))
+        courses.courses(np.zeros((4, 1)), obs, iv.Design.from_adata(obs, covariates=["donor"]))
 
 
 def test_bins_are_means_with_errors():
     cells = course(300, noise=0.5)
-    bins = dynamics.binned(cells, 20, 10)
+    bins = courses.binned(cells, 20, 10)
     assert bins.n_cells.min() >= 10 and bins.n_cells.sum() == 300
     begin = np.r_[0, np.cumsum(bins.n_cells)]
     for k in (0, 3, len(bins.time) - 1):
@@ -88,26 +90,26 @@ def test_bins_are_means_with_errors():
         np.testing.assert_allclose(bins.values[k], part.mean(axis=0))
         np.testing.assert_allclose(bins.error[k], part.std(axis=0, ddof=1) / np.sqrt(len(part)))
     repeated = cells._replace(time=np.repeat([0.0, 1.0, 2.0], 100))
-    assert dynamics.binned(repeated, 0).n_cells.tolist() == [100, 100, 100]
+    assert courses.binned(repeated, 0).n_cells.tolist() == [100, 100, 100]
 
 
 def test_local_fit_is_exact_for_parabolas_and_gives_slopes():
     time = np.sort(np.random.default_rng(0).random(40))
     values = (1 + 2 * time - 3 * time**2)[:, None]
-    fit, slope, leverage = dynamics.local_fit(time, values, 0.1)
+    fit, slope, leverage = courses.local_fit(time, values, 0.1)
     np.testing.assert_allclose(fit, values, atol=1e-6)
     np.testing.assert_allclose(slope[:, 0], 2 - 6 * time, atol=1e-4)
     assert 0 < leverage.min() and leverage.max() <= 1 + 1e-9
 
 
 def test_a_noisy_course_gets_a_wider_bandwidth():
-    assert dynamics.best_bandwidth([course(60)]) < dynamics.best_bandwidth([course(60, noise=0.7)])
+    assert courses.best_bandwidth([course(60)]) < courses.best_bandwidth([course(60, noise=0.7)])
 
 
 def test_time_is_a_share_of_the_range():
     cells = course(50)
     moved = cells._replace(time=3 + 7 * cells.time)
-    scaled = dynamics.rescaled(moved, *dynamics.anchors(moved.time))
+    scaled = courses.rescaled(moved, *courses.anchors(moved.time))
     assert scaled.time[0] == 0 and scaled.time[-1] == pytest.approx(1)
     np.testing.assert_allclose(scaled.time, (cells.time - cells.time[0]) / np.ptp(cells.time), atol=1e-9)
 
@@ -117,7 +119,7 @@ def test_time_is_a_share_of_the_range():
 
 def test_baselines_by_hand():
     train, other, test = course(name="a"), course(name="b", seed=1), course(30, name="a", seed=2)._replace(name="new")
-    found = dynamics.baselines([train, other], test, test.values[0], alike="lineage")
+    found = naive_forecasts.baselines([train, other], test, test.values[0], alike="lineage")
     np.testing.assert_allclose(found["training_mean"][5], train.values.mean(axis=0))
     np.testing.assert_allclose(found["pooled_mean"][5], np.concatenate([train.values, other.values]).mean(axis=0))
     np.testing.assert_allclose(found["initial_state"][7], test.values[0])
@@ -130,8 +132,8 @@ def test_baselines_by_hand():
 
 def test_bins_with_numbers_of_cells_have_the_mean_of_their_cells():
     cells = course(300, noise=0.5)
-    bins, test = dynamics.binned(cells, 10), course(20)._replace(name="t")
-    found = [dynamics.baselines([c], test, test.values[0]) for c in (cells, bins)]
+    bins, test = courses.binned(cells, 10), course(20)._replace(name="t")
+    found = [naive_forecasts.baselines([c], test, test.values[0]) for c in (cells, bins)]
     np.testing.assert_allclose(found[0]["training_mean"], found[1]["training_mean"])
 
 
@@ -139,27 +141,27 @@ def test_later_times_of_a_training_course_know_its_end():
     cells = course(100)
     train = cells._replace(time=cells.time[:70], values=cells.values[:70])
     later = cells._replace(time=cells.time[70:], values=cells.values[70:])
-    found = dynamics.baselines([train], later, train.values[-1])
+    found = naive_forecasts.baselines([train], later, train.values[-1])
     np.testing.assert_allclose(found["last_value"][3], train.values[-1])
     straight = train._replace(values=np.stack([train.time] * 3, axis=1))
-    found = dynamics.baselines([straight], later, straight.values[-1])
+    found = naive_forecasts.baselines([straight], later, straight.values[-1])
     np.testing.assert_allclose(found["linear_extrapolation"], np.stack([later.time] * 3, axis=1), atol=1e-9)
 
 
 def test_linear_ode_recovers_a_linear_system():
-    adata = dynamics.simulate("oscillators", 5, 6, 40, duration=3)
+    adata = sparse_ode.simulate("oscillators", 5, 6, 40, duration=3)
     design = iv.Design.from_adata(adata, covariates=["course"], time="time")
-    parts = dynamics.courses(adata.X, adata.obs, design)
-    found = dynamics.baselines(parts[1:], parts[0], parts[0].values[0])
+    parts = courses.courses(adata.X, adata.obs, design)
+    found = naive_forecasts.baselines(parts[1:], parts[0], parts[0].values[0])
     assert ((found["linear_ode"] - parts[0].values) ** 2).mean() < 0.15 * parts[0].values.var()
 
 
 # ---- synthetic systems ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", dynamics.SYSTEMS)
+@pytest.mark.parametrize("system", sparse_ode.SYSTEMS)
 def test_the_graph_is_the_support_of_the_jacobian(system):
-    velocity, graph, start = dynamics.SYSTEMS[system](7, np.random.default_rng(3))
+    velocity, graph, start = sparse_ode.SYSTEMS[system](7, np.random.default_rng(3))
     x = np.abs(start(20, np.random.default_rng(0))) + 0.1
     size, sign = np.zeros((7, 7)), np.zeros((7, 7))
     for i in range(7):
@@ -173,9 +175,9 @@ def test_the_graph_is_the_support_of_the_jacobian(system):
 
 
 def test_simulations_are_seeded_noisy_and_irregular():
-    same = [dynamics.simulate("hill_grn", 6, 3, 20, noise=0.1, drop=0.4, seed=5) for _ in range(2)]
+    same = [sparse_ode.simulate("hill_grn", 6, 3, 20, noise=0.1, drop=0.4, seed=5) for _ in range(2)]
     np.testing.assert_array_equal(same[0].X, same[1].X)
-    other = dynamics.simulate("hill_grn", 6, 3, 20, noise=0.1, drop=0.4, seed=5, draw=1)
+    other = sparse_ode.simulate("hill_grn", 6, 3, 20, noise=0.1, drop=0.4, seed=5, draw=1)
     np.testing.assert_array_equal(other.varp["regulates"], same[0].varp["regulates"])
     assert other.n_obs < 60 and (other.obs.groupby("course")["time"].min() == 0).all()
     assert not np.allclose(other.X[:5], same[0].X[:5])
@@ -184,14 +186,14 @@ def test_simulations_are_seeded_noisy_and_irregular():
 
 
 def test_a_clamped_variable_stays_and_acts_on_its_targets_alone():
-    free, held = (dynamics.simulate("oscillators", 6, 2, 30, clamp=c) for c in (None, {"x0": 2.0}))
+    free, held = (sparse_ode.simulate("oscillators", 6, 2, 30, clamp=c) for c in (None, {"x0": 2.0}))
     assert np.allclose(held.layers["clean"][:, 0], 2.0)
     np.testing.assert_allclose(held.layers["clean"][:, 2:4], free.layers["clean"][:, 2:4], atol=1e-4)
     assert np.abs(held.layers["clean"][:, 4] - free.layers["clean"][:, 4]).max() > 0.1
     with pytest.raises(ValueError, match="cannot clamp y"):
-        dynamics.simulate("linear_grn", 4, clamp={"y": 1.0})
+        sparse_ode.simulate("linear_grn", 4, clamp={"y": 1.0})
     with pytest.raises(ValueError, match="no system 'pendulum'"):
-        dynamics.simulate("pendulum")
+        sparse_ode.simulate("pendulum")
 
 
 # ---- recovery of edges ---------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_pseudotime_finds_the_order():
 
 def test_motion_capture(shared, tmp_path):
     """Errors of simple forecasts of the published file, validation and test sequences."""
-    adata = dynamics.motion_capture(shared("data/cmu_mocap35.mat"))
+    adata = sparse_ode.motion_capture(shared("data/cmu_mocap35.mat"))
     assert adata.shape == (23 * 300, 50)
     assert list(np.flatnonzero(adata.var["constant"])) == [24, 25, 31, 32]
     x = {
@@ -291,4 +293,4 @@ def test_motion_capture(shared, tmp_path):
         np.testing.assert_allclose([(e**2).mean() for e in errors], [zero, first, training, ahead], rtol=1e-3)
     (tmp_path / "x.mat").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not the file of motion capture"):
-        dynamics.motion_capture(tmp_path / "x.mat")
+        sparse_ode.motion_capture(tmp_path / "x.mat")

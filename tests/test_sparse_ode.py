@@ -13,12 +13,13 @@ import torch
 from anndata import AnnData
 
 import invirtuo as iv
-from invirtuo import dynamics
 from invirtuo.metrics import network
+from invirtuo.models import sparse_ode
 from invirtuo.models.sparse_ode import gates as sparsity
 from invirtuo.models.sparse_ode.field import SharedField, TargetField
 from invirtuo.models.sparse_ode.gates import PENALTIES
 from invirtuo.models.sparse_ode.systems import simulate
+from invirtuo.verbs import network as networks
 from invirtuo.verbs.saving import size_buffers
 
 SparseODE = iv.models.SparseODE
@@ -313,7 +314,7 @@ def test_the_caller_keeps_the_cells():
 
 def test_a_linear_network_is_recovered(fitted):
     model, adata, _ = fitted
-    found = dynamics.network.edge_matrices(model)
+    found = networks.edge_matrices(model)
     scores = network.edge_recovery(found["size"].mean(axis=0), adata.varp["regulates"])
     assert scores["auroc"] > 0.95
     edges = model.network(n_edges=int(scores["n_edges"]))
@@ -473,7 +474,7 @@ def test_tradeoff():
     split = iv.splits.courses(adata.obs, design, ["6", "7"], val_fraction=0.2)
     model = SparseODE(design, adata.var_names, replace(SERIES, n_members=1))
     config = replace(FIT, steps=150)
-    table = dynamics.tradeoff(model, adata, split, (0.0, 10.0), config)
+    table = sparse_ode.tradeoff(model, adata, split, (0.0, 10.0), config)
     fits, rest = table[table["lam"].notna()], table[table["lam"].isna()].set_index("model")
     assert fits["lam"].tolist() == [0.0, 10.0] and set(fits["model"]) == {"sparse_ode"}
     assert fits["open_inputs"].iloc[0] > 4 and fits["open_inputs"].iloc[1] < 2
@@ -494,12 +495,12 @@ def test_tradeoffs_that_cannot_be_made():
     adata, design, split = series()
     model = SparseODE(design, adata.var_names, SERIES)
     with pytest.raises(ValueError, match="lams is empty"):
-        dynamics.tradeoff(model, adata, split, ())
+        sparse_ode.tradeoff(model, adata, split, ())
     with pytest.raises(ValueError, match="the split has no val cells; found test, train"):
-        dynamics.tradeoff(model, adata, split, (0.1,))
+        sparse_ode.tradeoff(model, adata, split, (0.1,))
     free = SparseODE(design, adata.var_names, replace(SERIES, penalty="none"))
     with pytest.raises(ValueError, match="no penalty to weigh"):
-        dynamics.tradeoff(free, adata, split, (0.1,), inside="test")
+        sparse_ode.tradeoff(free, adata, split, (0.1,), inside="test")
 
 
 @pytest.mark.filterwarnings("ignore:sparse_ode does not forecast")
@@ -540,7 +541,7 @@ def test_graphs_over_five_seeds(system, auroc):
         adata, design, split = series(system, 10, seed, noise=0.01, n_times=40)
         config = replace(SparseODE.PRESETS["series"].config, n_members=1)
         model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, replace(FIT, steps=400))
-        size, truth = dynamics.network.edge_matrices(model)["size"].mean(axis=0), adata.varp["regulates"]
+        size, truth = networks.edge_matrices(model)["size"].mean(axis=0), adata.varp["regulates"]
         rows.append(network.edge_recovery(size, truth) | network.edge_sets(size > 1e-5, truth))
     means = pd.DataFrame(rows).mean()
     assert means["auroc"] > auroc

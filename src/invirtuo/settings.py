@@ -63,15 +63,6 @@ def setting(
     return field(default=default, metadata={"doc": doc, "choices": choices, "bounds": bounds})
 
 
-class Described(NamedTuple):
-    """A field: its name, the values that it takes, its default and its meaning."""
-
-    name: str
-    expected: str
-    default: Any
-    doc: str
-
-
 class Settings:
     """Base of Config records: frozen dataclasses whose values are checked, and plain Python, which JSON can hold.
 
@@ -106,20 +97,16 @@ class Settings:
         ValueError
             If a value has another type than its field, is no choice of it, or is out of bounds.
         """
-        for name, rule in _rules_once(type(self)).items():
-            value = _plain(getattr(self, name))
-            if not rule.admits(value):
-                raise ValueError(f"{self.PREFIX}{name} is {value!r}; expected {rule.expected}")
-            object.__setattr__(self, name, value)
+        for each in _checked(type(self)):
+            value = _plain(getattr(self, each.name))
+            if not each.admits(value):
+                raise ValueError(f"{self.PREFIX}{each.name} is {value!r}; expected {each.expected}")
+            object.__setattr__(self, each.name, value)
 
 
 def described(cls: type[Settings]) -> list[Described]:
-    """The fields of a record, inherited ones first."""
-    found, rules = [], _rules(cls)
-    for name, each in _fields(cls).items():
-        if "doc" in each.metadata:
-            found.append(Described(name, rules[name].expected, each.default, each.metadata["doc"]))
-    return found
+    """The fields of a record that say what they mean, inherited ones first."""
+    return [each for each in _all_fields(cls) if each.doc]
 
 
 def parameters(cls: type[Settings]) -> str:
@@ -138,14 +125,29 @@ def comparable(record: Any) -> dict[str, Any]:
     return dict(getattr(record, "RETIRED", {})) | asdict(record)
 
 
-class _Rule(NamedTuple):
-    """Which values a field takes."""
+class Described(NamedTuple):
+    """A field of a record: its name, type, default and meaning, and which values it takes."""
 
+    name: str
     kind: Any
-    choices: Collection[str] | None
-    bounds: Mapping[str, float]
+    default: Any
+    doc: str = ""
+    choices: Collection[str] | None = None
+    bounds: Mapping[str, float] = {}
+
+    @property
+    def expected(self) -> str:
+        """The values that it takes, in words."""
+        kinds = get_args(self.kind) if get_origin(self.kind) in (Union, UnionType) else (self.kind,)
+        named = [_noun(kind) for kind in kinds if kind is not type(None)]
+        if self.choices is not None:
+            named = [f"one of {', '.join(self.choices)}"]
+        limits = " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds.items())
+        text = ", or ".join(named) + (f", {limits}" if limits else "")
+        return f"{text}, or None" if type(None) in kinds else text
 
     def admits(self, value: Any) -> bool:
+        """Whether it takes a value."""
         if self.choices is not None and isinstance(value, str):
             return value in self.choices
         return self._has_type(value, self.kind)
@@ -176,16 +178,6 @@ class _Rule(NamedTuple):
             return False
         return all(BOUNDS[name][1](value, bound) for name, bound in self.bounds.items())
 
-    @property
-    def expected(self) -> str:
-        """The values, in words."""
-        kinds = get_args(self.kind) if get_origin(self.kind) in (Union, UnionType) else (self.kind,)
-        named = [f"one of {', '.join(self.choices)}"] if self.choices is not None else []
-        named += [_noun(kind) for kind in kinds if kind is not type(None) and not (named and kind is str)]
-        limits = " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds.items())
-        text = ", or ".join(named) + (f", {limits}" if limits else "")
-        return f"{text}, or None" if type(None) in kinds else text
-
 
 def _noun(kind: Any, *, many: bool = False) -> str:
     """A type in words, of one value or of many."""
@@ -204,27 +196,21 @@ def _noun(kind: Any, *, many: bool = False) -> str:
     return str(getattr(kind, "__name__", kind))
 
 
-def _fields(cls: type) -> dict[str, Field[Any]]:
-    """The fields of a record by name, also of one that is being made and is no dataclass yet."""
+def _all_fields(cls: type) -> tuple[Described, ...]:
+    """All fields of a record, also of one that is being made and is no dataclass yet."""
     found: dict[str, Field[Any]] = {}
     for base in reversed(cls.__mro__):
         found |= vars(base).get("__dataclass_fields__", {})
         found |= {name: value for name, value in vars(base).items() if isinstance(value, Field)}
     hints = get_type_hints(cls) if found else {}
-    return {name: each for name, each in found.items() if get_origin(hints[name]) is not ClassVar}
+    return tuple(
+        Described(name, hints[name], each.default, **each.metadata)
+        for name, each in found.items()
+        if get_origin(hints[name]) is not ClassVar
+    )
 
 
-def _rules(cls: type) -> dict[str, _Rule]:
-    """What each field of a record takes."""
-    hints = get_type_hints(cls)
-    found = {}
-    for name, each in _fields(cls).items():
-        about = each.metadata
-        found[name] = _Rule(hints[name], about.get("choices"), about.get("bounds", {}))
-    return found
-
-
-_rules_once: Callable[[type], dict[str, _Rule]] = cache(_rules)  # of records that are made
+_checked: Callable[[type], tuple[Described, ...]] = cache(_all_fields)  # of records that are made
 
 
 def _plain(value: Any) -> Any:

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import invirtuo as iv
-from invirtuo import dynamics
+from invirtuo.cells import courses
 from invirtuo.flow import trajectory
 from invirtuo.models.sparse_ode import gates as sparsity
 from invirtuo.models.sparse_ode.field import SharedField
+from invirtuo.verbs import naive_forecasts
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "sparse_ode"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden files are not at {GOLDEN}")
@@ -166,8 +167,8 @@ def cells(shared):
 @pytest.fixture(scope="module")
 def prepared(cells):
     adata, design = cells
-    parts = dynamics.courses(adata.X.toarray().astype(float), adata.obs, design)
-    return {course.name: dynamics.reference(course) for course in parts}
+    parts = courses.courses(adata.X.toarray().astype(float), adata.obs, design)
+    return {course.name: courses.reference(course) for course in parts}
 
 
 def test_preprocessing(prepared):
@@ -187,7 +188,7 @@ def test_trivial_baselines(prepared):
     train = [prepared[f"{lineage}|s1d2"] for lineage in LINEAGES]
     for name, course in prepared.items():
         lineage, donor = name.split("|")
-        found = dynamics.baselines(train, course, course.values[:5].mean(axis=0), alike="lineage")
+        found = naive_forecasts.baselines(train, course, course.values[:5].mean(axis=0), alike="lineage")
         for theirs, ours in NAMES.items():
             mse = ((found[ours] - course.values) ** 2).mean()
             assert mse == pytest.approx(wanted[CODES[donor]][theirs]["per"][LINEAGES.index(lineage)], rel=1e-6)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from invirtuo.cells.courses import Course, anchors, binned, courses, reference, rescaled
+from invirtuo.cells.courses import Course, anchors, courses
 from invirtuo.cells.dataset import CellDataset
-from invirtuo.cells.transforms import Standardize
+from invirtuo.cells.preparation import PREPARATIONS, Start
 from invirtuo.cells.values import check_values, require_log
 from invirtuo.errors import preview
 from invirtuo.flow import Trajectory, trajectory
@@ -33,14 +33,6 @@ __all__ = ["Forecaster", "Start"]
 
 LEVELS = np.linspace(0.05, 0.95, 19)  # of intervals that are calibrated
 MUST_BEAT = ("zero", "training_mean", "smoother")
-
-
-class Start(NamedTuple):
-    """A first state: standardised values (g,), scaled time, labels."""
-
-    x0: np.ndarray
-    time: float
-    labels: Mapping[str, str]
 
 
 class Forecaster(Model):
@@ -79,6 +71,7 @@ class Forecaster(Model):
             )
         if config.lineage and config.lineage != "lineage" and config.lineage not in design.covariates:
             raise ValueError(f"lineage is {config.lineage!r}; the design has {preview(design.covariates) or 'none'}")
+        self.preparation = PREPARATIONS[config.prepare](config.n_bins, config.min_cells)
         self.lineage = config.lineage if config.lineage in design.covariates else None
         self.levels = design.covariates[self.lineage] if self.lineage else ()
         self.alike = self.lineage or ("lineage" if "lineage" in design.covariates else None)  # for simple forecasts
@@ -98,14 +91,9 @@ class Forecaster(Model):
         rows = dataset.rows("train")
         values = dataset.dense(rows).double().numpy()
         obs = dataset.obs.iloc[rows]
-        scale = Standardize()
-        if self.config.prepare == "reference":
-            scale.mean, scale.sd = np.zeros(values.shape[1]), np.ones(values.shape[1])
-        else:
-            scale.fit(values)
-        self.transforms["scale"] = scale
+        self.transforms["scale"] = self.preparation.scale(values)
         self._info = self._anchored(values, obs)
-        parts = [self.binned(c) for c in self.courses_of(values, obs)]
+        parts = [self.preparation.rows(c) for c in self.courses_of(values, obs)]
         if short := [c.name for c in parts if len(c.time) < 2]:
             raise ValueError(
                 f"course(s) {preview(short)} have too few cells for two times; give more cells, or a smaller min_cells"
@@ -142,21 +130,14 @@ class Forecaster(Model):
 
     def courses_of(self, values: np.ndarray, obs: pd.DataFrame) -> list[Course]:
         """Cells as courses, values and times scaled."""
-        if self.config.prepare == "reference":
-            return [reference(c) for c in courses(values, obs, self.design)]
         parts = courses(self.scaled(values), obs, self.design)
-        return [rescaled(c, *self.ends(c), beyond=self._beyond(c)) for c in parts]
+        return [self.preparation.course(c, *self.ends(c), beyond=self._beyond(c)) for c in parts]
 
     def _beyond(self, course: Course) -> bool:
         """Whether times after 1 are meant: real times, or the later part of a training course."""
         if self.config.time == "global":
             return True
         return course.name in self.known and bool(np.median(course.time) > self.known[course.name]["high"])
-
-    def binned(self, course: Course) -> Course:
-        """Means of bins; the reference preparation keeps single cells."""
-        config = self.config
-        return course if config.prepare == "reference" else binned(course, config.n_bins, config.min_cells)
 
     def training_courses(self) -> list[Course]:
         """What the model was fitted to, scaled."""
@@ -174,17 +155,7 @@ class Forecaster(Model):
         A course whose cells come after the end of a training course of the same name goes on from there.
         """
         own = next((c for c in self.training_courses() if c.name == course.name), None)
-        if own is not None and course.time[0] > own.time[-1] and self.config.prepare != "reference":
-            return Start(own.values[-1], float(own.time[-1]), course.labels)
-        if self.config.prepare == "reference":
-            return Start(course.values[:5].mean(axis=0), float(course.time[0]), course.labels)
-        first = self.binned(course)
-        return Start(first.values[0], float(first.time[0]), course.labels)
-
-    def first(self, course: Course) -> Start:
-        """First state of a training course."""
-        x0 = course.values[:5].mean(axis=0) if self.config.prepare == "reference" else course.values[0]
-        return Start(x0, float(course.time[0]), course.labels)
+        return self.preparation.start(course, own)
 
     def labels_of(self, labels: Sequence[Mapping[str, str]]) -> Tensor | None:
         """(n, c) one-hot of the lineage; zeros where it is not known to the Design."""
@@ -298,12 +269,12 @@ class Forecaster(Model):
 
     def _starts_of_cells(self, adata: AnnData) -> tuple[list[Start], list[tuple[float, float]]]:
         parts = self._read(adata)
-        reference_ends = {c.name: (float(c.time[0]), float(c.time[-1])) for c in parts}
-        if self.config.prepare == "reference":
-            return [self.start(c) for c in parts], [reference_ends[c.name] for c in parts]
+        starts = [self.start(c) for c in parts]
+        if self.preparation.keeps_cells:
+            return starts, [(float(c.time[0]), float(c.time[-1])) for c in parts]
         obs = self._with_genes(adata).obs
         raw = {c.name: c for c in courses(np.zeros((len(obs), 1)), obs, self.design)}
-        return [self.start(c) for c in parts], [self.ends(raw[c.name]) for c in parts]
+        return starts, [self.ends(raw[c.name]) for c in parts]
 
     def _read(self, adata: AnnData, rows: np.ndarray | None = None) -> list[Course]:
         """The courses of some cells of an AnnData."""
@@ -367,7 +338,7 @@ class Forecaster(Model):
 
     def calibrate(self, parts: Sequence[Course]) -> None:
         """Learn how far bins of these courses lie outside the range of the ensemble."""
-        bins = [self.binned(c) for c in parts]
+        bins = [self.preparation.rows(c) for c in parts]
         found = self.paths([self.start(c) for c in parts], [c.time for c in bins])
         outside = [np.maximum(p.min(0) - c.values, c.values - p.max(0)) for p, c in zip(found, bins, strict=True)]
         self.calibration = torch.from_numpy(np.quantile(np.concatenate(outside), LEVELS, axis=0).clip(0)).float()
@@ -423,7 +394,7 @@ class Forecaster(Model):
                            sampled=sampled)  # fmt: skip
         rows = []
         for course, start, members in zip(parts, starts, found, strict=True):
-            bins = self.binned(course)
+            bins = self.preparation.rows(course)
             at = np.searchsorted(course.time, bins.time).clip(0, len(course.time) - 1)
             mean, lower, upper = self.interval(members, level)
             forecasts = {self.name: mean} | baselines(train, course, start.x0, alike=self.alike)

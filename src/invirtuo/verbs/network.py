@@ -192,7 +192,7 @@ def intervene(
     columns = _columns(model, genes)
     if cells is None:
         courses = model.training_courses()
-        starts = [model.first(course) for course in courses]
+        starts = [model.preparation.first(course) for course in courses]
         ends = [(model.known[course.name]["low"], model.known[course.name]["high"]) for course in courses]
     else:
         starts, ends = model._starts(cells, None)

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Batch
-from invirtuo.cells.courses import Course, best_bandwidth, local_fit
+from invirtuo.cells.courses import Course, best_bandwidth
 from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.preparation import PREPARATIONS
 from invirtuo.errors import preview
 from invirtuo.fit import FitConfig, seeded
 from invirtuo.flow import SOLVER_NAMES
@@ -53,9 +54,10 @@ class Config(Settings):
     space: Literal["log", "any"] = setting(
         "log", 'data space; "log": log1p of counts per 10,000; "any": numbers as they are'
     )
-    prepare: Literal["bins", "reference"] = setting(
+    prepare: str = setting(
         "bins",
-        'preparation of courses: "bins", means of bins scaled by training cells, or "reference", as in the public code',
+        'preparation of courses: means of "bins", scaled by training cells, or "reference", as in the public code',
+        choices=PREPARATIONS,
     )
     lineage: str = setting("lineage", 'covariate that the field is told, if the Design has it; "" for none')
     time: Literal["course", "global"] = setting(
@@ -193,8 +195,8 @@ class SparseODE(GeneNetwork):
         """A Config of one's own is fitted as the preset that prepares data like it: with whole courses in a batch."""
         preset = super().preset_of(config)
         if isinstance(config, Config) and all(known.config != config for known in cls.PRESETS.values()):
-            like = "pathreg-paper" if config.prepare == "reference" else "default"
-            return replace(preset, fit=cls.PRESETS[like].fit)
+            like = cls.PRESETS[PREPARATIONS[config.prepare].preset]
+            return replace(preset, fit=like.fit)
         return preset
 
     def build(self) -> None:
@@ -247,7 +249,7 @@ class SparseODE(GeneNetwork):
         """Scale, training courses, bandwidth of the smoother."""
         super().prepare(dataset)
         self._seen.clear()
-        if self.config.prepare == "bins" and not self.config.bandwidth:
+        if not self.preparation.keeps_cells and not self.config.bandwidth:
             self.bandwidth.fill_(best_bandwidth(self.training_courses()))
 
     def stages(self, config: FitConfig) -> dict[str, FitConfig]:
@@ -296,7 +298,7 @@ class SparseODE(GeneNetwork):
         gates = self.field.draw() if self.penalty.gated and self.training else self._still()
         if self.stage == "match":
             error = self._match(data, gates)
-        elif self.config.prepare == "reference":
+        elif self.preparation.keeps_cells:
             error = self._whole(data)
         else:
             error = self._rollout(data, gates)
@@ -350,7 +352,7 @@ class SparseODE(GeneNetwork):
         for part in data.parts:
             value = data.value[begin : begin + len(part.time)]
             begin += len(part.time)
-            x0 = torch.from_numpy(part.values[:5].mean(axis=0)).float()[None]
+            x0 = torch.from_numpy(self.preparation.first(part).x0).float()[None]
             way = self.integrate(x0, None, float(part.time[-1]), sampled=self.training)
             total = total + (way.at(torch.from_numpy(part.time))[:, 0, 0] - value).square().mean()
         return total
@@ -371,9 +373,9 @@ class SparseODE(GeneNetwork):
         for name, levels in self.design.covariates.items():
             codes = batch.condition.covariates[name].numpy()
             obs[name] = np.array([*levels, self.design.unknown], dtype=object)[codes]
-        parts = [self.binned(c) for c in self.courses_of(batch.target.double().numpy(), obs)]
+        parts = [self.preparation.rows(c) for c in self.courses_of(batch.target.double().numpy(), obs)]
         rows = np.concatenate([c.values for c in parts])
-        curves = [(c.values, c.values) if self.config.prepare == "reference" else self._curve(c) for c in parts]
+        curves = [self.preparation.curve(c, float(self.bandwidth)) for c in parts]
         names = [c.labels for c in parts for _ in c.time]
         curve = [np.concatenate(x) for x in zip(*curves, strict=True)]
         tensors = [torch.from_numpy(x).float() for x in (rows, *curve, _weights(parts))]
@@ -382,10 +384,6 @@ class SparseODE(GeneNetwork):
             boost.exponential_(generator=torch.Generator().manual_seed(len(rows)))
         value, smooth, slope, weight = tensors
         return _Measured(parts, value, smooth, slope, weight, self.labels_of(names), boost, {})
-
-    def _curve(self, part: Course) -> tuple[np.ndarray, np.ndarray]:
-        span = max(part.time[-1] - part.time[0], 1e-12)
-        return local_fit(part.time, part.values, float(self.bandwidth) * span, weights=part.n_cells)[:2]
 
     def _shots(self, data: _Measured) -> _Shots:
         """Pieces of the horizon of the moment: short ones first, whole courses in the last two fifths."""
