@@ -24,7 +24,7 @@ OTHER: dict[str, object] = {
     "progress": True,
     "precision": "bf16",
     "batch_size": 7,
-    "clamp_min": 1.5,
+    "clamp_min": 50.0,
     "steps": 3,
     "solver": "euler",
     "guidance": 2.0,
