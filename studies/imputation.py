@@ -16,7 +16,7 @@ import invirtuo as iv
 from invirtuo.bench import imputation_scores, trivial_answers
 from invirtuo.bench.comparators import posterior_mean
 from invirtuo.cells.genes import variable_genes
-from invirtuo.verbs.hidden_entries import mask_entries
+from invirtuo.verbs.masking import mask_entries
 from studies.harness import Tables, filled, fit, over_seeds, study
 
 logger = logging.getLogger(__name__)

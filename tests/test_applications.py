@@ -25,7 +25,7 @@ from invirtuo.bench import (
 )
 from invirtuo.metrics.cells import per_10k
 from invirtuo.metrics.copies import copying, nearest
-from invirtuo.verbs.hidden_entries import mask_entries
+from invirtuo.verbs.masking import mask_entries
 
 
 @pytest.fixture(scope="module")

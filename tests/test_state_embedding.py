@@ -120,7 +120,7 @@ def test_only_measured_genes_are_asked_for(two, design):
     batch = dataset.take(np.arange(100, 140))
     allowed = model.measured[batch.condition.covariates["dataset"]]
     genes, present = model.sentence(batch.target, allowed)
-    asked, valid = model._asked(batch.target, allowed, genes, present)
+    asked, valid = model._target_genes(batch.target, allowed, genes, present)
     assert asked.shape == valid.shape == (40, 6 + 5 + 7)
     assert allowed.gather(1, asked)[valid].all()
     own, counts = asked[:, :11], valid[:, :11]
@@ -144,7 +144,7 @@ def test_losses_by_hand(two, design):
     genes, present = model.sentence(batch.target, model.measured[levels], shuffle=True)
     codes = model.gene_codes()
     z, token = model.encode(batch.target, genes, present, codes)
-    asked, valid = model._asked(batch.target, model.measured[levels], genes, present)
+    asked, valid = model._target_genes(batch.target, model.measured[levels], genes, present)
     values = batch.target.gather(1, genes)
     mean = torch.stack([v[p & (v > 0)].mean() for v, p in zip(values, present, strict=True)])
     torch.testing.assert_close(depth(batch.target, genes, present), mean)

@@ -12,12 +12,20 @@ from typing import Any
 
 __all__ = ["install"]
 
-TO_CELLS = (
-    "checks conditions dataset datasets files genes multimodal preprocess pseudotime samplers transforms values windows"
-)
-REPORT = "benchmark charts dynamics effects figures folder page tables"
 MODULES = {
-    **{name: f"cells.{name}" for name in TO_CELLS.split()},
+    "checks": "cells.checks",
+    "conditions": "cells.conditions",
+    "dataset": "cells.dataset",
+    "datasets": "cells.datasets",
+    "files": "cells.files",
+    "genes": "cells.genes",
+    "multimodal": "cells.multimodal",
+    "preprocess": "cells.preprocess",
+    "pseudotime": "cells.pseudotime",
+    "samplers": "cells.samplers",
+    "transforms": "cells.transforms",
+    "values": "cells.values",
+    "windows": "cells.windows",
     "store.cells": "cells.store",
     "store.parts": "cells.one_file",
     "store.shuffled": "cells.shuffle",
@@ -31,7 +39,7 @@ MODULES = {
     "model.saving": "verbs.saving",
     "generators.base": "verbs.generate",
     "generators.drawing": "verbs.draw_counts",
-    "generators.hidden": "verbs.hidden_entries",
+    "generators.hidden": "verbs.masking",
     "generators.labels": "verbs.labels",
     "generators.latent": "verbs.latent_flow",
     "dynamics.base": "verbs.forecast",
@@ -54,12 +62,16 @@ MODULES = {
     "nn.sparsity": "models.sparse_ode.gates",
     "nn.unet1d": "models.primeflow.unet",
     "nn.velocity": "models.primeflow.velocity",
-    **{
-        f"report.{name}": f"reports.{name}"
-        for name in "benchmark charts dynamics effects figures folder page tables".split()
-    },
+    "report.benchmark": "reports.benchmark",
+    "report.charts": "reports.charts",
+    "report.dynamics": "reports.dynamics",
+    "report.effects": "reports.effects",
+    "report.figures": "reports.figures",
+    "report.folder": "reports.folder",
+    "report.page": "reports.page",
+    "report.tables": "reports.tables",
 }
-PACKAGES = {  # what had a face: where its names are now
+PACKAGES = {  # packages with names of their own: the packages and modules that have these names now
     "dynamics": ("models.sparse_ode", "cells.courses", "verbs.naive_forecasts", "verbs"),
     "generators": ("verbs",),
     "model": ("verbs",),
@@ -73,10 +85,11 @@ class Package(ModuleType):
 
     def __getattr__(self, attribute: str) -> Any:
         is_special = attribute.startswith("__") and attribute != "__all__"  # like its own path
-        for room in () if is_special else PACKAGES[self.__name__.removeprefix("invirtuo.")]:
-            found = importlib.import_module(f"invirtuo.{room}")
-            if hasattr(found, attribute):
-                return getattr(found, attribute)
+        if not is_special:
+            for name in PACKAGES[self.__name__.removeprefix("invirtuo.")]:
+                found = importlib.import_module(f"invirtuo.{name}")
+                if hasattr(found, attribute):
+                    return getattr(found, attribute)
         raise AttributeError(f"module {self.__name__!r} has no attribute {attribute!r}")
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -88,7 +101,7 @@ class Former(MetaPathFinder, Loader):
     """Finds modules by their former names, after everything else was tried."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The module that has the name now, or the former package whose names it stands for."""
+        """The module that has the name now, or a former package, which looks its names up."""
         package, _, name = fullname.partition(".")
         if package != "invirtuo" or name not in MODULES | PACKAGES:
             return None

@@ -20,7 +20,7 @@ def n_cores() -> int:
 
 
 def size_threads() -> None:
-    """Let numeric libraries use the cores that this process may use; what the environment says of threads stays.
+    """Let numeric libraries use the cores that this process may use; settings of the environment stay.
 
     To be called before torch is loaded.
     """

@@ -31,7 +31,7 @@ def over_ray(
     work
         A function that the machines of the cluster can import or unpickle.
     items
-        What to work on.
+        One for each call.
     shared
         Sent to each machine once.
     threads
@@ -43,7 +43,7 @@ def over_ray(
     retries
         How often an item whose worker was lost is begun anew.
     at_once
-        Most items under way, so that results that wait do not fill the memory; None: all.
+        Most items under way, so that results that are not taken yet do not fill the memory; None: all.
     in_order
         Give results in the order of the items; those that wait for an earlier one count as under way.
 
@@ -62,31 +62,34 @@ def over_ray(
         raise ValueError("engine 'ray' needs the package ray: pip install 'invirtuo[ray]'") from error
     from ray.exceptions import RayError
 
+    # a cluster, if there is none yet
     started = not ray.is_initialized()
     if started:
-        workers = n_jobs or n_workers(threads, gpus=gpus)
-        on_this_machine: dict[str, Any] = {"num_cpus": workers * threads, "include_dashboard": False}
-        handler = signal.getsignal(signal.SIGTERM)
-        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else on_this_machine))
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process with exit code 15
+        n_cpus = threads * (n_jobs or n_workers(threads, gpus=gpus))
+        _start_ray(n_cpus)
+
     n_gpus = 1 if gpus and ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=threads, num_gpus=n_gpus, max_retries=retries)(work)
     try:
-        sent = [ray.put(thing) for thing in shared]
+        sent = [ray.put(value) for value in shared]
         running: dict[Any, int] = {}
         ready: dict[int, Any] = {}
         begun = given = 0
         while given < len(items):
+            # begin items while there is room
             while begun < len(items) and (at_once is None or begun - given < at_once):
                 running[remote.remote(items[begun], *sent)] = begun
                 begun += 1
+
+            # take the next that ends, whichever it is
             done, _ = ray.wait(list(running), num_returns=1)
             number = running.pop(done[0])
             try:
                 ready[number] = ray.get(done[0])
             except RayError as error:
                 ready[number] = error
+
+            # give what may be given: in order, what no earlier item holds up
             while given in ready or (ready and not in_order):
                 number = given if in_order else next(iter(ready))
                 yield number, ready.pop(number)
@@ -96,8 +99,21 @@ def over_ray(
             ray.shutdown()
 
 
+def _start_ray(n_cpus: int) -> None:
+    """Join the cluster of ``RAY_ADDRESS``, or start one on this machine."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_cpus, "include_dashboard": False}
+    ray.init(log_to_driver=False, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process with exit code 15
+
+
 def n_workers(threads: int, *, gpus: bool = True) -> int:
     """Workers that this machine has cores for; one where they compute on the GPU of this machine."""
     import torch
 
-    return 1 if gpus and torch.cuda.is_available() else max(1, n_cores() // threads)
+    if gpus and torch.cuda.is_available():
+        return 1
+    return max(1, n_cores() // threads)

@@ -45,7 +45,7 @@ LABELS = ("task", "model", "seed")
 
 @dataclass(frozen=True)
 class Cell:
-    """What a process needs to know to compute one cell."""
+    """One cell of the grid of a benchmark, with all that a process needs to compute it."""
 
     task: Task
     entry: Entry
@@ -55,17 +55,16 @@ class Cell:
     data_dir: str | None = None
     work: str | None = None  # folder for checkpoints
     threads: int = 1
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # what precision="auto" of an entry means, so that a cell does not depend on its machine
-    )
+    # what precision="auto" of an entry means, so that a cell does not depend on its machine
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def name(self) -> str:
-        """Of the file with its record."""
+        """Name of the file with its record."""
         return f"{self.task.name}/{_file_name(self.entry.label)}/{self.seed}"
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the numbers."""
+        """All settings that the numbers depend on."""
         return {
             "task": self.task.describe(),
             "entry": self.entry.describe(),
@@ -97,14 +96,18 @@ class _Clock:
 
 
 def compute(cell: Cell) -> Record:
-    """Fit, predict and score; what goes wrong is part of the record."""
+    """Fit, predict and score; an error is part of the record."""
+    costs: dict[str, Any] = {}
     try:
         scores, costs = _scores(cell)
     except Exception as error:  # noqa: BLE001 - one cell must not end the benchmark
-        record, costs = failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc()), {}
+        record = failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc())
     else:
         record = failed(cell, "") | {"status": "ok", "scores": as_json(_in_order(scores))}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+    # KiB, on macOS bytes
+    units_per_mib = 1024**2 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib
     return record | {"costs": {**costs, "peak_memory_mib": round(peak)}}
 
 
@@ -121,6 +124,8 @@ def launch(cell: Cell) -> Record:
             ended = subprocess.run(
                 command, input=cloudpickle.dumps(cell), stdout=messages, stderr=messages, env=environment, check=False
             )
+
+        # the record, or the last messages of a process that wrote none
         if out.is_file():
             return json.loads(out.read_text(encoding="utf-8"))
         last = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
@@ -142,12 +147,15 @@ def failed(cell: Cell, error: str, trace: str = "") -> Record:
 
 
 def scores_of(record: Record) -> pd.DataFrame:
-    """The scores of a record that has some."""
+    """The scores of a record of a cell that was computed."""
     return pd.DataFrame(record["scores"]["rows"], columns=record["scores"]["columns"])
 
 
 def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
-    clock, tables, n_parameters = _Clock(cell.entry.rows), [], 0
+    """Scores of a cell over all its splits; seconds of every row and number of parameters."""
+    # a task may have several splits; scores of all of them make a table
+    clock = _Clock(cell.entry.rows)
+    tables, n_parameters = [], 0
     for fold in range(len(cell.task.splits)):
         adata, design, split = cell.task.load(fold, data_dir=cell.data_dir)
         clock.restart()
@@ -158,10 +166,10 @@ def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
             table, n_parameters = _fold(cell, fold, adata, design, split, clock)
             tables.append(table)
     table = pd.concat(tables, ignore_index=True).assign(task=cell.task.name, seed=cell.seed)
-    seconds = {
-        label: {f"{what}_seconds": round(value, 2) for what, value in spent.items()}
-        for label, spent in clock.seconds.items()
-    }
+
+    seconds: dict[str, dict[str, float]] = {}
+    for label, spent in clock.seconds.items():
+        seconds[label] = {f"{what}_seconds": round(value, 2) for what, value in spent.items()}
     return table, {"rows": seconds, "parameters": n_parameters}
 
 
@@ -171,17 +179,21 @@ def _fold(
     """Scores of an entry and its variants on one split, and the number of parameters."""
     from invirtuo.metrics import Pair, score
 
+    # fit, going on from the checkpoint of a benchmark that was stopped
     work = None if cell.work is None else Path(cell.work) / f"{_hash(cell.settings())}-{fold}"
     model, fit = cell.entry.make(design, adata.var_names)
     precision = cell.precision if fit.precision == "auto" else fit.precision
     fit = replace(fit, seed=cell.seed, progress=False, precision=precision, keep_checkpoints=True)
     model.fit(adata, split=split, config=fit, folder=work, resume=work is not None)
     clock.add("fit")
+
+    # predict and score the entry and its variants, against the same real cells
     real = adata[(split == cell.part).to_numpy()].copy()
+    common = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
     pair, tables = None, []
     for label, options in cell.entry.rows.items():
-        common = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
-        predicted = model.predict(cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **{**common, **options})
+        options = {**common, **options}
+        predicted = model.predict(cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **options)
         clock.add("predict", label)
         pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))
@@ -192,13 +204,13 @@ def _fold(
 
 
 def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> pd.DataFrame:
-    """Halves of the real cells of what is held out."""
+    """Scores of halves of the real cells of held-out conditions against each other."""
     from invirtuo.metrics import noise_floor
 
     real = adata[(split == cell.part).to_numpy()].copy()
-    seen = set(design.names(adata.obs[(split == "train").to_numpy()]))
+    trained = set(design.names(adata.obs[(split == "train").to_numpy()]))
     table = noise_floor(real, design, cell.metrics or cell.task.metrics, n_pcs=cell.task.n_pcs, seed=cell.seed)
-    return table[~table["condition"].isin(seen)].assign(model=FLOOR)
+    return table[~table["condition"].isin(trained)].assign(model=FLOOR)
 
 
 def as_json(scores: pd.DataFrame) -> dict[str, Any]:
@@ -208,7 +220,7 @@ def as_json(scores: pd.DataFrame) -> dict[str, Any]:
 
 
 def _in_order(scores: pd.DataFrame) -> pd.DataFrame:
-    """What the row is of first."""
+    """Columns that identify a row first."""
     front = [*LABELS, "condition"]
     return scores[front + [name for name in scores if name not in front]]
 

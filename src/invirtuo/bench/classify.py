@@ -1,4 +1,4 @@
-"""What classifiers say of generated cells: do they help to find rare classes, do they have the label asked for."""
+"""Classifiers as judges of generated cells: do they help to find rare classes, do they have the label asked for."""
 
 from __future__ import annotations
 
@@ -58,31 +58,34 @@ def rare_recall(
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    sides = {REAL: None, **added}
-    genes, truth = real.var_names, labels(test, by, "test")
-    logged, seen = per_10k(real.X), labels(real, by, "real")
-    scored = per_10k(test[:, genes].X)
+    # real cells to train on, and to test on, in the same genes and components
+    genes = real.var_names
+    logged, real_label = per_10k(real.X), labels(real, by, "real")
+    test_logged, truth = per_10k(test[:, genes].X), labels(test, by, "test")
     centre, axes = principal_axes(logged, n_pcs)
-    near = projected(scored, centre, axes)
+    test_components = projected(test_logged, centre, axes)
     names = sorted(set(truth))
-    n_training, n_test = pd.Series(seen).value_counts(), pd.Series(truth).value_counts()
+    n_training = pd.Series(real_label).value_counts()
+    n_test = pd.Series(truth).value_counts()
+
+    # each classifier is trained on real cells alone, and with each set of further cells
     rows: list[dict[str, Any]] = []
-    for model, extra in sides.items():
-        x, y = logged, seen
+    for model, extra in {REAL: None, **added}.items():
+        x, y = logged, real_label
         if extra is not None:
             x = sparse.vstack([x, per_10k(extra[:, genes].X)], format="csr")
             y = np.concatenate([y, labels(extra, by, model)])
         for classifier, make in CLASSIFIERS.items():
-            views = (x, scored) if classifier == "logistic" else (projected(x, centre, axes), near)
-            guess = make(seed).fit(views[0], y).predict(views[1])
-            found = precision_recall_fscore_support(truth, guess, labels=names, zero_division=0.0)
-            for name, *values in zip(names, *found[:3], strict=True):
+            train_x, test_x = x, test_logged
+            if classifier == "knn":
+                train_x, test_x = projected(x, centre, axes), test_components
+            guess = make(seed).fit(train_x, y).predict(test_x)
+            scores = precision_recall_fscore_support(truth, guess, labels=names, zero_division=0.0)
+            for name, *values in zip(names, *scores[:3], strict=True):
                 about = {"classifier": classifier, "model": model, "class": name}
                 about |= {"n_training": int(n_training.get(name, 0)), "n_test": int(n_test[name])}
-                rows += [
-                    about | {"metric": metric, "value": float(value)}
-                    for metric, value in zip(("precision", "recall", "f1"), values, strict=True)
-                ]
+                for metric, value in zip(("precision", "recall", "f1"), values, strict=True):
+                    rows.append(about | {"metric": metric, "value": float(value)})
     return pd.DataFrame(rows)
 
 
@@ -90,9 +93,10 @@ def oversampled(real: AnnData, by: str, counts: Mapping[str, int], *, seed: int 
     """Copies of real cells, drawn with replacement: `counts` of each class."""
     import anndata
 
-    rng, label = np.random.default_rng(seed), labels(real, by, "real")
-    if strange := sorted(set(counts) - set(label)):
-        raise ValueError(f"counts: {preview(strange)} do not occur in {by!r}; known: {preview(sorted(set(label)))}")
+    rng = np.random.default_rng(seed)
+    label = labels(real, by, "real")
+    if unknown := sorted(set(counts) - set(label)):
+        raise ValueError(f"counts: {preview(unknown)} do not occur in {by!r}; known: {preview(sorted(set(label)))}")
     rows = np.concatenate([rng.choice(np.flatnonzero(label == name), n) for name, n in counts.items()])
     obs = real.obs.iloc[rows].set_axis([f"copy_{i}" for i in range(len(rows))])
     return anndata.AnnData(sparse.csr_matrix(real.X)[rows], obs=obs, var=real.var.copy())
@@ -131,20 +135,21 @@ def label_probability(
     centre, axes = principal_axes(logged, n_pcs)
     spread = projected(logged, centre, axes).std(axis=0)
 
-    def seen(cells: AnnData) -> np.ndarray:
+    def components(cells: AnnData) -> np.ndarray:
         return projected(per_10k(cells[:, genes].X), centre, axes) / spread
 
-    judges = {}
+    classifiers = {}
     for column in [columns] if isinstance(columns, str) else columns:
-        judge = MLPClassifier((128, 128), early_stopping=True, random_state=seed, max_iter=100)
-        judges[column] = judge.fit(seen(real), labels(real, column, "real"))
+        classifier = MLPClassifier((128, 128), early_stopping=True, random_state=seed, max_iter=100)
+        classifiers[column] = classifier.fit(components(real), labels(real, column, "real"))
 
     def probabilities(cells: AnnData) -> dict[str, pd.DataFrame]:
-        x = seen(cells)
-        return {
-            column: pd.DataFrame(judge.predict_proba(x), index=cells.obs_names, columns=judge.classes_)
-            for column, judge in judges.items()
-        }
+        x = components(cells)
+        tables = {}
+        for column, classifier in classifiers.items():
+            probability = classifier.predict_proba(x)
+            tables[column] = pd.DataFrame(probability, index=cells.obs_names, columns=classifier.classes_)
+        return tables
 
     return probabilities
 

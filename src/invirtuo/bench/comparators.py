@@ -160,27 +160,33 @@ def _as_categories(adata: AnnData, columns: list[str]) -> AnnData:
 def _drawn(
     decode: Callable, depths: np.ndarray, known: AnnData, design: Design, labels: pd.DataFrame, seed: int
 ) -> sparse.csr_matrix:
-    """Counts, some cells at a time."""
+    """Counts (n, g), CELLS at a time."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
+
+    # depths by group of labels
     names, group = np.unique(design.groups(known.obs), return_inverse=True)
     depth = SizeFactor()
     depth.fit(torch.from_numpy(depths.astype(np.float32)), torch.from_numpy(group), len(names))
     wanted = torch.from_numpy(pd.Index(names).get_indexer(design.groups(labels)))
     size = depth.sample(wanted, generator)
-    codes = [
-        torch.from_numpy(known.obs[column].cat.categories.get_indexer(labels[column].astype(str)))
-        for column in design.covariates
-    ]
+
+    # codes of labels among those of the training cells
+    codes = []
+    for column in design.covariates:
+        categories = known.obs[column].cat.categories
+        code = categories.get_indexer(labels[column].astype(str))
+        codes.append(torch.from_numpy(code))
     if any(bool((code < 0).any()) for code in codes):
         raise ValueError("labels holds values that no training cell has; expected labels of training cells")
-    parts = []
+
+    blocks = []
     for start in range(0, len(labels), CELLS):
         rows = slice(start, start + CELLS)
         covariates = torch.stack([code[rows] for code in codes], dim=1) if codes else None
         x = decode(len(size[rows]), covariates, size[rows, None])
-        parts.append(sparse.csr_matrix(x.cpu().numpy().astype(np.int32)))
-    return sparse.vstack(parts, format="csr")
+        blocks.append(sparse.csr_matrix(x.cpu().numpy().astype(np.int32)))
+    return sparse.vstack(blocks, format="csr")
 
 
 def _totals(adata: AnnData) -> np.ndarray:

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 Axes: TypeAlias = tuple[np.ndarray, np.ndarray]  # (g,) centre and (g, 2) directions
 
 EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
-PANEL_CELLS = 400  # cells of one kind drawn in one panel
+PANEL_CELLS = 400  # most real, and most predicted, cells of a condition drawn in one panel
 
 
 def compare(
@@ -99,6 +99,8 @@ def compare(
     check_writable(out, folder=True)
     out, seed = Path(out), int(seed)
     real = adata[(split == part).to_numpy()].copy()
+
+    # rows that an earlier call computed are read
     plan = {
         "data": CellDataset(adata, design, split).fingerprint(),
         "split": hashlib.sha256("|".join(split).encode()).hexdigest()[:16],
@@ -107,30 +109,41 @@ def compare(
     rows = [_Row(out, entry, plan) for entry in entries]
     for row in rows:
         row.check(overwrite=overwrite)
+
+    # the others are fitted, drawn and scored; effects are those of the first
     axes = principal_axes(adata.X, 2)
     pair: Pair | None = None
+    done: list[pd.DataFrame] = []
     for row in rows:
         if not row.record:
-            level = EFFECT_LEVEL if row is rows[0] else None
+            is_first = row is rows[0]
+            level = EFFECT_LEVEL if is_first else None
             predicted, facts, history = _drawn(row, adata, design, split, part, n_cells, seed, level)
             pair = Pair(predicted, real, design, n_pcs=n_pcs) if pair is None else pair.against(predicted)
-            if row is rows[0]:
+            if is_first:
                 write_table(out / "effects.csv", effects_of(predicted, adata, design))
                 write_h5ad(predicted, out / "predicted.h5ad")
             write_table(row.folder / "history.csv", history)
-            write_table(row.folder / "panels.csv", _of_model(predicted, row.entry.label, design, axes, seed))
+            write_table(row.folder / "panels.csv", _predicted_points(predicted, row.entry.label, design, axes, seed))
             row.write(score(pair, metrics).assign(model=row.entry.label), facts)
-        write_table(out / "scores.csv", pd.concat([scores_of(done.record) for done in rows if done.record]))
+        done = [scores_of(row.record) for row in rows if row.record]
+        write_table(out / "scores.csv", pd.concat(done))
+
+    # scores of all rows and of the noise floor, for the conditions of the first
     floor = noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model=FLOOR)
-    first = scores_of(rows[0].record)
-    scores = pd.concat([first, *(scores_of(row.record) for row in rows[1:]), floor], ignore_index=True)
-    scores = scores[scores["condition"].isin(set(first["condition"]))].reset_index(drop=True)
+    scores = pd.concat([*done, floor], ignore_index=True)
+    is_scored = scores["condition"].isin(set(done[0]["condition"]))
+    scores = scores[is_scored].reset_index(drop=True)
     write_table(out / "scores.csv", scores)
-    points = [_of_cells(adata, real, design, axes, seed), *(row.table("panels.csv") for row in rows)]
+
+    # what the report draws
+    points = [_real_points(adata, real, design, axes, seed)]
+    points += [row.table("panels.csv") for row in rows]
     write_table(out / "panels.csv", pd.concat(points, ignore_index=True))
     history = pd.concat([row.table("history.csv") for row in rows], ignore_index=True)
     if "step" in history:  # something was trained
         write_table(out / "history.csv", history)
+
     facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "software": software()}
     facts["models"] = [row.record["facts"] for row in rows]
     if rows[0].record["facts"]["intervals"]:
@@ -178,7 +191,7 @@ class _Row:
         return pd.read_csv(self.folder / name, keep_default_na=False, na_values=[""])
 
     def write(self, scores: pd.DataFrame, facts: Mapping[str, Any]) -> None:
-        """Keep what was computed; last, as it says that the row is done."""
+        """Write the record, after everything else: it marks the row as done."""
         self.record = {"settings": self.settings, "facts": facts, "scores": as_json(scores)}
         with writing(self.folder / "record.json") as path:
             path.write_text(json.dumps(self.record), encoding="utf-8")
@@ -194,7 +207,7 @@ def _drawn(
     seed: int,
     level: float | None,
 ) -> tuple[AnnData, dict[str, Any], pd.DataFrame]:
-    """Cells that an entry draws, what there is to know of it, and its history; the model is saved."""
+    """Cells that an entry draws, facts about it, and its history; the model is saved."""
     started = time.perf_counter()
     model, fit = row.entry.make(design, adata.var_names)
     logger.info("fitting %s", row.entry.label)
@@ -207,35 +220,39 @@ def _drawn(
     done = time.perf_counter()
     model.save(row.out / "models" / row.entry.label, overwrite=True)
     facts = _facts(row.entry, model, fit, fitted - started, done - fitted)
-    return predicted, facts | {"intervals": "effect" in predicted.varm}, model.history.assign(model=row.entry.label)
+    facts["intervals"] = "effect" in predicted.varm
+    return predicted, facts, model.history.assign(model=row.entry.label)
 
 
 def _gives_intervals(model: Predictor, part: str) -> bool:
     """Whether the fit held out conditions for validation, and all groups have control cells."""
     held_out, design = model.card["held_out"], model.design
-    seen = model._pseudobulks if isinstance(model, PerturbationModel) else None
-    asked = pd.DataFrame(held_out["val"] + held_out[part], columns=design.columns)
-    return bool(held_out["val"]) and seen is not None and set(design.groups(asked)) <= set(seen.groups)
+    observed = model._pseudobulks if isinstance(model, PerturbationModel) else None
+    if observed is None or not held_out["val"]:
+        return False
+    conditions = pd.DataFrame(held_out["val"] + held_out[part], columns=design.columns)
+    return set(design.groups(conditions)) <= set(observed.groups)
 
 
 def _facts(
     entry: Entry, model: Predictor, fit: FitConfig, fit_seconds: float, predict_seconds: float
 ) -> dict[str, Any]:
     trained = any(p.requires_grad for p in model.parameters())
+    n_parameters = sum(p.numel() for p in model.parameters())
     return {
         "label": entry.label,
         "model": entry.model,
         "config": asdict(model.config),
         "fit": asdict(fit) if trained else "closed form",
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": n_parameters,
         "fit seconds": round(fit_seconds, 1),
         "predict seconds": round(predict_seconds, 1),
         "data hash": model.card["data_hash"],
     }
 
 
-def _of_cells(adata: AnnData, real: AnnData, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
-    """Real cells on two components: some of all as background, and those of every held-out condition."""
+def _real_points(adata: AnnData, real: AnnData, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
+    """Real cells on two components: a sample of all as background, and those of every held-out condition."""
     names = design.names(real.obs)
     tables = [_projected(adata, axes, seed, kind="background", limit=4 * PANEL_CELLS)]
     for condition in names[~design.is_control(real.obs)].unique():
@@ -244,7 +261,7 @@ def _of_cells(adata: AnnData, real: AnnData, design: Design, axes: Axes, seed: i
     return pd.concat(tables, ignore_index=True)
 
 
-def _of_model(predicted: AnnData, label: str, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
+def _predicted_points(predicted: AnnData, label: str, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
     """Predicted cells on the same two components."""
     names = design.names(predicted.obs)
     tables = []
@@ -259,14 +276,16 @@ def panels(
 ) -> pd.DataFrame:
     """Cells on the two leading components of all cells: all (background), real and predicted per condition."""
     axes = principal_axes(adata.X, 2)
-    tables = [_of_model(predicted, label, design, axes, seed) for label, predicted in predictions.items()]
-    return pd.concat([_of_cells(adata, real, design, axes, seed), *tables], ignore_index=True)
+    tables = [_real_points(adata, real, design, axes, seed)]
+    for label, predicted in predictions.items():
+        tables.append(_predicted_points(predicted, label, design, axes, seed))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _projected(
     cells: AnnData, axes: Axes, seed: int, *, kind: str, condition: str = "", model: str = "", limit: int = PANEL_CELLS
 ) -> pd.DataFrame:
-    """Some of the cells, drawn by the seed, on two components."""
+    """At most `limit` of the cells, drawn by the seed, on two components."""
     centre, directions = axes
     rows = np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:limit])
     x = cells.X[rows]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
-VALIDATION = "NK cell"  # whose response tells how wide intervals must be
+VALIDATION = "NK cell"  # its response sets the width of intervals
 STEPS, LINEAR_STEPS = 900, 1200  # optimiser steps per `MINUTES`
 CELLS = 128  # cells of a step
 CONFIG = PRiMeFlow.Config(cell_width=256, n_context=4)  # a smaller network, trained for longer
@@ -74,6 +74,8 @@ def demo(
     """
     if not minutes > 0:
         raise ValueError(f"minutes is {minutes}; expected a number above 0")
+
+    # the split is made before anything is chosen from the cells
     raw = datasets.load("kang")
     design = datasets.design("kang", raw)
     held_out = [{"cell_type": cell_type} for cell_type in HELD_OUT]
@@ -86,16 +88,21 @@ def demo(
 
     fit = replace(training(PRiMeFlow.PRESETS["default"], STEPS), batch_size=CELLS)
     linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=1e-2, schedule="cosine")
+
+    # the model, and the baselines it must beat
     entries = [
         Entry("primeflow", "primeflow", CONFIG, fit, {"progress": progress}),
         Entry("linear_additive", "linear_additive", None, linear_fit),
         *BASELINES,
     ]
+    held_out_text = (
+        f"held out: the response of {' and '.join(HELD_OUT)} (for validation: {VALIDATION}); their control cells are "
+        "known"
+    )
     about = {
         "title": "IFN-beta response of cell types that were never seen responding",
         "dataset": "Kang et al. 2018: 13,999 blood cells, 2,010 genes, control and IFN-beta",
-        "split": f"held out: the response of {' and '.join(HELD_OUT)} (for validation: {VALIDATION}); their control "
-        "cells are known",
+        "split": held_out_text,
         "baselines": [entry.label for entry in entries[1:]],
         "notes": list(NOTES),
         "minutes": minutes,

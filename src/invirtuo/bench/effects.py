@@ -73,21 +73,25 @@ def effects(
         raise ValueError("the models have different genes or Designs; give models fitted to the same data")
     if level is not None and not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a share between 0 and 1, or None for no intervals")
-    seen = ObservedMeans.of(CellDataset(adata[:, genes], design, signed=models[0].signed))
+
+    # real cells to which effects are differences; missing controls are refused before anything is drawn
+    observed = ObservedMeans.of(CellDataset(adata[:, genes], design, signed=models[0].signed))
     wanted = _table(models[0], conditions)
-    seen.of_control(design, wanted)  # before anything is drawn
+    observed.of_control(design, wanted)
+
     known = known_means = None
     if level is not None:
         known = _table(models[0], calibration)
-        known = known[design.names(known).isin(seen.conditions)]
+        known = known[design.names(known).isin(observed.conditions)]
         if known.empty:
             raise ValueError(
                 "no calibration conditions have cells in the data; hold some out for validation when fitting, name "
                 "others with calibration=, or pass level=None for effects without intervals"
             )
         known_means = _means(models, known, n_cells, seed)
-    effect, half = bounds(seen, design, wanted, _means(models, wanted, n_cells, seed), known, known_means, level)
-    return tabulate(design, genes, wanted, seen, effect, half)
+    means = _means(models, wanted, n_cells, seed)
+    effect, half = bounds(observed, design, wanted, means, known, known_means, level)
+    return tabulate(design, genes, wanted, observed, effect, half)
 
 
 def tabulate(
@@ -117,13 +121,18 @@ def tabulate(
     n_genes = len(genes)
     if taken := EFFECT_COLUMNS & set(design.columns) - {design.perturbation}:
         raise ValueError(f"columns {preview(sorted(taken))} clash with columns of the table of effects; rename them")
+
+    # a row for each condition and gene
     rows = table.loc[table.index.repeat(n_genes), design.columns].reset_index(drop=True)
     if design.perturbation in EFFECT_COLUMNS:
         rows = rows.rename(columns={design.perturbation: "perturbation"})
-    front = {"condition": np.repeat(design.names(table).to_numpy(), n_genes), "gene": np.tile(genes, len(table))}
-    control, real = seen.of_control(design, table)[0], seen.effect(design, table)
+    rows["condition"] = np.repeat(design.names(table).to_numpy(), n_genes)
+    rows["gene"] = np.tile(genes, len(table))
+
+    control, _ = seen.of_control(design, table)
+    real = seen.effect(design, table)
     numbers = {"control": control, "effect": effect, "low": effect - half, "high": effect + half, "real": real}
-    return rows.assign(**front, **{name: values.ravel() for name, values in numbers.items()})
+    return rows.assign(**{name: values.ravel() for name, values in numbers.items()})
 
 
 def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFrame:
@@ -140,24 +149,31 @@ def effects_of(predicted: AnnData, adata: AnnData, design: Design) -> pd.DataFra
     -------
     As :func:`tabulate` gives it.
     """
-    seen = ObservedMeans.of(CellDataset(adata, design))
-    names = design.names(predicted.obs)
-    codes, _ = pd.factorize(names)
+    # conditions in the order of the cells, those that have control cells
+    observed = ObservedMeans.of(CellDataset(adata, design))
+    codes, _ = pd.factorize(design.names(predicted.obs))
     first = np.unique(codes, return_index=True)[1]
-    first = first[design.groups(predicted.obs.iloc[first]).isin(seen.groups).to_numpy()]
-    table, own = predicted.obs.iloc[first][design.columns].reset_index(drop=True), codes[first]
+    has_controls = design.groups(predicted.obs.iloc[first]).isin(observed.groups).to_numpy()
+    first = first[has_controls]
+    table = predicted.obs.iloc[first][design.columns].reset_index(drop=True)
+    own = codes[first]
+
     means = [np.asarray(predicted.X[codes == i].mean(axis=0)).ravel() for i in own]
-    effect = np.reshape(means, (len(own), predicted.n_vars)) - seen.of_control(design, table)[0]
+    control, _ = observed.of_control(design, table)
+    effect = np.reshape(means, (len(own), predicted.n_vars)) - control
     half = np.full_like(effect, np.nan)
     if "effect" in predicted.varm:
         half = (predicted.varm["effect"] - predicted.varm["effect_low"]).T[own]
-    return tabulate(design, list(predicted.var_names), table, seen, effect, half)
+    return tabulate(design, list(predicted.var_names), table, observed, effect, half)
 
 
 def _means(models: Sequence[PerturbationModel], table: pd.DataFrame, n_cells: int, seed: int) -> np.ndarray:
     """(m, c, g) means of the cells that each model draws."""
-    cells = (model.predict(table, n_cells, seed=seed).X for model in models)
-    return np.stack([x.reshape(len(table), n_cells, -1).mean(axis=1, dtype=np.float64) for x in cells])
+    means = []
+    for model in models:
+        cells = model.predict(table, n_cells, seed=seed).X.reshape(len(table), n_cells, -1)
+        means.append(cells.mean(axis=1, dtype=np.float64))
+    return np.stack(means)
 
 
 def _table(model: PerturbationModel, conditions: pd.DataFrame | str) -> pd.DataFrame:

@@ -62,10 +62,13 @@ class Entry:
         return {self.label: self.predict, **self.variants}
 
     def settings(self) -> tuple[Any, FitConfig]:
-        """The Config and FitConfig that the fields stand for."""
-        kind, replaced = MODELS[self.model], isinstance(self.config, Mapping)
-        preset = kind.preset_of(None if replaced else self.config)
-        config = config_from(kind.Config, {**asdict(preset.config), **self.config}) if replaced else preset.config
+        """The Config and FitConfig that the fields describe."""
+        # a mapping replaces fields of the defaults
+        model, replaces = MODELS[self.model], isinstance(self.config, Mapping)
+        preset = model.preset_of(None if replaces else self.config)
+        config = preset.config
+        if replaces:
+            config = config_from(model.Config, {**asdict(preset.config), **self.config})
         if isinstance(self.fit, FitConfig):
             return config, self.fit
         return config, config_from(FitConfig, {**asdict(preset.fit), **(self.fit or {})})
@@ -103,6 +106,8 @@ def as_entries(spec: Entry | str | Path) -> list[Entry]:
     else:
         model, _, preset = str(spec).partition(":")
         entries = [Entry(str(spec), model, preset or None)]
+
+    # what cannot be made or predicted with is refused before anything is fitted
     for entry in entries:
         if entry.model not in MODELS:
             raise ValueError(f"unknown model {entry.model!r}; known: {', '.join(MODELS)}")

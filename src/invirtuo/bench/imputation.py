@@ -24,16 +24,16 @@ def imputation_scores(real: Any, imputed: Mapping[str, Any], mask: sparse.csr_ma
     Parameters
     ----------
     real
-        (n, g) counts before entries were hidden.
+        (n, g) counts before entries were masked.
     imputed
-        Name to (n, g) values, dense or sparse; only hidden entries are looked at.
+        Name to (n, g) values, dense or sparse; only masked entries are looked at.
     mask
-        (n, g) bool, the hidden entries.
+        (n, g) bool, the masked entries.
 
     Returns
     -------
     DataFrame, a row for each name: ``l1``, ``pearson``, the same of log1p (``l1_log``, ``pearson_log``), and ``mean``,
-    the mean of what was filled in; the first row is the truth. The correlation of a constant is NaN.
+    the mean of the imputed values; the first row is the truth. The correlation of a constant is NaN.
 
     References
     ----------
@@ -45,15 +45,10 @@ def imputation_scores(real: Any, imputed: Mapping[str, Any], mask: sparse.csr_ma
     truth = _at(real, mask, "real")
     for name, values in {"truth": real, **imputed}.items():
         found = _at(values, mask, name)
-        logs = np.log1p(np.stack([found, truth]))
-        rows.append({
-            "model": name,
-            "l1": float(np.abs(found - truth).mean()),
-            "pearson": _correlation(found, truth),
-            "l1_log": float(np.abs(logs[0] - logs[1]).mean()),
-            "pearson_log": _correlation(*logs),
-            "mean": float(found.mean()),
-        })  # fmt: skip
+        row = {"model": name, "l1": _l1(found, truth), "pearson": _correlation(found, truth)}
+        log_found, log_truth = np.log1p(np.stack([found, truth]))
+        row |= {"l1_log": _l1(log_found, log_truth), "pearson_log": _correlation(log_found, log_truth)}
+        rows.append(row | {"mean": float(found.mean())})
     return pd.DataFrame(rows)
 
 
@@ -63,11 +58,11 @@ def trivial_answers(masked: AnnData, by: str, *, masked_fraction: float = 0.0) -
     Parameters
     ----------
     masked
-        Counts with hidden entries set to 0.
+        Counts with masked entries set to 0.
     by
         Column of obs with the classes.
     masked_fraction
-        Share of each cell's counts that is hidden; means and depths are raised by 1 / (1 - masked_fraction).
+        Share of each cell's counts that is masked; means and depths are raised by 1 / (1 - masked_fraction).
 
     Returns
     -------
@@ -75,18 +70,23 @@ def trivial_answers(masked: AnnData, by: str, *, masked_fraction: float = 0.0) -
     """
     x = sparse.csr_matrix(masked.X, dtype=np.float64)
     kept = 1 - masked_fraction
+    gene_mean = np.asarray(x.mean(axis=0)) / kept
+
+    # share of every gene in the counts of its class
     names, group = np.unique(labels(masked, by), return_inverse=True)
     depth = np.asarray(x.sum(axis=1)).ravel()
-    share = group_sums(x, group, len(names)) / np.maximum(group_sums(depth, group, len(names)), 1.0)[:, None]
+    class_depth = np.maximum(group_sums(depth, group, len(names)), 1.0)
+    share = group_sums(x, group, len(names)) / class_depth[:, None]
+    class_mean = share[group] * depth[:, None] / kept
     return {
         "nothing (0)": np.zeros(x.shape, dtype=np.float32),
-        "mean of the gene": np.broadcast_to(np.asarray(x.mean(axis=0)) / kept, x.shape),
-        "mean of the class x depth": (share[group] * depth[:, None] / kept).astype(np.float32),
+        "mean of the gene": np.broadcast_to(gene_mean, x.shape),
+        "mean of the class x depth": class_mean.astype(np.float32),
     }
 
 
 def _at(values: Any, mask: sparse.csr_matrix, name: str) -> np.ndarray:
-    """Values at the hidden entries, in their order."""
+    """Values at the masked entries, in their order."""
     if values.shape != mask.shape:
         raise ValueError(f"{name} has shape {values.shape}; expected that of the mask, {mask.shape}")
     rows, columns = mask.nonzero()
@@ -95,5 +95,12 @@ def _at(values: Any, mask: sparse.csr_matrix, name: str) -> np.ndarray:
     return np.asarray(values[rows, columns], dtype=np.float64).ravel()
 
 
+def _l1(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).mean())
+
+
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else np.nan
+    """Pearson correlation; NaN of a constant."""
+    if a.std() == 0 or b.std() == 0:
+        return np.nan
+    return float(np.corrcoef(a, b)[0, 1])

@@ -20,7 +20,7 @@ def integration_scores(
 ) -> pd.DataFrame:
     """Five batch and five biology scores of each embedding, and their means, not rescaled between embeddings.
 
-    A method that was told the labels, as `correct` is, is flattered by the biology scores. scib-metrics has BRAS in
+    A method that is given the labels, as `correct` is, is flattered by the biology scores. scib-metrics has BRAS in
     place of the silhouette of batches, so that means are not those of earlier tables of scIB.
 
     Parameters
@@ -53,7 +53,10 @@ def integration_scores(
         if len(x) != n:
             raise ValueError(f"{name} has {len(x)} rows, uncorrected has {n}; expected one for each cell")
     benchmarker = _benchmarker()
-    obs = pd.DataFrame({"batch": np.asarray(batch, str), "label": np.asarray(label, str)}, index=map(str, range(n)))
+
+    # all embeddings of the same cells
+    columns = {"batch": np.asarray(batch, str), "label": np.asarray(label, str)}
+    obs = pd.DataFrame(columns, index=map(str, range(n)))
     cells = anndata.AnnData(np.asarray(uncorrected, np.float32), obs=obs.astype("category"))
     cells.obsm["uncorrected"] = cells.X
     for name, x in embeddings.items():
@@ -66,13 +69,15 @@ def integration_scores(
         )
         run.benchmark()
         table = run.get_results(min_max_scale=False)
-    kinds = {"Batch correction": "batch", "Bio conservation": "bio"}
-    of_metric = table.loc["Metric Type"].map(kinds).dropna()
-    rows = [
-        {"model": name, "kind": kind, "metric": metric, "value": float(table.loc[f"of {name}", metric])}
-        for name in embeddings
-        for metric, kind in of_metric.items()
-    ]
+
+    # tidy scores, without the aggregates of scib-metrics
+    type_names = {"Batch correction": "batch", "Bio conservation": "bio"}
+    metric_types = table.loc["Metric Type"].map(type_names).dropna()
+    rows = []
+    for name in embeddings:
+        for metric, kind in metric_types.items():
+            value = float(table.loc[f"of {name}", metric])
+            rows.append({"model": name, "kind": kind, "metric": metric, "value": value})
     scores = pd.DataFrame(rows)
     means = scores.groupby(["model", "kind"], sort=False, as_index=False)["value"].mean().assign(metric="mean")
     return pd.concat([scores, means], ignore_index=True)

@@ -46,9 +46,9 @@ def paired_differences(
     [['a', 'b', -2.0, -2.0, -2.0], ['b', 'a', 2.0, 2.0, 2.0]]
     """
     rows = []
-    for (task, metric), part in scores.groupby(["task", "metric"], sort=False):
-        models = list(dict.fromkeys(part["model"]))
-        wide = part.pivot_table(index=["model", "seed"], columns="condition", values="value", dropna=False)
+    for (task, metric), own in scores.groupby(["task", "metric"], sort=False):
+        models = list(dict.fromkeys(own["model"]))
+        wide = own.pivot_table(index=["model", "seed"], columns="condition", values="value", dropna=False)
         values = {model: wide.loc[model].dropna(how="all").to_numpy(float) for model in models}
         for model, against in permutations(models, 2):
             facts = _difference(values[model], values[against], level, n_resamples, seed)
@@ -58,7 +58,7 @@ def paired_differences(
 
 
 def _difference(a: np.ndarray, b: np.ndarray, level: float, n_resamples: int, seed: int) -> dict[str, float]:
-    """Of two models, each (seeds, conditions)."""
+    """Difference of the means of two models, each (seeds, conditions), with an interval, over complete conditions."""
     complete = np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0)
     a, b = a[:, complete], b[:, complete]
     n = a.shape[1] if len(a) and len(b) else 0
@@ -66,12 +66,15 @@ def _difference(a: np.ndarray, b: np.ndarray, level: float, n_resamples: int, se
     if n:
         facts["difference"] = float(a.mean() - b.mean())
     if n > 1:
+        # conditions are resampled for both models alike, seeds for each by itself
         rng = np.random.default_rng(seed)
-        drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
-        means = [drawn @ side.T for side in (a, b)]  # (resamples, seeds) of every resample of the conditions
-        resampled = [_mean_over_drawn(side, rng) for side in means]
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
+        a_means, b_means = weights @ a.T, weights @ b.T  # (resamples, seeds)
+        a_mean = _mean_over_drawn(a_means, rng)
+        b_mean = _mean_over_drawn(b_means, rng)
         tail = 100 * (1 - level) / 2
-        facts["low"], facts["high"] = map(float, np.percentile(resampled[0] - resampled[1], [tail, 100 - tail]))
+        low, high = np.percentile(a_mean - b_mean, [tail, 100 - tail])
+        facts["low"], facts["high"] = float(low), float(high)
     return facts
 
 

@@ -100,17 +100,23 @@ def judge(
     if max_cells is not None and max_cells < 1:
         raise ValueError(f"max_cells is {max_cells}; expected at least 1, or None to score all cells")
     out, truth = Path(out), _logged(real)
-    sides = {name: _logged(cells) for name, cells in generated.items()}
-    tables = _scored(sides, truth, design, metrics, n_pcs, min_cells, max_cells, seed)
-    n_tables = 2 * (len(sides) + 1)
+    origins = {name: _logged(cells) for name, cells in generated.items()}
+
+    # a table for each origin and for the noise floor, class by class and of all cells
+    tables = _scored(origins, truth, design, metrics, n_pcs, min_cells, max_cells, seed)
+    n_tables = 2 * (len(origins) + 1)
     scores = pd.concat(track(tables, "scores", progress, n_tables), ignore_index=True)
+
+    # what the report draws, real cells first
+    with_real = {"real": truth, **origins}
     write_table(out / "scores.csv", scores)
-    write_table(out / "genes.csv", _genes({"real": truth, **sides}))
-    write_table(out / "cells.csv", _cells({"real": truth, **sides}, seed))
-    write_table(out / "panels.csv", panels(truth, truth, sides, design, seed))
+    write_table(out / "genes.csv", _genes(with_real))
+    write_table(out / "cells.csv", _cells(with_real, seed))
+    write_table(out / "panels.csv", panels(truth, truth, origins, design, seed))
+
     about = {"title": "Do generated cells look real?", **(about or {})}
     facts = {**about, "baselines": ["independent_nb", "training cells"], "seed": seed, "n_pcs": n_pcs}
-    facts["cells"] = {name: cells.n_obs for name, cells in {"real": truth, **sides}.items()}
+    facts["cells"] = {name: cells.n_obs for name, cells in with_real.items()}
     if max_cells is not None and max(facts["cells"].values()) > max_cells:
         facts["notes"] = [
             f"Of each class and origin, and of all cells together, at most {max_cells:,} cells were scored, "
@@ -123,7 +129,7 @@ def judge(
 
 
 def _scored(
-    sides: Mapping[str, AnnData],
+    origins: Mapping[str, AnnData],
     truth: AnnData,
     design: Design,
     metrics: Sequence[str] | str,
@@ -137,7 +143,7 @@ def _scored(
         real = _at_most(max_cells, _of_large_classes(truth, roles, min_cells), roles, seed)
         classes = roles.names(real.obs).unique()
         pair: Pair | None = None
-        for name, cells in sides.items():
+        for name, cells in origins.items():
             known = cells[roles.names(cells.obs).isin(classes).to_numpy()]
             if not known.n_obs:
                 raise ValueError(f"{name} has none of the classes of the real cells: {preview(classes)}")
@@ -181,26 +187,38 @@ def marker_correlation(
     CFGen, arXiv:2407.11734, appendix G.4.
     """
     markers = list(real.var_names if markers is None else markers)
-    known, made = (_profiles(cells, by, markers, min_cells) for cells in (real, generated))
-    classes = known.index.intersection(made.index)
+    real_profiles = _profiles(real, by, markers, min_cells)
+    profiles = _profiles(generated, by, markers, min_cells)
+    classes = real_profiles.index.intersection(profiles.index)
     if not len(classes):
-        raise ValueError(f"no class of {by!r} has {min_cells} cells in both; real has {preview(known.index) or 'none'}")
+        known = preview(real_profiles.index) or "none"
+        raise ValueError(f"no class of {by!r} has {min_cells} cells in both; real has {known}")
+
+    mean = real_profiles.mean()
     rows = []
     for name in classes:
-        centred = [table.loc[name] - known.mean() for table in (made, known)]
-        found = {"pearson": made.loc[name].corr(known.loc[name]), "pearson_centred": centred[0].corr(centred[1])}
-        rows.append({by: name} | found)
+        real_profile, profile = real_profiles.loc[name], profiles.loc[name]
+        correlation = profile.corr(real_profile)
+        centred = (profile - mean).corr(real_profile - mean)
+        rows.append({by: name, "pearson": correlation, "pearson_centred": centred})
     return pd.DataFrame(rows)
 
 
 def _profiles(cells: AnnData, by: str, markers: list[str], min_cells: int) -> pd.DataFrame:
     """(classes, markers) mean log expression of genes and share of open peaks."""
+    # genes, then peaks
     is_peak = cells.var_names.str.startswith(PEAK)
-    x = sparse.hstack([per_10k(cells.X[:, ~is_peak]), sparse.csr_matrix(cells.X[:, is_peak])], format="csr")
+    genes = per_10k(cells.X[:, ~is_peak])
+    peaks = sparse.csr_matrix(cells.X[:, is_peak])
+    x = sparse.hstack([genes, peaks], format="csr")
     names = [*cells.var_names[~is_peak], *cells.var_names[is_peak]]
+
     label = cells.obs[by].astype(str).to_numpy()
-    classes = {name: x[label == name] for name in sorted(set(label)) if (label == name).sum() >= min_cells}
-    means = {name: np.asarray(part.mean(axis=0)).ravel() for name, part in classes.items()}
+    means = {}
+    for name in sorted(set(label)):
+        members = x[label == name]
+        if members.shape[0] >= min_cells:
+            means[name] = np.asarray(members.mean(axis=0)).ravel()
     return pd.DataFrame.from_dict(means, orient="index", columns=names)[markers]
 
 
@@ -242,10 +260,11 @@ def _values(adata: AnnData) -> sparse.csr_matrix:
     return adata.layers["counts"] if "counts" in adata.layers else adata.X
 
 
-def _genes(sides: Mapping[str, AnnData]) -> pd.DataFrame:
+def _genes(origins: Mapping[str, AnnData]) -> pd.DataFrame:
     """Mean, variance and share of zeros of every gene of the real cells, by origin."""
-    genes, tables = next(iter(sides.values())).var_names, []
-    for name, adata in sides.items():
+    genes = next(iter(origins.values())).var_names
+    tables = []
+    for name, adata in origins.items():
         x = sparse.csc_matrix(_values(adata[:, genes]), dtype=np.float64)
         mean = np.asarray(x.mean(axis=0)).ravel()
         variance = np.asarray(x.multiply(x).mean(axis=0)).ravel() - mean**2
@@ -254,10 +273,11 @@ def _genes(sides: Mapping[str, AnnData]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _cells(sides: Mapping[str, AnnData], seed: int) -> pd.DataFrame:
-    """Share of zeros and total of some cells, by origin."""
-    genes, tables = next(iter(sides.values())).var_names, []
-    for name, adata in sides.items():
+def _cells(origins: Mapping[str, AnnData], seed: int) -> pd.DataFrame:
+    """Share of zeros and total of a sample of cells, by origin."""
+    genes = next(iter(origins.values())).var_names
+    tables = []
+    for name, adata in origins.items():
         rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:DRAWN])
         x = sparse.csr_matrix(_values(adata[rows][:, genes]))
         zeros = 1 - np.diff(x.indptr) / x.shape[1]

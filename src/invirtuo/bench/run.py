@@ -53,8 +53,8 @@ def benchmark(
 ) -> pd.DataFrame:
     """Fit and score every model on every task with every seed, beside the simple baselines and the noise floor.
 
-    Each cell of the grid is computed in a process of its own and kept as one file under ``cells/``, written whole or
-    not at all. A benchmark that was killed goes on where it stopped, inside a fit too, and ends with the same tables.
+    Each cell of the grid is computed in a process of its own and kept as one file under ``cells/``, written completely
+    or not at all. A benchmark that was killed goes on where it stopped, inside a fit too, and ends with equal tables.
     A cell that fails is reported and does not stop the rest; the next run tries it again.
 
     Parameters
@@ -95,25 +95,30 @@ def benchmark(
     ValueError
         If a name is unknown, or `out` holds cells that were made with other settings.
     """
-    chosen, entries = _tasks(tasks), chosen_entries(models, baselines=baselines)
+    chosen = _tasks(tasks)
+    entries = chosen_entries(models, baselines=baselines)
     wanted = _seeds(seeds)
     names = () if metrics is None else tuple(choose(metrics))
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
     out = Path(out)
-    plan = shared_plan(out, threads)
-    grid = [
-        Cell(
-            task, entry, seed, metrics=names, data_dir=None if data_dir is None else str(Path(data_dir).resolve()),
-            work=str(out.resolve() / "work"), **plan,
-        )
-        for task in chosen for entry in entries if entry.task in (None, task.name) for seed in wanted
-    ]  # fmt: skip
+
+    # every entry on every task that it is for, with every seed
+    shared = shared_plan(out, threads)
+    shared |= {"metrics": names, "work": str(out.resolve() / "work")}
+    shared["data_dir"] = None if data_dir is None else str(Path(data_dir).resolve())
+    grid = []
+    for task in chosen:
+        for entry in entries:
+            if entry.task in (None, task.name):
+                grid += [Cell(task, entry, seed, **shared) for seed in wanted]
+
+    # cells that an earlier call computed are read
     records = {cell.name: _read(out, cell) for cell in grid}
-    waiting = [cell for cell in grid if records[cell.name]["status"] != "ok"]
-    computed = ENGINES[engine](waiting, n_jobs) if waiting else []
+    missing = [cell for cell in grid if records[cell.name]["status"] != "ok"]
+    computed = ENGINES[engine](missing, n_jobs) if missing else []
     with resumable(out):
-        for cell, record in _track(computed, len(waiting), progress):
+        for cell, record in _track(computed, len(missing), progress):
             if record["status"] != "ok":
                 logger.warning("%s failed: %s", cell.name, record["error"])
             with writing(_path(out, cell)) as path:
@@ -124,7 +129,7 @@ def benchmark(
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """Say how to go on, if the work in a folder is stopped by a signal."""
+    """Add a note on how to go on to the exception, if the work in a folder is stopped by a signal."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -133,7 +138,7 @@ def resumable(out: Path) -> Iterator[None]:
 
 
 def software() -> dict[str, str]:
-    """Versions that a reader of numbers may want to know."""
+    """Versions of packages and machine, on which the last digits of numbers depend."""
     packages = {name: version(name) for name in ("invirtuo", "torch", "lightning", "anndata", "numpy")}
     return packages | {"python": platform.python_version(), "machine": platform.machine()}
 
@@ -158,13 +163,17 @@ def one_task(task: Task | str) -> Task:
 
 def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool) -> list[Entry]:
     """Entries as asked for, the simple baselines that are missing, and the noise floor."""
-    every = [name for name, kind in MODELS.items() if kind.verb == "predict"]
-    given = [models] if isinstance(models, Entry | str | Path) else every if models is None else models
-    chosen = [entry for spec in given for entry in as_entries(spec)]
+    if models is None:
+        models = [name for name, model in MODELS.items() if model.verb == "predict"]
+    elif isinstance(models, Entry | str | Path):
+        models = [models]
+    chosen = [entry for spec in models for entry in as_entries(spec)]
     if baselines:
         labels = {entry.label for entry in chosen}
         chosen += [entry for entry in BASELINES if entry.label not in labels]
     chosen.append(Entry(FLOOR, FLOOR))
+
+    # rows of a task need labels of their own
     for name in {entry.task for entry in chosen}:
         rows = [label for entry in chosen if entry.task in (None, name) for label in entry.rows]
         _refuse_repeats("models", rows)
@@ -201,7 +210,7 @@ def shared_plan(out: Path, threads: int | None) -> dict[str, Any]:
     return plan
 
 
-# ---- what is there -------------------------------------------------------------------------------------------------
+# ---- records -----------------------------------------------------------------------------------------------------
 
 
 def _path(out: Path, cell: Cell) -> Path:
@@ -218,6 +227,8 @@ def _read(out: Path, cell: Cell) -> Record:
         found = record["settings"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it, and the cell is computed again") from error
+
+    # a failed cell is computed again, whatever its settings
     wanted = json.loads(json.dumps(cell.settings()))
     differing = [name for name in wanted if wanted[name] != found.get(name)]
     if differing and record["status"] == "ok":
@@ -248,10 +259,11 @@ def _track(items, total: int, progress: bool) -> Iterator[tuple[Cell, Record]]:
             yield cell, record
 
 
-# ---- what came out -------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------------
 
 
 def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
+    """Write all tables and the report; gives the scores."""
     costs = _costs(grid, records)
     write_table(out / "costs.csv", costs)
     tables = [scores_of(record) for record in records if record["scores"] is not None]
@@ -270,7 +282,8 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
     """Scores of all cells; covariates of any task between condition and metric."""
     scores = pd.concat(tables, ignore_index=True)
-    front, back = [*LABELS, "condition", "perturbation"], ["metric", "value", "n_pred", "n_real"]
+    front = [*LABELS, "condition", "perturbation"]
+    back = ["metric", "value", "n_pred", "n_real"]
     covariates = [name for name in scores if name not in (*front, *back)]
     return scores[[*front, *covariates, *back]]
 
@@ -279,48 +292,53 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean over conditions, then mean and standard deviation (n - 1) over seeds."""
     keys = ["task", "model", "metric"]
     counts = scores.groupby(keys, sort=False)["value"].agg(n_scored="count", n="size")
-    of_seeds = scores.groupby([*keys, "seed"], sort=False)["value"].mean()
-    summary = of_seeds.groupby(keys, sort=False).agg(mean="mean", sd="std", n_seeds="size")
-    summary["n_scored"], summary["n_nan"] = counts["n_scored"], counts["n"] - counts["n_scored"]
+    seed_means = scores.groupby([*keys, "seed"], sort=False)["value"].mean()
+    summary = seed_means.groupby(keys, sort=False).agg(mean="mean", sd="std", n_seeds="size")
+    summary["n_scored"] = counts["n_scored"]
+    summary["n_nan"] = counts["n"] - counts["n_scored"]
     return summary.reset_index()
 
 
 def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
-    rows = [
-        {
-            "task": cell.task.name,
-            "model": label,
-            "seed": cell.seed,
-            "status": record["status"],
-            "error": record["error"],
-            **dict.fromkeys(COSTS, np.nan),
-            **record["costs"].get("rows", {}).get(label, {}),
-            **{name: record["costs"][name] for name in COSTS if name in record["costs"]},
-        }
-        for cell, record in zip(grid, records, strict=True)
-        for label in cell.entry.rows
-    ]
+    """One row for each row of an entry, task and seed: status, seconds, memory, parameters."""
+    rows = []
+    for cell, record in zip(grid, records, strict=True):
+        costs = record["costs"]
+        of_cell = {name: costs[name] for name in COSTS if name in costs}
+        for label in cell.entry.rows:
+            row = {"task": cell.task.name, "model": label, "seed": cell.seed}
+            row |= {"status": record["status"], "error": record["error"]}
+            row |= dict.fromkeys(COSTS, np.nan)
+            rows.append(row | costs.get("rows", {}).get(label, {}) | of_cell)
     return pd.DataFrame(rows)
 
 
 def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
     tasks = {cell.task.name: cell.task.title for cell in grid}
-    entries = {"/".join(filter(None, (e.task, e.label))): e.describe() for e in (cell.entry for cell in grid)}
+    entries, directions = {}, {}
+    for cell in grid:
+        entry = cell.entry
+        label = f"{entry.task}/{entry.label}" if entry.task else entry.label
+        entries[label] = entry.describe()
+        for name in cell.metrics or cell.task.metrics:
+            directions[name] = METRICS[name].direction
+    baselines = [entry.label for entry in BASELINES if entry.label in entries]
+    seeds = {cell.seed for cell in grid}
     return {
         "title": f"Benchmark: {', '.join(tasks)}",
         "tasks": tasks,
-        "baselines": [entry.label for entry in BASELINES if entry.label in entries],
+        "baselines": baselines,
         "floor": FLOOR,
-        "seeds": sorted({cell.seed for cell in grid}),
+        "seeds": sorted(seeds),
         "threads": grid[0].threads,
         "precision": grid[0].precision,
-        "directions": {name: METRICS[name].direction for cell in grid for name in cell.metrics or cell.task.metrics},
+        "directions": directions,
         "models": entries,
         "software": software(),
     }
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """A table as CSV, whole or not at all."""
+    """Write a table as CSV, completely or not at all."""
     with writing(path) as partial:
         table.to_csv(partial, index=False)

@@ -129,7 +129,7 @@ class Task:
         return self.published or self.dataset not in datasets.DATASETS
 
     def describe(self) -> dict[str, Any]:
-        """All that decides the numbers, as text and numbers; what differs here is another task."""
+        """All fields that the numbers depend on, as text and numbers; two tasks that differ here are different."""
         facts: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -160,7 +160,9 @@ class Task:
 def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.Series:
     """Held-out cells with a perturbation that no training cell has belong to no part."""
     labels = design.tidy(obs)[design.perturbation]
-    trained = {part for label in labels[split == "train"].unique() for part in design.parts(label)}
+    trained: set[str] = set()
+    for label in labels[split == "train"].unique():
+        trained |= set(design.parts(label))
     unseen = {label for label in labels.unique() if not set(design.parts(label)) <= trained}
     if unseen:
         logger.info("not trained on, so not scored: %s", preview(sorted(unseen)))
@@ -177,6 +179,7 @@ def _digest(path: str, size: int, changed: int) -> str:
 def _text(function: Callable) -> str:
     """A function and its fixed arguments, the same in every process."""
     if isinstance(function, partial):
-        arguments = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in function.keywords.items())]
+        arguments = [repr(value) for value in function.args]
+        arguments += [f"{key}={value!r}" for key, value in function.keywords.items()]
         return f"{_text(function.func)}({', '.join(arguments)})"
     return f"{function.__module__}.{function.__qualname__}"

@@ -97,31 +97,34 @@ def tune(
     if trials < 1:
         raise ValueError(f"trials is {trials}; expected at least 1")
     space = _space(entry, search)
+
+    # the study in the folder, if it is a search for the same
     out = Path(out)
     plan = shared_plan(out, threads)
     _check_same(out / "search.json", entry, chosen, objective, space, seed)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(out / "study.log")))
     study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
-    for left_over in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a run that was killed
-        study.tell(left_over.number, state=optuna.trial.TrialState.FAIL)
+    for unfinished in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a run that was killed
+        study.tell(unfinished.number, state=optuna.trial.TrialState.FAIL)
+
+    # trial by trial, each a cell of a benchmark on the validation conditions
+    shared = {**plan, "part": "val", "metrics": tuple(objective), "work": str(out.resolve() / "work")}
+    shared["data_dir"] = None if data_dir is None else str(Path(data_dir).resolve())
     with resumable(out):
         for number in _numbers(len(_ended(study)), trials, progress):
             study.sampler = _sampler(seed + number, {} if number else _own(entry, space))
             trial = study.ask()
-            candidate = _candidate(entry, {name: _suggest(trial, name, choice) for name, choice in space.items()})
-            cell = Cell(
-                chosen, replace(candidate, variants={}), seed,
-                part="val", metrics=tuple(objective), work=str(out.resolve() / "work"),
-                data_dir=None if data_dir is None else str(Path(data_dir).resolve()), **plan,
-            )  # fmt: skip
+            values = {name: _suggest(trial, name, choice) for name, choice in space.items()}
+            candidate = replace(_candidate(entry, values), variants={})
+            cell = Cell(chosen, candidate, seed, **shared)
             _tell(study, trial, launch(cell), objective)
             _write(out, entry, study)
     return _best(entry, study)
 
 
 def _sampler(seed: int, fixed: dict[str, Any]):
-    """A sampler that depends on the number of trials that ended alone, so that a resumed search draws the same."""
+    """A sampler whose draws depend on its seed alone, so that a resumed search draws the same."""
     import optuna
 
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
@@ -136,11 +139,13 @@ def _own(entry: Entry, space: Mapping[str, Any]) -> dict[str, Any]:
     """The entry's own values of what is searched, where the search could draw them."""
     config, fit = map(asdict, entry.settings())
     own = config | {f"fit.{name}": value for name, value in fit.items()}
-    return {
-        name: own[name]
-        for name, choice in space.items()
-        if (own[name] in choice if isinstance(choice, list) else choice[0] <= own[name] <= choice[1])
-    }
+    found = {}
+    for name, choice in space.items():
+        value = own[name]
+        can_be_drawn = value in choice if isinstance(choice, list) else choice[0] <= value <= choice[1]
+        if can_be_drawn:
+            found[name] = value
+    return found
 
 
 def _ended(study) -> list:
@@ -157,20 +162,24 @@ def _numbers(done: int, trials: int, progress: bool):
 
 
 def _tell(study, trial, record: Record, objective: Mapping[str, float]) -> None:
+    """Report the record of a trial to the study: its value, or why it has none."""
     import optuna
 
     spent = record["costs"].get("rows", {})
     trial.set_user_attr("seconds", sum(sum(seconds.values()) for seconds in spent.values()))
+
+    # weighted sum of the means over conditions
     value, error = math.nan, record["error"]
     if record["scores"] is not None:
         means = scores_of(record).groupby("metric")["value"].mean()
-        # A place among others is NaN for every trial where there is one perturbation, and decides nothing.
-        means = means.drop([name for name in objective if METRICS[name].relative and math.isnan(means[name])])
-        weights = {name: weight for name, weight in objective.items() if name in means}
-        for name in weights:
-            trial.set_user_attr(name, float(means[name]))
-        value = sum(weight * float(means[name]) for name, weight in weights.items()) if weights else math.nan
+        # a rank among others is NaN in every trial where there is one perturbation, and decides nothing
+        undefined = [name for name in objective if METRICS[name].relative and math.isnan(means[name])]
+        scored = {name: float(means[name]) for name in objective if name in means and name not in undefined}
+        for name, mean in scored.items():
+            trial.set_user_attr(name, mean)
+        value = sum(objective[name] * mean for name, mean in scored.items()) if scored else math.nan
         error = "" if math.isfinite(value) else "the objective is not finite"
+
     if math.isfinite(value):
         study.tell(trial, value)
         return
@@ -180,11 +189,13 @@ def _tell(study, trial, record: Record, objective: Mapping[str, float]) -> None:
 
 
 def _space(entry: Entry, search: Mapping[str, Any] | None) -> dict[str, Any]:
-    kind = MODELS[entry.model]
-    space = dict(kind.SEARCH if search is None else search)
+    """What is searched, checked."""
+    model = MODELS[entry.model]
+    space = dict(model.SEARCH if search is None else search)
     if not space:
         raise ValueError(f"{entry.model} has nothing to search; name fields with search= or choose another model")
-    known = {f.name for f in fields(kind.Config)} | {f"fit.{f.name}" for f in fields(FitConfig)}
+    known = {field.name for field in fields(model.Config)}
+    known |= {f"fit.{field.name}" for field in fields(FitConfig)}
     unknown = sorted(set(space) - known)
     if unknown:
         raise ValueError(f"cannot search {', '.join(unknown)}; known: {', '.join(sorted(known))}")
@@ -201,7 +212,7 @@ def _suggest(trial, name: str, choice: Any) -> Any:
 
 
 def _candidate(entry: Entry, values: Mapping[str, Any]) -> Entry:
-    """The entry with some fields of its Config and FitConfig replaced."""
+    """The entry with these fields of its Config and FitConfig replaced."""
     config, fit = map(asdict, entry.settings())
     config |= {name: value for name, value in values.items() if not name.startswith("fit.")}
     fit |= {name.removeprefix("fit."): value for name, value in values.items() if name.startswith("fit.")}
@@ -217,10 +228,11 @@ def _best(entry: Entry, study) -> Entry:
 
 
 def _write(out: Path, entry: Entry, study) -> None:
-    rows = [
-        {"trial": i, "state": trial.state.name.lower(), "value": trial.value, **trial.params, **trial.user_attrs}
-        for i, trial in enumerate(_ended(study))
-    ]
+    """Write the trials that ended, and the best of them."""
+    rows = []
+    for i, trial in enumerate(_ended(study)):
+        row = {"trial": i, "state": trial.state.name.lower(), "value": trial.value}
+        rows.append({**row, **trial.params, **trial.user_attrs})
     write_table(out / "trials.csv", pd.DataFrame(rows))
     if any(row["state"] == "complete" for row in rows):
         with writing(out / "best.json") as path:

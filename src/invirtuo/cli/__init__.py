@@ -23,7 +23,7 @@ __all__ = ["app", "main"]
 
 RESULTS = ("out", "figure", "plot")  # options that name files to write
 STOPS = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
-ADVICE = {  # what to do about errors of other packages, by what they say
+ADVICE = {  # text in errors of other packages to what can be done about them
     "cannot cache function": "Set NUMBA_CACHE_DIR to a folder that can be written to",
     "SLURM": "Start one process for each of FitConfig.devices, or set devices to 1",
     "out of memory": "Lower the batch size",
@@ -40,6 +40,7 @@ def _begun(verb: Callable[..., None]) -> Callable[..., None]:
         from invirtuo.threads import size_threads
 
         size_threads()
+        # a result never replaces what the verb reads
         results = [given[name] for name in RESULTS if given.get(name) is not None]
         inputs = list(_files_in(given))
         for result in results:
@@ -54,7 +55,7 @@ def _begun(verb: Callable[..., None]) -> Callable[..., None]:
                 raise
             notes = getattr(stop, "__notes__", [])
 
-        # After the exception is gone, and with it what it held: HDF5 files must be closed before Python ends.
+        # after the exception is gone, and with it what it referred to: HDF5 files must be closed before Python ends
         gc.collect()
         fail("; ".join([f"stopped by {STOPS[code]}", *notes]), code)
 
@@ -62,7 +63,7 @@ def _begun(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _files_in(given: Mapping[str, Any]) -> Iterator[Path]:
-    """Paths of what a verb reads: arguments and options that may name files, alone or as name=FILE."""
+    """Paths of files that a verb may read: its arguments and options, alone or as name=FILE."""
     for name, value in given.items():
         if name in RESULTS:
             continue
@@ -111,6 +112,7 @@ def main() -> NoReturn:
     logging.captureWarnings(True)  # deprecations inside other packages are not for a user of the shell
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)
+    # exit codes: 2 for bad input, 128 + signal for what a user stopped; faults of this package show where they are
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except typer.Exit as done:
@@ -121,7 +123,7 @@ def main() -> NoReturn:
         if _is_usage(error):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        advice = [what for said, what in ADVICE.items() if said in str(error)]
+        advice = [remedy for text, remedy in ADVICE.items() if text in str(error)]
         if not advice and not _is_expected(error):
             raise
         message = str(error) or type(error).__name__
@@ -129,17 +131,17 @@ def main() -> NoReturn:
 
 
 def _stop(number: int, _: Any) -> NoReturn:
-    """End as after Ctrl-C: what is half written is removed on the way out."""
+    """End as after Ctrl-C: unfinished files are removed on the way out."""
     sys.exit(128 + number)
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether it is about input, the machine, or what is installed, and not a fault of this package."""
+    """Whether an error is about input, the machine, or what is installed, and not a fault of this package."""
     from safetensors import SafetensorError
 
     return isinstance(error, (ValueError, FloatingPointError, OSError, MemoryError, ImportError, SafetensorError))
 
 
 def _is_usage(error: Exception) -> bool:
-    """Whether click or typer raised it about the command line itself."""
+    """Whether click or typer raised an error about the command line itself."""
     return hasattr(error, "show") and hasattr(error, "exit_code")

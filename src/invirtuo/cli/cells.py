@@ -82,17 +82,23 @@ def fit(
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
     check_free(out, overwrite=overwrite or resume)
+
+    # cells, roles of their columns, split
     adata = _cells(data, memory)
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
     columns["time"] = time
     design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
-    parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
+    assignment = split_of(adata.obs, design, split, hold_out, hold_out_val)
+
+    # the preset with the fields that are set
     base = MODELS[model](design, adata.var_names, preset)
     listing = f"invirtuo list models {model}"
     chosen = _with_fields(base.config, set_, listing)
     fitted = MODELS[model](design, adata.var_names, chosen) if set_ else base
     fit_set = [*(fit_set or []), *(["progress=false"] if quiet else [])]
     config = _with_fields(base.fit_config, fit_set, f"{listing} --fit")
+
+    # a fit that ended is not fitted again
     checkpoints = out / "checkpoints"
     if resume and holds_model(out) and _is_finished(out, fitted, config):
         typer.echo(f"nothing to resume: {out} holds the model of this fit, which ended; --overwrite fits it anew")
@@ -100,9 +106,9 @@ def fit(
         return
     check_free(out, overwrite=overwrite)
 
-    # Checkpoints stay until the model is saved, whatever happens in between.
+    # checkpoints stay until the model is saved, whatever happens in between
     lasting = dataclasses.replace(config, keep_checkpoints=True)
-    fitted.fit(adata, split=parts, config=lasting, folder=checkpoints, resume=resume, overwrite=overwrite)
+    fitted.fit(adata, split=assignment, config=lasting, folder=checkpoints, resume=resume, overwrite=overwrite)
     fitted.card["fit"]["keep_checkpoints"] = config.keep_checkpoints
     fitted.save(out, overwrite=overwrite)
     _end_checkpoints(checkpoints, fitted, config)
@@ -147,12 +153,12 @@ def predict(
         n_jobs=n_jobs,
         device=device,
     )
-    made = model_with(run, "predict").predict(
+    predicted = model_with(run, "predict").predict(
         wanted, n_cells, seed=seed, out=out, engine=engine, progress=not quiet, **options
     )
     if not quiet:
-        typer.echo(f"{out}: {made.n_obs:,} cells")
-    made.file.close()
+        typer.echo(f"{out}: {predicted.n_obs:,} cells")
+    predicted.file.close()
 
 
 def generate(
@@ -186,7 +192,7 @@ def generate(
         n_jobs=n_jobs,
         device=device,
     )
-    made = model_with(run, "generate").generate(
+    generated = model_with(run, "generate").generate(
         n_cells,
         pairs("--where", where),
         prior=prior,
@@ -197,8 +203,8 @@ def generate(
         **options,
     )
     if not quiet:
-        typer.echo(f"{out}: {made.n_obs:,} cells")
-    made.file.close()
+        typer.echo(f"{out}: {generated.n_obs:,} cells")
+    generated.file.close()
 
 
 def augment(
@@ -221,18 +227,11 @@ def augment(
     from invirtuo.cells.files import read_h5ad
 
     adata = read_h5ad(data)
-    both = model_with(run, "augment").augment(
-        adata,
-        by,
-        target_size,
-        power=power,
-        max_fold=max_fold,
-        min_cells=min_cells,
-        split=None if split is None else splits.from_csv(split, adata.obs),
-        seed=seed,
-        progress=not quiet,
-        **given(guidance=_guidance(guidance), device=device),
-    )
+    train = None if split is None else splits.from_csv(split, adata.obs)
+    growth = {"power": power, "max_fold": max_fold, "min_cells": min_cells}
+    options = given(guidance=_guidance(guidance), device=device)
+    model = model_with(run, "augment")
+    both = model.augment(adata, by, target_size, split=train, seed=seed, progress=not quiet, **growth, **options)
     _write(both, out, quiet)
 
 
@@ -256,6 +255,7 @@ def correct(
     """Bring the cells of all batches to one batch."""
     from invirtuo.cells.files import read_h5ad
 
+    options = given(guidance=_guidance(guidance), steps=steps, solver=solver, device=device)
     corrected = model_with(run, "correct").correct(
         read_h5ad(data),
         batch,
@@ -264,7 +264,7 @@ def correct(
         output=output,
         seed=seed,
         progress=not quiet,
-        **given(guidance=_guidance(guidance), steps=steps, solver=solver, device=device),
+        **options,
     )
     _write(corrected, out, quiet)
 
@@ -285,6 +285,7 @@ def impute(
     """Write the means that the model expects for every entry into the layer "imputed"."""
     from invirtuo.cells.files import read_h5ad
 
+    options = given(steps=steps, solver=solver, device=device)
     imputed = model_with(run, "impute").impute(
         read_h5ad(data),
         masked_fraction=masked_fraction,
@@ -292,7 +293,7 @@ def impute(
         n_draws=n_draws,
         seed=seed,
         progress=not quiet,
-        **given(steps=steps, solver=solver, device=device),
+        **options,
     )
     _write(imputed, out, quiet)
 
@@ -371,6 +372,7 @@ def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
 
 def _with_fields(config: Any, assignments: list[str] | None, listing: str) -> Any:
     """A Config with fields replaced by ``field=value``; `listing` is the command that explains them."""
+    # values are JSON, or else text
     known = {field.name for field in dataclasses.fields(config)}
     changes = {}
     for text in assignments or []:

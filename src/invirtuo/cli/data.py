@@ -133,8 +133,9 @@ def _splits() -> list[tuple[str, ...]]:
     return [(name, _first_line(split), "") for name, split in SPLITS.items()]
 
 
-def _first_line(thing: Any) -> str:
-    return (thing.__doc__ or "").strip().splitlines()[0]
+def _first_line(record: Any) -> str:
+    """First line of a docstring."""
+    return (record.__doc__ or "").strip().splitlines()[0]
 
 
 def check(
@@ -154,9 +155,10 @@ def check(
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
     design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
     findings = preprocess.check(adata, design)
-    print_rows([tuple(str(value) for value in row) for row in findings.itertuples(index=False)])
-    if (findings["level"] == "error").any():
-        fail(f"{data}: {int((findings['level'] == 'error').sum())} error(s), listed above")
+    print_rows(findings.itertuples(index=False))
+    n_errors = int((findings["level"] == "error").sum())
+    if n_errors:
+        fail(f"{data}: {n_errors} error(s), listed above")
 
 
 def prepare(
@@ -204,7 +206,7 @@ def prepare(
             raise ValueError("--hold-out, --split by name and --knockdown need --perturbation and --control")
         return Design.from_adata(obs, **columns, separator=separator)  # type: ignore[arg-type]
 
-    def parts_of(obs: Any) -> Any:
+    def split_for(obs: Any) -> Any:
         if not (split or hold_out):
             if n_genes is not None:
                 typer.echo(NO_SPLIT, err=True)
@@ -212,22 +214,25 @@ def prepare(
         needs_design = hold_out or Path(str(split)).suffix != ".csv"
         return split_of(obs, design_of(obs) if needs_design else None, split, hold_out, hold_out_val)
 
+    # many files, on disk
     if shuffle_to is not None:
         if knockdown or layer is not None:
             raise ValueError("--knockdown and --layer work in memory; prepare each file with them, then shuffle these")
         chosen = {"n_genes": n_genes, "keep": keep, "size_factor": size_factor, "compression": compression}
-        _shuffle(files, shuffle_to, parts_of, memory, counts=counts, seed=seed, **chosen)
+        _shuffle(files, shuffle_to, split_for, memory, counts=counts, seed=seed, **chosen)
         return
+
+    # one file, in memory
     if len(files) != 2:
         raise ValueError(f"prepare takes IN.h5ad OUT.h5ad, found {len(files)} path(s); several files need --shuffle-to")
     data, out = files
     options: dict[str, Any] = {"n_genes": n_genes, "keep": keep or (), "size_factor": size_factor, "layer": layer}
     unmeasured: Literal["drop", "keep"] = "drop" if drop_unmeasured else "keep"
-    _prepare(data, out, parts_of, design_of if knockdown else None, unmeasured, **options)
+    _prepare(data, out, split_for, design_of if knockdown else None, unmeasured, **options)
 
 
 def _prepare(
-    data: Path, out: Path, parts_of: Any, design_of: Any, unmeasured: Literal["drop", "keep"], **options: Any
+    data: Path, out: Path, split_for: Any, design_of: Any, unmeasured: Literal["drop", "keep"], **options: Any
 ) -> None:
     """Normalise one file, and filter knock-downs if there is a Design for it."""
     from invirtuo.cells import preprocess
@@ -236,7 +241,8 @@ def _prepare(
     check_h5ad_name(out)
     check_writable(out, inputs=[data])
     adata = read_h5ad(data)
-    prepared = preprocess.normalize(adata, split=parts_of(adata.obs), **options)
+    prepared = preprocess.normalize(adata, split=split_for(adata.obs), **options)
+
     if design_of is not None:
         design = design_of(prepared.obs)
         prepared = preprocess.knockdown(prepared, design, unmeasured=unmeasured)
@@ -248,7 +254,7 @@ def _prepare(
     typer.echo(f"{out}: {prepared.n_obs:,} cells x {prepared.n_vars:,} genes")
 
 
-def _shuffle(files: list[Path], out: Path, parts_of: Any, memory: str, **options: Any) -> None:
+def _shuffle(files: list[Path], out: Path, split_for: Any, memory: str, **options: Any) -> None:
     """Write a shuffled store."""
     from invirtuo import CellStore
     from invirtuo.cells.files import check_writable
@@ -256,10 +262,9 @@ def _shuffle(files: list[Path], out: Path, parts_of: Any, memory: str, **options
 
     check_writable(out, folder=True)
     store = CellStore.open(files, memory=memory)
-    made = shuffle(store, out, split=parts_of(store.obs), **options)
-    typer.echo(
-        f"{out}: {made['n_obs']:,} cells x {made['n_vars']:,} genes, {made['values']}, {len(made['files'])} files"
-    )
+    manifest = shuffle(store, out, split=split_for(store.obs), **options)
+    size = f"{manifest['n_obs']:,} cells x {manifest['n_vars']:,} genes"
+    typer.echo(f"{out}: {size}, {manifest['values']}, {len(manifest['files'])} files")
 
 
 def _better(metric: Any) -> str:

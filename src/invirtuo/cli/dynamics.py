@@ -49,18 +49,21 @@ def forecast(
     from invirtuo.cells.files import read_h5ad, write_h5ad
 
     model = model_with(run, "forecast")
-    table = data.suffix == ".csv"
-    cells: Any = read_csv(data, "DATA").astype(float) if table else read_h5ad(data)
+    is_table = data.suffix == ".csv"
+    cells: Any = read_csv(data, "DATA").astype(float) if is_table else read_h5ad(data)
     found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level, device=device)
     write_h5ad(found, out)
+
+    # picture and scores, if they are wanted
     if figure is not None:
         from invirtuo.reports import dynamics
 
-        _picture(dynamics.forecast(found, None if table else cells, time=model.design.time), figure)
+        observed = None if is_table else cells
+        _write_picture(dynamics.forecast(found, observed, time=model.design.time), figure)
     if scores is not None:
-        if table:
+        if is_table:
             raise ValueError("--scores needs cells at later times; a CSV file holds first states alone")
-        _judged(model, cells, level, scores, quiet)
+        _write_scores(model, cells, level, scores, quiet)
     _done(model, out, found.n_obs, "states", quiet)
 
 
@@ -82,32 +85,44 @@ def network(
     if figure is not None:
         from invirtuo.reports import dynamics
 
-        _picture(dynamics.network(edges), figure)
+        _write_picture(dynamics.network(edges), figure)
     if not quiet and len(edges):
-        top = edges.head(10)
-        rows = [tuple(f"{v:.3g}" if isinstance(v, float) else v for v in row) for row in top.itertuples(index=False)]
+        rows = []
+        for row in edges.head(10).itertuples(index=False):
+            rows.append(tuple(f"{value:.3g}" if isinstance(value, float) else value for value in row))
         print_rows(rows, header=tuple(edges.columns))
     _done(model, out, len(edges), "edges", quiet)
 
 
 def knock_out(
-    run: Run, genes: Genes, out: Out, cells: Courses = None, times: Times = None, figure: Figure = None,
+    run: Run,
+    genes: Genes,
+    out: Out,
+    cells: Courses = None,
+    times: Times = None,
+    figure: Figure = None,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Hold genes at zero: change of every gene, and of where courses end."""
-    _held(run, genes, 0.0, out, cells, times, figure, quiet)
+    _intervene(run, genes, 0.0, out, cells, times, figure, quiet)
 
 
 def overexpress(
-    run: Run, genes: Genes, out: Out,
+    run: Run,
+    genes: Genes,
+    out: Out,
     level: Annotated[float | None, typer.Option(help="In the data space; the highest seen if not given.")] = None,
-    cells: Courses = None, times: Times = None, figure: Figure = None, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    cells: Courses = None,
+    times: Times = None,
+    figure: Figure = None,
+    quiet: Quiet = False,
+) -> None:
     """Hold genes at a level: change of every gene, and of where courses end."""
-    _held(run, genes, level, out, cells, times, figure, quiet)
+    _intervene(run, genes, level, out, cells, times, figure, quiet)
 
 
-def _held(run, genes, level, out, cells, times, figure, quiet) -> None:
+def _intervene(run, genes, level, out, cells, times, figure, quiet) -> None:
+    """Hold genes at a level; write the change, draw it, and print the largest effects."""
     from invirtuo.cells.files import read_h5ad, write_h5ad
 
     model = model_with(run, "overexpress")
@@ -116,35 +131,42 @@ def _held(run, genes, level, out, cells, times, figure, quiet) -> None:
     if figure is not None:
         from invirtuo.reports import dynamics
 
-        _picture(dynamics.intervention(change, time=model.design.time), figure)
+        _write_picture(dynamics.intervention(change, time=model.design.time), figure)
     if not quiet:
         effect = change.var.loc[~change.var["is_clamped"], "effect"]
-        top = effect.reindex(effect.abs().sort_values(ascending=False).index[:10])
-        print_rows([(gene, f"{value:+.3f}") for gene, value in top.items()], header=("gene", "change at the end, sd"))
+        largest = effect.abs().sort_values(ascending=False).index[:10]
+        rows = [(gene, f"{value:+.3f}") for gene, value in effect.reindex(largest).items()]
+        print_rows(rows, header=("gene", "change at the end, sd"))
     _done(model, out, change.n_obs, "states", quiet)
 
 
-def _judged(model: Any, cells: Any, level: float, folder: Path, quiet: bool) -> None:
+def _write_scores(model: Any, cells: Any, level: float, folder: Path, quiet: bool) -> None:
     """Scores of forecasts as a folder that `report` reads."""
     from invirtuo.cells.files import writing
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         table = model.evaluate_forecast(cells, level=level)
+
+    # scores and facts, as the report expects them
     metrics = ["mse", "mse_bins", "r2", "coverage"]
     tidy = table.melt(["condition", "model"], metrics, var_name="metric").dropna(subset="value")
     with writing(folder / "scores.csv") as path:
         tidy.to_csv(path, index=False)
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     facts = {"title": "Forecasts of time courses", "notes": notes}
+    facts["beats_baselines"] = table.attrs["beats_baselines"]
     with writing(folder / "run.json") as path:
-        path.write_text(json.dumps(facts | {"beats_baselines": table.attrs["beats_baselines"]}))
+        path.write_text(json.dumps(facts))
+
     for note in notes:
         typer.echo(f"invirtuo: warning: {note}", err=True)
     if not quiet:
         wide = table.pivot_table(index="model", values=["mse", "mse_bins", "r2"], sort=False)
-        print_rows([(name, *(f"{v:.4f}" for v in row)) for name, row in wide.iterrows()],
-                   header=("model", *wide.columns))  # fmt: skip
+        rows = []
+        for name, row in wide.iterrows():
+            rows.append((name, *(f"{value:.4f}" for value in row)))
+        print_rows(rows, header=("model", *wide.columns))
 
 
 def _times(text: str | None) -> list[float] | None:
@@ -156,13 +178,14 @@ def _times(text: str | None) -> list[float] | None:
         raise ValueError(f"--times {text!r}; expected numbers joined by commas, for example 0.2,0.5,1") from None
 
 
-def _picture(address: str, path: Path) -> None:
+def _write_picture(address: str, path: Path) -> None:
+    """Write the picture of a data URL."""
     import base64
 
     from invirtuo.cells.files import writing
 
-    with writing(path) as part:
-        part.write_bytes(base64.b64decode(address.split(",", 1)[1]))
+    with writing(path) as partial:
+        partial.write_bytes(base64.b64decode(address.split(",", 1)[1]))
 
 
 def _done(model: Any, out: Path, n: int, what: str, quiet: bool) -> None:

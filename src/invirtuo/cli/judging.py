@@ -49,13 +49,13 @@ def evaluate(
     from invirtuo.metrics.cells import of_side
 
     layers = _layers(layer)
-    reality = opened(real, small_in_memory=True, layer=of_side(layers, "real"))
+    real_cells = opened(real, small_in_memory=True, layer=of_side(layers, "real"))
     design = invirtuo.Design.from_adata(
-        reality.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+        real_cells.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
     )
     names = metrics.split(",") if metrics else None
     options = {"n_pcs": n_pcs, "controls": controls, "scale": scale, "layer": layers}
-    scores = invirtuo.evaluate(pred, reality, design, names, **options)
+    scores = invirtuo.evaluate(pred, real_cells, design, names, **options)
     with writing(out) as path:
         scores.to_csv(path, index=False)
     if not quiet:
@@ -87,8 +87,9 @@ def effects(
     from invirtuo.cells.files import read_h5ad, writing
     from invirtuo.reports.effects import plot_effects
 
+    models = [model_with(folder, "predict") for folder in run]
     table = effects_(
-        [model_with(folder, "predict") for folder in run],
+        models,
         read_h5ad(data),
         read_conditions(conditions),
         level=level or None,
@@ -128,12 +129,12 @@ def judge(
     from invirtuo.cells.files import read_h5ad
     from invirtuo.design import Design
 
-    reality = read_h5ad(real)
-    design = Design.from_adata(reality, perturbation=perturbation, control=control, covariates=covariate or [])
-    sides = {name: read_h5ad(path) for name, path in pairs("--generated", generated).items()}
+    real_cells = read_h5ad(real)
+    design = Design.from_adata(real_cells, perturbation=perturbation, control=control, covariates=covariate or [])
+    origins = {name: read_h5ad(path) for name, path in pairs("--generated", generated).items()}
     scores = judge_(
-        sides,
-        reality,
+        origins,
+        real_cells,
         design,
         out,
         metrics=metrics.split(","),
@@ -182,9 +183,9 @@ def benchmark(
         progress=not quiet,
     )
     if not quiet:
-        for task, part in scores.groupby("task", sort=False):
+        for task, own in scores.groupby("task", sort=False):
             typer.echo(f"\n{task}")
-            print_scores(part)
+            print_scores(own)
         typer.echo(f"\nreport: {out / 'report.html'}")
     if failed := _failed(out / "costs.csv"):
         typer.echo(f"invirtuo: {failed} cell(s) failed, see {out / 'costs.csv'}; run again to try them again", err=True)

@@ -157,6 +157,8 @@ def split_of(
         raise ValueError("--split and --hold-out exclude each other; give one of them")
     if hold_out_val and not hold_out:
         raise ValueError("--hold-out-val needs --hold-out; give what is held out for the test as well")
+
+    # conditions, or of time courses whole courses, held out by name
     if hold_out and design.perturbation is None:
         if hold_out_val:
             raise ValueError("--hold-out-val is for perturbations; give courses for validation in a --split file")
@@ -164,6 +166,8 @@ def split_of(
     if hold_out:
         val = [condition(text) for text in hold_out_val] if hold_out_val else None
         return splits.hold_out(obs, design, [condition(text) for text in hold_out], val=val)
+
+    # a file, or a split by its name
     if split is None:
         return None
     path, dot, named = split.partition(".toml")
@@ -191,7 +195,9 @@ def print_scores(scores, console: Console | None = None) -> None:
     table = table.rename(columns=labelled)
     if len(table) == 1 or table.shape[1] > MOST_COLUMNS:
         table = table.T
-    rows = [(str(name), *(f"{value:.3f}" for value in row)) for name, row in table.iterrows()]
+    rows = []
+    for name, row in table.iterrows():
+        rows.append((str(name), *(f"{value:.3f}" for value in row)))
     print_rows(rows, header=(str(table.index.name), *map(str, table.columns)), console=console)
 
 
@@ -201,13 +207,16 @@ def print_rows(rows, header: tuple[str, ...] | None = None, console: Console | N
     from rich.markup import escape
     from rich.table import Table
 
-    rows = [tuple(str(value) for value in row) for row in rows]
+    rows = [tuple(map(str, row)) for row in rows]
     if not rows:
         return
+
+    # columns of each block
     console = console or Console()
     names = header or ("",) * len(rows[0])
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     blocks = [range(len(names))] if header is None else _beside_each_other(widths, console.width)
+
     for number, columns in enumerate(blocks):
         table = Table(show_header=header is not None, box=None, pad_edge=False)
         for column in columns:

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors + JSON, in one file or with a file of rows for every device; whether one belongs to a fit.
 
-``last.safetensors`` holds the facts and all whole tensors. Of tensors that are sharded every device writes its rows to
-a file of its own first; the facts name these files, so that a checkpoint is complete when ``last.safetensors`` takes
-its name, and the earlier one until then.
+``last.safetensors`` holds the facts and all tensors that are not sharded. Of sharded tensors every device first writes
+its rows to a file of its own; the facts name these files, so that a checkpoint is complete when ``last.safetensors``
+takes its name, and the earlier one until then.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ SHARDS = "last-*-of-*.safetensors"  # rows of sharded tensors
 
 def write(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a checkpoint in place of the last one; if tensors are sharded, every device must take part."""
+    # sharded tensors: every device writes its rows
     rows = {k: local(v) for k, v in tensors.items() if is_sharded(v)}
     rank, n_devices = rank_and_size()
     names = []
     if rows:
-        name = broadcast(uuid.uuid4().hex[:8])  # of this writing alone: no file of an earlier one is touched
+        name = broadcast(uuid.uuid4().hex[:8])  # of this checkpoint alone: no file of an earlier one is touched
         names = [f"last-{name}-{i:05d}-of-{n_devices:05d}.safetensors" for i in range(1, n_devices + 1)]
         write_tensors(folder / names[rank], rows)
         barrier()
+
+    # the others, and the names of the files of rows
     if is_main():
         facts = {**facts, "shards": names, "shapes": {k: list(tensors[k].shape) for k in rows}}
         others = {k: v for k, v in tensors.items() if k not in rows}
@@ -64,7 +67,7 @@ def remove(folder: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, completely or not at all."""
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with writing(path) as partial:
         save_file(plain, partial, metadata=about or None)
@@ -85,7 +88,10 @@ class Checkpoint:
             main = safe_open(path, framework="pt")
             self.facts = json.loads(main.metadata()["invirtuo"])
             self._shapes = {k: main.get_slice(k).get_shape() for k in main.keys()}
+        # the files that hold each tensor, with their numbers of rows
         self._pieces = {k: [(main, shape[0] if shape else 1)] for k, shape in self._shapes.items()}
+
+        # sharded tensors lie in several
         shapes = self.facts.get("shapes", {})
         self._shapes |= shapes
         self._pieces |= {k: [] for k in shapes}
@@ -93,17 +99,18 @@ class Checkpoint:
             with self._reading(name):
                 file = safe_open(path.with_name(name), framework="pt")
                 for k in shapes:
-                    self._pieces[k].append((file, file.get_slice(k).get_shape()[0]))
+                    n_rows = file.get_slice(k).get_shape()[0]
+                    self._pieces[k].append((file, n_rows))
         for k, shape in shapes.items():
             if (found := sum(n for _, n in self._pieces[k])) != shape[0]:
                 raise ValueError(self._damaged(f"{k} has {found} of {shape[0]} rows"))
 
     def keys(self, part: str) -> list[str]:
-        """Names of the tensors of a part: "model", "average", "optimizer", "best"."""
+        """Names of the tensors of a part of the checkpoint: "model", "average", "optimizer", "best"."""
         return [k.removeprefix(part + ".") for k in self._shapes if k.startswith(part + ".")]
 
     def fill(self, target: Tensor, key: str) -> Tensor:
-        """Put a tensor, or the rows of it that belong on this device, into the place that is kept for it."""
+        """Read a tensor, or the rows of it that belong on this device, into one of its shape."""
         shape, own = self._shapes.get(key), local(target)
         if shape is None or tuple(shape) != tuple(target.shape):
             raise ValueError(self._damaged(f"{key} has shape {shape}, expected {tuple(target.shape)}"))
@@ -114,17 +121,20 @@ class Checkpoint:
         return target
 
     def rows(self, key: str, wanted: slice | None) -> Tensor:
-        """Some rows of a tensor, from the files that hold them."""
+        """Rows of a tensor, all of None, from the files that hold them."""
         pieces = self._pieces[key]
         if wanted is None and len(pieces) == 1:
             return pieces[0][0].get_tensor(key)
-        wanted, start, parts = wanted or slice(0, self._shapes[key][0]), 0, []
-        for file, n in pieces:
-            first, last = max(wanted.start - start, 0), min(wanted.stop - start, n)
+        wanted = wanted or slice(0, self._shapes[key][0])
+        found = []
+        start = 0  # of the rows of a file among all
+        for file, n_rows in pieces:
+            first = max(wanted.start - start, 0)
+            last = min(wanted.stop - start, n_rows)
             if first < last:
-                parts.append(file.get_slice(key)[first:last])
-            start += n
-        return torch.cat(parts)
+                found.append(file.get_slice(key)[first:last])
+            start += n_rows
+        return torch.cat(found)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -153,12 +163,17 @@ def check_same(saved: dict[str, Any], config: FitConfig, path: Path) -> None:
 
     Other devices may go on; if they are fewer or more, `accumulate` may change so that a step has as many batches.
     """
+    # fields that the weights do not depend on
     free = {"progress", "checkpoint_every", "keep_checkpoints"}
     free |= {"accelerator", "devices", "nodes", "strategy", "compile"}
     now = json.loads(json.dumps(asdict(config)))
     if _batches(saved) == _batches(now) is not None:
         free |= {"accumulate"}
-    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in now.items() if k not in free and saved.get(k) != v]
+
+    changed = []
+    for field, value in now.items():
+        if field not in free and saved.get(field) != value:
+            changed.append(f"{field}: {saved.get(field)!r} -> {value!r}")
     if changed:
         raise ValueError(
             f"{path} was made with another FitConfig ({'; '.join(changed)}); "
@@ -169,4 +184,6 @@ def check_same(saved: dict[str, Any], config: FitConfig, path: Path) -> None:
 def _batches(config: dict[str, Any]) -> int | None:
     """Batches of an optimiser step on all devices, if the number of these is known beforehand."""
     devices = str(config.get("devices", 1))
-    return int(devices) * config.get("nodes", 1) * config["accumulate"] if devices.isdigit() else None
+    if not devices.isdigit():
+        return None
+    return int(devices) * config.get("nodes", 1) * config["accumulate"]

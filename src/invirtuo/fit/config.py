@@ -13,7 +13,7 @@ __all__ = ["FitConfig", "learning_rate"]
 
 @dataclass(frozen=True)
 class FitConfig(Settings):
-    """How a model is trained; what it is stands in its own Config."""
+    """How a model is trained; its architecture is in its own Config."""
 
     PREFIX: ClassVar[str] = "FitConfig."
 

@@ -1,4 +1,4 @@
-"""Several devices that train one model: how Lightning joins them, and what they tell each other."""
+"""Several devices that train one model: how Lightning joins them, and how they exchange values."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def strategy(model: Trainable, config: FitConfig) -> Any:
         If this is one of several processes of torchrun and the FitConfig asks for one device; if weights are to be
         sharded and the model takes proximal steps.
     """
+    # on one device, other processes would be other fits
     started = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if not several(config):
         if started > 1:
@@ -57,6 +58,7 @@ def strategy(model: Trainable, config: FitConfig) -> Any:
                 tasks,
             )
         return "auto"
+
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     if config.strategy == "fsdp":
@@ -111,7 +113,7 @@ def mean_over_devices(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def broadcast(value: Any) -> Any:
-    """What the first device says."""
+    """The value of the first device, on all of them."""
     if rank_and_size()[1] == 1:
         return value
     box = [value]

@@ -61,8 +61,9 @@ def run(
     if resume and folder is None:
         raise ValueError("resume=True needs the folder of the earlier fit; pass folder=")
     folder = None if folder is None else Path(folder)
-    for left_over in [] if folder is None else folder.glob(".*.part.*"):  # of a write that was killed
-        left_over.unlink(missing_ok=True)
+    if folder is not None:
+        for unfinished in folder.glob(".*.part.*"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
     keep_freed_memory()
     with _interruptible(folder):
         return _train(model, dataset, config, folder, resume, list(callbacks), list(loggers))
@@ -70,7 +71,7 @@ def run(
 
 @contextmanager
 def _interruptible(folder: Path | None) -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt and SIGTERM an exit code, and say how to go on.
+    """Let Ctrl-C be a KeyboardInterrupt and SIGTERM an exit code, with a note on how to go on.
 
     Lightning makes a SystemExit of both: with code 1, and with the 0 of a fit that ended well.
     """
@@ -79,6 +80,7 @@ def _interruptible(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
+        # the signal itself is what Lightning keeps as the context
         ended: BaseException = stop
         if isinstance(stop, SIGTERMException):
             ended = SystemExit(128 + signal.SIGTERM)
@@ -90,39 +92,52 @@ def _interruptible(folder: Path | None) -> Iterator[None]:
 
 
 def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool, callbacks, loggers) -> pd.DataFrame:
-    import lightning
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it only runs the loop here
     training = Training(model, dataset, config, folder)
     if resume and folder is not None and (folder / LAST).exists():
         training.restore(folder / LAST)
+
+    # weights are sharded once Lightning has joined the devices
     goes_on = training.step < config.steps and not training.stopped
-    shards = goes_on and several(config) and config.strategy == "fsdp"  # once Lightning has joined the devices
+    shards = goes_on and several(config) and config.strategy == "fsdp"
     if not shards:
         training.begin()
+
     if goes_on:
-        trainer = lightning.Trainer(
-            max_steps=config.steps - training.step,
-            max_epochs=-1,
-            accelerator=accelerator(model, config),
-            devices=config.devices,
-            num_nodes=config.nodes,
-            strategy=strategy(model, config),
-            plugins=None if several(config) else [LightningEnvironment()],  # tasks of a cluster's job are no concern
-            precision="bf16-mixed" if training.bf16 else "32-true",
-            accumulate_grad_batches=config.accumulate,
-            callbacks=[*callbacks, *([_bar(config, training.step)] if config.progress else [])],
-            logger=loggers or False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            log_every_n_steps=10,
-        )
+        trainer = _trainer(training, callbacks, loggers)
         stream = Stream(dataset, model, config, training.step * config.accumulate)
         trainer.fit(_shell(training, shards=shards), train_dataloaders=stream)
     training.finish()
     return pd.DataFrame(training.history)
+
+
+def _trainer(training: Training, callbacks: list[Any], loggers: list[Any]):
+    """The Trainer of the steps that are left; it validates and saves nothing by itself."""
+    import lightning
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    model, config = training.given, training.config
+    if config.progress:
+        callbacks = [*callbacks, _bar(config, training.step)]
+    # a fit on one device ignores the tasks of a cluster's job
+    environment: Any = None if several(config) else [LightningEnvironment()]
+    return lightning.Trainer(
+        max_steps=config.steps - training.step,
+        max_epochs=-1,
+        accelerator=accelerator(model, config),
+        devices=config.devices,
+        num_nodes=config.nodes,
+        strategy=strategy(model, config),
+        plugins=environment,
+        precision="bf16-mixed" if training.bf16 else "32-true",
+        accumulate_grad_batches=config.accumulate,
+        callbacks=callbacks,
+        logger=loggers or False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=10,
+    )
 
 
 def _shell(training: Training, *, shards: bool):
@@ -132,7 +147,7 @@ def _shell(training: Training, *, shards: bool):
     config = training.config
 
     class Shell(lightning.LightningModule):
-        """Hands batches and steps on to the training."""
+        """Passes batches and steps to the training."""
 
         def __init__(self):
             super().__init__()
@@ -169,7 +184,7 @@ def _shell(training: Training, *, shards: bool):
 
 
 def _bar(config: FitConfig, start: int):
-    """A progress bar over optimiser steps, with the loss; it knows the steps of an earlier, resumed fit."""
+    """A progress bar over optimiser steps, with the loss; steps before a resumed fit are counted."""
     import lightning
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

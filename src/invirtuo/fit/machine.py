@@ -1,4 +1,4 @@
-"""What this machine does best: whether bf16 pays, and memory that is kept."""
+"""Settings that depend on the machine: whether bf16 pays, and how the C library handles freed memory."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ def use_bf16(config: Precise, device: str | None = None) -> bool:
 
     Several processes on CPUs might disagree and do not measure.
     """
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if isinstance(config, FitConfig) and several(config):
+        return torch.cuda.is_available() and bf16_pays()
     if isinstance(config, FitConfig) and config.accelerator == "cpu":
         device = "cpu"
-    if config.precision == "auto" and isinstance(config, FitConfig) and several(config):
-        return torch.cuda.is_available() and bf16_pays()
-    return bf16_pays(device) if config.precision == "auto" else config.precision == "bf16"
+    return bf16_pays(device)
 
 
 @cache
@@ -51,7 +53,7 @@ def bf16_pays(device: str | None = None) -> bool:
             start = time.perf_counter()
             x @ x
             times.append(time.perf_counter() - start)
-        return sorted(times)[3]
+        return sorted(times)[3]  # the median
 
     return seconds(torch.float32) > 1.3 * seconds(torch.bfloat16)
 

@@ -32,9 +32,11 @@ class Losses(nn.Module):
     def __init__(self, model: Trainable, *, compiled: bool = False):
         super().__init__()
         self.model = model
-        self._compiled = [block for block in model.children() if any(True for _ in block.parameters())] * compiled
-        for block in self._compiled:
-            block.compile()
+        self._compiled: list[nn.Module] = []
+        for block in model.children() if compiled else ():
+            if next(block.parameters(), None) is not None:
+                block.compile()
+                self._compiled.append(block)
 
     def forward(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
         """Losses of the optimiser step of that number; without one, those of validation."""
@@ -44,6 +46,7 @@ class Losses(nn.Module):
             return self.model.update(batch, step)
         from torch._dynamo.exc import BackendCompilerFailed
 
+        # without the compiler the step is done again, with the same noise
         state = torch.get_rng_state()
         try:
             return self.model.update(batch, step)
@@ -63,27 +66,29 @@ class Losses(nn.Module):
 def sharded(losses: Losses, mesh: DeviceMesh) -> Losses:
     """Shard the weights of the model of `losses`, in place.
 
-    Sharded weights are fp32 and computed with under autocast, as whole ones: the numbers are those of DDP.
+    Sharded weights are fp32 and used under autocast, as others are: the numbers are those of DDP.
     """
     from torch.distributed.fsdp import fully_shard
 
     model = losses.model
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # shards are rows; convolutions order their weights as they like
-    for block in [] if model.has_unused_parameters else units(model):
-        fully_shard(block, mesh=mesh)
+        parameter.data = parameter.data.contiguous()  # shards are rows; convolutions may store weights otherwise
+    if not model.has_unused_parameters:
+        for block in units(model):
+            fully_shard(block, mesh=mesh)
     fully_shard(losses, mesh=mesh)
     return losses
 
 
 def units(module: nn.Module) -> Iterator[nn.Module]:
-    """Large blocks that are gathered by themselves: what stands in lists and sequences, which is called by `forward`.
+    """Large blocks that are gathered by themselves: members of lists and sequences, which are called by `forward`.
 
     All other parameters are gathered once for the whole step. Models with `has_unused_parameters` have no units.
     """
     for child in module.children():
-        large = sum(p.numel() for p in child.parameters()) >= UNIT
-        if isinstance(module, nn.ModuleList | nn.Sequential) and large and not isinstance(child, nn.ModuleList):
+        is_large = sum(p.numel() for p in child.parameters()) >= UNIT
+        is_member = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(child, nn.ModuleList)
+        if is_member and is_large:
             yield child
         else:
             yield from units(child)

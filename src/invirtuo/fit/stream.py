@@ -33,28 +33,31 @@ class Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         rank, n_devices = rank_and_size()
-        sampler, number = samplers.named(self.model.sampler, self.model.set_size), 0
-        shares = 1 if self.dataset.on_disk else n_devices  # cells in memory are dealt batch by batch, files by blocks
+        sampler = samplers.named(self.model.sampler, self.model.set_size)
+        # devices take turns in the batches of cells in memory, and share the blocks of files
+        shares = 1 if self.dataset.on_disk else n_devices
+        number = 0  # of batches drawn so far
         seeds = ([self.config.seed, epoch] for epoch in count())
         for epoch, layout, rng, dense in self.dataset.windows(sampler, seeds, rank=rank, n_ranks=n_devices):
             if epoch and not number:
                 raise ValueError(f"the sampler {self.model.sampler!r} found no cells to train on")
             for rows in sampler(layout, self.config.batch_size, rng):
+                is_own = shares == 1 or number % shares == rank
                 number += 1
-                if number > self.start * shares and (shares == 1 or (number - 1) % shares == rank):
+                if number > self.start * shares and is_own:
                     yield self.dataset.take(rows, dense)
 
 
 def noise_seed(*numbers: int) -> int:
-    """Seed of the noise that the numbers name."""
+    """Seed of the noise that numbers identify: the seed of the fit, a step, a purpose."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let torch's global generators begin with a seed, for this thread alone; afterwards they are as they were.
+    """Seed torch's global generators for a block of code, in this thread alone; afterwards they are as before.
 
-    Dropout and other layers know no generator but the global one. Fits in several threads wait for each other here.
+    Dropout and other layers use the global generator alone. Fits in several threads take turns.
     """
     with GENERATOR_LOCK, torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What fitting asks of a model, and all that it knows of one."""
+"""Trainable: the interface of a model to its fit."""
 
 from __future__ import annotations
 

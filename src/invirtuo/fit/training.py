@@ -56,9 +56,11 @@ class Training:
 
         What is sharded is a copy: the model that was given gets its weights at the end.
         """
-        config, self.is_sharded = self.config, mesh is not None
+        config = self.config
+        self.is_sharded = mesh is not None
         self.averaged = Losses(copy.deepcopy(self.given).requires_grad_(False)) if config.ema else None
-        self.trained = Losses(copy.deepcopy(self.given) if self.is_sharded else self.given, compiled=config.compile)
+        model = copy.deepcopy(self.given) if self.is_sharded else self.given
+        self.trained = Losses(model, compiled=config.compile)
         if mesh is not None:
             self.trained = sharded(self.trained, mesh)
             self.averaged = self.averaged and sharded(self.averaged, mesh)
@@ -85,13 +87,20 @@ class Training:
 
     def loss(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         """Losses of one batch, with the noise of its number among the batches of all devices."""
-        for group in self.optimizer.param_groups if self.plateau is None else []:
-            group["lr"] = learning_rate(self.config, self.step)
-        turn, (rank, n_devices) = batch_index % self.config.accumulate, rank_and_size()
-        number = (self.step * self.config.accumulate + turn) * n_devices + rank
+        if self.plateau is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.step)
+
+        # turn: which of the batches of an optimiser step it is
+        n_turns = self.config.accumulate
+        turn = batch_index % n_turns
+        rank, n_devices = rank_and_size()
+        number = (self.step * n_turns + turn) * n_devices + rank
         with seeded(noise_seed(self.config.seed, number, 0)):
             losses = self.trained(batch, self.step)
-        shares = {k: v.detach() / self.config.accumulate for k, v in losses.items()}
+
+        # mean over the batches of the step, for the history
+        shares = {k: v.detach() / n_turns for k, v in losses.items()}
         self._losses = {k: v + self._losses[k] for k, v in shares.items()} if turn else shares
         total = float(losses["total"].detach())
         if not math.isfinite(total):
@@ -108,9 +117,13 @@ class Training:
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.model.proximal_step(self.lr)
         if self.plateau is not None:
-            self.plateau.step(float(mean_over_devices(self._losses)["total"]))
+            mean_losses = mean_over_devices(self._losses)
+            self.plateau.step(float(mean_losses["total"]))
         if self.average is not None:
-            _move_average(self.average, self.model, min(config.ema, (1 + self.step) / (10 + self.step)))
+            decay = min(config.ema, (1 + self.step) / (10 + self.step))  # shorter averages in the first steps
+            _move_average(self.average, self.model, decay)
+
+        # the first device validates for all, unless each holds only its rows of the weights
         last = self.step == config.steps
         validates = bool(config.val_every) and (self.step % config.val_every == 0 or last)
         losses = {}
@@ -120,13 +133,19 @@ class Training:
                 self._save_best(folder / BEST, main)
         if validates or last or self.step % 20 == 0 or self.step == 1:
             self._record(losses)
-        if folder is not None and (last or self.stopped or self.step % config.checkpoint_every == 0):
-            if main or self.is_sharded:
-                self.save(folder)
-            if main:
-                with writing(folder / "history.csv") as path:
-                    pd.DataFrame(self.history).to_csv(path, index=False)
+
+        saves = last or self.stopped or self.step % config.checkpoint_every == 0
+        if saves and folder is not None:
+            self._save_all(folder, main)
         return losses
+
+    def _save_all(self, folder: Path, main: bool) -> None:
+        """Write checkpoint and history; `main` says whether this is the first device."""
+        if main or self.is_sharded:
+            self.save(folder)
+        if main:
+            with writing(folder / "history.csv") as path:
+                pd.DataFrame(self.history).to_csv(path, index=False)
 
     def _validate(self, device: torch.device | str) -> dict[str, float]:
         config, kept = self.config, self.kept
@@ -143,12 +162,14 @@ class Training:
             write_tensors(path, weights)
 
     def _record(self, validation: dict[str, float]) -> None:
+        """Append a row to the history."""
         seconds = self.elapsed + time.perf_counter() - self.began
         row = {"step": self.step, "seconds": round(seconds, 3), "lr": self.lr}
         row |= {f"train_{k}": float(v) for k, v in mean_over_devices(self._losses).items()}
         self.history.append(row | {f"val_{k}": v for k, v in validation.items()})
 
     def _improves(self, value: float) -> bool:
+        """Whether a validation loss is the lowest so far; keeps its weights, or counts towards `patience`."""
         if value < self.best:
             self.best, self.waited = value, 0
             if self.config.keep == "best":
@@ -160,6 +181,7 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Write everything that :meth:`restore` needs; if weights are sharded, every device writes its own."""
+        # tensors: weights, averages, state of the optimiser, best weights
         optimizer = self.optimizer.state_dict()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:
@@ -167,6 +189,9 @@ class Training:
         for number, state in optimizer["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
         tensors |= {f"best.{k}": v for k, v in (self.best_weights or {}).items()}
+
+        # numbers, and what the checkpoint must agree with to go on from it
+        plateau = None if self.plateau is None else self.plateau.state_dict()
         facts = {
             "config": asdict(self.config),
             "model": self.given.identity(),
@@ -179,7 +204,7 @@ class Training:
             "seconds": self.elapsed + time.perf_counter() - self.began,
             "history": self.history,
             "optimizer": optimizer["param_groups"],
-            "plateau": None if self.plateau is None else self.plateau.state_dict(),
+            "plateau": plateau,
         }
         write(folder, facts, tensors)
 
@@ -204,11 +229,14 @@ class Training:
         """Weights, averages and state of the optimiser, of this device."""
         for name, value in self.model.state_dict().items():
             checkpoint.fill(value, f"model.{name}")
-        for name, value in {} if self.average is None else self.average.state_dict().items():
-            checkpoint.fill(value, f"average.{name}")
+        if self.average is not None:
+            for name, value in self.average.state_dict().items():
+                checkpoint.fill(value, f"average.{name}")
         if checkpoint.keys("best"):
             like = self.kept.model.state_dict().items()
             self.best_weights = {k: checkpoint.fill(torch.empty_like(v), f"best.{k}") for k, v in like}
+
+        # state of the optimiser, parameter by parameter
         self.optimizer.load_state_dict({"state": {}, "param_groups": checkpoint.facts["optimizer"]})
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for key in checkpoint.keys("optimizer"):
@@ -247,7 +275,11 @@ def _plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.Reduc
 
 @torch.no_grad()
 def _move_average(average: Trainable, model: Trainable, decay: float) -> None:
-    still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # of other stages
-    pairs = zip(average.state_dict().values(), model.state_dict().items(), strict=True)
-    floating = [(local(old), local(new)) for old, (name, new) in pairs if old.is_floating_point() and name not in still]
-    torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - decay)
+    """Move averaged weights towards those of a model; those of other stages of a fit stay."""
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    averages, current = [], []
+    for old, (name, new) in zip(average.state_dict().values(), model.state_dict().items(), strict=True):
+        if old.is_floating_point() and name not in fixed:
+            averages.append(local(old))
+            current.append(local(new))
+    torch._foreach_lerp_(averages, current, 1 - decay)

@@ -31,22 +31,24 @@ def validation_losses(
 ) -> dict[str, float]:
     """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells.
 
-    `losses_of` stands in for ``model.loss``.
+    `losses_of` is called in place of ``model.loss``.
     """
     if not len(dataset.rows("val")):
         return {}
+
+    # sums over cells; batches may differ in size, and models in which losses they give
     was_training = model.training
     model.eval()
+    losses_of = losses_of or model.loss
     totals: dict[str, float] = {}
     n_cells: dict[str, int] = {}
     bf16 = use_bf16(config) if bf16 is None else bf16
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     with seeded(noise_seed(config.seed, 2**31, 0)), autocast:
         sampler = samplers.named(model.sampler, model.set_size)
-        for batch in dataset.first_batches(
-            sampler, config.batch_size, config.val_batches, part="val", seed=config.seed
-        ):
-            for name, value in (losses_of or model.loss)(batch.to(device)).items():
+        batches = dataset.first_batches(sampler, config.batch_size, config.val_batches, part="val", seed=config.seed)
+        for batch in batches:
+            for name, value in losses_of(batch.to(device)).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
                 n_cells[name] = n_cells.get(name, 0) + len(batch)
     model.train(was_training)

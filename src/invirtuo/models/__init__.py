@@ -1,4 +1,4 @@
-"""The registry of models: one file, one paper. Adding a model is a file and a line here."""
+"""The registry of models: one file, one paper. Adding a model is a file and a line in it."""
 
 from __future__ import annotations
 
@@ -46,29 +46,27 @@ __all__ = [
     "load",
 ]
 
-MODELS: dict[str, type[Model]] = {
-    model.name: model
-    for model in (
-        PRiMeFlow,
-        FMPCA,
-        StateTransition,
-        StateEmbedding,
-        CPA,
-        SAMSVAE,
-        Biolord,
-        LatentAdditive,
-        LinearAdditive,
-        DecoderOnly,
-        PerturbationMean,
-        ContextMean,
-        Ridge,
-        NoChange,
-        CFGen,
-        CellFlowCounts,
-        IndependentNB,
-        SparseODE,
-    )
-}
+_CLASSES: tuple[type[Model], ...] = (
+    PRiMeFlow,
+    FMPCA,
+    StateTransition,
+    StateEmbedding,
+    CPA,
+    SAMSVAE,
+    Biolord,
+    LatentAdditive,
+    LinearAdditive,
+    DecoderOnly,
+    PerturbationMean,
+    ContextMean,
+    Ridge,
+    NoChange,
+    CFGen,
+    CellFlowCounts,
+    IndependentNB,
+    SparseODE,
+)
+MODELS: dict[str, type[Model]] = {model.name: model for model in _CLASSES}
 
 
 def load(folder: str | Path) -> Model:

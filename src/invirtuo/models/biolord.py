@@ -1,7 +1,7 @@
 """Biolord in the form of PerturBench: what is known of a cell, and what is left, in separate parts of a latent space.
 
 Papers: Piran et al. 2024, doi:10.1038/s41587-023-02079-x; PerturBench (Wu et al. 2024, arXiv:2408.10609). A cell is
-encoded into a code that holds what its labels do not say; perturbation and covariates have embeddings of their own::
+encoded into a code that holds what labels do not determine; perturbation and covariates have embeddings of their own::
 
     prediction = softplus(MLP([MLP(x) + 0.1 noise, MLP(perturbation), embedding of each covariate level]))
     loss = squared error (summed over genes, mean over cells) + penalty sum over the batch |covariate embeddings|^2
@@ -10,7 +10,7 @@ To predict, control cells are encoded, with noise, and decoded with the wanted p
 
 Differs: `code_penalty` adds the squared norm of the cell's code, mean over cells, to the loss. That is where Biolord's
 paper puts its penalty; PerturBench has it on the covariate embeddings instead, whose published weight leaves nothing of
-them. Without it the code tells all there is to know, and labels need not be learned.
+them. Without it the code holds everything, and labels need not be learned.
 Differs: constant or cosine learning rate in place of one lowered on plateaus; epochs are steps here.
 """
 
@@ -52,8 +52,17 @@ class Config(Settings):
     noise: bool = setting(True, "noise on the code of control cells, to predict")
 
 
-_FIT = FitConfig(batch_size=1000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50,
-                 lr=1.670e-4, weight_decay=4.608e-4)  # fmt: skip
+_FIT = FitConfig(
+    batch_size=1000,
+    schedule="constant",
+    warmup=0,
+    ema=0.0,
+    clip=0.0,
+    keep="best",
+    patience=50,
+    lr=1.670e-4,
+    weight_decay=4.608e-4,
+)
 _BEST = "PerturBench, best of 60 trials; the same for both data sets, none for Jiang24"
 _PAPER = Config(2304, 512, 1, 0.4, code_penalty=0.0, penalty=2621.0)
 
@@ -72,16 +81,21 @@ class Biolord(PerturbationModel):
         "default": Preset(Config(), FitConfig(steps=1200, batch_size=256, ema=0.99), "ours"),
         "norman19": Preset(_PAPER, replace(_FIT, steps=32_000, val_every=64), _BEST),
         "srivatsan20": Preset(_PAPER, replace(_FIT, steps=60_000, val_every=120), _BEST),
-    }  # fmt: skip
-    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "code_penalty": (0.1, 100.0),
-              "penalty": (1e-6, 1.0)}  # fmt: skip
+    }
+    SEARCH = {
+        "fit.lr": (1e-4, 1e-2),
+        "width": [128, 256, 512],
+        "code_penalty": (0.1, 100.0),
+        "penalty": (1e-6, 1.0),
+    }
     needs_source = True
     takes_features = True
 
     def build(self) -> None:
         """Encoder, embeddings, decoder."""
         config, design, n_genes = self.config, self.design, len(self.genes)
-        z, shape = config.n_latent, {"n_layers": config.n_layers, "dropout": config.dropout}
+        z = config.n_latent
+        shape = {"n_layers": config.n_layers, "dropout": config.dropout}
         levels = [len(level) for level in design.covariates.values()]
         self.encoder = NormMLP(n_genes, config.width, z, **shape)
         self.perturbation = NormMLP(design.code_width, config.width, z, **shape)
@@ -91,11 +105,15 @@ class Biolord(PerturbationModel):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Squared error summed over genes, and the penalties."""
         config = self.config
+
+        # reconstruction from a noisy code
         code = self.encoder(batch.target)
         embeddings = self._embeddings(batch.condition)
         noisy = code + config.code_noise * torch.randn_like(code)
         x = self._decode(noisy, batch.condition, embeddings)
         squared = (x - batch.target).square().sum(1).mean()
+
+        # little is to pass through the code and the covariates
         code_square = code.square().sum(1).mean()
         covariate_square = sum((e.square().sum() for e in embeddings), squared.new_zeros(()))
         total = squared + config.code_penalty * code_square + config.penalty * covariate_square
@@ -116,4 +134,5 @@ class Biolord(PerturbationModel):
         return [embedding(codes) for embedding, codes in pairs]
 
     def _decode(self, code: Tensor, condition: Condition, embeddings: list[Tensor]) -> Tensor:
-        return F.softplus(self.decoder(torch.cat([code, self.perturbation(condition.code), *embeddings], dim=1)))
+        known = torch.cat([code, self.perturbation(condition.code), *embeddings], dim=1)
+        return F.softplus(self.decoder(known))

@@ -67,6 +67,50 @@ _BEST = "PerturBench, best of 60 trials"
 _PAPER = Config(control_class=False)
 _DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
 
+_NORMAN = replace(
+    _PAPER,
+    n_latent=128,
+    width=3328,
+    n_layers=1,
+    dropout=0.2,
+    kl_weight=19.76,
+    adversary_weight=3.805,
+    penalty_weight=1.898,
+    adversary_steps=2,
+    warmup_steps=240,
+    adversary_width=776,
+)
+_NORMAN_FIT = replace(_FIT, steps=8000, val_every=16, lr=6.844e-5, weight_decay=1.660e-7)
+_SRIVATSAN = replace(
+    _PAPER,
+    n_latent=512,
+    width=1280,
+    n_layers=3,
+    dropout=0.1,
+    kl_weight=0.2643,
+    adversary_weight=0.2101,
+    penalty_weight=10.21,
+    adversary_steps=3,
+    warmup_steps=155,
+    adversary_width=383,
+)
+_SRIVATSAN_FIT = replace(_FIT, steps=15_500, val_every=31, lr=2.689e-4, weight_decay=2.992e-6)
+_JIANG = replace(
+    _PAPER,
+    n_latent=512,
+    width=3328,
+    n_layers=7,
+    dropout=0.3,
+    kl_weight=6.905,
+    adversary_weight=1.487,
+    penalty_weight=2.815,
+    adversary_steps=7,
+    warmup_steps=2925,
+    adversary_width=537,
+    adversary_layers=1,
+)
+_JIANG_FIT = replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=2.630e-5, weight_decay=3.693e-7)
+
 
 class Encoder(nn.Module):
     """Blocks of Linear, LayerNorm, ReLU and dropout; mean and log-variance of the latent vector."""
@@ -74,9 +118,11 @@ class Encoder(nn.Module):
     def __init__(self, n_genes: int, config: Config):
         super().__init__()
         layers: list[nn.Module] = []
-        for i in range(config.n_layers + 1):
-            layers += [nn.Linear(config.width if i else n_genes, config.width), nn.LayerNorm(config.width), nn.ReLU()]
-            layers.append(nn.Dropout(config.dropout))
+        width = n_genes
+        for _ in range(config.n_layers + 1):
+            layers += [nn.Linear(width, config.width), nn.LayerNorm(config.width)]
+            layers += [nn.ReLU(), nn.Dropout(config.dropout)]
+            width = config.width
         self.hidden = nn.Sequential(*layers)
         self.mean = nn.Linear(config.width, config.n_latent)
         self.log_variance = nn.Linear(config.width, config.n_latent)
@@ -100,23 +146,16 @@ class CPA(PerturbationModel):
     PRESETS = {
         "default": Preset(Config(), _DEFAULT_FIT, "ours"),
         "no-adversary": Preset(Config(adversary=False), _DEFAULT_FIT, "ours; CPA (noAdv) of PerturBench"),
-        "norman19": Preset(
-            replace(_PAPER, n_latent=128, width=3328, n_layers=1, dropout=0.2, kl_weight=19.76, adversary_weight=3.805,
-                    penalty_weight=1.898, adversary_steps=2, warmup_steps=240, adversary_width=776),
-            replace(_FIT, steps=8000, val_every=16, lr=6.844e-5, weight_decay=1.660e-7), _BEST),
-        "srivatsan20": Preset(
-            replace(_PAPER, n_latent=512, width=1280, n_layers=3, dropout=0.1, kl_weight=0.2643,
-                    adversary_weight=0.2101, penalty_weight=10.21, adversary_steps=3, warmup_steps=155,
-                    adversary_width=383),
-            replace(_FIT, steps=15_500, val_every=31, lr=2.689e-4, weight_decay=2.992e-6), _BEST),
-        "jiang24": Preset(
-            replace(_PAPER, n_latent=512, width=3328, n_layers=7, dropout=0.3, kl_weight=6.905, adversary_weight=1.487,
-                    penalty_weight=2.815, adversary_steps=7, warmup_steps=2925, adversary_width=537,
-                    adversary_layers=1),
-            replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=2.630e-5, weight_decay=3.693e-7), _BEST),
-    }  # fmt: skip
-    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "kl_weight": (0.1, 20.0),
-              "adversary_weight": (0.1, 100.0)}  # fmt: skip
+        "norman19": Preset(_NORMAN, _NORMAN_FIT, _BEST),
+        "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, _BEST),
+        "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
+    }
+    SEARCH = {
+        "fit.lr": (1e-4, 1e-2),
+        "width": [128, 256, 512],
+        "kl_weight": (0.1, 20.0),
+        "adversary_weight": (0.1, 100.0),
+    }
     needs_source = True
     takes_features = True
 
@@ -127,13 +166,17 @@ class CPA(PerturbationModel):
         z, width, dropout = config.n_latent, config.width, config.dropout
         self.encoder = Encoder(n_genes, config)
         self.perturbation = NormMLP(self.design.code_width, width, z, config.n_layers_perturbation, dropout)
-        self.covariates = nn.ModuleDict(
-            {str(i): NormMLP(k, width, z, config.n_layers_covariates, dropout) for i, k in self._varying}
-        )
+        self.covariates = nn.ModuleDict()
+        for i, k in self._varying:
+            self.covariates[str(i)] = NormMLP(k, width, z, config.n_layers_covariates, dropout)
         self.decoder = NormMLP(z, width, n_genes, config.n_layers, dropout)
+
+        # a classifier for the perturbation, then one for each covariate
         self.adversary = nn.ModuleList()
         if config.adversary:
-            for k in [p + config.control_class, *(k for _, k in self._varying)]:
+            n_classes = [p + config.control_class]
+            n_classes += [k for _, k in self._varying]
+            for k in n_classes:
                 self.adversary.append(NormMLP(z, config.adversary_width, k, config.adversary_layers))
 
     @property
@@ -152,6 +195,8 @@ class CPA(PerturbationModel):
             return self.loss(batch)
         if step % config.adversary_steps:
             return self._adversary_loss(batch)
+
+        # the autoencoder's turn: classifiers are to fail, and stay as they are
         losses, z = self._autoencode(batch)
         fixed = {name: parameter.detach() for name, parameter in self.adversary.named_parameters()}
         crossed = self._cross_entropy(batch.condition, self._logits(z, fixed))
@@ -183,6 +228,7 @@ class CPA(PerturbationModel):
         return {"total": squared + self.config.kl_weight * kl, "squared_error": squared, "kl": kl}, z
 
     def _adversary_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of the classifiers on fixed latent vectors: cross-entropies and the penalty on their gradients."""
         with torch.no_grad():
             z = gaussian_sample(*self.encoder(batch.target))
         z.requires_grad_()
@@ -194,18 +240,24 @@ class CPA(PerturbationModel):
         return {"total": total, "adversary": crossed, "penalty": penalty}
 
     def _logits(self, z: Tensor, parameters: dict[str, Tensor] | None = None) -> list[Tensor]:
-        """What every classifier says of z; other parameters may stand in for its own."""
+        """Logits of every classifier for z; `parameters` of all may be used in place of their own."""
         if parameters is None:
             return [classifier(z) for classifier in self.adversary]
-        parts = [{k[len(f"{i}.") :]: v for k, v in parameters.items() if k.startswith(f"{i}.")}
-                 for i in range(len(self.adversary))]  # fmt: skip
-        return [functional_call(classifier, own, z) for classifier, own in zip(self.adversary, parts, strict=True)]
+        logits = []
+        for i, classifier in enumerate(self.adversary):
+            prefix = f"{i}."
+            own = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
+            logits.append(functional_call(classifier, own, z))
+        return logits
 
     def _cross_entropy(self, condition: Condition, logits: list[Tensor]) -> Tensor:
         """Sum over perturbation (soft labels: a combination has two) and covariates, mean over cells."""
         labels = condition.perturbation
         if self.config.control_class:
             labels = torch.cat([labels, condition.is_control[:, None].to(labels)], dim=1)
-        crossed = F.cross_entropy(logits[0], labels)
+        of_perturbation = F.cross_entropy(logits[0], labels)
+
         codes = list(condition.covariates.values())
-        return crossed + sum(F.cross_entropy(y, codes[i]) for y, (i, _) in zip(logits[1:], self._varying, strict=True))
+        varying = [codes[i] for i, _ in self._varying]
+        of_covariates = [F.cross_entropy(y, code) for y, code in zip(logits[1:], varying, strict=True)]
+        return of_perturbation + sum(of_covariates)

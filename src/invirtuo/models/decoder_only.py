@@ -44,6 +44,13 @@ class Config(Settings):
 _FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
 _BEST = "PerturBench, best of 60 trials"
 
+_NORMAN = Config(3328, 3, use_covariates=False, softplus=False, learn_controls=False)
+_NORMAN_FIT = replace(_FIT, steps=8000, val_every=16, lr=1.375e-4, weight_decay=4.417e-5)
+_SRIVATSAN = Config(4352, 5, learn_controls=False)
+_SRIVATSAN_FIT = replace(_FIT, steps=15_500, val_every=31, lr=6.798e-5, weight_decay=7.602e-6)
+_JIANG = Config(5376, 3, learn_controls=False)
+_JIANG_FIT = replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=9.426e-5, weight_decay=8.514e-8)
+
 
 class DecoderOnly(PerturbationModel):
     """softplus(MLP([perturbation, covariates])).
@@ -57,16 +64,10 @@ class DecoderOnly(PerturbationModel):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), FitConfig(steps=600, batch_size=512, ema=0.99), "ours"),
-        "norman19": Preset(
-            Config(3328, 3, use_covariates=False, softplus=False, learn_controls=False),
-            replace(_FIT, steps=8000, val_every=16, lr=1.375e-4, weight_decay=4.417e-5), _BEST),
-        "srivatsan20": Preset(
-            Config(4352, 5, learn_controls=False),
-            replace(_FIT, steps=15_500, val_every=31, lr=6.798e-5, weight_decay=7.602e-6), _BEST),
-        "jiang24": Preset(
-            Config(5376, 3, learn_controls=False),
-            replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=9.426e-5, weight_decay=8.514e-8), _BEST),
-    }  # fmt: skip
+        "norman19": Preset(_NORMAN, _NORMAN_FIT, _BEST),
+        "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, _BEST),
+        "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
+    }
     SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_layers": (0, 3), "fit.weight_decay": (1e-9, 1e-3)}
     takes_features = True
     deterministic = True

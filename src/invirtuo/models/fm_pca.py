@@ -95,12 +95,35 @@ class Velocity(nn.Module):
         return self.decoder(torch.cat([self.point(x), encoded, time], dim=1)).float()
 
 
-_PAPER = Config(scale=False, epsilon=1.0, interpl_type="trigonometric", dropout=0.2, prob_unconditional=0.4,
-                solver="euler", steps=100)  # fmt: skip
-_SRIVATSAN = replace(_PAPER, hidden_dim=3072, n_layers_gene_expression=2, n_layers_conditions=3, n_layers_time=4,
-                     n_layers_decoding=4, sigma=0.1)  # fmt: skip
-_NORMAN = replace(_PAPER, hidden_dim=1792, n_layers_gene_expression=4, n_layers_conditions=2, n_layers_time=2,
-                  n_layers_decoding=4, sigma=0.01)  # fmt: skip
+_PAPER = Config(
+    scale=False,
+    epsilon=1.0,
+    interpl_type="trigonometric",
+    dropout=0.2,
+    prob_unconditional=0.4,
+    solver="euler",
+    steps=100,
+)
+_SRIVATSAN = replace(
+    _PAPER,
+    hidden_dim=3072,
+    n_layers_gene_expression=2,
+    n_layers_conditions=3,
+    n_layers_time=4,
+    n_layers_decoding=4,
+    sigma=0.1,
+)
+_NORMAN = replace(
+    _PAPER,
+    hidden_dim=1792,
+    n_layers_gene_expression=4,
+    n_layers_conditions=2,
+    n_layers_time=2,
+    n_layers_decoding=4,
+    sigma=0.01,
+)
+_OT_SRIVATSAN = replace(_SRIVATSAN, source="control", num_samples_per_condition=128)
+_OT_NORMAN = replace(_NORMAN, source="control", num_samples_per_condition=256)
 _FIT = FitConfig(steps=20_000, schedule="constant", warmup=0, ema=0.0, keep="best")
 _SRIVATSAN_FIT = replace(_FIT, lr=8.18e-5, weight_decay=1.28e-10, batch_size=1024)
 _NORMAN_FIT = replace(_FIT, lr=1.73e-4, weight_decay=6.75e-6, batch_size=2048)
@@ -122,13 +145,15 @@ class FMPCA(PerturbationModel):
         "ot": Preset(Config(source="control"), _DEFAULT_FIT, "ours, from control cells"),
         "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, "table 14"),
         "norman19": Preset(_NORMAN, _NORMAN_FIT, "table 15"),
-        "ot-srivatsan20": Preset(
-            replace(_SRIVATSAN, source="control", num_samples_per_condition=128), _SRIVATSAN_FIT, "tables 14, 16"),
-        "ot-norman19": Preset(
-            replace(_NORMAN, source="control", num_samples_per_condition=256), _NORMAN_FIT, "tables 15, 17"),
-    }  # fmt: skip
-    SEARCH = {"fit.lr": (1e-4, 1e-2), "hidden_dim": [256, 512, 1024], "n_pcs": [20, 50, 100],
-              "prob_unconditional": [0.0, 0.1, 0.2, 0.4]}  # fmt: skip
+        "ot-srivatsan20": Preset(_OT_SRIVATSAN, _SRIVATSAN_FIT, "tables 14, 16"),
+        "ot-norman19": Preset(_OT_NORMAN, _NORMAN_FIT, "tables 15, 17"),
+    }
+    SEARCH = {
+        "fit.lr": (1e-4, 1e-2),
+        "hidden_dim": [256, 512, 1024],
+        "n_pcs": [20, 50, 100],
+        "prob_unconditional": [0.0, 0.1, 0.2, 0.4],
+    }
     takes_features = True
     Sampling = FlowSampling
 
@@ -167,7 +192,7 @@ class FMPCA(PerturbationModel):
 
     @torch.no_grad()
     def ceiling(self, adata: AnnData) -> AnnData:
-        """Real cells after projection and back, to be scored as if predicted: what the projection alone leaves.
+        """Real cells after projection and back, to be scored as if predicted: the best that the projection allows.
 
         Parameters
         ----------
@@ -184,37 +209,48 @@ class FMPCA(PerturbationModel):
             raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
         self._check_space(adata)
         dataset = CellDataset(self._with_genes(adata), self.design)
-        x = [self.reconstruct(self.project(dataset.dense(rows))) for rows in _chunks(adata.n_obs, 4096)]
-        return anndata.AnnData(torch.cat(x).numpy(), obs=adata.obs.copy(), var=adata[:, self.genes].var[[]].copy())
+        chunks = []
+        for rows in _chunks(adata.n_obs, 4096):
+            scores = self.project(dataset.dense(rows))
+            chunks.append(self.reconstruct(scores))
+        var = adata[:, self.genes].var[[]].copy()
+        return anndata.AnnData(torch.cat(chunks).numpy(), obs=adata.obs.copy(), var=var)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Mean squared error of the velocity over cells and components."""
-        config, x1, condition = self.config, self.project(batch.target), batch.condition
+        # pairs of a source and a cell
+        config, condition = self.config, batch.condition
+        x1 = self.project(batch.target)
         if config.source == "noise":
             x0 = torch.randn_like(x1)
         else:
             x0 = self.project(batch.source)
             rows, columns = self.couple(x0, x1, batch.set_size)
             x0, x1, condition = x0[rows], x1[columns], condition[columns]
+
         t = torch.rand(len(x1), device=x1.device)
         is_null = None
         if config.prob_unconditional:
             is_null = torch.rand(len(x1), device=x1.device) < config.prob_unconditional
         point = PATHS[config.interpl_type](x0, x1, t, config.sigma)
-        return {"total": (self.velocity(point.xt, t, condition, is_null) - point.ut).square().mean()}
+        velocity = self.velocity(point.xt, t, condition, is_null)
+        return {"total": (velocity - point.ut).square().mean()}
 
     @torch.no_grad()
     def couple(self, x0: Tensor, x1: Tensor, set_size: int) -> tuple[Tensor, Tensor]:
-        """Rows of x0 and x1 (n, d) that belong together, (n,) each, inside each set of `set_size` neighbouring rows."""
+        """Rows of x0 and x1 (n, d) that are coupled, (n,) each, inside each set of `set_size` neighbouring rows."""
         config, n = self.config, len(x0)
         own = torch.arange(n, device=x0.device)
         if config.coupling == "random":
             return own, own
-        sources, targets = (x.reshape(-1, set_size, x.shape[1]) for x in (x0, x1))
+
+        # set by set
+        sources = x0.reshape(-1, set_size, x0.shape[1])
+        targets = x1.reshape(-1, set_size, x1.shape[1])
         first = own[::set_size, None]
         if config.coupling == "exact":
-            pairs = zip(sources, targets, strict=True)
-            return own, (first + torch.stack([exact_coupling(a, b) for a, b in pairs])).flatten()
+            partners = [exact_coupling(a, b) for a, b in zip(sources, targets, strict=True)]
+            return own, (first + torch.stack(partners)).flatten()
         with torch.autocast(x0.device.type, enabled=False):
             cost = torch.cdist(sources, targets).square()
             cost = cost / cost.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)
@@ -229,16 +265,21 @@ class FMPCA(PerturbationModel):
         else:
             x0 = torch.randn(len(batch), self.n_pcs, generator=generator).to(self.score_scale.device)
         grid = config.grid or config.steps or self.config.steps
+        solver = config.solver or self.config.solver
         cells = []
         for rows in _chunks(len(batch), config.batch_size):
             condition = batch.condition[rows]
 
             def velocity(x: Tensor, t: Tensor, is_null: Tensor, condition=condition) -> Tensor:
-                both = condition if len(x) == len(condition) else condition[torch.arange(len(x)) % len(condition)]
-                return self.velocity(x, torch.full((len(x),), float(t), device=x.device), both, is_null)
+                # with guidance every cell comes twice, with and without its condition
+                if len(x) != len(condition):
+                    condition = condition[torch.arange(len(x)) % len(condition)]
+                time = torch.full((len(x),), float(t), device=x.device)
+                return self.velocity(x, time, condition, is_null)
 
             field = guided(velocity, config.weights[0], config.interval)
-            cells.append(self.reconstruct(solve(field, x0[rows], grid, config.solver or self.config.solver)))
+            scores = solve(field, x0[rows], grid, solver)
+            cells.append(self.reconstruct(scores))
         return torch.cat(cells)
 
 

@@ -47,6 +47,13 @@ class Config(Settings):
 _FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
 _BEST = "PerturBench, best of 60 trials"
 
+_NORMAN = Config(4352, 512, 1, 0.1)
+_NORMAN_FIT = replace(_FIT, steps=8000, val_every=16, lr=9.260e-5, weight_decay=2.180e-8)
+_SRIVATSAN = Config(5376, 192, 2, 0.3, encode_covariates=True, decode_covariates=True)
+_SRIVATSAN_FIT = replace(_FIT, steps=15_500, val_every=31, lr=3.411e-5, weight_decay=6.079e-11)
+_JIANG = Config(2304, 64, 4, 0.3, encode_covariates=True, decode_covariates=True)
+_JIANG_FIT = replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=5.651e-5, weight_decay=5.769e-10)
+
 
 class LatentAdditive(PerturbationModel):
     """softplus(decode(encode(x_control) + embed(perturbation))), trained on control-perturbed pairs.
@@ -60,16 +67,10 @@ class LatentAdditive(PerturbationModel):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), FitConfig(steps=1000, batch_size=256, ema=0.99), "ours"),
-        "norman19": Preset(
-            Config(4352, 512, 1, 0.1),
-            replace(_FIT, steps=8000, val_every=16, lr=9.260e-5, weight_decay=2.180e-8), _BEST),
-        "srivatsan20": Preset(
-            Config(5376, 192, 2, 0.3, encode_covariates=True, decode_covariates=True),
-            replace(_FIT, steps=15_500, val_every=31, lr=3.411e-5, weight_decay=6.079e-11), _BEST),
-        "jiang24": Preset(
-            Config(2304, 64, 4, 0.3, encode_covariates=True, decode_covariates=True),
-            replace(_FIT, steps=234_000, val_every=585, batch_size=2000, lr=5.651e-5, weight_decay=5.769e-10), _BEST),
-    }  # fmt: skip
+        "norman19": Preset(_NORMAN, _NORMAN_FIT, _BEST),
+        "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, _BEST),
+        "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
+    }
     SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_latent": [16, 64, 128], "dropout": [0.0, 0.1, 0.3]}
     sampler = "pairs"
     needs_source = True
@@ -79,9 +80,8 @@ class LatentAdditive(PerturbationModel):
         """Two encoders and the decoder."""
         config, n_genes = self.config, len(self.genes)
         self.levels = [len(levels) for levels in self.design.covariates.values()]
-        n_encode, n_decode = (
-            sum(self.levels) * used for used in (config.encode_covariates, config.decode_covariates)
-        )  # fmt: skip
+        n_encode = sum(self.levels) * config.encode_covariates
+        n_decode = sum(self.levels) * config.decode_covariates
         shape = {"width": config.width, "n_layers": config.n_layers, "dropout": config.dropout}
         self.encoder = NormMLP(n_genes + n_encode, n_out=config.n_latent, **shape)
         self.perturbation = NormMLP(self.design.code_width, n_out=config.n_latent, **shape)
@@ -96,8 +96,11 @@ class LatentAdditive(PerturbationModel):
         return in_batches(self._forward, config.batch_size, batch.source, batch.condition)
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
-        config, blocks = self.config, one_hots(condition, self.levels)
-        z = self.encoder(torch.cat([source, *(blocks if config.encode_covariates else [])], dim=1))
+        config = self.config
+        covariates = one_hots(condition, self.levels)
+        seen_by_encoder = covariates if config.encode_covariates else []
+        seen_by_decoder = covariates if config.decode_covariates else []
+        z = self.encoder(torch.cat([source, *seen_by_encoder], dim=1))
         z = z + self.perturbation(condition.code)
-        x = self.decoder(torch.cat([z, *(blocks if config.decode_covariates else [])], dim=1))
+        x = self.decoder(torch.cat([z, *seen_by_decoder], dim=1))
         return F.softplus(x) if config.softplus else x

@@ -34,6 +34,9 @@ class Config(Settings):
 
 _FIT = FitConfig(steps=2000, batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best")
 _BEST = "PerturBench, best of 60 trials"
+_NORMAN_FIT = replace(_FIT, lr=4.717e-3, weight_decay=1.759e-8)
+_SRIVATSAN_FIT = replace(_FIT, lr=7.788e-4, weight_decay=1.063e-8)
+_JIANG_FIT = replace(_FIT, batch_size=2000, lr=1.421e-3, weight_decay=1.008e-8)
 
 
 class LinearAdditive(PerturbationModel):
@@ -48,18 +51,19 @@ class LinearAdditive(PerturbationModel):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), replace(_FIT, batch_size=512, lr=5e-3), "ours"),
-        "norman19": Preset(Config(use_covariates=False), replace(_FIT, lr=4.717e-3, weight_decay=1.759e-8), _BEST),
-        "srivatsan20": Preset(Config(), replace(_FIT, lr=7.788e-4, weight_decay=1.063e-8), _BEST),
-        "jiang24": Preset(Config(), replace(_FIT, batch_size=2000, lr=1.421e-3, weight_decay=1.008e-8), _BEST),
-    }  # fmt: skip
+        "norman19": Preset(Config(use_covariates=False), _NORMAN_FIT, _BEST),
+        "srivatsan20": Preset(Config(), _SRIVATSAN_FIT, _BEST),
+        "jiang24": Preset(Config(), _JIANG_FIT, _BEST),
+    }
     sampler = "pairs"
     needs_source = True
     takes_features = True
 
     def build(self) -> None:
         """One Linear from condition to genes."""
-        levels = sum(map(len, self.design.covariates.values())) if self.config.use_covariates else 0
-        self.shift = nn.Linear(self.design.code_width + levels, len(self.genes))
+        self.levels = [len(levels) for levels in self.design.covariates.values()]
+        n_in = self.design.code_width + sum(self.levels) * self.config.use_covariates
+        self.shift = nn.Linear(n_in, len(self.genes))
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error over cells and genes."""
@@ -70,6 +74,6 @@ class LinearAdditive(PerturbationModel):
         return in_batches(self._forward, config.batch_size, batch.source, batch.condition)
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
-        blocks = one_hots(condition, map(len, self.design.covariates.values())) if self.config.use_covariates else []
+        blocks = one_hots(condition, self.levels) if self.config.use_covariates else []
         shifted = source + self.shift(torch.cat([condition.code, *blocks], dim=1))
         return F.softplus(shifted) if self.config.softplus else shifted

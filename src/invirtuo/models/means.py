@@ -142,21 +142,25 @@ class PerturbationMean(_ConditionMeans):
         rows = (self.perturbations == multi_hot).all(1)
         contexts = dict.fromkeys(map(tuple, self.covariates[rows].tolist()))
         deltas = []
-        for covariates in (self.covariates.new_tensor(context) for context in contexts):
+        for context in contexts:
+            covariates = self.covariates.new_tensor(context)
             own = rows & (self.covariates == covariates).all(1)  # A+B, B+A and all times are one perturbation
             if (control := self._control_mean(covariates)) is not None:
                 deltas.append(weighted_mean(self.means[own], self.n_cells[own]) - control)
         if deltas:
             return torch.stack(deltas).mean(0)
-        parts = torch.nonzero(multi_hot).flatten()
-        if len(parts) == 1:
+
+        # a combination that was never seen
+        members = torch.nonzero(multi_hot).flatten()
+        if len(members) == 1:
             raise ValueError(
-                f"perturbation {self.design.perturbations[int(parts)]!r} never occurs alone in training, beside "
+                f"perturbation {self.design.perturbations[int(members)]!r} never occurs alone in training, beside "
                 "control cells of its covariates; its mean effect is not defined"
             )
         logger.info("combination not seen in training: the effects of its parts are added")
         single = torch.eye(len(multi_hot)).to(multi_hot) * multi_hot
-        return torch.stack([self.effect(single[i]) for i in parts]).sum(0)
+        effects = [self.effect(single[i]) for i in members]
+        return torch.stack(effects).sum(0)
 
 
 class ContextMean(_ConditionMeans):
@@ -239,17 +243,27 @@ class Ridge(_ConditionMeans):
     def prepare(self, dataset: CellDataset) -> None:
         config, training = self.config, dataset.pseudobulk("train")
         self._keep(training)
+
+        # Y, a column for each perturbation; with a kernel, for each in each context
         codes, effects, controls, n_cells = self._effects(training.condition.code)
         if config.kernel == "linear":
-            codes, which = codes.unique(dim=0, return_inverse=True)  # a perturbation in several contexts is one column
-            effects = torch.stack([weighted_mean(effects[which == i], n_cells[which == i]) for i in range(len(codes))])
+            codes, column = codes.unique(dim=0, return_inverse=True)
+            means = []
+            for i in range(len(codes)):
+                own = column == i
+                means.append(weighted_mean(effects[own], n_cells[own]))
+            effects = torch.stack(means)
         self.average = effects.mean(0).float()
         self.offset = self.average * config.center
         centred = effects - self.offset.double()
+
+        # equation 43
         if config.kernel == "linear":
             genes = self._gene_vectors()
             self.slopes = (genes @ _two_sided(genes, centred.T, codes, config)).float()
             return
+
+        # kernel ridge
         contexts, self.context = controls.unique(dim=0, return_inverse=True)
         self.codes, self.contexts = codes.float(), contexts.float()
         distance = torch.pdist(contexts).square()
@@ -260,17 +274,21 @@ class Ridge(_ConditionMeans):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Shifted control cells, or the control mean plus the effect, (n, g)."""
-        condition, control = batch.condition, self._control_mean(batch.condition.groups[0])
+        condition = batch.condition
+        control = self._control_mean(condition.groups[0])
         mean = batch.source.mean(0) if control is None else control
         with torch.autocast(mean.device.type, enabled=False):  # closed form: bf16 would only lose digits
             if self.config.kernel == "linear":
                 effect = condition.code @ self.slopes.T + self.offset
             else:
-                effect = self._kernel(condition.code, mean.expand(len(batch), -1)) @ self.dual + self.offset
+                kernel = self._kernel(condition.code, mean.expand(len(batch), -1))
+                effect = kernel @ self.dual + self.offset
+
+        # perturbations that were never trained on, where there is nothing else to know them by
         if not self.design.features:
-            known = (self.perturbations != 0).any(0)
-            foreign = ~(condition.perturbation[:, known] != 0).any(1, keepdim=True)
-            effect = torch.where(foreign, self.average * (self.config.unseen == "mean"), effect)
+            trained = (self.perturbations != 0).any(0)
+            is_unseen = ~(condition.perturbation[:, trained] != 0).any(1, keepdim=True)
+            effect = torch.where(is_unseen, self.average * (self.config.unseen == "mean"), effect)
         effect = torch.where(condition.is_control[:, None], 0.0, effect)
         return (batch.source + effect).clamp_min(0) if self.config.mode == "shift_cells" else mean + effect
 
@@ -302,19 +320,23 @@ class Ridge(_ConditionMeans):
     def _kernel(self, codes: Tensor, contexts: Tensor) -> Tensor:
         """Kernel (n, c) between n conditions and the training effects."""
         own_codes = self.codes.to(codes)
-        near = torch.exp(-torch.cdist(contexts, self.contexts.to(contexts)).square() / (2 * self.bandwidth))
-        near = near[:, self.context]
+        distance = torch.cdist(contexts, self.contexts.to(contexts)).square()
+        of_contexts = torch.exp(-distance / (2 * self.bandwidth))[:, self.context]
         if self.config.kernel == "additive":
-            return (codes @ own_codes.T).to(near) * near
-        return torch.exp(-torch.cdist(codes, own_codes).square() / 2).to(near) * near
+            of_codes = codes @ own_codes.T
+        else:
+            of_codes = torch.exp(-torch.cdist(codes, own_codes).square() / 2)
+        return of_codes.to(of_contexts) * of_contexts
 
 
 def _two_sided(genes: Tensor, y: Tensor, codes: Tensor, config: RidgeConfig) -> Tensor:
     """K (d, f) of genes (g, d), effects y (g, P) and codes (P, f): equation 43, or the minimiser of equation 42."""
-    left, right, cross = genes.T @ genes, codes.T @ codes, genes.T @ y @ codes
+    left, right = genes.T @ genes, codes.T @ codes
+    cross = genes.T @ y @ codes
     if config.solver == "exact":  # G^T G K E^T E + lambda K = G^T Y E, diagonal in both eigenbases
         a, u = torch.linalg.eigh(left)
         c, v = torch.linalg.eigh(right)
         return u @ ((u.T @ cross @ v) / (a[:, None] * c + config.penalty)) @ v.T
-    identity = [config.penalty * torch.eye(len(gram), dtype=gram.dtype) for gram in (left, right)]
-    return torch.linalg.solve(left + identity[0], torch.linalg.solve(right + identity[1], cross.T).T)
+    left = left + config.penalty * torch.eye(len(left), dtype=left.dtype)
+    right = right + config.penalty * torch.eye(len(right), dtype=right.dtype)
+    return torch.linalg.solve(left, torch.linalg.solve(right, cross.T).T)

@@ -65,12 +65,39 @@ class Config(Settings):
 
 
 FIRST_LOGIT = -1.0
-_FIT = FitConfig(batch_size=256, precision="fp32", schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best",
-                 patience=50)  # fmt: skip
+_FIT = FitConfig(
+    batch_size=256,
+    precision="fp32",
+    schedule="constant",
+    warmup=0,
+    ema=0.0,
+    clip=0.0,
+    keep="best",
+    patience=50,
+)
 _BEST = "PerturBench, best of 60 trials"
-_S = Config(masked=False, basal="prior")
+_SIMPLE = Config(masked=False, basal="prior")
 _DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
 _MASKED_FIT = replace(_DEFAULT_FIT, lr=1e-2)  # mask logits begin at -1 and must cross 0 in few steps
+
+_NORMAN = Config(128, 3584, 1, 3, 2, 0.4, mask_prior=0.1138, basal="target")
+_NORMAN_FIT = replace(_FIT, steps=125_000, val_every=250, lr=3.026e-5, weight_decay=4.245e-9)
+_SRIVATSAN = Config(64, 1536, 4, 2, 1, 0.3, mask_prior=0.01149, basal="target")
+_SRIVATSAN_FIT = replace(_FIT, steps=235_000, val_every=470, lr=4.002e-4, weight_decay=1.749e-6)
+_JIANG = Config(
+    64, 3328, 3, 5, 3, 0.5, mask_prior=0.2068, encode_covariates=True, decode_covariates=True, basal="prior"
+)
+_JIANG_FIT = replace(_FIT, steps=1_828_000, val_every=4570, lr=7.595e-6, weight_decay=1.592e-8)
+
+_SIMPLE_NORMAN = replace(_SIMPLE, width=2048, layers_basal=1, layers_effect=1, layers_decoder=3, dropout=0.3)
+_SIMPLE_NORMAN_FIT = replace(_FIT, steps=125_000, val_every=250, lr=1.598e-5, weight_decay=6.556e-5)
+_SIMPLE_COVARIATES = replace(_SIMPLE, encode_covariates=True, decode_covariates=True)
+_SIMPLE_SRIVATSAN = replace(
+    _SIMPLE_COVARIATES, width=2560, layers_basal=4, layers_effect=2, layers_decoder=3, dropout=0.4
+)
+_SIMPLE_SRIVATSAN_FIT = replace(_FIT, steps=235_000, val_every=470, lr=3.418e-4, weight_decay=6.944e-8)
+_SIMPLE_JIANG = replace(_SIMPLE_COVARIATES, width=1536, layers_basal=5, layers_effect=2, layers_decoder=3, dropout=0.6)
+_SIMPLE_JIANG_FIT = replace(_FIT, steps=1_828_000, val_every=4570, lr=3.892e-4, weight_decay=9.994e-7)
 
 
 class SAMSVAE(PerturbationModel):
@@ -85,30 +112,14 @@ class SAMSVAE(PerturbationModel):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _MASKED_FIT, "ours"),
-        "simple": Preset(replace(_S, decode_covariates=True, encode_covariates=True), _DEFAULT_FIT,
-                         "ours; SAMS-VAE (S) of PerturBench"),
-        "norman19": Preset(
-            Config(128, 3584, 1, 3, 2, 0.4, mask_prior=0.1138, basal="target"),
-            replace(_FIT, steps=125_000, val_every=250, lr=3.026e-5, weight_decay=4.245e-9), _BEST),
-        "srivatsan20": Preset(
-            Config(64, 1536, 4, 2, 1, 0.3, mask_prior=0.01149, basal="target"),
-            replace(_FIT, steps=235_000, val_every=470, lr=4.002e-4, weight_decay=1.749e-6), _BEST),
-        "jiang24": Preset(
-            Config(64, 3328, 3, 5, 3, 0.5, mask_prior=0.2068, encode_covariates=True, decode_covariates=True,
-                   basal="prior"),
-            replace(_FIT, steps=1_828_000, val_every=4570, lr=7.595e-6, weight_decay=1.592e-8), _BEST),
-        "simple-norman19": Preset(
-            replace(_S, width=2048, layers_basal=1, layers_effect=1, layers_decoder=3, dropout=0.3),
-            replace(_FIT, steps=125_000, val_every=250, lr=1.598e-5, weight_decay=6.556e-5), _BEST),
-        "simple-srivatsan20": Preset(
-            replace(_S, width=2560, layers_basal=4, layers_effect=2, layers_decoder=3, dropout=0.4,
-                    encode_covariates=True, decode_covariates=True),
-            replace(_FIT, steps=235_000, val_every=470, lr=3.418e-4, weight_decay=6.944e-8), _BEST),
-        "simple-jiang24": Preset(
-            replace(_S, width=1536, layers_basal=5, layers_effect=2, layers_decoder=3, dropout=0.6,
-                    encode_covariates=True, decode_covariates=True),
-            replace(_FIT, steps=1_828_000, val_every=4570, lr=3.892e-4, weight_decay=9.994e-7), _BEST),
-    }  # fmt: skip
+        "simple": Preset(_SIMPLE_COVARIATES, _DEFAULT_FIT, "ours; SAMS-VAE (S) of PerturBench"),
+        "norman19": Preset(_NORMAN, _NORMAN_FIT, _BEST),
+        "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, _BEST),
+        "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
+        "simple-norman19": Preset(_SIMPLE_NORMAN, _SIMPLE_NORMAN_FIT, _BEST),
+        "simple-srivatsan20": Preset(_SIMPLE_SRIVATSAN, _SIMPLE_SRIVATSAN_FIT, _BEST),
+        "simple-jiang24": Preset(_SIMPLE_JIANG, _SIMPLE_JIANG_FIT, _BEST),
+    }
     SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_latent": [16, 32, 64], "mask_prior": (0.01, 0.3)}
     needs_source = True
 
@@ -133,14 +144,19 @@ class SAMSVAE(PerturbationModel):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The negative evidence bound: squared error and the KL terms of basal vectors, effects and masks."""
+        # reconstruction from basal vector and shift
         shifts, global_kl = self._shifts()
         z_p = batch.condition.perturbation @ shifts
         mean, log_variance = self._encode(batch.target, batch.condition, z_p)
         z = gaussian_sample(mean, log_variance)
         squared = (self._decode(z + z_p, batch.condition) - batch.target).square().sum(1).mean()
+
+        # log q(z) - log p(z) at the vectors that were drawn
         sd = (log_variance / 2).exp().clamp_min(1e-8)
         basal_kl = (0.5 * z.square() - 0.5 * ((z - mean) / sd).square() - sd.log()).sum(1).mean()
         losses = {"total": squared + basal_kl, "squared_error": squared, "basal_kl": basal_kl}
+
+        # terms of a perturbation count once in an epoch, shared by its cells
         if self.config.masked:
             weight = (batch.condition.perturbation != 0).sum(0) / self.n_trained / len(batch)
             for name, kl in global_kl.items():
@@ -153,9 +169,11 @@ class SAMSVAE(PerturbationModel):
         n, device = len(batch), self.n_trained.device
         p, d = len(self.n_trained), self.config.n_latent
         uniform = torch.rand(p, d, generator=generator).to(device)
-        normal = [torch.randn(k, d, generator=generator).to(device) * self.config.noise for k in (p, n)]
-        shifts = self._shifts(uniform if self.config.noise else None, normal[0])[0]
-        return in_batches(self._perturbed, config.batch_size, batch, batch.condition.perturbation @ shifts, normal[1])
+        effect_noise = torch.randn(p, d, generator=generator).to(device) * self.config.noise
+        basal_noise = torch.randn(n, d, generator=generator).to(device) * self.config.noise
+        shifts, _ = self._shifts(uniform if self.config.noise else None, effect_noise)
+        z_p = batch.condition.perturbation @ shifts
+        return in_batches(self._perturbed, config.batch_size, batch, z_p, basal_noise)
 
     def _perturbed(self, batch: Batch, z_p: Tensor, z: Tensor) -> Tensor:
         """Cells (n, g) of shifts (n, d) and of noise (n, d)."""
@@ -176,6 +194,8 @@ class SAMSVAE(PerturbationModel):
         identity = torch.eye(len(self.n_trained), device=self.n_trained.device)
         if not self.config.masked:
             return self.effect(torch.cat([self._ones(), identity], dim=1)), {}
+
+        # masks, then effects given the masks
         logits = self.mask_logits
         if uniform is None and normal is None:  # training and validation
             uniform = torch.rand_like(logits)

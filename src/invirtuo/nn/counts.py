@@ -36,12 +36,15 @@ def nb_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
 
 
 def _of_counts(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
-    """The part of the log probability that is 0 where x is 0."""
+    """The terms of the log probability that are 0 where x is 0."""
     r = log_dispersion.exp()
-    few = r.clamp(max=LARGE)
-    exact = torch.lgamma(x + few) - torch.lgamma(few) - x * few.log()
-    many = r.clamp(min=LARGE)
-    series = (x + many - 0.5) * torch.log1p(x / many) - x + 1 / (12 * (many + x)) - 1 / (12 * many)
+    small = r.clamp(max=LARGE)
+    exact = torch.lgamma(x + small) - torch.lgamma(small) - x * small.log()
+
+    # where lgamma loses all digits: Stirling's series
+    large = r.clamp(min=LARGE)
+    leading = (x + large - 0.5) * torch.log1p(x / large) - x
+    series = leading + 1 / (12 * (large + x)) - 1 / (12 * large)
     return torch.where(r > LARGE, series, exact) - torch.lgamma(x + 1) + x * log_mean
 
 
@@ -54,7 +57,7 @@ def nb_sample(mean: Tensor, dispersion: Tensor, generator: torch.Generator | Non
 
 @dataclass(frozen=True)
 class CountLikelihood:
-    """What a decoder says about n cells: negative binomial genes and, behind them, Bernoulli peaks.
+    """Distribution of the counts of n cells: negative binomial genes and, behind them, Bernoulli peaks.
 
     Parameters
     ----------
@@ -95,11 +98,14 @@ class CountLikelihood:
 
     def log_prob_genes(self, x: Tensor) -> Tensor:
         """(n,) log probability of counts (n, g); the gamma functions are only evaluated where a count is not 0."""
+        # terms of all entries
         r = self._limited.expand_as(self.log_mean)
         everywhere = (x + r.exp()) * F.softplus(self.log_mean - r)
+
+        # terms of counts that are not 0
         where = x.nonzero(as_tuple=True)
-        parts = _of_counts(x[where], self.log_mean[where], r[where])
-        return -everywhere.sum(dim=1) + torch.zeros_like(x[:, 0]).index_add(0, where[0], parts)
+        terms = _of_counts(x[where], self.log_mean[where], r[where])
+        return -everywhere.sum(dim=1) + torch.zeros_like(x[:, 0]).index_add(0, where[0], terms)
 
     def log_prob_peaks(self, x: Tensor) -> Tensor:
         """(n,) log probability of open peaks (n, p) of 0 and 1."""
@@ -139,7 +145,7 @@ class Dispersion(nn.Module):
 class SizeFactor(nn.Module):
     """Distribution of the depth of a cell, for all cells or for each of k groups: log-normal, or the observed depths.
 
-    Groups of fewer than two cells, or without spread, get the spread of all cells. Group -1 stands for all cells.
+    Groups of fewer than two cells, or without spread, get the spread of all cells. Group -1 is that of all cells.
 
     Parameters
     ----------
@@ -168,16 +174,22 @@ class SizeFactor(nn.Module):
 
     def fit(self, size: Tensor, group: Tensor, n_groups: int) -> None:
         """Learn from the depths (n,) of training cells, and the group (n,) of each, -1 where it is not known."""
+        # log depths of every group, then of all cells; a group without cells has those of all
         log = size.double().log()
-        parts = [*(log[group == k] for k in range(n_groups)), log]
-        parts = [values if len(values) else log for values in parts]
-        spread = torch.stack([values.std(correction=0) for values in parts])
-        self.log_mean = torch.stack([values.mean() for values in parts]).float()
+        by_group = [log[group == k] for k in range(n_groups)]
+        by_group.append(log)
+        by_group = [values if len(values) else log for values in by_group]
+
+        # log-normal
+        spread = torch.stack([values.std(correction=0) for values in by_group])
+        self.log_mean = torch.stack([values.mean() for values in by_group]).float()
         self.log_sd = torch.where(spread > 0, spread, spread[-1]).float()
         self.log_range = torch.stack([log.min(), log.max()]).float()
+
         if self.empirical:
-            self.observed = torch.cat(parts).exp().float()
-            self.ends = torch.tensor([0, *[len(values) for values in parts]]).cumsum(0)
+            self.observed = torch.cat(by_group).exp().float()
+            sizes = [len(values) for values in by_group]
+            self.ends = torch.tensor([0, *sizes]).cumsum(0)
 
     def sample(self, group: Tensor, generator: torch.Generator) -> Tensor:
         """Draw a depth for each of n cells with groups (n,); on the CPU, not rounded."""
@@ -185,11 +197,15 @@ class SizeFactor(nn.Module):
         if not self.empirical:
             noise = torch.randn(len(group), generator=generator)
             return (self.log_mean[group] + self.log_sd[group] * noise).exp()
+
+        # a random one of the observed depths of the group
         start, end = self.ends[group], self.ends[group + 1]
-        place = torch.rand(len(group), generator=generator, dtype=torch.float64) * (end - start)
-        return self.observed[start + place.long().clamp(max=end - start - 1)]
+        position = torch.rand(len(group), generator=generator, dtype=torch.float64) * (end - start)
+        return self.observed[start + position.long().clamp(max=end - start - 1)]
 
     def scaled(self, size: Tensor) -> Tensor:
         """Log depth on the scale of the training cells, whose smallest is 0 and largest 1; 0 if they are all alike."""
         low, high = self.log_range
-        return (size.log() - low) / (high - low) if high > low else torch.zeros_like(size)
+        if high <= low:
+            return torch.zeros_like(size)
+        return (size.log() - low) / (high - low)

@@ -92,10 +92,13 @@ class ConditionEncoder(nn.Module):
 
     def widened(self, narrower: ConditionEncoder) -> Tensor:
         """First weights (width, n_in) of an encoder that lacks the last levels of some covariates; theirs are 0."""
-        new, old = torch.zeros_like(next(self.mlp.parameters())), next(narrower.mlp.parameters()).detach()
+        new = torch.zeros_like(next(self.mlp.parameters()))
+        old = next(narrower.mlp.parameters()).detach()
         n_code = new.shape[1] - sum(self.levels) - self.n_continuous
-        to, start = n_code, n_code
         new[:, :n_code] = old[:, :n_code]
+
+        # columns of each covariate, of which the first levels are known; then those of numbers
+        to, start = n_code, n_code
         for wide, narrow in zip(self.levels, narrower.levels, strict=True):
             new[:, to : to + narrow] = old[:, start : start + narrow]
             to, start = to + wide, start + narrow
@@ -104,10 +107,10 @@ class ConditionEncoder(nn.Module):
 
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
         """Encode n conditions; rows where `is_null` (n,) is True become the null condition. Gives (n, width)."""
-        parts = [condition.code]
-        parts += [block * self.covariate_scale for block in one_hots(condition, self.levels)]
-        parts += [value[:, None] for value in condition.continuous.values()]
-        encoded = self.mlp(torch.cat(parts, dim=1))
+        blocks = [condition.code]
+        blocks += [block * self.covariate_scale for block in one_hots(condition, self.levels)]
+        blocks += [value[:, None] for value in condition.continuous.values()]
+        encoded = self.mlp(torch.cat(blocks, dim=1))
         if is_null is None:
             return encoded
         return torch.where(is_null[:, None], self.null.to(encoded.dtype), encoded)

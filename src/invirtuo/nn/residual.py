@@ -76,7 +76,8 @@ class _Block(nn.Module):
         nn.init.zeros_(self.second.bias)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        return h + self.second(F.silu(self.first(F.silu(h)) + self.embedding(F.silu(embedding))))
+        inner = self.first(F.silu(h)) + self.embedding(F.silu(embedding))
+        return h + self.second(F.silu(inner))
 
 
 class ResidualVelocity(nn.Module):
@@ -87,7 +88,7 @@ class ResidualVelocity(nn.Module):
     n_latent, width, d_embedding, n_blocks
         Widths of the latent vector, the residual stream and the embeddings; number of blocks.
     sized
-        Whether the network is told the depth of the cell.
+        Whether the depth of the cell is an input of the network.
 
     References
     ----------
@@ -125,6 +126,7 @@ class ResidualVelocity(nn.Module):
 def scalar_features(a: Tensor, width: int) -> Tensor:
     """Sines, then cosines, of 1000 a f_i with f_i = 10^(-4 i / (width / 2 - 1)); (n,) to (n, width), in fp32."""
     half = width // 2
-    frequency = torch.exp(torch.arange(half, device=a.device, dtype=torch.float32) * (-4 * math.log(10) / (half - 1)))
+    exponent = torch.arange(half, device=a.device, dtype=torch.float32) * (-4 * math.log(10) / (half - 1))
+    frequency = torch.exp(exponent)
     angle = 1000 * a.float()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1)

@@ -3,8 +3,8 @@
 from invirtuo.verbs.draw import in_batches
 from invirtuo.verbs.forecast import Forecaster
 from invirtuo.verbs.generate import CountGenerator, Guidance, check_depths
-from invirtuo.verbs.hidden_entries import mask_entries
 from invirtuo.verbs.latent_flow import ConditionalFlow, LatentFlow
+from invirtuo.verbs.masking import mask_entries
 from invirtuo.verbs.model import Model, Preset
 from invirtuo.verbs.network import GeneNetwork
 from invirtuo.verbs.predict import PerturbationModel

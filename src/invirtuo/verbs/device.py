@@ -26,18 +26,22 @@ def chosen(name: str | None, accelerator: str, *, model: str, cpu_only: bool = F
     ValueError
         If the device is not there, or the model does not compute on it.
     """
-    there = ["cpu"]
+    available = ["cpu"]
     if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+    # not asked for: that of the fit, if there is one like it
     if name in (None, "auto"):
-        on_gpu = len(there) > 1 and accelerator in ("auto", "gpu", "cuda") and not cpu_only
+        on_gpu = len(available) > 1 and accelerator in ("auto", "gpu", "cuda") and not cpu_only
         return torch.device("cuda" if on_gpu else "cpu")
+
+    # asked for by name
     if str(name).split(":")[0] == "mps":
         raise ValueError(
             f'device is {name!r}; fitted models are not used on Apple GPUs, which have no float64. Pass device="cpu"'
         )
-    if name not in there:
-        raise ValueError(f"device is {name!r}; this machine has {', '.join(there)}")
+    if name not in available:
+        raise ValueError(f"device is {name!r}; this machine has {', '.join(available)}")
     if cpu_only and name != "cpu":
         raise ValueError(f'device is {name!r}; {model} computes on the CPU alone. Pass device="cpu", or leave it out')
     return torch.device(name)

@@ -42,13 +42,13 @@ __all__ = [
 
 
 class Divisible(Protocol):
-    """A request that can be drawn part by part."""
+    """A request that can be cut, so that workers draw it part by part."""
 
     def __len__(self) -> int:
-        """Give the number of pieces that cannot be divided."""
+        """Give the number of conditions, or of blocks of cells."""
 
     def part(self, start: int, stop: int) -> Self:
-        """Some of the pieces."""
+        """The request of those from `start` to `stop`."""
 
     @property
     def begins_with(self) -> str:
@@ -102,7 +102,7 @@ class Request:
         return len(self.table)
 
     def part(self, start: int, stop: int) -> Request:
-        """Some of the conditions."""
+        """The request of the conditions from `start` to `stop`."""
         return replace(self, table=self.table.iloc[start:stop], first=self.first + start)
 
     @property
@@ -115,14 +115,14 @@ def drawn(model: Sampled, request: Request, engine: str, n_jobs: int | None) -> 
     """Number and cells (n, g) of every condition of a request, as they come."""
     device = model.device_of(request.device).type
     precision: Literal["bf16", "fp32"]
-    precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # of workers as here, not as measured there
+    precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # decided here for all workers
     bare = replace(request, config=replace(request.config, precision=precision), pool={})
     yield from in_parts(_conditions, bare, model, request.pool, engine=engine, n_jobs=n_jobs)
 
 
 @torch.no_grad()
 def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCells]) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and cells of some conditions; each depends on the seed and its name alone."""
+    """Number and cells of every condition of a request; they depend on the seed and the name of the condition alone."""
     table, config, n_cells = request.table, request.config, request.n_cells
     names = model.design.names(table)
     groups = model.design.groups(table)
@@ -145,15 +145,15 @@ def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCell
 
 def in_batches(draw: Callable[..., Tensor], size: int, *inputs: Any) -> Tensor:
     """What a network makes of n rows, (n, g), of which it is given at most `size` at a time."""
-    parts = []
+    batches = []
     for start in range(0, len(inputs[0]), size):
         rows = slice(start, start + size)
         own = [x[rows] for x in inputs]
-        parts.append(draw(*own))
-    return torch.cat(parts)
+        batches.append(draw(*own))
+    return torch.cat(batches)
 
 
-# ---- here, or on a cluster -----------------------------------------------------------------------------------------
+# ---- locally, or on a cluster --------------------------------------------------------------------------------------
 
 
 def check_engine(engine: str, n_jobs: int | None) -> None:
@@ -194,6 +194,8 @@ def in_parts(
     if engine == "local":
         yield from work(request, model, *shared)
         return
+
+    # several parts for each worker, so that all end at about the same time
     threads = torch.get_num_threads()
     gpus = "cpu" not in (request.device, model.accelerator)
     workers = n_jobs or n_workers(threads, gpus=gpus)
@@ -213,6 +215,8 @@ def in_parts(
         at_once=2 * workers,
         in_order=in_order,
     )
+
+    # whatever ended a worker ends the drawing
     for number, found in results:
         if isinstance(found, Exception):
             begin = parts[number].begins_with
@@ -231,15 +235,16 @@ def _on_worker(request: Divisible, work: Callable[..., Iterator], threads: int, 
 
 def stored(file: h5py.File, shape: tuple[int, int]) -> h5py.Dataset:
     """X of an h5ad, to be filled: dense, compressed, in pieces of about 1 MiB."""
-    pieces = (min(max((1 << 18) // max(shape[1], 1), 1), shape[0]), shape[1])
+    n_rows = max((1 << 18) // max(shape[1], 1), 1)  # of 4 bytes a value
+    piece = (min(n_rows, shape[0]), shape[1])
     file.pop("X", None)
-    x = file.create_dataset("X", shape, np.float32, chunks=pieces, compression="gzip", compression_opts=1)
+    x = file.create_dataset("X", shape, np.float32, chunks=piece, compression="gzip", compression_opts=1)
     x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     return x
 
 
 def filled(x: Any, cells: Iterable[tuple[int, np.ndarray]], n_cells: int) -> Any:
-    """Put the cells of every condition where they belong."""
+    """X with the cells of every condition, `n_cells` rows each, in the order of the conditions."""
     for i, values in cells:
         x[i * n_cells : (i + 1) * n_cells] = values
     return x
@@ -254,17 +259,22 @@ def means_of(cells: Iterable[tuple[int, np.ndarray]], means: np.ndarray) -> Iter
 
 def control_pool(dataset: CellDataset, limit: int = 2000) -> dict[str, ControlCells]:
     """Training control cells of every group, at most `limit` of each, chosen by a fixed seed."""
+    # group of covariates of every training cell, and whether it is a control
     rows = dataset.rows("train")
     design = dataset.design
-    table, kind = design.unique_conditions(dataset.obs.iloc[rows])
-    number, names = pd.factorize(design.groups(table), sort=True)
-    group, control = number[kind], design.is_control(table)[kind]
+    table, condition = design.unique_conditions(dataset.obs.iloc[rows])
+    codes, names = pd.factorize(design.groups(table), sort=True)
+    group = codes[condition]
+    control = design.is_control(table)[condition]
+
     rng = np.random.default_rng(0)
     pool = {}
     for g in np.unique(group[control]):
         members = rows[(group == g) & control]
         kept = np.sort(rng.permutation(members)[:limit])
-        embedding = None if dataset.embedding is None else dataset.embedding[torch.from_numpy(kept)].numpy()
+        embedding = None
+        if dataset.embedding is not None:
+            embedding = dataset.embedding[torch.from_numpy(kept)].numpy()
         pool[str(names[g])] = ControlCells(dataset.source.read(kept), embedding)
     return pool
 
@@ -278,5 +288,7 @@ def _sources(
             f"no control cells for the covariates {group!r}; known: {preview(pool)}. Pass them with controls="
         )
     cells = pool[group]
-    rows = torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(-(-n // len(cells)))])[:n]
+    n_rounds = math.ceil(n / len(cells))
+    orders = [torch.randperm(len(cells), generator=generator) for _ in range(n_rounds)]
+    rows = torch.cat(orders)[:n]
     return cells.take(rows.numpy())

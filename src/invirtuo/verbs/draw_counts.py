@@ -1,4 +1,4 @@
-"""Cells drawn from a generator block by block: here, or on the workers of a cluster, in the order of the cells."""
+"""Drawing cells from a generator block by block, locally or on the workers of a cluster, in the order of the cells."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Likely(OnDevices, Protocol):
-    """A model that says how likely counts are."""
+    """A model that gives the likelihood of counts."""
 
     def likelihood(
         self, batch: Batch, weights: Tensor, generator: torch.Generator, config: Any
     ) -> tuple[CountLikelihood, Tensor | None]:
-        """What is known of the counts of cells; latent vectors."""
+        """The distribution of the counts of cells; latent vectors."""
 
 
 __all__ = ["Request", "drawn"]
@@ -53,11 +53,12 @@ class Request:
         return math.ceil(len(self.labels) / BLOCK)
 
     def part(self, start: int, stop: int) -> Request:
-        """Some of the blocks."""
+        """The request of the blocks from `start` to `stop`."""
         rows = slice(start * BLOCK, stop * BLOCK)
         weights = self.weights[rows] if len(self.weights) > 1 else self.weights
-        labels, size = self.labels.iloc[rows], self.size[rows].clone()
-        return replace(self, labels=labels, size=size, weights=weights.clone(), first=self.first + start)
+        # copies: a worker would be sent all of a tensor with a slice of it
+        size, weights = self.size[rows].clone(), weights.clone()
+        return replace(self, labels=self.labels.iloc[rows], size=size, weights=weights, first=self.first + start)
 
     @property
     def begins_with(self) -> str:
@@ -75,11 +76,12 @@ def _blocks(request: Request, model: Likely) -> Iterator[Block]:
     """Draw the blocks in this process."""
     with model.on_device(request.device) as device:
         for i in range(len(request)):
-            part = request.part(i, i + 1)
-            batch = Batch(model.design.encode(part.labels), size_factor=part.size).to(device)
+            block = request.part(i, i + 1)
+            batch = Batch(model.design.encode(block.labels), size_factor=block.size).to(device)
             # on the CPU, so that the same seed gives the same cells on every device
-            generator = torch.Generator().manual_seed(fit.noise_seed(request.seed, 3, part.first))
-            cells, z = model.likelihood(batch, part.weights.to(device), generator, request.config)
-            counts = cells.sample(generator)
+            generator = torch.Generator().manual_seed(fit.noise_seed(request.seed, 3, block.first))
+            cells, z = model.likelihood(batch, block.weights.to(device), generator, request.config)
+            counts = in_rows(cells.sample(generator))
             mean = cells.mean.float().cpu().numpy() if request.means else None
-            yield Block(in_rows(counts), mean, None if z is None else z.float().cpu().numpy())
+            latent = None if z is None else z.float().cpu().numpy()
+            yield Block(counts, mean, latent)

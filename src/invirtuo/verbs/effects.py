@@ -70,12 +70,14 @@ class Calibration:
             What was drawn, and the means (c, g) of its cells; calibration conditions are drawn as the request was.
         """
         model, known = self.model, self.known
-        asked = replace(request, table=known, n_cells=min(request.n_cells, CALIBRATION_CELLS))
+
+        # means of the calibration conditions; their cells are not kept
+        calibration = replace(request, table=known, n_cells=min(request.n_cells, CALIBRATION_CELLS))
         known_means = np.empty((len(known), means.shape[1]))
-        for _ in means_of(drawn(model, asked, "local", None), known_means):
+        for _ in means_of(drawn(model, calibration, "local", None), known_means):
             pass
-        drawn_means = (means[None], known, known_means[None])
-        effect, half = bounds(self.seen, model.design, request.table, *drawn_means, self.level)
+
+        effect, half = bounds(self.seen, model.design, request.table, means[None], known, known_means[None], self.level)
         return {"effect": effect.T, "effect_low": (effect - half).T, "effect_high": (effect + half).T}
 
 
@@ -105,43 +107,58 @@ def bounds(
     -------
     (c, g) and (c, g), NaN without a level.
     """
-    effect, told = _told(observed, design, table, means)
+    effect, predictors = _error_predictors(observed, design, table, means)
     if level is None or known is None or known_means is None:
         return effect, np.full_like(effect, np.nan)
-    guess, known_told = _told(observed, design, known, known_means)
-    error = np.abs(observed.effect(design, known) - guess)
-    weights = _regressed(error, known_told, level)
-    scale, known_scale = _scale(told, weights), _scale(known_told, weights)
-    edge, half = np.quantile(np.abs(guess), LARGE), np.zeros_like(effect)
+
+    # scale of errors, learned on the calibration conditions
+    known_effect, known_predictors = _error_predictors(observed, design, known, known_means)
+    error = np.abs(observed.effect(design, known) - known_effect)
+    weights = _quantile_regression(error, known_predictors, level)
+    scale = _scale(predictors, weights)
+    known_scale = _scale(known_predictors, weights)
+
+    # a factor q for genes with large predicted effects, and one for the others
+    edge = np.quantile(np.abs(known_effect), LARGE)
+    known_is_large = np.abs(known_effect) >= edge
+    is_large = np.abs(effect) >= edge
+    half = np.zeros_like(effect)
     for large in (True, False):
-        own, new = (np.abs(guess) >= edge) == large, (np.abs(effect) >= edge) == large
-        half[new] = _factor(error[own], known_scale[own], level) * scale[new]
+        known_genes = known_is_large == large
+        genes = is_large == large
+        half[genes] = _factor(error[known_genes], known_scale[known_genes], level) * scale[genes]
     return effect, half
 
 
-def _told(observed: ObservedMeans, design: Design, table, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the models' effects (c, g), and what tells the size of their errors (c, g, 4)."""
+def _error_predictors(
+    observed: ObservedMeans, design: Design, table, means: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the models' effects (c, g), and four predictors of the size of their errors (c, g, 4)."""
     control, sd = observed.of_control(design, table)
     mean = np.mean(means, axis=0)
     spread = np.std(means, axis=0, ddof=1) if len(means) > 1 else np.zeros_like(mean)
     effect = mean - control
-    return effect, np.stack([sd, np.abs(effect), np.sqrt(np.maximum(mean, 0)), spread], axis=-1)
+    root_mean = np.sqrt(np.maximum(mean, 0))
+    return effect, np.stack([sd, np.abs(effect), root_mean, spread], axis=-1)
 
 
-def _regressed(error: np.ndarray, told: np.ndarray, level: float) -> np.ndarray:
-    """(4,) weights by which the quantile of errors (c, g) grows with what tells it."""
+def _quantile_regression(error: np.ndarray, predictors: np.ndarray, level: float) -> np.ndarray:
+    """(4,) weights of the predictors (c, g, 4) of the quantile of errors (c, g)."""
     from sklearn.linear_model import QuantileRegressor
 
-    x, y = told.reshape(-1, told.shape[-1]), error.ravel()
+    x = predictors.reshape(-1, predictors.shape[-1])
+    y = error.ravel()
     rows = np.flatnonzero(np.isfinite(y) & (x[:, 0] > 0))
     rows = np.random.default_rng(0).permutation(rows)[:MOST_GENES]
     if not len(rows):
         return np.zeros(x.shape[1])
-    return QuantileRegressor(quantile=level, alpha=0, fit_intercept=False).fit(x[rows], y[rows]).coef_
+    regressor = QuantileRegressor(quantile=level, alpha=0, fit_intercept=False)
+    return regressor.fit(x[rows], y[rows]).coef_
 
 
-def _scale(told: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return np.maximum(told @ weights, LEAST * told[..., 0])
+def _scale(predictors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    sd = predictors[..., 0]
+    return np.maximum(predictors @ weights, LEAST * sd)
 
 
 def _factor(error: np.ndarray, scale: np.ndarray, level: float) -> float:
@@ -150,4 +167,5 @@ def _factor(error: np.ndarray, scale: np.ndarray, level: float) -> float:
     ratio = ratio[np.isfinite(ratio)]
     if not len(ratio):
         return 0.0
-    return float(ratio[min(math.ceil(level * (len(ratio) + 1)), len(ratio)) - 1])
+    rank = math.ceil(level * (len(ratio) + 1))  # of n + 1: finite-sample coverage
+    return float(ratio[min(rank, len(ratio)) - 1])

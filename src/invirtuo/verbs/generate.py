@@ -1,6 +1,6 @@
-"""Count generators: models that draw whole populations of cells as counts; what they share stands here.
+"""CountGenerator: base of the models that draw whole populations of cells as counts.
 
-A generator writes `likelihood`: what it says about the counts of cells of given labels and depths. Drawing labels and
+A generator writes `likelihood`: the distribution of the counts of cells of given labels and depths. Drawing labels and
 depths, counts, files that are larger than memory, and the growing of rare classes follow from it.
 """
 
@@ -80,7 +80,7 @@ class CountGenerator(Model):
     def likelihood(
         self, batch: Batch, weights: Tensor, generator: torch.Generator, config: Any
     ) -> tuple[CountLikelihood, Tensor | None]:
-        """What is known of the counts of cells with `batch.condition` and depths `batch.size_factor`; latent vectors.
+        """The distribution of counts of cells with `batch.condition` and depths `batch.size_factor`; latent vectors.
 
         `weights` (n, k) or (1, k) are those of guidance, in the order of `design.attributes`.
         """
@@ -101,12 +101,16 @@ class CountGenerator(Model):
             return super().fit(adata, split, config, **options)
         adata = counted(adata)
         check_values(adata)
-        filled = self._depths(adata[:, self.genes] if list(adata.var_names) != self.genes else adata) > 0
-        if not filled.all():
-            logger.warning("%d of %d cells have no counts and are left out", int((~filled).sum()), len(filled))
+
+        # cells without counts have no depth
+        in_model = adata if list(adata.var_names) == self.genes else adata[:, self.genes]
+        has_counts = self._depths(in_model) > 0
+        if not has_counts.all():
+            n_empty = int((~has_counts).sum())
+            logger.warning("%d of %d cells have no counts and are left out", n_empty, len(has_counts))
             if split is not None and len(split) == adata.n_obs:
-                split = pd.Series(np.asarray(split), index=adata.obs_names)[filled]
-            adata = adata[filled]
+                split = pd.Series(np.asarray(split), index=adata.obs_names)[has_counts]
+            adata = adata[has_counts]
         return super().fit(adata, split, config, **options)
 
     def prepare(self, dataset: CellDataset) -> None:
@@ -116,11 +120,13 @@ class CountGenerator(Model):
         groups = dataset.condition.map(self._groups)[torch.from_numpy(rows)]
         size = self._size(dataset, rows)
         check_depths(size)
-        self.depth.fit(size, groups, len(self.design.covariates[column]) if column else 0)
+        n_groups = len(self.design.covariates[column]) if column else 0
+        self.depth.fit(size, groups, n_groups)
 
     def facts(self, dataset: CellDataset) -> dict[str, Any]:
         """Combinations of labels among the training cells, with their numbers."""
-        return {"labels": observed(dataset.obs.iloc[dataset.rows("train")], self.design).to_dict("records")}
+        obs = dataset.obs.iloc[dataset.rows("train")]
+        return {"labels": observed(obs, self.design).to_dict("records")}
 
     @property
     def n_counted(self) -> int:
@@ -164,8 +170,9 @@ class CountGenerator(Model):
     def _check_space(self, adata: AnnData) -> None:
         require_counts(adata)
         if isinstance(adata, CellStore):
-            whole_number = adata.scan().whole if adata.manifest is None else adata.manifest.get("values") == "counts"
-            if not whole_number:
+            manifest = adata.manifest
+            holds_counts = adata.scan().whole if manifest is None else manifest.get("values") == "counts"
+            if not holds_counts:
                 raise ValueError("the files hold values that are not whole numbers; prepare them with --counts")
             return
         values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X)
@@ -214,7 +221,7 @@ class CountGenerator(Model):
         output
             What X holds: "counts" (CSR, int32), "mean" (dense float32), or "both": counts, and ``layers["mean"]``.
         latent
-            Keep the latent vectors in ``obsm["z"]``, of models that have some.
+            Keep the latent vectors in ``obsm["z"]``, of models that have them.
         seed
             Same seed, same cells, whatever the device and the chunk size.
         out
@@ -243,27 +250,37 @@ class CountGenerator(Model):
         """
         self._check_fitted()
         check_engine(engine, n_jobs)
+        self._check_output(output, latent, out)
+        whole_number("chunk_size", chunk_size)
+        sampling = self._sampling(options)
+
+        # labels, depths and weights of guidance of all cells
+        given = self._given(n_cells, where, labels)
+        guidance = options.get("guidance")
+        request = self._request(given, prior, guidance, size_factor, whole_number("seed", seed, 0))
+        if "guidance" in options:
+            # the request holds the weights of every cell
+            sampling = replace(sampling, guidance=_mean_guidance(guidance))
+        request = replace(request, config=sampling, means=output != "counts", device=device)
+
+        # what is drawn goes into memory or into a file as it comes
+        blocks = track(drawn(self, request, engine, n_jobs), "generating", progress, len(request))
+        obs = self._generated_obs(request, given.columns)
+        uns = self._provenance(seed, sampling)
+        uns |= {"guidance": json.dumps(_mean_guidance(guidance)), "prior": prior}
+        if out is not None:
+            write_cells(Path(out), obs, self._var(), uns, blocks, chunk_size, latent)
+            return read_h5ad(out, backed=True)
+        return assembled(list(blocks), obs, self._var(), uns, output, latent)
+
+    def _check_output(self, output: str, latent: bool, out: str | Path | None) -> None:
+        """Refuse outputs that do not exist, cannot be written in pieces, or that the model has not got."""
         if output not in ("counts", "mean", "both"):
             raise ValueError(f"output is {output!r}; expected counts, mean or both")
         if out is not None and output != "counts":
             raise ValueError(f"output is {output!r}; a file is written in pieces only for output='counts'")
         if latent and not self.has_latent:
             raise ValueError(f"{self.name} has no latent vectors; leave latent= out")
-        whole_number("chunk_size", chunk_size)
-        sampling = self._sampling(options)
-        given = self._given(n_cells, where, labels)
-        guidance = options.get("guidance")
-        request = self._request(given, prior, guidance, size_factor, whole_number("seed", seed, 0))
-        if "guidance" in options:
-            sampling = replace(sampling, guidance=_told(guidance))  # weights of every cell travel by themselves
-        request = replace(request, config=sampling, means=output != "counts", device=device)
-        blocks = track(drawn(self, request, engine, n_jobs), "generating", progress, len(request))
-        obs = self._generated_obs(request, given.columns)
-        uns = self._provenance(seed, sampling) | {"guidance": json.dumps(_told(guidance)), "prior": prior}
-        if out is not None:
-            write_cells(Path(out), obs, self._var(), uns, blocks, chunk_size, latent)
-            return read_h5ad(out, backed=True)
-        return assembled(list(blocks), obs, self._var(), uns, output, latent)
 
     @takes_options()
     def predict(
@@ -295,9 +312,8 @@ class CountGenerator(Model):
         table = wanted_conditions(conditions, self)
         n_cells = whole_number("n_cells", n_cells)
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
-        return self.generate(
-            labels=rows, seed=seed, out=out, engine=engine, n_jobs=n_jobs, device=device, progress=progress, **options
-        )
+        where_drawn: dict[str, Any] = {"engine": engine, "n_jobs": n_jobs, "device": device}
+        return self.generate(labels=rows, seed=seed, out=out, progress=progress, **where_drawn, **options)
 
     @property
     def _table(self) -> pd.DataFrame:
@@ -310,6 +326,8 @@ class CountGenerator(Model):
         n = len(labels) if n_cells is None and labels is not None else n_cells
         if n is None or n < 1:
             raise ValueError(f"n_cells is {n}; expected at least 1")
+
+        # one table of what `where` and `labels` give
         columns: dict[str, Any] = dict(where or {})
         labels = pd.DataFrame() if labels is None else labels
         for name in labels.columns:
@@ -317,11 +335,12 @@ class CountGenerator(Model):
                 raise ValueError(f"{name!r} is in both `where` and `labels`; give it once")
             columns[name] = labels[name].where(labels[name].notna(), self.design.unknown).tolist()
         given = given_labels(columns, n)
+
+        # labels in the words of the design, all of them known
         for column in given.columns.intersection(self.design.attributes):
             given[column] = [self.design.value(column, label) for label in given[column]]
-        check_labels(
-            given.drop(columns=self.design.perturbation or [], errors="ignore"), self._table, self.design.unknown
-        )
+        covariates = given.drop(columns=self.design.perturbation or [], errors="ignore")
+        check_labels(covariates, self._table, self.design.unknown)
         self._check_perturbations(given)
         return given
 
@@ -329,25 +348,30 @@ class CountGenerator(Model):
         """Perturbations must have been trained on, alone or in combinations; or the Design has features."""
         if self.design.perturbation not in given.columns:
             return
-        parts = {part for label in given[self.design.perturbation].unique() for part in self.design.parts(label)}
+        asked: set[str] = set()
+        for label in given[self.design.perturbation].unique():
+            asked |= set(self.design.parts(label))
         trained = set(self.design.perturbations if self.takes_unseen else self.card["perturbations"])
-        if strange := sorted(parts - trained):
+        if unknown := sorted(asked - trained):
             raise ValueError(
-                f"{self.design.perturbation}: {preview(strange)} do not occur in the training cells; "
+                f"{self.design.perturbation}: {preview(unknown)} do not occur in the training cells; "
                 f"known: {preview(trained, 50)}"
             )
 
     def _request(self, given: pd.DataFrame, prior: Prior, guidance: Guidance, size_factor: Any, seed: int) -> Request:
         """Complete labels, depths and weights."""
-        labels = draw(self._table, given, np.random.default_rng([seed, 1]), prior=prior, unknown=self.design.unknown)
+        rng = np.random.default_rng([seed, 1])
+        labels = draw(self._table, given, rng, prior=prior, unknown=self.design.unknown)
         weights = self._weights(guidance, len(labels))
         size = self._sizes(labels, size_factor, seed)
         return Request(labels, size, weights, seed)
 
     def _sizes(self, labels: pd.DataFrame, size_factor: Any, seed: int) -> Tensor:
+        """(n,) depths: drawn, or as they are given."""
         if size_factor is None:
             groups = self._groups(self.design.encode(labels))
-            return self.depth.sample(groups, torch.Generator().manual_seed(noise_seed(seed, 2))).float()
+            generator = torch.Generator().manual_seed(noise_seed(seed, 2))
+            return self.depth.sample(groups, generator).float()
         size = torch.as_tensor(np.asarray(size_factor, dtype=np.float32)).expand(len(labels)).clone()
         if not bool((size > 0).all()) or not bool(size.isfinite().all()):
             raise ValueError("size_factor holds values that are not above 0; expected the total count of each cell")
@@ -355,16 +379,21 @@ class CountGenerator(Model):
 
     def _weights(self, guidance: Guidance, n: int) -> Tensor:
         """(n, k) or (1, k) weights in the order of `design.attributes`."""
+        # a weight for every attribute
         names = self.design.attributes
         is_given = guidance is not None
         if not isinstance(guidance, Mapping):
             guidance = dict.fromkeys(names, 1.0 if guidance is None else float(guidance))
-        if strange := [name for name in guidance if name not in names]:
+        if unknown := [name for name in guidance if name not in names]:
             raise ValueError(
-                f"guidance: {preview(strange)} is not an attribute of this model; its attributes: {preview(names)}"
+                f"guidance: {preview(unknown)} is not an attribute of this model; its attributes: {preview(names)}"
             )
-        columns = [np.broadcast_to(np.asarray(guidance.get(name, 0.0), np.float32), (n,)) for name in names]
-        weights = torch.from_numpy(np.stack(columns, axis=1)) if names else torch.zeros(n, 0)
+
+        # and for every cell
+        weights = torch.zeros(n, len(names))
+        for i, name in enumerate(names):
+            weight = np.asarray(guidance.get(name, 0.0), np.float32)
+            weights[:, i] = torch.from_numpy(np.broadcast_to(weight, (n,)).copy())
         if not bool(weights.isfinite().all()):
             raise ValueError("guidance holds values that are not finite; expected numbers")
         if is_given:
@@ -379,7 +408,7 @@ class CountGenerator(Model):
         """Refuse weights of guidance for which cells without labels matter, where none were learned."""
 
     def _generated_obs(self, request: Request, given: Sequence[str]) -> pd.DataFrame:
-        """Labels that the cells were made for, and their depths."""
+        """Table of the labels that the cells were drawn for, and of their depths."""
         used = (request.weights != 0).any(dim=0).tolist()
         names = [name for name, use in zip(self.design.attributes, used, strict=True) if use or name in given]
         obs = request.labels[names].astype("category").assign(size_factor=request.size.numpy())
@@ -388,7 +417,9 @@ class CountGenerator(Model):
 
     def _var(self) -> pd.DataFrame:
         var = pd.DataFrame(index=pd.Index(self.genes))
-        return var.assign(modality=["rna"] * self.n_counted + ["atac"] * self.n_peaks) if self.n_peaks else var
+        if self.n_peaks:
+            var["modality"] = ["rna"] * self.n_counted + ["atac"] * self.n_peaks
+        return var
 
     # ---- augmenting ---------------------------------------------------------------------------------------------
 
@@ -431,7 +462,7 @@ class CountGenerator(Model):
             As for fit: only "train" cells are taken. None takes all.
         check_copies
             Compare generated cells with the training cells nearest to them (:func:`invirtuo.metrics.copying`), beside
-            the other real cells of the split; the table stands in ``uns["invirtuo"]["copying"]``.
+            the other real cells of the split; the table is in ``uns["invirtuo"]["copying"]``.
         prior, size_factor, seed, engine, n_jobs, device, progress
             As in :meth:`generate`.
         {options}
@@ -452,20 +483,27 @@ class CountGenerator(Model):
             raise ValueError(
                 f"by={by!r} is not an attribute of this model; its attributes: {preview(self.design.attributes)}"
             )
-        every = self._with_genes(counted(adata))
-        train = np.ones(adata.n_obs, bool) if split is None else split.reindex(adata.obs_names).to_numpy() == "train"
-        real = every[train]
+
+        # sizes of the classes, and how far each shall grow
+        all_real = self._with_genes(counted(adata))
+        is_train = np.ones(adata.n_obs, bool)
+        if split is not None:
+            is_train = split.reindex(adata.obs_names).to_numpy() == "train"
+        real = all_real[is_train]
         sizes = self.design.tidy(real.obs)[by].value_counts()
         sizes = sizes[sizes.index != self.design.unknown]
         if target_size <= real.n_obs:
             raise ValueError(
                 f"target_size is {target_size}, and there are {real.n_obs} cells; expected more than these"
             )
-        counts = rare_counts(sizes.to_dict(), target_size - real.n_obs, power=power, max_fold=max_fold)
+        n_new = target_size - real.n_obs
+        counts = rare_counts(sizes.to_dict(), n_new, power=power, max_fold=max_fold)
         if few := [name for name, size in sizes.items() if size < min_cells and counts[name]]:
             logger.warning("%s: fewer than %d real cells; generated ones may copy them", preview(few), min_cells)
+
+        # cells that are drawn for them
         labels = np.repeat([*counts], [*counts.values()])
-        made = self.generate(
+        generated = self.generate(
             labels=pd.DataFrame({by: labels}),
             prior=prior,
             size_factor=size_factor,
@@ -476,18 +514,19 @@ class CountGenerator(Model):
             progress=progress,
             **options,
         )
-        made.obs_names = [f"generated_{i}" for i in range(made.n_obs)]
-        both = anndata.concat(
-            [anndata.AnnData(sparse.csr_matrix(real.X).astype(np.int32), obs=real.obs.copy(), var=self._var()), made],
-            join="outer",
-        )
+        generated.obs_names = [f"generated_{i}" for i in range(generated.n_obs)]
+
+        # real cells first
+        counts_of_real = sparse.csr_matrix(real.X).astype(np.int32)
+        real_alone = anndata.AnnData(counts_of_real, obs=real.obs.copy(), var=self._var())
+        both = anndata.concat([real_alone, generated], join="outer")
         both.obs["is_generated"] = np.arange(both.n_obs) >= real.n_obs
-        both.uns["invirtuo"] = made.uns["invirtuo"] | {"augmented": json.dumps(counts), "by": by}
+        both.uns["invirtuo"] = generated.uns["invirtuo"] | {"augmented": json.dumps(counts), "by": by}
         if check_copies:
             from invirtuo.metrics import copying  # imports all of SciPy's optimisation and statistics
 
-            others = None if train.all() else every[~train]
-            both.uns["invirtuo"]["copying"] = copying(made, real, others, by=by)
+            others = None if is_train.all() else all_real[~is_train]
+            both.uns["invirtuo"]["copying"] = copying(generated, real, others, by=by)
         return both
 
 
@@ -506,8 +545,8 @@ def check_depths(size: Tensor) -> None:
         raise ValueError(f"{int((size <= 0).sum())} training cells have no counts; remove them from the files")
 
 
-def _told(guidance: Guidance) -> Any:
-    """Weights as JSON; of weights per cell, their mean."""
+def _mean_guidance(guidance: Guidance) -> Any:
+    """Weights of guidance with one number per attribute, for JSON: of weights per cell the mean."""
     if not isinstance(guidance, Mapping):
         return guidance
     return {name: float(np.mean(weight)) for name, weight in guidance.items()}

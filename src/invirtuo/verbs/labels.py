@@ -71,14 +71,16 @@ def draw(
     names = [column for column in table.columns if column != N]
     missing = [name for name in names if name not in given.columns]
     result = given.reindex(columns=names).astype(object)
-    groups = (
-        given.groupby(list(given.columns), sort=True).indices if len(given.columns) else {(): np.arange(len(given))}
-    )
+
+    # cells that are given the same labels draw the others together
+    groups: dict[Any, Any] = {(): np.arange(len(given))}
+    if len(given.columns):
+        groups = given.groupby(list(given.columns), sort=True).indices
+    columns = [names.index(name) for name in missing]
     for key, rows in groups.items():
-        wanted = dict(zip(given.columns, key if isinstance(key, tuple) else (key,), strict=True))
-        result.iloc[rows, [names.index(name) for name in missing]] = _complete(
-            table, wanted, missing, len(rows), rng, prior, unknown
-        )
+        labels = key if isinstance(key, tuple) else (key,)
+        wanted = dict(zip(given.columns, labels, strict=True))
+        result.iloc[rows, columns] = _complete(table, wanted, missing, len(rows), rng, prior, unknown)
     return result.astype(str)
 
 
@@ -86,25 +88,32 @@ def _complete(
     table, wanted: Mapping[str, str], missing: Sequence[str], n: int, rng, prior: Prior, unknown
 ) -> np.ndarray:
     """(n, number of missing attributes) labels for cells that share the given ones."""
-    agrees = np.all([table[name] == label for name, label in wanted.items()] or [np.ones(len(table), bool)], axis=0)
+    # observed combinations that agree with the given labels
+    agrees = np.ones(len(table), bool)
+    for name, label in wanted.items():
+        agrees &= (table[name] == label).to_numpy()
     agreeing = _known(table[agrees], missing, unknown)
     if not len(agreeing):
         if unknown not in wanted.values():
             text = ", ".join(f"{k}={v}" for k, v in wanted.items())
             logger.warning("%s do not occur together in the training cells; the model has to combine them", text)
         agreeing, prior = table, "independent"
+
+    # attribute by attribute, or whole combinations
     if prior == "independent":
-        columns = [_known(table, [name], unknown) for name in missing]
-        drawn = [
-            rng.choice(part[name], n, p=part[N] / part[N].sum()) for name, part in zip(missing, columns, strict=True)
-        ]
-        return np.array(drawn, dtype=object).reshape(len(missing), n).T
+        drawn = np.empty((n, len(missing)), dtype=object)
+        for i, name in enumerate(missing):
+            known = _known(table, [name], unknown)
+            share = known[N] / known[N].sum()
+            drawn[:, i] = rng.choice(known[name], n, p=share)
+        return drawn
     weight = np.ones(len(agreeing)) if prior == "uniform" else agreeing[N].to_numpy(float)
     rows = rng.choice(len(agreeing), n, p=weight / weight.sum())
     return agreeing[list(missing)].to_numpy(object)[rows]
 
 
 def _known(table: pd.DataFrame, names: Sequence[str], unknown: str | None) -> pd.DataFrame:
+    """Combinations without the unknown label in these attributes; all, if there are none."""
     known = table[~(table[list(names)] == unknown).any(axis=1)]
     return known if len(known) else table
 
@@ -143,20 +152,25 @@ def rare_counts(
     """
     cap = {name: np.inf if max_fold is None else int(max_fold * size) for name, size in sizes.items()}
     counts = dict.fromkeys(sizes, 0)
-    open_ = sorted(sizes)
-    while open_:
-        left = n - sum(counts[name] for name in sizes if name not in open_)
-        weight = np.array([float(sizes[name]) ** -power for name in open_])
-        share = left * weight / weight.sum()
+    below_cap = sorted(sizes)
+    while below_cap:
+        # shares of what classes at their cap leave
+        n_left = n - sum(counts[name] for name in sizes if name not in below_cap)
+        weight = np.array([float(sizes[name]) ** -power for name in below_cap])
+        share = n_left * weight / weight.sum()
+
+        # whole cells, by largest remainder
         dealt = np.floor(share).astype(int)
-        order = np.lexsort((open_, -(share - dealt).round(9)))
-        dealt[order[: left - dealt.sum()]] += 1
-        counts |= dict(zip(open_, dealt.tolist(), strict=True))
-        full = [name for name in open_ if counts[name] > cap[name]]
+        order = np.lexsort((below_cap, -(share - dealt).round(9)))
+        dealt[order[: n_left - dealt.sum()]] += 1
+        counts |= dict(zip(below_cap, dealt.tolist(), strict=True))
+
+        # what is above a cap is dealt again
+        full = [name for name in below_cap if counts[name] > cap[name]]
         if not full:
             break
         counts |= {name: int(cap[name]) for name in full}
-        open_ = [name for name in open_ if name not in full]
+        below_cap = [name for name in below_cap if name not in full]
     return counts
 
 
@@ -164,7 +178,8 @@ def given_labels(where: Mapping[str, Any], n: int) -> pd.DataFrame:
     """n rows with the wanted labels: one for all cells, or a list of one label a cell."""
     columns = {}
     for name, value in where.items():
-        values = [str(value)] * n if isinstance(value, str | int | float) else [*map(str, value)]
+        is_one = isinstance(value, str | int | float)
+        values = [str(value)] * n if is_one else [*map(str, value)]
         if len(values) != n:
             raise ValueError(f"{name!r} holds {len(values)} labels for {n} cells; give one label, or one for each cell")
         columns[name] = values
@@ -173,12 +188,15 @@ def given_labels(where: Mapping[str, Any], n: int) -> pd.DataFrame:
 
 def check_labels(given: pd.DataFrame, table: pd.DataFrame, unknown: str | None) -> None:
     """Raise ValueError for attributes and labels that the training cells do not have."""
+    attributes = [column for column in table.columns if column != N]
     for name in given.columns:
-        if name == N or name not in table.columns:
-            known = preview([column for column in table.columns if column != N]) or "none"
-            raise ValueError(f"{name!r} is not an attribute of this model; its attributes: {known}")
-        strange = sorted(set(given[name]) - set(table[name]) - {unknown})
-        if strange:
+        if name not in attributes:
             raise ValueError(
-                f"{name}: {preview(strange)} do not occur in the training cells; known: {preview(set(table[name]), 50)}"
+                f"{name!r} is not an attribute of this model; its attributes: {preview(attributes) or 'none'}"
+            )
+        trained = set(table[name])
+        unseen = sorted(set(given[name]) - trained - {unknown})
+        if unseen:
+            raise ValueError(
+                f"{name}: {preview(unseen)} do not occur in the training cells; known: {preview(trained, 50)}"
             )

@@ -26,7 +26,7 @@ from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
 from invirtuo.verbs.generate import CountGenerator, counted
-from invirtuo.verbs.hidden_entries import Filled
+from invirtuo.verbs.masking import ImputedLayer
 from invirtuo.verbs.model import track
 from invirtuo.verbs.sampling import ADAPTIVE, SolverSampling, takes_options
 
@@ -93,8 +93,8 @@ class LatentFlow(CountGenerator):
     def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
         """Counts for the autoencoder; standardised latent vectors and depths for the flow.
 
-        Without validation cells, `val_share` of the training cells are set aside: both stages learn their cells by
-        heart if nobody watches.
+        Without validation cells, `val_share` of the training cells are set aside: both stages would
+        overfit unnoticed.
         """
         dataset = dataset if len(dataset.rows("val")) else dataset.with_validation(self.config.val_share)
         if stage != "flow":
@@ -111,12 +111,13 @@ class LatentFlow(CountGenerator):
         return dataset.with_values((z - self.latent_mean) / self.latent_sd, size)
 
     def _start_dispersions(self, dataset: CellDataset) -> None:
-        """Begin with the dispersions that all training cells together have: a lower bound, nearer than a random one."""
+        """Start at the dispersions of all training cells pooled: a lower bound, nearer than a random start."""
         if self.n_counted:
-            self.autoencoder.dispersion.start(torch.from_numpy(dataset.overdispersion()[: self.n_counted]))
+            overdispersion = dataset.overdispersion()[: self.n_counted]
+            self.autoencoder.dispersion.start(torch.from_numpy(overdispersion))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Of the stage that is being trained; outside of a fit, of both."""
+        """Losses of the stage that is being trained; outside of a fit, of both."""
         if self.stage == "flow":
             return {"total": self.flow_loss(batch.target, batch.condition, batch.size_factor)}
         x = batch.target
@@ -125,6 +126,7 @@ class LatentFlow(CountGenerator):
         losses = self.reconstruction_losses(x, z, size, batch.condition)
         if self.stage == "autoencoder":
             return losses
+        # the flow does not train the autoencoder
         standard = (z.detach() - self.latent_mean) / self.latent_sd
         flow = self.flow_loss(standard, batch.condition, size)
         return losses | {"total": losses["total"] + flow, "flow": flow}
@@ -146,13 +148,17 @@ class LatentFlow(CountGenerator):
         z0 = torch.randn_like(z1)
         if self.config.coupling == "ot":
             z0 = z0[self._couple(z0, z1, condition)]
-        n = len(z1)
-        t = torch.rand(1 if self.config.stratified else n, device=z1.device)
-        if self.config.stratified:
-            t = (t + torch.arange(n, device=z1.device) / n) % 1
+        t = self._random_times(len(z1), z1.device)
         point = self.path(z0, z1, t)
         velocity = self.flow(point.xt, t, self._scaled(size), condition, self.drawn_labels(condition))
         return (velocity - point.ut).square().mean()
+
+    def _random_times(self, n: int, device: torch.device) -> Tensor:
+        """(n,) times between 0 and 1; stratified, they are evenly spaced from a random start."""
+        if not self.config.stratified:
+            return torch.rand(n, device=device)
+        start = torch.rand(1, device=device)
+        return (start + torch.arange(n, device=device) / n) % 1
 
     def drawn_labels(self, condition: Condition) -> Tensor:
         """(n, k) which attributes each cell is conditioned on: none with `prob_unconditional`, else one, or all.
@@ -169,14 +175,15 @@ class LatentFlow(CountGenerator):
         return F.one_hot(score.argmax(dim=1), known.shape[1]).bool() & known & keep
 
     def _couple(self, z0: Tensor, z1: Tensor, condition: Condition) -> Tensor:
-        """Row of the noise that belongs to each latent vector; only noise is permuted, labels stay where they are."""
+        """Row of the noise that is coupled to each latent vector; noise alone is permuted, labels stay."""
         if not self.config.ot_within_class:
             return exact_coupling(z1, z0).to(z1.device)
         group = _classes(condition)
         rows = torch.arange(len(z1), device=z1.device)
         for k in group.unique():
             members = (group == k).nonzero().flatten()
-            rows[members] = members[exact_coupling(z1[members], z0[members]).to(z1.device)]
+            order = exact_coupling(z1[members], z0[members])
+            rows[members] = members[order.to(z1.device)]
         return rows
 
     def total(self, x: Tensor) -> Tensor:
@@ -203,8 +210,11 @@ class LatentFlow(CountGenerator):
         n_labels = self.flow.labels.n_attributes
 
         def velocity(z: Tensor, t: Tensor, cell: Tensor, branch: Tensor) -> Tensor:
-            numbers = torch.arange(1, n_labels + 1, device=z.device)
-            active = (branch[:, None] == 1).expand(-1, n_labels) if joint else branch[:, None] == numbers
+            # branch 0 has no labels; branch i the i-th attribute, or all
+            if joint:
+                active = (branch[:, None] == 1).expand(-1, n_labels)
+            else:
+                active = branch[:, None] == torch.arange(1, n_labels + 1, device=z.device)
             time = torch.full((len(z),), float(t), device=z.device)
             return self.flow(z, time, scaled[cell], condition[cell], active)
 
@@ -240,13 +250,18 @@ class LatentFlow(CountGenerator):
         """
         self._check_fitted()
         sampling = self._sampling(options)
-        request = self._request(self._given(n_cells, None, None), "joint", options.get("guidance"), None, seed)
+        given = self._given(n_cells, None, None)
+        request = self._request(given, "joint", options.get("guidance"), None, seed)
         field = self.field(self.design.encode(request.labels), request.size, request.weights)
-        z0 = torch.randn(n_cells, self.n_latent, generator=torch.Generator().manual_seed(noise_seed(seed, 4)))
+
+        # both solvers from the same noise
+        generator = torch.Generator().manual_seed(noise_seed(seed, 4))
+        z0 = torch.randn(n_cells, self.n_latent, generator=generator)
         fast = self._solved(field, z0, sampling)
         exact = solve(field, z0, 1, "dopri5")
         difference = (fast - exact).abs()
-        distance = (fast - exact[exact_coupling(fast, exact)]).square().sum(dim=1).mean().sqrt()
+        nearest = exact[exact_coupling(fast, exact)]
+        distance = (fast - nearest).square().sum(dim=1).mean().sqrt()
         return {"max": float(difference.max()), "mean": float(difference.mean()), "wasserstein2": float(distance)}
 
     # ---- verbs --------------------------------------------------------------------------------------------------
@@ -324,7 +339,10 @@ class LatentFlow(CountGenerator):
         """
         self._check_fitted()
         config = self._round_trip(options)
-        dataset, target = self._dataset(adata), self._reference(batch, reference)
+        dataset = self._dataset(adata)
+        target = self._reference(batch, reference)
+
+        # weights of guidance on the way back, and on the way to noise
         weights = self._weights(options.get("guidance"), adata.n_obs)
         if bool((weights > COLLAPSE).any()):
             logger.warning(
@@ -332,31 +350,38 @@ class LatentFlow(CountGenerator):
             )
         if invert_with not in ("own", "unconditional"):
             raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
-        back = weights
+        inverse_weights = weights
         if invert_with == "unconditional":
-            back = torch.zeros_like(weights)
-            self._check_null(back)
+            inverse_weights = torch.zeros_like(weights)
+            self._check_null(inverse_weights)
+
+        # the same cells under their own labels, and under the label of the reference
         size = self._size(dataset, np.arange(adata.n_obs))
         z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
         own = dataset.condition[:]
-        other = replace(own, covariates={**own.covariates, batch: torch.full_like(own.covariates[batch], target)})
-        moved = torch.empty_like(z)
-        with self.on_device(device) as place:
+        reference_codes = torch.full_like(own.covariates[batch], target)
+        other = replace(own, covariates={**own.covariates, batch: reference_codes})
+
+        # to noise and back
+        corrected = torch.empty_like(z)
+        with self.on_device(device) as chosen:
             for rows in track(_chunks(len(z)), "correcting", progress):
-                here = [x.to(place) for x in (z[rows], size[rows], _rows(back, rows), _rows(weights, rows))]
-                backward = self.field(own[rows].to(place), here[1], here[2])
-                forward = self.field(other[rows].to(place), here[1], here[3])
-                noise = self._solved(reversed_time(backward), here[0], config)
-                moved[rows] = self._solved(forward, noise, config).cpu()
+                depth = size[rows].to(chosen)
+                backward = self.field(own[rows].to(chosen), depth, _rows(inverse_weights, rows).to(chosen))
+                forward = self.field(other[rows].to(chosen), depth, _rows(weights, rows).to(chosen))
+                noise = self._solved(reversed_time(backward), z[rows].to(chosen), config)
+                corrected[rows] = self._solved(forward, noise, config).cpu()
+
         new = adata.copy()
-        latent = moved * self.latent_sd + self.latent_mean
+        latent = corrected * self.latent_sd + self.latent_mean
         new.obsm["X_invirtuo"] = latent.numpy()
         if output is not None:
             new.layers["corrected"] = self._decoded_layer(adata, latent, size, other, output, seed)
-        label = self.design.covariates[batch][target]
         new.uns["invirtuo"] = self._made_by("correct") | {
-            "batch": batch, "reference": label, "collapse": _collapse(z, moved, _classes(own)),
-        }  # fmt: skip
+            "batch": batch,
+            "reference": self.design.covariates[batch][target],
+            "collapse": _collapse(z, corrected, _classes(own)),
+        }
         return new
 
     @takes_options(sampling=SolverSampling)
@@ -424,6 +449,8 @@ class LatentFlow(CountGenerator):
                 "the flow alone. Leave them out"
             )
         config = self._round_trip(options)
+
+        # depths as they were before masking
         dataset = self._dataset(adata)
         size = self._size(dataset, np.arange(adata.n_obs)) / (1 - masked_fraction)
         z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
@@ -431,18 +458,22 @@ class LatentFlow(CountGenerator):
         if not conditional:
             weights = torch.zeros_like(weights)
             self._check_null(weights)
+
+        # chunk by chunk into a layer
         columns = adata.var_names.get_indexer(self.genes)
-        filled = Filled(adata, None if mask is None else sparse.csr_matrix(mask, dtype=bool), columns)
-        with self.on_device(device) as place:
+        is_missing = None if mask is None else sparse.csr_matrix(mask, dtype=bool)
+        imputed = ImputedLayer(adata, is_missing, columns)
+        n_round_trips = n_draws if flow else 0
+        with self.on_device(device) as chosen:
             for rows in track(_chunks(len(z)), "imputing", progress):
                 generator = torch.Generator().manual_seed(noise_seed(seed, 5, rows.start))
-                cells = Batch(dataset.condition[rows], target=z[rows], size_factor=size[rows]).to(place)
-                mean = self._resampled(
-                    cells, _rows(weights, rows).to(place), noise, n_draws if flow else 0, generator, config
-                )
-                filled.add(rows, mean.cpu().numpy())
+                cells = Batch(dataset.condition[rows], target=z[rows], size_factor=size[rows]).to(chosen)
+                own_weights = _rows(weights, rows).to(chosen)
+                mean = self._resampled(cells, own_weights, noise, n_round_trips, generator, config)
+                imputed.add(rows, mean.cpu().numpy())
+
         new = adata.copy()
-        new.layers["imputed"] = filled.layer()
+        new.layers["imputed"] = imputed.layer()
         new.uns["invirtuo"] = self._made_by("impute") | {"noise": noise, "n_draws": n_draws}
         return new
 
@@ -461,21 +492,23 @@ class LatentFlow(CountGenerator):
         return total / max(n_draws, 1)
 
     def _round_trip(self, options: Mapping[str, Any]) -> SolverSampling:
-        """How cells go to noise and back: in 50 steps, if nothing else is said."""
+        """Options of the solver on the way to noise and back: 50 steps, unless the caller chooses."""
         config = self._sampling(options)
         is_adaptive = (config.solver or self.config.solver) == ADAPTIVE
         return config if config.steps or is_adaptive else replace(config, steps=ROUND_TRIP)
 
     def _check_null(self, weights: Tensor) -> None:
-        if self.config.prob_unconditional == 0 and bool((self._null_weight(weights) != 0).any()):
+        is_needed = bool((self._null_weight(weights) != 0).any())
+        if is_needed and self.config.prob_unconditional == 0:
             raise ValueError(
                 f"{self.name}, as it is configured, was never trained on cells without labels, which this asks for; "
                 "fit with prob_unconditional above 0, or leave guidance, conditional and invert_with as they are"
             )
 
     def _null_weight(self, weights: Tensor) -> Tensor:
-        """(n,), how much the velocity without labels counts beside those with."""
-        return 1 - (weights[:, :1] if self.config.conditioning == "joint" else weights).sum(dim=1)
+        """(n,) weight of the velocity without labels: what the weights of attributes leave of 1."""
+        own = weights[:, :1] if self.config.conditioning == "joint" else weights
+        return 1 - own.sum(dim=1)
 
     def _dataset(self, adata: AnnData) -> CellDataset:
         """Cells to encode, checked."""
@@ -490,13 +523,13 @@ class LatentFlow(CountGenerator):
     @torch.no_grad()
     def _encoded(self, dataset: CellDataset, device: str | None = None) -> Tensor:
         """(n, d) latent vectors of all cells, on the autoencoder's scale."""
-        n = len(dataset.obs)
-        parts = []
-        with self.on_device(device) as place:
-            for rows in _chunks(n):
-                cells = dataset.dense(np.arange(n)[rows])
-                parts.append(self.autoencoder.encode(cells.to(place)).float().cpu())
-        return torch.cat(parts)
+        chunks = []
+        with self.on_device(device) as chosen:
+            for rows in _chunks(len(dataset.obs)):
+                cells = dataset.dense(np.arange(rows.start, rows.stop))
+                z = self.autoencoder.encode(cells.to(chosen))
+                chunks.append(z.float().cpu())
+        return torch.cat(chunks)
 
     def _reference(self, batch: str, label: str | None) -> int:
         """Number of the batch that cells are brought to."""
@@ -507,7 +540,8 @@ class LatentFlow(CountGenerator):
         table = self._table.groupby(batch)["n_cells"].sum().drop([self.design.unknown], errors="ignore")
         if label is not None and str(label) not in table.index:
             raise ValueError(f"reference={label!r} does not occur in the training cells; known: {preview(table.index)}")
-        return self.design.covariates[batch].index(str(table.idxmax() if label is None else label))
+        reference = table.idxmax() if label is None else label
+        return self.design.covariates[batch].index(str(reference))
 
     def _decoded_layer(
         self, adata: AnnData, latent: Tensor, size: Tensor, condition: Condition, output: str, seed: int
@@ -515,20 +549,22 @@ class LatentFlow(CountGenerator):
         """Corrected cells in the genes, their order and the type of `adata`."""
         if output not in ("mean", "counts"):
             raise ValueError(f"output is {output!r}; expected mean, counts or None")
+        # genes that the model has not got keep their counts
         columns = adata.var_names.get_indexer(self.genes)
         source = counted(adata).X
-        parts = []
+        blocks = []
         for rows in _chunks(len(latent)):
+            block = sparse.csr_matrix(source[rows]).toarray()
             cells = self.autoencoder.decode(latent[rows], size[rows], condition[rows])
-            drawn = (
-                cells.mean
-                if output == "mean"
-                else cells.sample(torch.Generator().manual_seed(noise_seed(seed, 6, rows.start)))
-            )
-            block = sparse.csr_matrix(source[rows]).toarray().astype(np.float32 if output == "mean" else source.dtype)
-            block[:, columns] = drawn.numpy()
-            parts.append(block if output == "mean" else sparse.csr_matrix(block))
-        return np.concatenate(parts) if output == "mean" else sparse.vstack(parts, format="csr")
+            if output == "mean":
+                block = block.astype(np.float32)
+                block[:, columns] = cells.mean.numpy()
+                blocks.append(block)
+            else:
+                generator = torch.Generator().manual_seed(noise_seed(seed, 6, rows.start))
+                block[:, columns] = cells.sample(generator).numpy()
+                blocks.append(sparse.csr_matrix(block))
+        return np.concatenate(blocks) if output == "mean" else sparse.vstack(blocks, format="csr")
 
     def _made_by(self, verb: str) -> dict[str, Any]:
         return {"model": self.name, "verb": verb, "data_hash": self.card["data_hash"], "version": self.card["version"]}
@@ -539,6 +575,7 @@ def _chunks(n: int) -> list[slice]:
 
 
 def _rows(weights: Tensor, rows: slice) -> Tensor:
+    """Weights of these cells; a single row holds those of all."""
     return weights if len(weights) == 1 else weights[rows]
 
 
@@ -552,6 +589,10 @@ def _collapse(before: Tensor, after: Tensor, group: Tensor) -> float:
     """Variance within groups of equal labels, after over before."""
 
     def within(z: Tensor) -> float:
-        return sum(float((z[group == k] - z[group == k].mean(dim=0)).square().sum()) for k in group.unique())
+        total = 0.0
+        for k in group.unique():
+            members = z[group == k]
+            total += float((members - members.mean(dim=0)).square().sum())
+        return total
 
     return within(after) / max(within(before), 1e-12)

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preset:
-    """A published (or our own) setting: the model's Config, how it is fitted, and where it stands."""
+    """A published (or our own) setting: the model's Config, how it is fitted, and its source."""
 
     config: Any
     fit: FitConfig = field(default_factory=FitConfig)
@@ -75,7 +75,7 @@ class Model(Trainable):
     SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     Sampling: ClassVar[type[NoSampling]] = NoSampling  # options of drawing cells from it
-    takes_features: ClassVar[bool] = False  # whether features of the Design tell it of unseen perturbations
+    takes_features: ClassVar[bool] = False  # whether it predicts unseen perturbations from features of the Design
     signed: bool = False  # whether values below zero are data; `build` may choose
     obsm: str | None = None  # entry of obsm that is read beside expression; `build` may choose
     obsm_width: int = 0  # its width
@@ -96,13 +96,18 @@ class Model(Trainable):
         self.genes = [str(gene) for gene in genes]
         if len(set(self.genes)) != len(self.genes):
             raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
+
+        # a preset, or settings that may be those of one
         preset = self.preset_of(config)
         self.config = preset.config
         self.fit_config = preset.fit
         self.preset = config if isinstance(config, str) else None
+
+        # empty until the model is fitted
         self.transforms: dict[str, Transform] = {}
         self.history = pd.DataFrame()
         self.card: dict[str, Any] = {}
+
         with fitting.GENERATOR_LOCK:  # layers draw their first weights
             self.build()
         self.eval()
@@ -113,12 +118,12 @@ class Model(Trainable):
         """Make the layers from `self.config`, `self.design` and `self.genes`."""
 
     def prepare(self, dataset: CellDataset) -> None:
-        """Compute what the model needs to know of the training cells before the first step."""
+        """Compute statistics of the training cells that the model needs before the first step."""
 
     def stages(self, config: FitConfig) -> dict[str, FitConfig]:
         """Parts that are trained one after the other, each a submodule of that name, and how each is trained.
 
-        The budget of `config` is divided among them. A model that is trained as a whole has the one stage "".
+        The budget of `config` is divided among them. A model that is trained all at once has the one stage "".
         """
         return {"": config}
 
@@ -127,7 +132,7 @@ class Model(Trainable):
         return self.parameters() if not stage else self.get_submodule(stage).parameters()
 
     def stage_data(self, stage: str, dataset: CellDataset) -> CellDataset:
-        """The cells as the stage sees them: the model may put latent vectors of an earlier stage in their place."""
+        """The cells as the stage sees them: the model may replace them by latent vectors of an earlier stage."""
         return dataset
 
     def facts(self, dataset: CellDataset) -> dict[str, Any]:
@@ -146,8 +151,11 @@ class Model(Trainable):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is saved beside weights and card, by path: transforms, and what `remember` kept."""
-        states = {f"{key}/{type(t).__name__}": t.state() for key, t in self.transforms.items()}
-        return {f"{path}/{name}": array for path, state in states.items() for name, array in state.items()}
+        arrays: dict[str, np.ndarray] = {}
+        for key, transform in self.transforms.items():
+            path = f"{key}/{type(transform).__name__}"
+            arrays |= {f"{path}/{name}": array for name, array in transform.state().items()}
+        return arrays
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take up what :meth:`arrays` gave."""
@@ -156,7 +164,7 @@ class Model(Trainable):
                 self.transforms[key] = TRANSFORMS[kind].load(state)
 
     def replaced_by_fits(self) -> list[Any]:
-        """What a fit replaces as a whole, and never changes: a copy of the model may share it."""
+        """Objects that a fit replaces and never changes: a copy of the model may share them."""
         return [self.design, self.config, self.fit_config]
 
     @property
@@ -216,30 +224,32 @@ class Model(Trainable):
         check_torch()
         if torch.is_inference_mode_enabled():
             raise ValueError("torch.inference_mode is on, in which nothing can be trained; call fit outside of it")
-        folders = {} if folder is None else {stage: Path(folder) / stage for stage in self.stages(config)}
+
+        # a folder of checkpoints for every stage
+        folders: dict[str, Path] = {}
         if folder is not None:
+            folders = {stage: Path(folder) / stage for stage in self.stages(config)}
             _check_folder(Path(folder), folders.values(), free=resume or overwrite)
+
         adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split, signed=self.signed, obsm=self.obsm)
         self.check_labels(dataset)
+
         with self._unchanged_on_failure():
             self.card = {}
             self.prepare(dataset)
-            for checkpoints in () if resume else folders.values():
-                fitting.remove(checkpoints)
+            if not resume:
+                for checkpoints in folders.values():
+                    fitting.remove(checkpoints)
+            # closed forms have nothing to train
             if any(p.requires_grad for p in self.parameters()):
-                with fitting.seeded(config.seed):
-                    self._reset()
                 options = {"resume": resume, "callbacks": callbacks, "loggers": loggers}
-                runs = [
-                    self._train(stage, plan, dataset, folders.get(stage), options)
-                    for stage, plan in self.stages(config).items()
-                ]
-                self.history = pd.concat(runs, ignore_index=True)
+                self.history = self._train_stages(dataset, config, folders, options)
             self.card = saving.card(self.name, dataset, config) | self.facts(dataset)
             self.remember(dataset)
+
         if not config.keep_checkpoints and fitting.is_main():
             for checkpoints in reversed(folders.values()):
                 fitting.remove(checkpoints)
@@ -256,6 +266,17 @@ class Model(Trainable):
             if before is not None:
                 self.__dict__ = before
             raise
+
+    def _train_stages(
+        self, dataset: CellDataset, config: FitConfig, folders: Mapping[str, Path], options: dict[str, Any]
+    ) -> pd.DataFrame:
+        """Train from fresh weights, stage after stage; gives the history of all."""
+        with fitting.seeded(config.seed):
+            self._reset()
+        histories = []
+        for stage, plan in self.stages(config).items():
+            histories.append(self._train(stage, plan, dataset, folders.get(stage), options))
+        return pd.concat(histories, ignore_index=True)
 
     def _train(
         self, stage: str, plan: FitConfig, dataset: CellDataset, folder: Path | None, options: dict[str, Any]
@@ -323,8 +344,8 @@ class Model(Trainable):
             raise ValueError(f"{cls.name} cannot {verb}")
         check_names(getattr(cls, verb), cls.name, options)
         own = {f.name for f in fields(cls.Sampling)}
-        sampling = cls.Sampling(**{name: value for name, value in options.items() if name in own})
-        sampling.check(cls.name, config)
+        values = {name: value for name, value in options.items() if name in own}
+        cls.Sampling(**values).check(cls.name, config)
 
     def _sampling(self, options: Mapping[str, Any], kind: type[NoSampling] | None = None) -> Any:
         """The record of sampling options, by default that of the class, checked."""
@@ -375,14 +396,19 @@ class Model(Trainable):
             If a file is missing, damaged, or contradicts the others.
         """
         folder = Path(folder)
+
+        # what the model was made with
         with saving.reading(folder, "config.json") as path:
             facts = json.loads(path.read_text())
-            genes, preset, config = facts["genes"], facts["preset"], saving.config_from(cls.Config, facts["config"])
+            genes, preset = facts["genes"], facts["preset"]
+            config = saving.config_from(cls.Config, facts["config"])
         saving.check_hashes(folder, facts.get("sha256", {}))
         with saving.reading(folder, "design.json") as path:
             design = Design.from_json(path.read_text())
         model = cls(design, genes, config)
         model.preset = preset
+
+        # what the fit made
         with saving.reading(folder, "card.json") as path:
             model.card = json.loads(path.read_text())
         history = saving.path_of(folder, "history.csv")
@@ -419,9 +445,11 @@ class Model(Trainable):
             raise ValueError(f"this {type(self).__name__} is not fitted yet; call fit, or invirtuo.load a saved model")
 
     def _check_space(self, adata: AnnData) -> None:
-        (require_log if self.space == "log" else require_counts)(adata)
+        require_space = require_log if self.space == "log" else require_counts
+        require_space(adata)
 
     def _with_genes(self, adata: AnnData) -> AnnData:
+        """The cells with the genes of the model, in its order."""
         known = set(adata.var_names)
         missing = [gene for gene in self.genes if gene not in known]
         if missing:
@@ -443,6 +471,7 @@ class Model(Trainable):
         return json.loads(json.dumps(super().identity() | facts))
 
     def _provenance(self, seed: int, config: NoSampling) -> dict[str, Any]:
+        """How cells were made, for ``uns["invirtuo"]``."""
         return {
             "model": self.name,
             "preset": self.preset or "",
@@ -463,20 +492,21 @@ def _check_folder(folder: Path, checkpoints: Iterable[Path], *, free: bool) -> N
         raise ExistsError(
             f"{folder} holds a saved model; give checkpoints a folder of their own, like {folder / 'checkpoints'}"
         )
-    there = [path / fitting.LAST for path in checkpoints if (path / fitting.LAST).exists()]
-    if there and not free:
+    last = [path / fitting.LAST for path in checkpoints]
+    existing = [path for path in last if path.exists()]
+    if existing and not free:
         raise ExistsError(
-            f"{there[0]} is the checkpoint of a fit that did not end; go on from it with resume=True (--resume), "
+            f"{existing[0]} is the checkpoint of a fit that did not end; go on from it with resume=True (--resume), "
             "begin anew with overwrite=True (--overwrite), or give another name"
         )
 
 
 def check_torch() -> None:
     """Refuse a default type in which models cannot compute."""
-    if torch.get_default_dtype() != torch.float32:
+    dtype = torch.get_default_dtype()
+    if dtype != torch.float32:
         raise ValueError(
-            f"torch's default dtype is {torch.get_default_dtype()}; models compute in float32. Call "
-            "torch.set_default_dtype(torch.float32)"
+            f"torch's default dtype is {dtype}; models compute in float32. Call torch.set_default_dtype(torch.float32)"
         )
 
 

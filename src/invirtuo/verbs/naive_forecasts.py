@@ -34,35 +34,50 @@ def baselines(
         Covariate (lineage) whose value training courses must share with the test course for the baselines of a
         lineage; None, or a value that no training course has: all courses.
     """
-    same = [c for c in train if alike is None or c.labels.get(alike) == test.labels.get(alike)] or list(train)
+    same = list(train)
+    if alike is not None:
+        value = test.labels.get(alike)
+        same = [course for course in train if course.labels.get(alike) == value] or same
+
+    # two rules need a training course that the test course goes on
     own = _own(train, test)
-    later = own is not None and test.time[0] > own.time[-1]
-    every = {**BASELINES, **(LATER if later else {}), **ORACLES}
-    return {name: np.broadcast_to(rule(same, train, test, x0), test.values.shape) for name, rule in every.items()}
+    is_later = own is not None and test.time[0] > own.time[-1]
+    rules = {**BASELINES, **(LATER if is_later else {}), **ORACLES}
+    forecasts = {}
+    for name, rule in rules.items():
+        forecast = rule(same, train, test, x0)
+        forecasts[name] = np.broadcast_to(forecast, test.values.shape)
+    return forecasts
 
 
-def _joined(parts: Sequence[Course]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Times, values, and how many cells are behind each."""
-    cells = [np.ones(len(c.time)) if c.n_cells is None else c.n_cells for c in parts]
-    return np.concatenate([c.time for c in parts]), np.concatenate([c.values for c in parts]), np.concatenate(cells)
+def _pooled(courses: Sequence[Course]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times (n,), values (n, g) and numbers of cells (n,) of all points of courses."""
+    time = np.concatenate([course.time for course in courses])
+    values = np.concatenate([course.values for course in courses])
+    cells = [np.ones(len(c.time)) if c.n_cells is None else c.n_cells for c in courses]
+    return time, values, np.concatenate(cells)
 
 
-def _mean(parts: Sequence[Course]) -> np.ndarray:
-    _, values, cells = _joined(parts)
+def _mean(courses: Sequence[Course]) -> np.ndarray:
+    _, values, cells = _pooled(courses)
     return np.average(values, axis=0, weights=cells)
 
 
 def _line(same, train, test, x0):
     """Least squares of each gene on time."""
-    time, values, cells = _joined(same)
+    time, values, cells = _pooled(same)
     root = np.sqrt(cells)[:, None]
-    basis = np.stack([np.ones_like(time), time], axis=1)
-    solution = np.linalg.lstsq(basis * root, values * root, rcond=None)[0]
-    return np.stack([np.ones_like(test.time), test.time], axis=1) @ solution
+    solution = np.linalg.lstsq(_affine(time) * root, values * root, rcond=None)[0]
+    return _affine(test.time) @ solution
+
+
+def _affine(time: np.ndarray) -> np.ndarray:
+    """(n, 2) ones and times."""
+    return np.stack([np.ones_like(time), time], axis=1)
 
 
 def _smoother(same, train, test, x0):
-    time, values, cells = _joined(same)
+    time, values, cells = _pooled(same)
     return smoothed(time, values, test.time, weights=cells)
 
 
@@ -74,12 +89,14 @@ def _last_value(same, train, test, x0):
 def _extrapolated(same, train, test, x0):
     """The line through the last third of the same course, and its last state."""
     own = _own(train, test) or same[0]
-    late = own.time >= own.time[-1] - (own.time[-1] - own.time[0]) / 3
+    first, last = own.time[0], own.time[-1]
+    late = own.time >= last - (last - first) / 3
     slope = np.polyfit(own.time[late], own.values[late], 1)[0] if late.sum() > 1 else 0.0
-    return own.values[-1] + (test.time - own.time[-1])[:, None] * slope
+    return own.values[-1] + (test.time - last)[:, None] * slope
 
 
 def _own(train: Sequence[Course], test: Course) -> Course | None:
+    """The training course of which the test course is a later part."""
     return next((course for course in train if course.name == test.name), None)
 
 
@@ -87,31 +104,45 @@ def linear_ode(same, train, test, x0, *, rank: int = 10, ridge: float = 1e-3):
     """dx/dt = A x + b on leading components, by ridge regression of the slopes of smooth curves."""
     from scipy.linalg import expm
 
-    curves = [_curve(part) for part in same]
+    # states and slopes on leading components
+    curves = [_curve(course) for course in same]
     states = np.concatenate([curve for curve, _ in curves])
     slopes = np.concatenate([slope for _, slope in curves])
     mean = states.mean(axis=0)
     components = np.linalg.svd(states - mean, full_matrices=False)[2][:rank]
-    z = np.c_[(states - mean) @ components.T, np.ones(len(states))]
-    scale = ridge * np.trace(z.T @ z) / z.shape[1]
-    system = np.linalg.solve(z.T @ z + scale * np.eye(z.shape[1]), z.T @ (slopes @ components.T)).T
-    full = np.zeros((len(system) + 1,) * 2)
-    full[:-1] = system
+    scores = (states - mean) @ components.T
+
+    # [A b] by ridge regression
+    z = np.c_[scores, np.ones(len(states))]
+    n_columns = z.shape[1]
+    gram = z.T @ z
+    penalty = ridge * np.trace(gram) / n_columns
+    targets = slopes @ components.T
+    system = np.linalg.solve(gram + penalty * np.eye(n_columns), z.T @ targets).T
+
+    # exact solution of the affine system, at every distinct time
+    generator = np.zeros((len(system) + 1,) * 2)
+    generator[:-1] = system
     start = np.r_[(x0 - mean) @ components.T, 1.0]
-    path = np.stack([(expm(full * (t - test.time[0])) @ start)[:-1] for t in np.unique(test.time)])
-    path = np.clip(path, *_range((states - mean) @ components.T))  # an unstable system may leave everything behind
-    return (path @ components + mean)[np.unique(test.time, return_inverse=True)[1]]
+    times, row = np.unique(test.time, return_inverse=True)
+    flows = [expm(generator * (t - test.time[0])) for t in times]
+    path = np.stack([(flow @ start)[:-1] for flow in flows])
+    path = np.clip(path, *_range(scores))  # an unstable system diverges
+    return (path @ components + mean)[row]
 
 
-def _curve(part: Course, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
+def _curve(course: Course, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
     """Values and slopes of a smooth curve on a grid of times."""
-    if part.error is None and len(part.time) > n:
-        at = np.linspace(part.time[0], part.time[-1], n)
-        part = part._replace(time=at, values=smoothed(part.time, part.values, at))
-    return local_fit(part.time, part.values, 0.05 * max(part.time[-1] - part.time[0], 1e-12))[:2]
+    first, last = course.time[0], course.time[-1]
+    if course.error is None and len(course.time) > n:
+        grid = np.linspace(first, last, n)
+        course = course._replace(time=grid, values=smoothed(course.time, course.values, grid))
+    bandwidth = 0.05 * max(last - first, 1e-12)
+    return local_fit(course.time, course.values, bandwidth)[:2]
 
 
 def _range(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of every component, one span beyond what was seen."""
     span = np.ptp(z, axis=0)
     return z.min(axis=0) - span, z.max(axis=0) + span
 

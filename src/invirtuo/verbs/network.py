@@ -1,4 +1,4 @@
-"""What a fitted field says: which gene acts on which, and what happens when a gene is held at a value."""
+"""GeneNetwork: regulatory edges read from a fitted field, and forecasts with genes held at a value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_STATES = 60  # at which the field is read
 
 
 class GeneNetwork(Forecaster):
-    """Base of the forecasters whose field says which gene acts on which."""
+    """Base of the forecasters whose field has a Jacobian from which edges between genes are read."""
 
     @abstractmethod
     def jacobian(self, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -98,7 +98,8 @@ class GeneNetwork(Forecaster):
         self._check_fitted()
         names = [genes] if isinstance(genes, str) else list(genes)
         if level is None:
-            highest = pd.Series(self.unscaled(self.course_values.numpy()).max(axis=0), self.genes)
+            expression = self.unscaled(self.course_values.numpy())
+            highest = pd.Series(expression.max(axis=0), self.genes)
             values = highest.reindex(names).to_numpy()
         else:
             values = np.broadcast_to(np.asarray(level, dtype=float), (len(names),))
@@ -114,12 +115,16 @@ def edge_matrices(model: GeneNetwork, labels: Mapping[str, str] | None = None, c
     labels
         Read the field at states of these courses only, for example ``{"lineage": "B"}``.
     """
-    parts = [c for c in model.training_courses() if not labels or set(labels.items()) <= set(c.labels.items())]
-    if not parts:
+    # states at which the field is read, the same for every member of the ensemble
+    wanted = set((labels or {}).items())
+    courses = [course for course in model.training_courses() if wanted <= set(course.labels.items())]
+    if not courses:
         raise ValueError(f"no training course is {dict(labels or {})}; there are {preview(model.known)}")
-    states, names = _states(parts)
+    states, names = _states(courses)
     x = torch.from_numpy(states).float().expand(model.config.n_members, *states.shape)
     codes = model.labels_of(names)
+
+    # a few states at a time: a Jacobian holds g x g values for each member
     total: dict[str, Any] = {"mean": 0.0, "size": 0.0}
     for begin in range(0, len(states), chunk):
         rows = slice(begin, begin + chunk)
@@ -129,41 +134,47 @@ def edge_matrices(model: GeneNetwork, labels: Mapping[str, str] | None = None, c
     return {name: (value / len(states)).numpy() for name, value in total.items()}
 
 
-def _states(parts: Sequence[Course]) -> tuple[np.ndarray, list[Mapping[str, str]]]:
+def _states(courses: Sequence[Course]) -> tuple[np.ndarray, list[Mapping[str, str]]]:
     """States evenly spaced along all courses, and their labels."""
-    values = np.concatenate([c.values for c in parts])
-    names = [c.labels for c in parts for _ in c.time]
-    chosen = np.unique(np.linspace(0, len(values) - 1, min(MAX_STATES, len(values))).astype(int))
+    values = np.concatenate([course.values for course in courses])
+    names = [course.labels for course in courses for _ in course.time]
+    n_states = min(MAX_STATES, len(values))
+    chosen = np.unique(np.linspace(0, len(values) - 1, n_states).astype(int))
     return values[chosen], [names[i] for i in chosen]
 
 
 def edge_table(model: GeneNetwork, labels: Mapping[str, str] | None = None, n_edges: int | None = None) -> pd.DataFrame:
     """Signed edges, strongest first; a gene's effect on itself is left out."""
-    found = edge_matrices(model, labels)
-    score, mean = found["size"].mean(axis=0), found["mean"].mean(axis=0)
-    frequency = (found["size"] > OPEN).mean(axis=0)
+    # (g, g) [regulator, target], over the members of the ensemble
+    matrices = edge_matrices(model, labels)
+    size, mean = matrices["size"], matrices["mean"].mean(axis=0)
+    score = size.mean(axis=0)
+    frequency = (size > OPEN).mean(axis=0)
     gate = model.gate_probability()
-    source, target = np.nonzero(score * (1 - np.eye(len(score))) > OPEN)
+
+    # edges between two genes, strongest first
+    between_genes = 1 - np.eye(len(score))
+    source, target = np.nonzero(score * between_genes > OPEN)
     order = np.argsort(-score[source, target], kind="stable")[:n_edges]
     source, target = source[order], target[order]
-    at = (source, target)
+    edges = (source, target)
     genes = np.array(model.genes)
     return pd.DataFrame(
         {
             "regulator": genes[source],
             "target": genes[target],
-            "score": score[at],
-            "sign": np.sign(mean[at]).astype(int),
-            "consistency": np.abs(mean[at]) / score[at],
-            "frequency": frequency[at],
-            "gate": gate[at],
+            "score": score[edges],
+            "sign": np.sign(mean[edges]).astype(int),
+            "consistency": np.abs(mean[edges]) / score[edges],
+            "frequency": frequency[edges],
+            "gate": gate[edges],
             "support": support(model),
         }
     )
 
 
 def support(model: GeneNetwork) -> str:
-    """What forecasts of held-out courses say of the field; good ones are no test of its edges."""
+    """Whether forecasts of held-out courses support the field; good ones are no test of its edges."""
     words = {
         True: "forecasts beat simple ones; edges not tested",
         False: "not supported by forecasting",
@@ -178,62 +189,87 @@ def intervene(
     """Hold genes at values (data space) from the first state on, and compare with the undisturbed forecast."""
     import anndata
 
-    place = _places(model, genes)
+    columns = _columns(model, genes)
     if cells is None:
-        parts = model.training_courses()
-        starts = [model.preparation.first(c) for c in parts]
-        ends = [(model.known[c.name]["low"], model.known[c.name]["high"]) for c in parts]
+        courses = model.training_courses()
+        starts = [model.preparation.first(course) for course in courses]
+        ends = [(model.known[course.name]["low"], model.known[course.name]["high"]) for course in courses]
     else:
         starts, ends = model._starts(cells, None)
     asked = model.asked(starts, ends, times)
-    level = model.scaled(np.tile(np.asarray(values, float), (1, 1)), place)[0]
-    held = torch.ones(len(model.genes))
-    held[place] = 0.0
-    clamped = []
+
+    # the same starts with the genes at their level, where they have no velocity
+    level = model.scaled(np.asarray(values, float)[None], columns)[0]
+    is_free = torch.ones(len(model.genes))
+    is_free[columns] = 0.0
+    clamped_starts = []
     for start in starts:
         x0 = np.array(start.x0, dtype=float)
-        x0[place] = level
-        clamped.append(start._replace(x0=x0))
-    calm, moved = model.paths(starts, asked), model.paths(clamped, asked, held=held)
-    change = [b - a for a, b in zip(calm, moved, strict=True)]
+        x0[columns] = level
+        clamped_starts.append(start._replace(x0=x0))
+    undisturbed = model.paths(starts, asked)
+    disturbed = model.paths(clamped_starts, asked, held=is_free)
+    change = [after - before for before, after in zip(undisturbed, disturbed, strict=True)]
+
+    # change of every gene at every time, in the data space
     scale: Any = model.transforms["scale"]
     sd = np.asarray(scale.sd)
     obs = model.table_of(starts, asked, ends)
-    result = anndata.AnnData(_rows(change, "mean", sd), obs=obs, var=pd.DataFrame(index=pd.Index(model.genes)))
-    result.layers["lower"], result.layers["upper"] = _rows(change, "min", sd), _rows(change, "max", sd)
-    result.layers["undisturbed"] = model.unscaled(np.concatenate([p.mean(axis=0) for p in calm]))
-    result.layers["disturbed"] = model.unscaled(np.concatenate([p.mean(axis=0) for p in moved]))
-    last = np.mean([c.mean(axis=0)[-1] for c in change], axis=0)
-    result.var["effect"] = last  # at the end, in standard deviations
-    result.var["agreement"] = np.abs(np.mean([np.sign(c[:, -1]).mean(axis=0) for c in change], axis=0))
-    result.var["is_clamped"] = np.isin(np.arange(len(last)), place)
-    result.uns["fate"] = fate(model, starts, calm, moved)
+    var = pd.DataFrame(index=pd.Index(model.genes))
+    result = anndata.AnnData(_rows(change, "mean", sd), obs=obs, var=var)
+    result.layers["lower"] = _rows(change, "min", sd)
+    result.layers["upper"] = _rows(change, "max", sd)
+    result.layers["undisturbed"] = model.unscaled(np.concatenate([path.mean(axis=0) for path in undisturbed]))
+    result.layers["disturbed"] = model.unscaled(np.concatenate([path.mean(axis=0) for path in disturbed]))
+
+    # change at the end, in standard deviations
+    effects = [path.mean(axis=0)[-1] for path in change]
+    signs = [np.sign(path[:, -1]).mean(axis=0) for path in change]
+    result.var["effect"] = np.mean(effects, axis=0)
+    result.var["agreement"] = np.abs(np.mean(signs, axis=0))
+    result.var["is_clamped"] = np.isin(np.arange(len(model.genes)), columns)
+    result.uns["fate"] = fate(model, starts, undisturbed, disturbed)
     result.uns["invirtuo"] = model.made_by("intervene") | {"genes": list(genes), "support": support(model)}
     return result
 
 
-def fate(model: GeneNetwork, starts, calm, moved) -> pd.DataFrame:
+def fate(model: GeneNetwork, starts, undisturbed, disturbed) -> pd.DataFrame:
     """How much nearer each course comes to the end points of the lineages (root mean square over genes, sd)."""
+    # last states of the training courses, by lineage
     key = model.lineage
-    points: dict[str, list[np.ndarray]] = {}
+    ends: dict[str, list[np.ndarray]] = {}
     for course in model.training_courses():
-        points.setdefault(course.labels.get(key, course.name) if key else course.name, []).append(course.values[-1])
+        lineage = course.labels.get(key, course.name) if key else course.name
+        ends.setdefault(lineage, []).append(course.values[-1])
+
     rows = []
-    for start, before, after in zip(starts, calm, moved, strict=True):
-        for name, ends in points.items():
-            end = np.mean(ends, axis=0)
-            far = [np.sqrt(((path.mean(axis=0)[-1] - end) ** 2).mean()) for path in (before, after)]
-            row = {"towards": name, "distance": far[0], "disturbed": far[1], "shift": far[0] - far[1]}
+    for start, before, after in zip(starts, undisturbed, disturbed, strict=True):
+        for lineage, states in ends.items():
+            end = np.mean(states, axis=0)
+            distance, new_distance = _end_distance(before, end), _end_distance(after, end)
+            row = {
+                "towards": lineage,
+                "distance": distance,
+                "disturbed": new_distance,
+                "shift": distance - new_distance,
+            }
             rows.append({**start.labels, **row})
     return pd.DataFrame(rows)
 
 
-def _places(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
+def _end_distance(path: np.ndarray, end: np.ndarray) -> float:
+    """Root mean square over genes between the last state of a path (m, t, g), mean of its members, and an end."""
+    last = path.mean(axis=0)[-1]
+    return np.sqrt(((last - end) ** 2).mean())
+
+
+def _columns(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
+    """Columns of genes, checked."""
     known = {gene: i for i, gene in enumerate(model.genes)}
     if not genes:
         raise ValueError("no genes were given; expected at least one")
-    if strange := [gene for gene in genes if gene not in known]:
-        raise ValueError(f"gene(s) {preview(strange)} are not in the model; it has {preview(model.genes)}")
+    if unknown := [gene for gene in genes if gene not in known]:
+        raise ValueError(f"gene(s) {preview(unknown)} are not in the model; it has {preview(model.genes)}")
     if len(set(genes)) < len(genes):
         raise ValueError(f"genes {preview(genes)} repeat; name each once")
     return [known[gene] for gene in genes]
@@ -241,4 +277,5 @@ def _places(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
 
 def _rows(paths: Sequence[np.ndarray], how: str, sd: np.ndarray) -> np.ndarray:
     """Mean, smallest or largest of the members at every row, in the data space."""
-    return (np.concatenate([getattr(p, how)(axis=0) for p in paths]) * sd).astype(np.float32)
+    values = [getattr(path, how)(axis=0) for path in paths]
+    return (np.concatenate(values) * sd).astype(np.float32)

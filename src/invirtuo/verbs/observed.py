@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -34,18 +34,23 @@ class ObservedMeans:
 
     @classmethod
     def of(cls, dataset: CellDataset, rows: np.ndarray | None = None) -> Self:
-        """From all cells of a dataset, or some rows (rising)."""
+        """From all cells of a dataset, or from rows (rising)."""
         design = dataset.design
-        seen = dataset.pseudobulk(np.arange(len(dataset.obs)) if rows is None else rows)
-        control = torch.from_numpy(design.is_control(seen.table))
-        controls, others = seen[control], seen[~control]
+        rows = np.arange(len(dataset.obs)) if rows is None else rows
+        pseudobulks = dataset.pseudobulk(rows)
+        is_control = torch.from_numpy(design.is_control(pseudobulks.table))
+        controls, others = pseudobulks[is_control], pseudobulks[~is_control]
+
+        # control cells that differ in anything but covariates are pooled
         groups = design.groups(controls.table).to_numpy(dtype=str)
         names = tuple(np.unique(groups))
-        mean, sd = np.zeros((2, len(names), seen.mean.shape[1]), np.float32)
+        mean, sd = np.zeros((2, len(names), pseudobulks.mean.shape[1]), np.float32)
         for i, name in enumerate(names):
             own_mean, own_variance = controls[torch.from_numpy(groups == name)].pooled()
             mean[i], sd[i] = own_mean.numpy(), own_variance.sqrt().numpy()
-        return cls(names, mean, sd, tuple(design.names(others.table)), others.mean.numpy().astype(np.float32))
+
+        conditions = tuple(design.names(others.table))
+        return cls(names, mean, sd, conditions, others.mean.numpy().astype(np.float32))
 
     def state(self) -> dict[str, np.ndarray]:
         """As arrays, to be saved."""
@@ -59,14 +64,14 @@ class ObservedMeans:
         return cls(groups, state["control"], state["sd"], conditions, state["mean"])
 
     def with_groups(self, other: Self) -> Self:
-        """The same, and the groups of others that are new."""
+        """The same, with those groups of control cells of another that it has not got."""
         new = [i for i, group in enumerate(other.groups) if group not in self.groups]
-        return type(self)(
-            (*self.groups, *(other.groups[i] for i in new)),
-            np.concatenate([self.control, other.control[new]]),
-            np.concatenate([self.sd, other.sd[new]]),
-            self.conditions,
-            self.mean,
+        new_groups = [other.groups[i] for i in new]
+        return replace(
+            self,
+            groups=(*self.groups, *new_groups),
+            control=np.concatenate([self.control, other.control[new]]),
+            sd=np.concatenate([self.sd, other.sd[new]]),
         )
 
     def of_control(self, design: Design, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -88,5 +93,7 @@ class ObservedMeans:
 
     def effect(self, design: Design, table: pd.DataFrame) -> np.ndarray:
         """(c, g) difference of a condition's mean to its control cells'; NaN for conditions without cells."""
-        means = pd.DataFrame(self.mean.astype(np.float64), index=pd.Index(self.conditions, dtype=object))
-        return means.reindex(design.names(table)).to_numpy() - self.of_control(design, table)[0]
+        index = pd.Index(self.conditions, dtype=object)
+        means = pd.DataFrame(self.mean.astype(np.float64), index=index)
+        control, _ = self.of_control(design, table)
+        return means.reindex(design.names(table)).to_numpy() - control

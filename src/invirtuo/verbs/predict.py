@@ -134,29 +134,37 @@ class PerturbationModel(Model):
         check_engine(engine, n_jobs)
         self._check_fitted()
         check_torch()
-        n_cells, seed = whole_number("n_cells", n_cells), whole_number("seed", seed, 0)
+        n_cells = whole_number("n_cells", n_cells)
+        seed = whole_number("seed", seed, 0)
         config = self._sampling(options)
-        controls = read_h5ad(controls) if isinstance(controls, str | Path) else controls
+
+        # what to draw, with which model
+        if isinstance(controls, str | Path):
+            controls = read_h5ad(controls)
         model = self if controls is None else self.with_controls(controls)
         table = model.wanted(conditions)
         calibration = None if effect_level is None else model._calibration(effect_level, controls)
         request = Request(table, n_cells, seed, config, model._pool(controls), device)
 
-        # what is drawn goes into memory or into a file as it comes; effects need the means
+        # cells are drawn when they are written; effects need their means
         cells = drawn(model, request, engine, n_jobs)
         means = np.empty((len(table), len(self.genes)))
         if calibration is not None:
             cells = means_of(cells, means)
         cells = track(cells, "predicting", progress, len(table))
 
+        # what is known of the cells before they are drawn
         obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:
             obs[column] = obs[column].astype("category")
-        var, uns = pd.DataFrame(index=pd.Index(self.genes)), {"invirtuo": self._provenance(seed, config)}
+        var = pd.DataFrame(index=pd.Index(self.genes))
+        uns = {"invirtuo": self._provenance(seed, config)}
         if calibration is not None:
-            uns["invirtuo"] |= {"effect_level": effect_level, "conditions": model.design.names(table).to_numpy(str)}
+            names = model.design.names(table).to_numpy(str)
+            uns["invirtuo"] |= {"effect_level": effect_level, "conditions": names}
 
+        # into a file as they come, or into memory
         shape = (len(obs), len(self.genes))
         if out is not None:
             with writing_h5ad(out, obs, var, uns) as file:
@@ -169,13 +177,13 @@ class PerturbationModel(Model):
         return anndata.AnnData(x, obs=obs, var=var, uns=uns, varm=varm)
 
     def _calibration(self, level: float, controls: AnnData | None) -> Calibration:
-        """How intervals of effects are made; with further control cells, of groups that the fit did not see."""
-        seen, design = self._pseudobulks, self.design
-        if seen is not None and controls is not None:
+        """Calibration of the intervals of effects; with further control cells, for groups that the fit did not see."""
+        observed, design = self._pseudobulks, self.design
+        if observed is not None and controls is not None:
             cells = self._with_genes(controls[design.is_control(controls.obs)])
-            seen = seen.with_groups(ObservedMeans.of(CellDataset(cells, design)))
+            observed = observed.with_groups(ObservedMeans.of(CellDataset(cells, design)))
         known = pd.DataFrame(self.card["held_out"]["val"], columns=design.columns)
-        return Calibration(self, seen, known, level)
+        return Calibration(self, observed, known, level)
 
     def with_controls(self, controls: AnnData) -> Self:
         """The model, or a copy that also knows the covariate groups of these control cells, if it can learn of them.
@@ -208,7 +216,8 @@ class PerturbationModel(Model):
 
     def check_labels(self, dataset: CellDataset) -> None:
         """All labels are known, there are responses to learn from, and those that are held out can be predicted."""
-        unknown = [name for name, codes in dataset.condition.distinct.covariates.items() if bool((codes < 0).any())]
+        covariates = dataset.condition.distinct.covariates
+        unknown = [name for name, codes in covariates.items() if bool((codes < 0).any())]
         if unknown:
             raise ValueError(
                 f"{self.name} needs the labels of all cells; {preview(unknown)} is unknown for some. Remove these cells"
@@ -218,17 +227,20 @@ class PerturbationModel(Model):
 
     def _check_responses(self, dataset: CellDataset) -> None:
         """There are responses to learn from, and those that are held out can be predicted."""
+        # single perturbations in each part of the split
         design, column = self.design, self.design.perturbation
-        parts: dict[str, set[str]] = {}
+        perturbed: dict[str, set[str]] = {}
         for part in ("train", "val", "test"):
-            labels = design.unique_conditions(dataset.obs.iloc[dataset.rows(part)])[0][column].unique()
-            parts[part] = {single for label in labels for single in design.parts(label)}
-        if not parts["train"]:
+            conditions, _ = design.unique_conditions(dataset.obs.iloc[dataset.rows(part)])
+            labels = conditions[column].unique()
+            perturbed[part] = {single for label in labels for single in design.parts(label)}
+        if not perturbed["train"]:
             n_cells = len(dataset.rows("train"))
             raise ValueError(
                 f"no perturbed cell is left to train on: all {n_cells:,} training cells are controls. Hold out less"
             )
-        unseen = sorted((parts["val"] | parts["test"]) - parts["train"])
+
+        unseen = sorted((perturbed["val"] | perturbed["test"]) - perturbed["train"])
         if unseen and not self.takes_unseen:
             logger.warning(
                 "perturbations %s are held out everywhere; %s cannot predict what it never saw",
@@ -238,20 +250,25 @@ class PerturbationModel(Model):
 
     def remember(self, dataset: CellDataset) -> None:
         """Keep control cells to start from, and means of them and of the conditions held out for validation."""
+        design = self.design
         self._controls = control_pool(dataset) if self.needs_source else {}
-        design, held_out = self.design, pd.DataFrame(self.card["held_out"]["val"], columns=self.design.columns)
-        table, kind = design.unique_conditions(dataset.obs)
-        wanted = design.is_control(table) | design.names(table).isin(design.names(held_out)).to_numpy()
-        rows = np.flatnonzero(wanted[kind] & np.isin(dataset.split, ("train", "val")))
+
+        # controls, and conditions held out as a whole, of all cells that are not for testing
+        table, condition = design.unique_conditions(dataset.obs)
+        held_out = pd.DataFrame(self.card["held_out"]["val"], columns=design.columns)
+        is_held_out = design.names(table).isin(design.names(held_out)).to_numpy()
+        wanted = design.is_control(table) | is_held_out
+        rows = np.flatnonzero(wanted[condition] & np.isin(dataset.split, ("train", "val")))
         self._pseudobulks = ObservedMeans.of(dataset, rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Transforms, control cells and pseudobulks."""
         arrays = super().arrays()
         for group, cells in self._controls.items():
-            arrays |= {f"controls/{group}/{part}": array for part, array in cells.state().items()}
+            arrays |= {f"controls/{group}/{field}": array for field, array in cells.state().items()}
         if self._pseudobulks is not None:
-            arrays |= {f"pseudobulks/all/{part}": array for part, array in self._pseudobulks.state().items()}
+            state = self._pseudobulks.state()
+            arrays |= {f"pseudobulks/all/{field}": array for field, array in state.items()}
         return arrays
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -101,7 +101,8 @@ class FlowSampling(SolverSampling, SampleConfig):
             raise ValueError(f"interval is {self.interval} and guidance is 1; expected another weight, which it bounds")
         if self.grid is None:
             return
-        if list(self.grid) != sorted(set(self.grid)) or self.grid[:1] + self.grid[-1:] != (0, 1):
+        rises = list(self.grid) == sorted(set(self.grid))
+        if not rises or self.grid[:1] + self.grid[-1:] != (0, 1):
             raise ValueError(f"grid is {self.grid}; expected times that rise from 0 to 1")
         if self.steps is not None:
             raise ValueError(f"steps is {self.steps} and grid has {len(self.grid)} times; give one of them")
@@ -181,13 +182,13 @@ class takes_options:
 
     def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
         if owner not in self.made:
-            self.made[owner] = _of_class(self.function, self.sampling or owner.Sampling)  # type: ignore[attr-defined]
+            self.made[owner] = _with_options(self.function, self.sampling or owner.Sampling)  # type: ignore[attr-defined]
         made = self.made[owner]
         return made if instance is None else made.__get__(instance, owner)
 
 
-def _of_class(function: Callable[..., Any], sampling: type[NoSampling]) -> Callable[..., Any]:
-    """The method as a class with these options has it."""
+def _with_options(function: Callable[..., Any], sampling: type[NoSampling]) -> Callable[..., Any]:
+    """The method with these options in its signature and docstring, and a check of their names."""
     own = inspect.signature(function)
     named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [] if len(named) == len(own.parameters) else _parameters(sampling)
@@ -205,14 +206,17 @@ def _of_class(function: Callable[..., Any], sampling: type[NoSampling]) -> Calla
 def check_names(method: Callable[..., Any], model: str, given: Iterable[str]) -> None:
     """Refuse options that a verb of a model has not got."""
     known = list(inspect.signature(method).parameters)[1:]
-    if strange := [name for name in given if name not in known]:
-        raise ValueError(f"{model}.{method.__name__} has no option {preview(strange)}; its options: {', '.join(known)}")
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{model}.{method.__name__} has no option {preview(unknown)}; its options: {', '.join(known)}")
 
 
 def _parameters(sampling: type[NoSampling]) -> list[inspect.Parameter]:
-    """The fields of a record as parameters."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(f.name, keyword, default=None if f.default is MISSING else f.default, annotation=f.type)
-        for f in fields(sampling)
-    ]
+    """The fields of a record as keyword-only parameters."""
+    found = []
+    for field in fields(sampling):
+        default = None if field.default is MISSING else field.default
+        parameter = inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type
+        )
+        found.append(parameter)
+    return found

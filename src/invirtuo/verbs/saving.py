@@ -39,14 +39,14 @@ __all__ = [
     "write_folder",
 ]
 
-PENDING = ".saved"  # holds the files of a model that is wholly written, until they have taken the places of others
+PENDING = ".saved"  # folder with the files of a model that is completely written, until they replace those of another
 
 
 def write_folder(folder: Path, write: Callable[[Path], dict[str, Any]], *, overwrite: bool = False) -> None:
-    """Write a model into a folder; at any moment the model that was there, or the new one, is whole.
+    """Write a model into a folder; at any moment the model that was there, or the new one, is complete.
 
     A new folder appears when all files are written. In a folder that exists they are written into a folder within it,
-    of which the renaming decides: from then on its files are read, until each has moved to its place.
+    of which the renaming decides: from then on its files are read, until each has been moved out of it.
 
     Parameters
     ----------
@@ -56,10 +56,12 @@ def write_folder(folder: Path, write: Callable[[Path], dict[str, Any]], *, overw
     """
     check_free(folder, overwrite=overwrite)
     _settle(folder)
-    with making(folder / PENDING if folder.exists() else folder) as part:
-        facts = write(part)
-        hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
-        (part / "config.json").write_text(json.dumps(facts | {"sha256": hashes}, indent=2))
+    target = folder / PENDING if folder.exists() else folder
+    with making(target) as unfinished:
+        facts = write(unfinished)
+        hashes = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
+        config = json.dumps(facts | {"sha256": hashes}, indent=2)
+        (unfinished / "config.json").write_text(config)
     _settle(folder)
 
 
@@ -85,13 +87,13 @@ def holds_model(folder: Path) -> bool:
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """Where a file of the model of a folder lies."""
+    """Path of a file of the model that a folder holds."""
     pending = folder / PENDING / name
     return pending if pending.exists() else folder / name
 
 
 def _settle(folder: Path) -> None:
-    """Let the files of a model that is wholly written take their places."""
+    """Move the files of a model that is completely written out of the folder of pending ones."""
     pending = folder / PENDING
     if pending.is_dir():
         for path in sorted(pending.iterdir()):
@@ -117,45 +119,52 @@ def check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def by_owner(arrays: Mapping[str, np.ndarray]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """Saved arrays by whom they belong to, of their paths ``owner/name/part``; the name may hold slashes."""
+    """Saved arrays grouped by owner and name, from paths ``owner/name/field``; the name may hold slashes."""
     states: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for path, array in arrays.items():
         owner, rest = path.split("/", 1)
-        name, part = rest.rsplit("/", 1)
-        states.setdefault((owner, name), {})[part] = array
+        name, field = rest.rsplit("/", 1)
+        states.setdefault((owner, name), {})[field] = array
     return states
 
 
 def size_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give buffers that have no rows before a fit the number of rows that was saved."""
     for key, buffer in list(model.named_buffers()):
-        if buffer.ndim and not len(buffer) and key in tensors and tensors[key].shape[1:] == buffer.shape[1:]:
+        has_no_rows = buffer.ndim > 0 and not len(buffer)
+        if has_no_rows and key in tensors and tensors[key].shape[1:] == buffer.shape[1:]:
             path, _, name = key.rpartition(".")
             setattr(model.get_submodule(path), name, torch.empty_like(tensors[key]))
 
 
 def card(name: str, dataset: CellDataset, config: FitConfig) -> dict[str, Any]:
-    """What a user of the saved model needs to know of its fit."""
+    """Facts about the fit, for users of the saved model."""
     design = dataset.design
-    kinds = {
-        part: design.unique_conditions(dataset.obs.iloc[dataset.rows(part)])[0] for part in ("train", "val", "test")
-    }
-    train = kinds["train"]
-    seen = set(design.names(train))
+    rows = {part: dataset.rows(part) for part in ("train", "val", "test")}
+    train, _ = design.unique_conditions(dataset.obs.iloc[rows["train"]])
+
+    # held out: conditions of which no cell is trained on
+    trained = set(design.names(train))
     held_out = {}
     for part in ("val", "test"):
-        table = design.conditions(kinds[part])
-        held_out[part] = table[~design.names(table).isin(seen)].to_dict("records")
-    labels = [] if design.perturbation is None else train[design.perturbation].unique()
+        table = design.conditions(design.unique_conditions(dataset.obs.iloc[rows[part]])[0])
+        held_out[part] = table[~design.names(table).isin(trained)].to_dict("records")
+
+    # labels that are trained on, those of combinations one by one
+    perturbations: set[str] = set()
+    if design.perturbation is not None:
+        for label in train[design.perturbation].unique():
+            perturbations |= set(design.parts(label))
+    covariates = {column: sorted(set(train[column]) - {design.unknown}) for column in design.covariates}
     return {
         "model": name,
         "version": version("invirtuo"),
         "seed": config.seed,
         "fit": asdict(config),
         "data_hash": dataset.fingerprint(),
-        "n_cells": {part: len(dataset.rows(part)) for part in ("train", "val", "test")},
-        "perturbations": sorted({part for label in labels for part in design.parts(label)}),
-        "covariates": {name: sorted(set(train[name]) - {design.unknown}) for name in design.covariates},
+        "n_cells": {part: len(own) for part, own in rows.items()},
+        "perturbations": sorted(perturbations),
+        "covariates": covariates,
         "held_out": held_out,
     }
 
@@ -168,13 +177,18 @@ def config_from(cls: type, values: Mapping[str, Any]) -> Any:
     ValueError
         If a field is unknown, or a retired one has another value than the one that still holds.
     """
-    known, retired = {f.name for f in fields(cls)}, getattr(cls, "RETIRED", {})
+    known = {f.name for f in fields(cls)}
+    retired = getattr(cls, "RETIRED", {})
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if unknown := sorted(set(values) - known - set(retired)):
-        raise ValueError(
-            f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {', '.join(sorted(known))}"
-        )
-    changed = [f"{name}={values[name]!r}" for name in retired if name in values and values[name] != retired[name]]
+        names = ", ".join(sorted(known))
+        raise ValueError(f"unknown field(s) {', '.join(unknown)} for {cls.__qualname__}; known: {names}")
+
+    # a retired field may hold only the value that still applies
+    changed = []
+    for name, value in retired.items():
+        if values.get(name, value) != value:
+            changed.append(f"{name}={values[name]!r}")
     if changed:
         raise ValueError(
             f"{cls.__qualname__} has no field(s) {', '.join(changed)} any more; use the version that saved it"
@@ -185,7 +199,7 @@ def config_from(cls: type, values: Mapping[str, Any]) -> Any:
 @contextmanager
 def reading(folder: Path, name: str) -> Iterator[Path]:
     """Turn whatever goes wrong while a file of a saved model is read into one clear error."""
-    trouble = (
+    damage = (
         OSError,
         EOFError,
         ValueError,
@@ -203,6 +217,6 @@ def reading(folder: Path, name: str) -> Iterator[Path]:
         yield path
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; ask its owner to change the permissions") from error
-    except trouble as error:
+    except damage as error:
         reason = " ".join(str(error).split())[:300] if path.exists() else "it is missing"
         raise ValueError(f"{path} is damaged: {reason}; save the model again") from error

@@ -14,7 +14,7 @@ __all__ = ["wanted_conditions"]
 
 
 class Fitted(Protocol):
-    """What is asked of a model here."""
+    """A fitted model, as far as it is needed here."""
 
     name: ClassVar[str]
     design: Design
@@ -40,6 +40,7 @@ def wanted_conditions(conditions: Conditions, model: Fitted) -> pd.DataFrame:
     ValueError
         If a label is unknown or was never seen in training, or the split held out no such conditions.
     """
+    # "test" and "val" stand for what the split held out
     if isinstance(conditions, str):
         held_out = model.card["held_out"]
         if conditions in held_out and not held_out[conditions]:
@@ -51,20 +52,24 @@ def wanted_conditions(conditions: Conditions, model: Fitted) -> pd.DataFrame:
             raise ValueError(
                 f"conditions is {conditions!r}; expected a DataFrame or one of {', '.join(held_out)}, or {like!r}"
             )
+
+    # perturbations of the design that no training cell had
     conditions = as_table(conditions, model.design)
-    encoded = model.design.encode(conditions)  # names unknown labels and missing columns
-    unseen = [p for i, p in enumerate(model.design.perturbations) if p not in model.card["perturbations"]
-              and bool((encoded.perturbation[:, i] != 0).any())]  # fmt: skip
+    encoded = model.design.encode(conditions)  # raises for unknown labels and missing columns
+    is_asked = (encoded.perturbation != 0).any(dim=0).tolist()
+    asked = [name for name, flag in zip(model.design.perturbations, is_asked, strict=True) if flag]
+    unseen = [name for name in asked if name not in model.card["perturbations"]]
     if unseen and not model.takes_unseen:
         raise ValueError(
             f"perturbation(s) {preview(unseen)} do not occur in the training cells of this model; "
             f"trained: {preview(model.card['perturbations'])}. Only models that take perturbation features "
             "(features= of Design.from_adata) predict others"
         )
+
     for name, levels in model.card["covariates"].items():
-        strange = sorted(set(conditions[name]) - set(levels))
-        if strange:
+        unseen = sorted(set(conditions[name]) - set(levels))
+        if unseen:
             raise ValueError(
-                f"covariate {name!r}: {preview(strange)} do not occur in the training cells; trained: {preview(levels)}"
+                f"covariate {name!r}: {preview(unseen)} do not occur in the training cells; trained: {preview(levels)}"
             )
     return conditions

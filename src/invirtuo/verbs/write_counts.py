@@ -22,7 +22,7 @@ __all__ = ["Block", "assembled", "in_rows", "write_cells"]
 
 @dataclass(frozen=True)
 class Block:
-    """Drawn cells: counts, means where they are asked for, latent vectors where there are some."""
+    """Drawn cells: counts, expected counts where they are asked for, latent vectors where the model has them."""
 
     counts: sparse.csr_matrix
     mean: np.ndarray | None
@@ -30,23 +30,25 @@ class Block:
 
 
 def in_rows(x: Tensor) -> sparse.csr_matrix:
-    """(n, g) counts, made sparse where they are, int32."""
+    """(n, g) counts as CSR, int32; compressed on the device that holds them."""
     rows, columns = x.nonzero(as_tuple=True)
-    ends = torch.bincount(rows, minlength=len(x)).cumsum(0).cpu().numpy()
     values = x[rows, columns].to(torch.int32).cpu().numpy()
-    parts = (values, columns.to(torch.int32).cpu().numpy(), np.concatenate([[0], ends]).astype(np.int32))
-    return sparse.csr_matrix(parts, shape=tuple(x.shape))
+    indices = columns.to(torch.int32).cpu().numpy()
+    ends = torch.bincount(rows, minlength=len(x)).cumsum(0).cpu().numpy()
+    indptr = np.concatenate([[0], ends]).astype(np.int32)
+    return sparse.csr_matrix((values, indices, indptr), shape=tuple(x.shape))
 
 
 def assembled(blocks: list[Block], obs, var, uns, output: str, latent: bool) -> AnnData:
-    """All cells in memory; X is what `output` says."""
+    """All cells in memory; `output` is "counts", "mean" or "both", as in `CountGenerator.generate`."""
     import anndata
 
     layers = {}
     x: Any = sparse.vstack([block.counts for block in blocks], format="csr")
-    if output != "counts":
-        mean = np.concatenate([block.mean for block in blocks])
-        x, layers = (mean, {}) if output == "mean" else (x, {"mean": mean})
+    if output == "mean":
+        x = np.concatenate([block.mean for block in blocks])
+    elif output == "both":
+        layers["mean"] = np.concatenate([block.mean for block in blocks])
     adata = anndata.AnnData(x, obs=obs, var=var, layers=layers, uns={"invirtuo": uns})
     if latent and blocks[0].latent is not None:
         adata.obsm["z"] = np.concatenate([block.latent for block in blocks])
@@ -70,14 +72,16 @@ def write_cells(path: Path, obs, var, uns, blocks: Iterator[Block], chunk_size: 
 
 
 def _gathered(blocks: Iterator[Block], chunk_size: int, vectors: list | None) -> Iterator[sparse.csr_matrix]:
-    """Counts of at least `chunk_size` cells at a time."""
-    waiting: list[sparse.csr_matrix] = []
+    """Counts of at least `chunk_size` cells at a time; latent vectors are appended to `vectors`."""
+    gathered: list[sparse.csr_matrix] = []
+    n_cells = 0
     for block in blocks:
-        waiting.append(block.counts)
+        gathered.append(block.counts)
+        n_cells += block.counts.shape[0]
         if vectors is not None and block.latent is not None:
             vectors.append(block.latent)
-        if sum(part.shape[0] for part in waiting) >= chunk_size:
-            yield sparse.vstack(waiting, format="csr")
-            waiting = []
-    if waiting:
-        yield sparse.vstack(waiting, format="csr")
+        if n_cells >= chunk_size:
+            yield sparse.vstack(gathered, format="csr")
+            gathered, n_cells = [], 0
+    if gathered:
+        yield sparse.vstack(gathered, format="csr")

@@ -90,12 +90,22 @@ class Encoder(nn.Module):
         return CountLikelihood(z.log_softmax(dim=1) + size.log()[:, None], self.dispersion())
 
 
-_FIT = FitConfig(steps=5000, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=1.0, val_every=100,
-                 keep="best", patience=5)  # fmt: skip
+_FIT = FitConfig(
+    steps=5000,
+    batch_size=256,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=1e-5,
+    clip=1.0,
+    val_every=100,
+    keep="best",
+    patience=5,
+)
 _PAPER = Config(
     input_dropout=0.0, ot_within_class=False, latent_scaling="none", flow_lr=0.1, solver="dopri5", stratified=False
 )
 _PAPER_FIT = replace(_FIT, steps=20_000, schedule="constant", warmup=0, ema=0.0, clip=0.0)
+_SMALL_EMBEDDINGS = replace(_PAPER, label_embedding=128, embedding=128)
 
 
 class CellFlowCounts(LatentFlow):
@@ -111,9 +121,7 @@ class CellFlowCounts(LatentFlow):
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours, for a CPU"),
         "paper": Preset(_PAPER, _PAPER_FIT, "appendices A.1-A.3"),
-        "paper-128": Preset(
-            replace(_PAPER, label_embedding=128, embedding=128), _PAPER_FIT, "table 2, smallest embeddings"
-        ),
+        "paper-128": Preset(_SMALL_EMBEDDINGS, _PAPER_FIT, "table 2, smallest embeddings"),
         "paper-deep": Preset(replace(_PAPER, n_blocks=4), _PAPER_FIT, "table 2, most blocks"),
     }
     SEARCH = {"fit.lr": (1e-4, 1e-3), "label_embedding": [128, 256], "embedding": [128, 256], "n_blocks": [2, 3, 4]}

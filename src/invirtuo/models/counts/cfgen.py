@@ -60,7 +60,7 @@ class Config(Settings):
         "by",
         'distribution of depth, p(l): "global" (the paper), "by:COLUMN" ("by": first covariate), "empirical[:COLUMN]"',
     )
-    condition_on_size: bool = setting(True, "tell the flow the depth")
+    condition_on_size: bool = setting(True, "give the depth to the flow")
     latent_scaling: Literal["standard", "none"] = setting(
         "standard", 'scale of latent vectors: "standard" is mean 0 and variance 1, "none" the paper'
     )
@@ -107,24 +107,25 @@ class Autoencoder(nn.Module):
     def __init__(self, config: Config, n_genes: int, n_peaks: int, by: tuple[str, int] | None):
         super().__init__()
         self.dropout = nn.Dropout(config.input_dropout)
-        self.input, self.n_genes, self.by = config.encoder_input, n_genes, None if by is None else by[0]
+        self.input, self.n_genes = config.encoder_input, n_genes
+        self.by, n_classes = by or (None, 0)
+
+        # the modalities that there are
         sizes = {"atac": (n_peaks, config.hidden_atac), "rna": (n_genes, config.hidden_rna)}
         sizes = {name: size for name, size in sizes.items() if size[0]}
         self.encoders = nn.ModuleDict({name: BatchNormMLP(n, hidden) for name, (n, hidden) in sizes.items()})
-        self.latent = nn.Linear(sum(hidden[-1] for _, hidden in sizes.values()), config.n_latent)
-        self.decoders = nn.ModuleDict(
-            {name: BatchNormMLP(config.n_latent, hidden[::-1], n) for name, (n, hidden) in sizes.items()}
-        )
+        n_encoded = sum(hidden[-1] for _, hidden in sizes.values())
+        self.latent = nn.Linear(n_encoded, config.n_latent)
+        self.decoders = nn.ModuleDict()
+        for name, (n, hidden) in sizes.items():
+            self.decoders[name] = BatchNormMLP(config.n_latent, hidden[::-1], n)
         if n_genes:
-            self.dispersion = Dispersion(n_genes, 0 if by is None else by[1])
+            self.dispersion = Dispersion(n_genes, n_classes)
 
     def encode(self, x: Tensor) -> Tensor:
         """Counts (n, g + p) to latent vectors (n, d)."""
-        parts = {"rna": self._scaled(x[:, : self.n_genes]), "atac": x[:, self.n_genes :]}
-        return self._joined(parts)
-
-    def _joined(self, parts: dict[str, Tensor]) -> Tensor:
-        encoded = [encoder(self.dropout(parts[name])) for name, encoder in self.encoders.items()]
+        modalities = {"rna": self._scaled(x[:, : self.n_genes]), "atac": x[:, self.n_genes :]}
+        encoded = [encoder(self.dropout(modalities[name])) for name, encoder in self.encoders.items()]
         return self.latent(torch.cat(encoded, dim=1)).float()
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -144,8 +145,17 @@ class Autoencoder(nn.Module):
         return CountLikelihood(log_mean, dispersion, logits.get("atac"))
 
 
-_FIT = FitConfig(steps=6000, batch_size=256, optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=1.0, val_every=100,
-                 keep="best", patience=5)  # fmt: skip
+_FIT = FitConfig(
+    steps=6000,
+    batch_size=256,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=1e-5,
+    clip=1.0,
+    val_every=100,
+    keep="best",
+    patience=5,
+)
 _PAPER = Config(
     input_dropout=0.0,
     size_factor="global",
@@ -155,6 +165,8 @@ _PAPER = Config(
     autoencoder_share=0.2,
     solver="dopri5",
 )
+_PAPER_FIT = replace(_FIT, steps=20_000)
+_SMALL = Config(hidden_rna=(128, 64), n_latent=20, hidden=128, embedding=64)
 
 
 class CFGen(LatentFlow):
@@ -169,10 +181,10 @@ class CFGen(LatentFlow):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours, for a CPU"),
-        "small": Preset(Config(hidden_rna=(128, 64), n_latent=20, hidden=128, embedding=64), _FIT, "ours, smaller"),
+        "small": Preset(_SMALL, _FIT, "ours, smaller"),
         "multimodal": Preset(Config(n_latent=100), _FIT, "appendix C.1, with peaks"),
-        "cfgen_small": Preset(replace(_PAPER, hidden=32, embedding=20), replace(_FIT, steps=20_000), "public code"),
-        "cfgen_big": Preset(replace(_PAPER, hidden=64, embedding=100), replace(_FIT, steps=20_000), "public code"),
+        "cfgen_small": Preset(replace(_PAPER, hidden=32, embedding=20), _PAPER_FIT, "public code"),
+        "cfgen_big": Preset(replace(_PAPER, hidden=64, embedding=100), _PAPER_FIT, "public code"),
     }
     SEARCH = {"fit.lr": (1e-4, 1e-2), "n_latent": [20, 50, 100], "hidden": [64, 128, 256, 512]}
 

@@ -5,8 +5,8 @@ l p_i + (l p_i)^2 / r_i with, by moments over the cells of the class,
 
     p_i = sum x_i / sum l,    1 / r_i = max(sum (x_i - l p_i)^2 - sum x_i, 0) / sum (l p_i)^2,
 
-and depths are log-normal. Genes do not know of each other, so that there is no variation of cells within a class but in
-depth. Marginal distances hardly tell this from real cells; correlations of genes do.
+and depths are log-normal. Genes are independent, so that there is no variation of cells within a class but in
+depth. Marginal distances hardly distinguish this from real cells; correlations of genes do.
 """
 
 from __future__ import annotations
@@ -52,23 +52,30 @@ class IndependentNB(CountGenerator):
 
     def prepare(self, dataset: CellDataset) -> None:
         """Moments of the training cells, in one pass over them; of cells on disk only a window is in memory."""
+        # class of every training cell: cells of equal labels
         rows = dataset.rows("train")
-        table, kind = self.design.unique_conditions(dataset.obs.iloc[rows])
+        table, condition = self.design.unique_conditions(dataset.obs.iloc[rows])
         self.labels, group = torch.unique(_codes(self.design.encode(table)), dim=0, return_inverse=True)
-        number = np.zeros(len(dataset.split), dtype=np.int64)  # of the class, by row
-        number[rows] = group.numpy()[kind]
+        class_of_row = np.zeros(len(dataset.split), dtype=np.int64)
+        class_of_row[rows] = group.numpy()[condition]
+
+        # by class and gene: sums of counts x, of x^2, and of x times the depth l
         total, square, weighted = np.zeros((3, len(self.labels), len(self.genes)))
         size = np.zeros(len(dataset.split))
         for own, values in dataset.blocks(rows):
-            x, group_of = values.astype(np.float64), number[own]
+            x, classes = values.astype(np.float64), class_of_row[own]
             size[own] = np.asarray(x.sum(axis=1)).ravel()
-            total += group_sums(x, group_of, len(total))
-            square += group_sums(x.multiply(x), group_of, len(total))
-            weighted += group_sums(x.multiply(size[own][:, None]).tocsr(), group_of, len(total))
-        depth = torch.from_numpy(size[rows]).float()
-        check_depths(depth)
-        depths, depth_squares = (np.bincount(number[rows], size[rows] ** power)[:, None] for power in (1, 2))
-        self.depth.fit(depth, torch.from_numpy(number[rows]), len(self.labels))
+            total += group_sums(x, classes, len(total))
+            square += group_sums(x.multiply(x), classes, len(total))
+            x_times_depth = x.multiply(size[own][:, None]).tocsr()
+            weighted += group_sums(x_times_depth, classes, len(total))
+
+        classes, depth = class_of_row[rows], size[rows]
+        sizes = torch.from_numpy(depth).float()
+        check_depths(sizes)
+        self.depth.fit(sizes, torch.from_numpy(classes), len(self.labels))
+        depths = np.bincount(classes, depth**1)[:, None]
+        depth_squares = np.bincount(classes, depth**2)[:, None]
         self._keep(total / depths, total, square - 2 * total / depths * weighted, depth_squares)
 
     def _keep(self, share: np.ndarray, total: np.ndarray, rest: np.ndarray, depth_squares: np.ndarray) -> None:
@@ -89,9 +96,8 @@ class IndependentNB(CountGenerator):
                 f"{self.name} knows only combinations of labels that occur in the training cells, and cannot put "
                 f"{preview(self.design.attributes)} together anew"
             )
-        return CountLikelihood(
-            self.log_share[group] + batch.size_factor.log()[:, None], self.log_dispersion[group]
-        ), None
+        log_mean = self.log_share[group] + batch.size_factor.log()[:, None]
+        return CountLikelihood(log_mean, self.log_dispersion[group]), None
 
     def _groups(self, condition: Condition) -> Tensor:
         """(n,) class of each cell, -1 for combinations that were never seen."""
@@ -101,6 +107,5 @@ class IndependentNB(CountGenerator):
 
 def _codes(condition: Condition) -> Tensor:
     """(n, number of covariates + p + 1), equal rows for equal labels; the last column is for cells without any."""
-    return torch.cat(
-        [condition.groups.float(), condition.perturbation, condition.perturbation.new_zeros(len(condition), 1)], dim=1
-    )
+    empty = condition.perturbation.new_zeros(len(condition), 1)
+    return torch.cat([condition.groups.float(), condition.perturbation, empty], dim=1)

@@ -1,7 +1,7 @@
-"""What pseudobulk regression knows of a condition, as features for every gene.
+"""PseudobulkAnchor: predictions of pseudobulk regression for a condition, as features of every gene.
 
-Control cells of the covariates, and the effects that the perturbation had elsewhere, tell much of a condition that was
-never seen. The regression is closed form; for a condition of the training data it leaves that condition out, so that a
+Control cells of the covariates, and the effects that the perturbation had elsewhere, predict much of an unseen
+condition. The regression is closed form; for a condition of the training data it leaves that condition out, so that a
 network trained on these features meets errors of the same size as it will for new conditions.
 """
 
@@ -41,7 +41,7 @@ class PseudobulkAnchor(nn.Module):
 
     def __init__(self, n_covariates: int, n_perturbations: int, n_genes: int):
         super().__init__()
-        # Row 0 stands for all control cells, the others for the groups that have some.
+        # row 0 is of all control cells, the others of the groups that have control cells
         self.register_buffer("codes", torch.full((1, n_covariates), -1))
         self.register_buffer("control_mean", torch.zeros(1, n_genes))
         self.register_buffer("control_sd", torch.zeros(1, n_genes))
@@ -65,13 +65,17 @@ class PseudobulkAnchor(nn.Module):
         control = condition.is_control
         if not control.any():
             raise ValueError("the training cells hold no control cells; anchored conditioning needs them")
+
+        # control cells: all of them in row 0, then those of every group, of all times and doses
         codes = condition.groups
         groups = codes[control].unique(dim=0) if codes.shape[1] else codes[:1]
-        members = [control, *(control & (codes == group).all(1) for group in groups)]  # several with time or dose
+        members = [control, *(control & (codes == group).all(1) for group in groups)]
         moments = [training[rows].pooled() for rows in members]
         self.codes = torch.cat([torch.full((1, codes.shape[1]), -1), groups])
         self.control_mean = torch.stack([m for m, _ in moments]).float()
         self.control_sd = torch.stack([v for _, v in moments]).sqrt().float()
+
+        # effects of all perturbed conditions
         self.own_codes = codes[~control]
         self.effects = (training.mean[~control] - self.control_mean[self._rows(self.own_codes)]).float()
         self.designs = condition.code[~control].clone()
@@ -104,19 +108,22 @@ class PseudobulkAnchor(nn.Module):
         return torch.stack([mean, self.control_sd[rows], expected, expected - mean], dim=-1)
 
     def estimate(self, condition: Condition) -> tuple[Tensor, Tensor]:
-        """What pseudobulks say of the mean of n conditions.
+        """Means of n conditions as pseudobulks predict them.
 
         Returns
         -------
-        Means (n, g), not negative, and how they are known (n,): 2 from cells of the condition itself, 1 from the
+        Means (n, g), not negative, and their source (n,): 2 from cells of the condition itself, 1 from the
         effects of its perturbations elsewhere, 0 not at all.
         """
+        # from effects elsewhere
         codes, rows = condition.groups, self._rows(condition.groups)
-        itself = (self.own_codes == codes[:, None]).all(-1) & (self.designs == condition.code[:, None]).all(
-            -1
-        )  # (n, c)
         effect = self.effect(condition)
         known = torch.where(condition.is_control & (rows > 0), 2, effect.any(1).long())
+
+        # from cells of the condition itself, where there are some
+        same_group = (self.own_codes == codes[:, None]).all(-1)
+        same_perturbation = (self.designs == condition.code[:, None]).all(-1)
+        itself = same_group & same_perturbation  # (n, c)
         if itself.shape[1]:
             observed = itself.any(1)
             effect = torch.where(observed[:, None], self.effects[itself.long().argmax(1)], effect)
@@ -127,18 +134,24 @@ class PseudobulkAnchor(nn.Module):
         """(n, g), expected difference to the control mean; every distinct condition is computed once and kept."""
         codes, multi_hot = condition.groups.cpu(), condition.code.detach().cpu()
         keys = [(c.tobytes(), m.tobytes()) for c, m in zip(codes.numpy(), multi_hot.numpy(), strict=True)]
-        known = {key: i for i, key in reversed(list(enumerate(keys)))}  # one row for each distinct condition
-        for key, i in known.items():
+        row_of = {key: i for i, key in reversed(list(enumerate(keys)))}  # the first of every distinct condition
+        for key, i in row_of.items():
             if key not in self._expected:
-                weights = self._weights(multi_hot[i].to(self.effects), codes[i].to(self.codes), float(self.bandwidth))
+                m, own = multi_hot[i].to(self.effects), codes[i].to(self.codes)
+                weights = self._weights(m, own, float(self.bandwidth))
                 self._expected[key] = weights @ self.effects
-        position = {key: i for i, key in enumerate(known)}
-        table = torch.stack([self._expected[key] for key in known]).to(self.effects.device)
-        return table[torch.tensor([position[key] for key in keys], device=table.device)]
+
+        # from distinct conditions to all rows
+        table = torch.stack([self._expected[key] for key in row_of]).to(self.effects.device)
+        position = {key: i for i, key in enumerate(row_of)}
+        positions = [position[key] for key in keys]
+        return table[torch.tensor(positions, device=table.device)]
 
     def _rows(self, codes: Tensor) -> Tensor:
         """(n,), row of the group in the tables; 0 for groups without control cells."""
-        return (codes[:, None] == self.codes[1:]).all(-1).long() @ torch.arange(1, len(self.codes), device=codes.device)
+        is_group = (codes[:, None] == self.codes[1:]).all(-1)
+        numbers = torch.arange(1, len(self.codes), device=codes.device)
+        return is_group.long() @ numbers
 
     def _weights(self, m: Tensor, codes: Tensor, bandwidth: float) -> Tensor:
         """(c,), weight of every training effect in the expected effect of one condition, itself left out."""
@@ -147,15 +160,21 @@ class PseudobulkAnchor(nn.Module):
         itself = (self.own_codes == codes).all(1) & (self.designs == m).all(1)
         if not (relevant & ~itself).any():
             return nothing
-        here, there = (self.control_mean[self._rows(c)] for c in (codes[None], self.own_codes))
-        similarity = torch.exp(-(here - there).square().sum(1) / bandwidth) + FLOOR
+
+        # similar are contexts whose control cells have similar means
+        own_mean = self.control_mean[self._rows(codes[None])]
+        means = self.control_mean[self._rows(self.own_codes)]
+        similarity = torch.exp(-(own_mean - means).square().sum(1) / bandwidth) + FLOOR
         similarity = torch.where(itself, 0.0, similarity).double()
+
+        # ridge regression of effects on perturbations, weighted by similarity
         z = self.designs.double()
         weighted = z.T * (similarity / similarity[relevant].max())
         gram = weighted @ z + RIDGE * torch.eye(z.shape[1]).to(z)
         return (m.double() @ torch.linalg.solve(gram, weighted)).to(self.effects)
 
     def _choose_bandwidth(self) -> Tensor:
+        """The bandwidth with the least error in predicting training effects from the others."""
         distance = torch.pdist(self.control_mean[1:].double()).square().float()
         if not (distance > 0).any() or not len(self.effects):
             return torch.ones(())
@@ -165,5 +184,6 @@ class PseudobulkAnchor(nn.Module):
         for bandwidth in candidates.tolist():
             pairs = zip(self.designs[left_out], self.own_codes[left_out], strict=True)
             weights = torch.stack([self._weights(m, codes, bandwidth) for m, codes in pairs])
-            errors.append(float((weights @ self.effects - self.effects[left_out]).square().sum()))
+            residual = weights @ self.effects - self.effects[left_out]
+            errors.append(float(residual.square().sum()))
         return candidates[errors.index(min(errors))]

@@ -1,4 +1,4 @@
-"""Moving sampled cells to a mean that is known better than the sampler knows it."""
+"""Moving sampled cells to a mean that is known more precisely than that of the sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def with_mean(x: Tensor, pilot: Tensor, weight: float, estimate: Tensor, smalles
     Parameters
     ----------
     x
-        (n, g) sampled values; below `smallest` they stand for zero.
+        (n, g) sampled values; below `smallest` they count as zero.
     pilot
         (m, g) sampled values of the same condition, from which the mean and the distribution are taken.
     weight
@@ -43,27 +43,35 @@ def with_mean(x: Tensor, pilot: Tensor, weight: float, estimate: Tensor, smalles
     >>> round(float(moved.mean()), 3)
     1.2
     """
+    # of every gene: values of the pilot from high to low, and how many of them are above zero
     ordered = pilot.T.contiguous().sort(dim=1, descending=True).values  # (g, m)
     n_pilot = ordered.shape[1]
     positive = torch.where(ordered < smallest, 0.0, ordered)
     n_positive = (positive > 0).sum(dim=1, keepdim=True)
+
+    # the mean that is wanted, and the share of values above zero that goes with it
     mean = positive.mean(dim=1, keepdim=True)
     wanted = ((1 - weight) * mean + weight * estimate[:, None]).clamp_min(0)
     share = n_positive / n_pilot
     ratio = wanted / mean.clamp_min(1e-12)
     new_share = torch.where(share < 1, 1 - (1 - share) ** ratio, 1.0)
 
-    def mapped(rank: Tensor) -> Tensor:  # (g, k), number of pilot cells with higher values
+    def mapped(rank: Tensor) -> Tensor:
+        """Values (g, k) at ranks (g, k), numbers of pilot cells with higher values, when the share has changed."""
         top = (rank + 0.5) / n_pilot
-        place = (top / new_share.clamp_min(1e-12) * n_positive - 0.5).clamp_min(0)
-        low = place.floor().long().clamp(max=n_pilot - 1)
+        position = (top / new_share.clamp_min(1e-12) * n_positive - 0.5).clamp_min(0)
+        low = position.floor().long().clamp(max=n_pilot - 1)
         high = (low + 1).clamp(max=n_pilot - 1)
         last = (n_positive - 1).clamp_min(0)
-        values = torch.lerp(positive.gather(1, low.minimum(last)), positive.gather(1, high.minimum(last)), place - low)
+        below, above = positive.gather(1, low.minimum(last)), positive.gather(1, high.minimum(last))
+        values = torch.lerp(below, above, position - low)
         return torch.where(top < new_share, values, 0.0)
 
+    # what the share alone does not reach, a factor does
     reached = mapped(torch.arange(n_pilot).to(ordered).expand_as(ordered)).mean(dim=1, keepdim=True)
     factor = (wanted / reached.clamp_min(1e-12)).clamp(1 / LARGEST, LARGEST)
+
+    # cells by their rank among those of the pilot; above its highest value they keep their distance to it
     own = x.T.contiguous()
     rank = n_pilot - torch.searchsorted(ordered.flip(1), own, right=True)
     beyond = torch.where(ordered[:, :1] >= smallest, (own - ordered[:, :1]).clamp_min(0), 0.0)

@@ -79,7 +79,7 @@ class Config(Settings):
     n_blocks: int = setting(3, "genewise: residual blocks of the network that reads the whole cell", ge=0)
     n_sinusoids: int = setting(32, "genewise: sinusoidal features of a value", ge=1)
     loss_genes: int = setting(512, "genewise: genes drawn for the loss of each step, 0 for all", ge=0)
-    depth: bool = setting(False, "tell the network the depth of the cell; when sampling it is drawn from control cells")
+    depth: bool = setting(False, "give the network the depth of the cell; when sampling it is drawn from control cells")
     prob_unconditional: float = setting(
         0.1, "probability that a cell's condition is replaced by the null condition", ge=0, lt=1
     )
@@ -125,6 +125,44 @@ _MLP = replace(_PAPER, velocity="mlp")
 _FIT = FitConfig(steps=2000, batch_size=256, lr=2e-3, clip=1.0, betas=(0.9, 0.99))
 _PAPER_FIT = FitConfig(steps=20_000, lr=5e-5, schedule="constant", warmup=0, ema=0.0, accumulate=4, keep="best")
 
+_SMALL = replace(
+    _PAPER,
+    hidden_dim=32,
+    channel_mult=(1, 2, 2, 4),
+    num_heads=2,
+    attention_resolutions=(8,),
+    dropout=0.0,
+    solver="ab2",
+    steps=20,
+)
+_SMALL_FIT = FitConfig(steps=1000, batch_size=64, lr=1e-3)
+_NORMAN = replace(_PAPER, channel_mult=(1, 1, 2, 2, 4))
+_MLP_SRIVATSAN = replace(
+    _MLP,
+    hidden_dim=3072,
+    dropout=0.0,
+    n_layers_gene_expression=1,
+    n_layers_conditions=1,
+    n_layers_time=3,
+    n_layers_decoding=2,
+    prob_unconditional=0.0,
+    sigma=0.01,
+)
+_MLP_SRIVATSAN_FIT = replace(_PAPER_FIT, lr=3.71e-5, weight_decay=4.05e-7, batch_size=512, accumulate=1)
+_MLP_NORMAN = replace(
+    _MLP,
+    hidden_dim=2048,
+    dropout=0.1,
+    n_layers_gene_expression=2,
+    n_layers_conditions=3,
+    n_layers_time=5,
+    n_layers_decoding=1,
+    prob_unconditional=0.1,
+    interpl_type="trigonometric",
+    sigma=0.1,
+)
+_MLP_NORMAN_FIT = replace(_PAPER_FIT, lr=8.56e-6, weight_decay=9.58e-7, batch_size=1024, accumulate=1)
+
 
 class PRiMeFlow(PerturbationModel):
     """Conditional flow matching from noise to log-normalised expression.
@@ -139,24 +177,12 @@ class PRiMeFlow(PerturbationModel):
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours"),
         "quick": Preset(Config(), replace(_FIT, steps=800), "ours, 14,000 cells x 2,000 genes in minutes on a CPU"),
-        "small": Preset(
-            replace(_PAPER, hidden_dim=32, channel_mult=(1, 2, 2, 4), num_heads=2, attention_resolutions=(8,),
-                    dropout=0.0, solver="ab2", steps=20),
-            FitConfig(steps=1000, batch_size=64, lr=1e-3), "ours, the U-Net for a CPU"),
+        "small": Preset(_SMALL, _SMALL_FIT, "ours, the U-Net for a CPU"),
         "srivatsan20": Preset(_PAPER, replace(_PAPER_FIT, batch_size=54), "table 10; 4 devices there"),
-        "norman19": Preset(
-            replace(_PAPER, channel_mult=(1, 1, 2, 2, 4)), replace(_PAPER_FIT, batch_size=100),
-            "table 11; 4 devices there"),
-        "mlp-srivatsan20": Preset(
-            replace(_MLP, hidden_dim=3072, dropout=0.0, n_layers_gene_expression=1, n_layers_conditions=1,
-                    n_layers_time=3, n_layers_decoding=2, prob_unconditional=0.0, sigma=0.01),
-            replace(_PAPER_FIT, lr=3.71e-5, weight_decay=4.05e-7, batch_size=512, accumulate=1), "table 12"),
-        "mlp-norman19": Preset(
-            replace(_MLP, hidden_dim=2048, dropout=0.1, n_layers_gene_expression=2, n_layers_conditions=3,
-                    n_layers_time=5, n_layers_decoding=1, prob_unconditional=0.1, interpl_type="trigonometric",
-                    sigma=0.1),
-            replace(_PAPER_FIT, lr=8.56e-6, weight_decay=9.58e-7, batch_size=1024, accumulate=1), "table 13"),
-    }  # fmt: skip
+        "norman19": Preset(_NORMAN, replace(_PAPER_FIT, batch_size=100), "table 11; 4 devices there"),
+        "mlp-srivatsan20": Preset(_MLP_SRIVATSAN, _MLP_SRIVATSAN_FIT, "table 12"),
+        "mlp-norman19": Preset(_MLP_NORMAN, _MLP_NORMAN_FIT, "table 13"),
+    }
 
     takes_features = True
     Sampling = PartsSampling
@@ -174,8 +200,9 @@ class PRiMeFlow(PerturbationModel):
         self.depth = SizeFactor(empirical=True) if config.depth else None
 
     def prepare(self, dataset: CellDataset) -> None:
-        """What the training cells tell before the first step: moments of the genes, anchors, depths."""
-        training, rows = dataset.pseudobulk("train"), dataset.rows("train")
+        """Statistics of the training cells: moments of the genes, anchors, depths."""
+        # values below the smallest count are zeros; genes are Gaussian to first order
+        training = dataset.pseudobulk("train")
         self.smallest = torch.tensor(dataset.smallest("train"))
         if self.config.precondition:
             mean, variance = training.pooled()
@@ -184,9 +211,10 @@ class PRiMeFlow(PerturbationModel):
         if self.anchor is not None:
             self.anchor.fit(training)
         if self.depth is not None:
-            condition = dataset.condition[torch.from_numpy(rows)]
+            rows = torch.from_numpy(dataset.rows("train"))
+            condition = dataset.condition[rows]
             control = condition.is_control
-            sizes = dataset.size_factor[torch.from_numpy(rows)][control]
+            sizes = dataset.size_factor[rows][control]
             self.depth.fit(sizes.clamp_min(1e-3), self._group(condition[control]), self._n_groups)
 
     @property
@@ -225,32 +253,47 @@ class PRiMeFlow(PerturbationModel):
             raise ValueError(f"controls= holds no control cells; expected cells labelled {self.design.control!r}")
         if self.anchor is None:
             raise ValueError(f"this model learns nothing of control cells; leave controls= out. {WHO_LEARNS}")
+
+        # groups that are new
         design = self.design.with_levels(controls.obs)
         if design == self.design and self.anchor.knows(design.encode(controls.obs)).all():
             return self
         if self.config.covariate_scale or self.config.depth:
             raise ValueError(f"controls= holds covariate groups that this model was not fitted to. {WHO_LEARNS}")
         self._check_space(controls)
-        known = CellDataset(self._with_genes(controls), design).pseudobulk()
-        new, state = type(self)(design, self.genes, self.config), self.state_dict()
+
+        # a copy with one-hots as wide as the new design asks for
+        new = type(self)(design, self.genes, self.config)
+        state = self.state_dict()
         for name, module in new.named_modules():
             if isinstance(module, ConditionEncoder):
                 state[f"{name}.mlp.0.weight"] = module.widened(self.get_submodule(name))
         new.load_state_dict(state)
-        new.anchor.add_groups(known)
-        groups = {name: sorted({*levels, *known.table[name]}) for name, levels in self.card["covariates"].items()}
-        new.card, new._pseudobulks = self.card | {"covariates": groups}, self._pseudobulks
+
+        # that knows the control cells of the new groups
+        pseudobulks = CellDataset(self._with_genes(controls), design).pseudobulk()
+        new.anchor.add_groups(pseudobulks)
+        covariates = {}
+        for name, levels in self.card["covariates"].items():
+            covariates[name] = sorted({*levels, *pseudobulks.table[name]})
+        new.card = self.card | {"covariates": covariates}
+        new._pseudobulks = self._pseudobulks
         return new.eval()
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error of the velocity over cells and genes, algorithm 1; in validation also per bin of t."""
+        # a point between noise and every cell; in validation the times are spread evenly
         config, x1 = self.config, batch.target
         n, g = x1.shape
         like = {"device": x1.device, "generator": generator}
         x0 = torch.randn(n, g, **like)
-        t = torch.rand(n, **like) if self.training else (torch.arange(n, device=x1.device) + torch.rand(n, **like)) / n
+        t = torch.rand(n, **like)
+        if not self.training:
+            t = (torch.arange(n, device=x1.device) + t) / n
         is_null = torch.rand(n, **like) < config.prob_unconditional
         point = PATHS[config.interpl_type](x0, x1, t, config.sigma, generator)
+
+        # the velocity of all genes, or of a random choice of them
         genes, target = None, point.ut
         if self.training and 0 < config.loss_genes < g:
             genes = torch.randperm(g, **like)[: config.loss_genes]
@@ -261,8 +304,9 @@ class PRiMeFlow(PerturbationModel):
         losses = {"total": per_cell.mean()}
         if not self.training:
             edges = [i * n // T_BINS for i in range(T_BINS + 1)]
-            bins = pairwise(edges)
-            losses |= {f"t{i}": per_cell[a:b].mean() for i, (a, b) in enumerate(bins) if a < b}
+            for i, (first, last) in enumerate(pairwise(edges)):
+                if first < last:
+                    losses[f"t{i}"] = per_cell[first:last].mean()
         return losses
 
     def evaluate(
@@ -279,35 +323,42 @@ class PRiMeFlow(PerturbationModel):
         config, network = self.config, network or self.velocity
         features = None if self.anchor is None else self.anchor(condition, is_null)
         log_depth = None if self.depth is None else size_factor.clamp_min(1e-3).log()
-        take = (lambda z: z) if genes is None else (lambda z: z.index_select(1, genes))
-        cell, centre, scale = x, 0.0, 1.0
+
+        # with preconditioning, relative to the field of Gaussian genes
+        cell = x
+        centre: Tensor | float = 0.0
+        scale: Tensor | float = 1.0
         if config.precondition:
             a, b, _, _ = COEFFICIENTS[config.interpl_type](t[:, None])
             variance = a**2 + (b * self.gene_sd) ** 2 + config.sigma**2
-            cell = (x - b * self.gene_mean) / variance.sqrt()  # standardised by the Gaussian it would come from
+            cell = (x - b * self.gene_mean) / variance.sqrt()
             v, spread = gaussian_velocity(x, t, self.gene_mean, self.gene_sd, config.interpl_type, config.sigma)
-            centre, scale = take(v), take(spread)
+            centre, scale = (v, spread) if genes is None else (v.index_select(1, genes), spread.index_select(1, genes))
+
         v = network(Point(x, cell, t, condition, is_null, features, genes, log_depth))
         return centre + scale * v
 
     def sample(self, batch: Batch, generator: torch.Generator, config: FlowSampling) -> Tensor:
-        """Integrate from noise to cells (n, g), and bring their mean nearer to what pseudobulks say of it."""
+        """Integrate from noise to cells (n, g), and bring their mean nearer to that which pseudobulks predict."""
         calibrates = self.anchor is not None and self.config.hurdle and self.config.calibrate > 0
         if config.is_guided or not calibrates:
             return self._observed(self._flow(batch.condition, generator, config))
         # the mean of the flow is taken from a pilot of the condition: the cells themselves, and more where they are few
         drawn = torch.arange(max(PILOT, len(batch))) % len(batch)
-        return self._calibrated(self._flow(batch.condition[drawn], generator, config), batch.condition)
+        pilot = self._flow(batch.condition[drawn], generator, config)
+        return self._calibrated(pilot, batch.condition)
 
     def _calibrated(self, x: Tensor, condition: Condition) -> Tensor:
         """The first n of the flow's cells (m, g), for n rows of one condition, with a mean nearer to pseudobulks."""
         mean, known = self.anchor.estimate(condition[:1])
         weight = (0.0, self.config.calibrate, 1.0)[int(known)]
         own = x[: len(condition)]
-        return with_mean(own, x[:PILOT], weight, mean[0], float(self.smallest) / 2) if weight else self._observed(own)
+        if not weight:
+            return self._observed(own)
+        return with_mean(own, x[:PILOT], weight, mean[0], float(self.smallest) / 2)
 
     def _observed(self, x: Tensor) -> Tensor:
-        """No cell has a value between 0 and the smallest count.
+        """Cells without values between 0 and half the smallest count.
 
         A flow leaves a haze there, which shifts the mean of silent genes by many of their tiny standard errors.
         """
@@ -315,6 +366,7 @@ class PRiMeFlow(PerturbationModel):
 
     def _flow(self, condition: Condition, generator: torch.Generator, config: FlowSampling) -> Tensor:
         """Integrate from noise to one cell (n, g) for each condition."""
+        # what is random, for all cells
         noise = torch.randn(len(condition), len(self.genes), generator=generator).to(self.gene_mean.device)
         depth = None
         if self.depth is not None:
@@ -322,22 +374,29 @@ class PRiMeFlow(PerturbationModel):
         network = self.velocity
         if torch.is_autocast_enabled(noise.device.type):  # weights are cast once, not at every evaluation
             network = copy.deepcopy(network).to(torch.bfloat16)
+
+        # batch by batch
         grid = config.grid or config.steps or self.config.steps
+        solver = config.solver or self.config.solver
         weights = config.weights
         cells = []
         for start in range(0, len(condition), config.batch_size):
             rows = slice(start, start + config.batch_size)
-            own, own_depth = condition[rows], None if depth is None else depth[rows]
+            own = condition[rows]
+            own_depth = None if depth is None else depth[rows]
 
             def velocity(x, t, branch, own=own, depth=own_depth) -> Tensor:
+                # with guidance every cell comes once for each branch
                 if len(x) > len(own):
                     again = torch.arange(len(x), device=x.device) % len(own)
-                    own, depth = own[again], None if depth is None else depth[again]
+                    own = own[again]
+                    depth = None if depth is None else depth[again]
                 if len(weights) > 1:
                     own = own.unperturbed(branch == 1)
-                time, null = torch.full((len(x),), float(t), device=x.device), branch == 0
-                return self.evaluate(x, time, own, null if null.any() else None, depth, network=network)
+                time = torch.full((len(x),), float(t), device=x.device)
+                is_null = branch == 0
+                return self.evaluate(x, time, own, is_null if is_null.any() else None, depth, network=network)
 
             field = nested(velocity, weights, config.interval)
-            cells.append(solve(field, noise[rows], grid, config.solver or self.config.solver))
+            cells.append(solve(field, noise[rows], grid, solver))
         return torch.cat(cells)

@@ -64,8 +64,11 @@ class UNet1d(nn.Module):
         def res(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, d_embedding, dropout)
 
-        self.stem = Conv(in_channels, width * mult[0])
-        waiting, channels, factor = [width * mult[0]], width * mult[0], 1
+        # down: residual blocks at every level, attention at some, then half the length
+        channels = width * mult[0]
+        self.stem = Conv(in_channels, channels)
+        skipped = [channels]  # channels of the skip connections
+        factor = 1
         self.encoder = nn.ModuleList()
         for level, m in enumerate(mult):
             for _ in range(n_res):
@@ -74,16 +77,19 @@ class UNet1d(nn.Module):
                 if factor in attention:
                     stage.append(Attention(channels, heads))
                 self.encoder.append(nn.ModuleList(stage))
-                waiting.append(channels)
+                skipped.append(channels)
             if level < len(mult) - 1:
                 self.encoder.append(nn.ModuleList([Down(channels, resample)]))
-                waiting.append(channels)
+                skipped.append(channels)
                 factor *= 2
+
         self.middle = nn.ModuleList([res(channels, channels), Attention(channels, heads), res(channels, channels)])
+
+        # up: one block more at every level, each on the skip connection of its length
         self.decoder = nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for i in range(n_res + 1):
-                stage = [res(channels + waiting.pop(), width * m)]
+                stage = [res(channels + skipped.pop(), width * m)]
                 channels = width * m
                 if factor in attention:
                     stage.append(Attention(channels, heads))
@@ -103,7 +109,7 @@ class UNet1d(nn.Module):
         """x (n, length, in_channels), embedding (n, d_embedding) -> (n, length, out_channels)."""
         if x.shape[1] % self.multiple:
             raise ValueError(f"length {x.shape[1]} is not a multiple of {self.multiple}; pad the positions first")
-        h = self.stem(x.transpose(1, 2).unsqueeze(2))
+        h = self.stem(x.transpose(1, 2).unsqueeze(2))  # (n, channels, 1, length)
         embedding = F.silu(embedding)
         skips = [h]
         for stage in self.encoder:
@@ -184,7 +190,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         n, c, _, m = x.shape
         h = self.norm(x).squeeze(2).transpose(1, 2)
-        q, k, v = self.qkv(h).view(n, m, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(h).view(n, m, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         h = _attend(q, k, v).transpose(1, 2).reshape(n, m, c)
         return x + self.out(h).transpose(1, 2).unsqueeze(2)
 
@@ -221,7 +228,8 @@ class Dropout(nn.Dropout):
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
         if not self.training or self.p == 0 or x.device.type != "cpu" or not dense:
             return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        n_words = -(-x.numel() // 4)  # of 64 bits
+        bits = torch.empty(n_words, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         keep = bits[: x.numel()] >= round(self.p * 2**16) - 2**15
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p)).as_strided(x.shape, x.stride())
 
@@ -236,10 +244,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a Linear at every position."""
-    return x if isinstance(layer, nn.Identity) else layer(x.squeeze(2).transpose(1, 2)).transpose(1, 2).unsqueeze(2)
+    if isinstance(layer, nn.Identity):
+        return x
+    positions = x.squeeze(2).transpose(1, 2)
+    return layer(positions).transpose(1, 2).unsqueeze(2)
 
 
 def _zero(layer: nn.Module) -> nn.Module:
+    """The layer with all parameters 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -25,7 +25,7 @@ __all__ = ["VELOCITIES", "Point", "Sizes"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a velocity network needs to know of genes and Design."""
+    """Sizes of a velocity network, from genes and Design."""
 
     n_genes: int
     n_perturbations: int
@@ -37,7 +37,7 @@ class Point(NamedTuple):
     """Where a velocity network is asked, for n cells."""
 
     x: Tensor  # (n, g)
-    cell: Tensor  # (n, g), x in the scale in which a cell is read as a whole
+    cell: Tensor  # (n, g), x in the scale of networks that read all genes of a cell
     t: Tensor  # (n,)
     condition: Condition
     is_null: Tensor | None = None  # (n,) bool, cells whose condition is the null condition
@@ -84,11 +84,15 @@ class UNetVelocity(nn.Module):
         super().__init__()
         d = config.hidden_dim
         self.value_scale, self.width = config.value_scale, d
+
+        # embeddings of time and condition, of values, of genes, and of what pseudobulks predict
         self.embed = _Embedding(config, sizes, d, 4 * d)
         self.values = MLP(d, d, config.n_layers_gene_expression - 1, n_out=d)
         self.genes = nn.Embedding(sizes.n_genes + 1, d)
         nn.init.normal_(self.genes.weight, std=0.02)
         self.anchors = nn.Linear(PseudobulkAnchor.n_features, d) if config.anchor else None
+
+        # a line as long as the U-Net can halve
         self.unet = UNet1d(
             d,
             width=d,
@@ -105,12 +109,15 @@ class UNetVelocity(nn.Module):
 
     def forward(self, at: Point) -> Tensor:
         time, encoded = self.embed(at)
+
+        # Enc(x_t) + Emb(G) at every position of the line
         numbers = torch.arange(self.n_genes, device=at.x.device)
         rows = self.genes(F.pad(numbers, (0, self.length - self.n_genes), value=self.n_genes))
         h = self.values(sinusoids(self._padded(at.x), self.width, self.value_scale).to(rows.dtype))
         h = h + rows.to(h.dtype)
         if self.anchors is not None:
             h = h + self.anchors(self._padded(at.features).to(h.dtype))
+
         v = self.unet(h, (time + encoded).to(h.dtype))[:, : self.n_genes, 0].float()
         return v if at.genes is None else v.index_select(1, at.genes)
 
@@ -138,13 +145,13 @@ class MLPVelocity(nn.Module):
         cell += [] if at.features is None else [at.features.flatten(1)]
         cell += [] if at.log_depth is None else [at.log_depth[:, None]]
         time = self.time(sinusoids(at.t, self.d_time, self.time_scale).to(dtype))
-        parts = [self.values(torch.cat(cell, dim=1).to(dtype)), self.condition(at.condition, at.is_null), time]
-        v = self.decode(torch.cat([part.to(time.dtype) for part in parts], dim=1)).float()
+        encoded = [self.values(torch.cat(cell, dim=1).to(dtype)), self.condition(at.condition, at.is_null), time]
+        v = self.decode(torch.cat([code.to(time.dtype) for code in encoded], dim=1)).float()
         return v if at.genes is None else v.index_select(1, at.genes)
 
 
 class GenewiseField(nn.Module):
-    """Ours: a denoiser shared by all genes, that knows which gene it is, with cheap global context."""
+    """Ours: a denoiser shared by all genes, with an embedding of each and cheap global context."""
 
     def __init__(self, config: Any, sizes: Sizes):
         super().__init__()

@@ -32,6 +32,10 @@ WIDEST = 1.0  # largest location of a gate of a single connection
 SPEED = 10.0  # gates of single connections move so many times faster than weights
 
 
+def _tanh_slope(x: Tensor, a: Tensor) -> Tensor:
+    return 1 - a.square()
+
+
 def _elu_slope(x: Tensor, a: Tensor) -> Tensor:
     return torch.where(x > 0, torch.ones_like(x), a + 1)
 
@@ -41,9 +45,10 @@ def _silu_slope(x: Tensor, a: Tensor) -> Tensor:
     return s + a * (1 - s)
 
 
-# activation, and its slope from input and output
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "tanh": (torch.tanh, lambda x, a: 1 - a.square()),
+Activation = Callable[[Tensor], Tensor]
+Slope = Callable[[Tensor, Tensor], Tensor]  # from input and output of the activation
+ACTIVATIONS: dict[str, tuple[Activation, Slope]] = {
+    "tanh": (torch.tanh, _tanh_slope),
     "elu": (F.elu, _elu_slope),
     "silu": (F.silu, _silu_slope),
 }
@@ -92,13 +97,19 @@ class SharedField(nn.Module):
         super().__init__()
         widths = [n_genes, *hidden, n_genes]
         self.activation, self.activate_all, self.temperature = activation, activate_all, temperature
+
+        # layers; Kaiming, fan-out
         m = n_members
         pairs = list(pairwise(widths))
-        self.weight = nn.ParameterList(torch.randn(m, i, o) * (2 / i) ** 0.5 for i, o in pairs)  # Kaiming, fan-out
+        self.weight = nn.ParameterList(torch.randn(m, i, o) * (2 / i) ** 0.5 for i, o in pairs)
         self.bias = nn.ParameterList(torch.zeros(m, o) for _, o in pairs)
-        # probability 0.2 of a closed gate in the first layer, 0.5 in later ones
-        start = [1.3862943611198906, *[0.0] * len(hidden)]
-        self.log_alpha = nn.ParameterList(s + 0.01 * torch.randn(m, i) for s, (i, _) in zip(start, pairs, strict=True))
+
+        # gates: probability 0.2 of a closed one in the first layer, 0.5 in later ones
+        self.log_alpha = nn.ParameterList()
+        for k, width in enumerate(widths[:-1]):
+            start = 0.0 if k else 1.3862943611198906
+            self.log_alpha.append(nn.Parameter(start + 0.01 * torch.randn(m, width)))
+
         self.label = nn.Parameter(torch.zeros(m, n_labels, widths[1])) if n_labels else None
         self.raw_decay = nn.Parameter(torch.zeros(m, n_genes)) if decay else None
         self.skip = nn.Parameter(torch.zeros(m, n_genes, n_genes)) if skip else None
@@ -118,13 +129,15 @@ class SharedField(nn.Module):
         """Gates with noise."""
         if bool(self.is_frozen):
             return self.masks
-        return [gate_sample(a, self.temperature) * mask for a, mask in zip(self.log_alpha, self.masks, strict=True)]
+        gates = [gate_sample(log_alpha, self.temperature) for log_alpha in self.log_alpha]
+        return [gate * mask for gate, mask in zip(gates, self.masks, strict=True)]
 
     def mode(self) -> list[Tensor]:
         """Gates for evaluation."""
         if bool(self.is_frozen):
             return self.masks
-        return [gate_mode(a) * mask for a, mask in zip(self.log_alpha, self.masks, strict=True)]
+        gates = [gate_mode(log_alpha) for log_alpha in self.log_alpha]
+        return [gate * mask for gate, mask in zip(gates, self.masks, strict=True)]
 
     def open(self) -> list[Tensor]:
         """Gates of networks that have none."""
@@ -151,6 +164,7 @@ class SharedField(nn.Module):
         return h + self._linear(x)
 
     def _linear(self, x: Tensor) -> Tensor | float:
+        """Skip connection and decay."""
         out: Tensor | float = 0.0
         if self.skip is not None:
             out = out + x @ self.skip
@@ -162,6 +176,7 @@ class SharedField(nn.Module):
         """(m, n, in, out), derivative of every velocity by every state."""
         activate, slope = ACTIVATIONS[self.activation]
         h, last = x, len(weights) - 1
+        # forward mode: the derivative is carried through the layers beside the state
         tangent = torch.eye(x.shape[-1], dtype=x.dtype).expand(*x.shape, x.shape[-1])
         for k, (weight, bias) in enumerate(zip(weights, self.bias, strict=True)):
             h = torch.baddbmm(bias[:, None], h, weight)
@@ -170,7 +185,8 @@ class SharedField(nn.Module):
                 h = h + labels @ self.label
             if k < last and (k == 0 or self.activate_all):
                 a = activate(h)
-                tangent, h = tangent * slope(h, a)[..., None, :], a
+                tangent = tangent * slope(h, a)[..., None, :]
+                h = a
         if self.skip is not None:
             tangent = tangent + self.skip[:, None]
         if self.raw_decay is not None:
@@ -189,12 +205,12 @@ class SharedField(nn.Module):
 
     def l0(self) -> Tensor:
         layers = zip(self.weight, self.bias, self.log_alpha, strict=True)
-        return torch.stack([expected_l0(w, b, a) for w, b, a in layers]).sum(dim=0)
+        sizes = [expected_l0(weight, bias, log_alpha) for weight, bias, log_alpha in layers]
+        return torch.stack(sizes).sum(dim=0)
 
     def n_regulators(self) -> Tensor:
-        return (
-            p_open(self.log_alpha[0], self.temperature).sum(dim=-1, keepdim=True).expand(-1, self.weight[-1].shape[-1])
-        )
+        n_open = p_open(self.log_alpha[0], self.temperature).sum(dim=-1, keepdim=True)
+        return n_open.expand(-1, self.weight[-1].shape[-1])  # the same for all targets
 
     def p_open(self) -> Tensor:
         """(m, in, out), probability that an input is open for an output: the same for all outputs."""
@@ -213,11 +229,11 @@ class SharedField(nn.Module):
             self.weight[0].copy_(weight)
 
     def keep_movable(self) -> None:
-        """Gates may be anywhere, as in the public code."""
+        """Do nothing: gates are not bounded, as in the public code."""
 
     @torch.no_grad()
     def freeze(self, gated: bool) -> None:
-        """Fix the mask: gates that are rather open, or inputs with a weight that is not zero."""
+        """Fix the mask: gates with a probability above 0.5 of being open, or inputs with a weight that is not zero."""
         for k, mask in enumerate(self.masks):
             if gated:
                 mask.copy_(p_open(self.log_alpha[k], self.temperature) > 0.5)
@@ -273,6 +289,8 @@ class TargetField(nn.Module):
     ):
         super().__init__()
         self.activation, self.temperature = activation, temperature
+
+        # which connections there may be
         chosen = list(range(n_genes)) if regulators is None else list(regulators)
         m, r = n_members, len(chosen)
         self.register_buffer("regulators", torch.tensor(chosen, dtype=torch.int64), persistent=False)
@@ -281,16 +299,21 @@ class TargetField(nn.Module):
         allowed = torch.ones(r, n_genes) if allowed is None else allowed.float()
         self.register_buffer("own", own, persistent=False)
         self.register_buffer("allowed", torch.maximum(own, allowed), persistent=False)
+
+        # networks, decay, gates
         self.weight = nn.Parameter(torch.randn(m, r, n_genes, hidden) / max(r, 1) ** 0.5)
         self.bias = nn.Parameter(0.5 * torch.randn(m, n_genes, hidden))
         self.out = nn.Parameter(torch.randn(m, n_genes, hidden) / hidden**0.5)
         self.constant = nn.Parameter(torch.zeros(m, n_genes))
         self.raw_decay = nn.Parameter(torch.zeros(m, n_genes))
         self.slow_alpha = nn.Parameter((log_alpha + 0.01 * torch.randn(m, r, n_genes)) / SPEED)
+
+        # what labels and a skip connection add
         self.label = nn.Parameter(torch.zeros(m, n_labels, n_genes, hidden)) if n_labels else None
         self.label_constant = nn.Parameter(torch.zeros(m, n_labels, n_genes)) if n_labels else None
         self.skip = nn.Parameter(torch.zeros(m, r, n_genes)) if skip else None
-        self._places: Tensor | None = None
+
+        self._open_rows: Tensor | None = None  # of a frozen mask
         self.register_buffer("mask", torch.ones(m, r, n_genes))
         self.register_buffer("is_frozen", torch.tensor(False))
 
@@ -301,17 +324,22 @@ class TargetField(nn.Module):
 
     def draw(self) -> list[Tensor]:
         """Gates with noise, (m, r, d)."""
-        return self.open() if bool(self.is_frozen) else [self._gated(gate_sample(self.log_alpha, self.temperature))]
+        if bool(self.is_frozen):
+            return self.open()
+        return [self._gated(gate_sample(self.log_alpha, self.temperature))]
 
     def mode(self) -> list[Tensor]:
         """Gates for evaluation."""
-        return self.open() if bool(self.is_frozen) else [self._gated(gate_mode(self.log_alpha))]
+        if bool(self.is_frozen):
+            return self.open()
+        return [self._gated(gate_mode(self.log_alpha))]
 
     def open(self) -> list[Tensor]:
         """Connections that may exist, and were not closed by :meth:`freeze`."""
         return [self.mask * self.allowed]
 
     def _gated(self, gates: Tensor) -> Tensor:
+        """Gates, with that of a gene to itself open, of connections that may exist."""
         return torch.where(self.own > 0, torch.ones_like(gates), gates) * self.mask * self.allowed
 
     def prepared(self, gates: Gates) -> list[Tensor]:
@@ -319,11 +347,12 @@ class TargetField(nn.Module):
 
         Of a frozen field with few open connections, those alone: (m, d, k, h) and their positions (m, d, k).
         """
-        if (places := self._few()) is not None and self.skip is None:
-            rows = torch.arange(len(self.weight))[:, None, None]
-            columns = torch.arange(self.weight.shape[2])[None, :, None]
-            gate = gates[0][rows, places, columns]
-            return [gate[..., None] * self.weight[rows, places, columns], self.regulators[places]]
+        if (rows := self._few_rows()) is not None and self.skip is None:
+            members = torch.arange(len(self.weight))[:, None, None]
+            targets = torch.arange(self.weight.shape[2])[None, :, None]
+            gate = gates[0][members, rows, targets]
+            weight = self.weight[members, rows, targets]
+            return [gate[..., None] * weight, self.regulators[rows]]
         return self.full(gates)
 
     def full(self, gates: Gates) -> list[Tensor]:
@@ -334,21 +363,23 @@ class TargetField(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """Velocity (m, n, d) at states (m, n, d), with weights from :meth:`prepared`."""
         regulators = x if weights[0].ndim == 4 else self._regulators(x)
-        a = ACTIVATIONS[self.activation][0](self._units(regulators, labels, weights))
-        f = (a * self.out[:, None]).sum(dim=-1) + self.constant[:, None] - F.softplus(self.raw_decay)[:, None] * x
+        activate, _ = ACTIVATIONS[self.activation]
+        a = activate(self._units(regulators, labels, weights))
+        production = (a * self.out[:, None]).sum(dim=-1) + self.constant[:, None]
+        f = production - F.softplus(self.raw_decay)[:, None] * x
         if self.label_constant is not None:
             f = f + labels @ self.label_constant
         return f if self.skip is None else f + regulators @ weights[1]
 
-    def _few(self) -> Tensor | None:
+    def _few_rows(self) -> Tensor | None:
         """(m, d, k), rows of the connections that a frozen mask left, if k is below a third of all."""
         if not bool(self.is_frozen):
             return None
-        if self._places is None:
-            open_ = self.mask * self.allowed
-            most = max(int(open_.sum(dim=1).max()), 1)
-            self._places = open_.transpose(1, 2).topk(most, dim=-1).indices
-        return self._places if self._places.shape[-1] < len(self.regulators) / 3 else None
+        if self._open_rows is None:
+            is_open = self.mask * self.allowed
+            most = max(int(is_open.sum(dim=1).max()), 1)
+            self._open_rows = is_open.transpose(1, 2).topk(most, dim=-1).indices
+        return self._open_rows if self._open_rows.shape[-1] < len(self.regulators) / 3 else None
 
     def _regulators(self, x: Tensor) -> Tensor:
         return x if len(self.regulators) == x.shape[-1] else x[..., self.regulators]
@@ -356,12 +387,12 @@ class TargetField(nn.Module):
     def _units(self, regulators: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """(m, n, d, h), what enters the activation."""
         if weights[0].ndim == 4:
-            first, places = weights
+            first, positions = weights
             m, n = regulators.shape[:2]
-            # positions are those of genes: a field that is told some of them gets the whole state here
-            index = places.flatten(1)[:, None].expand(m, n, -1)
-            seen = regulators.gather(2, index).unflatten(-1, places.shape[1:])
-            pre = self.bias[:, None] + (seen[..., None] * first[:, None]).sum(dim=3)
+            # positions are those among all genes, and so `regulators` holds the state of all genes here
+            index = positions.flatten(1)[:, None].expand(m, n, -1)
+            inputs = regulators.gather(2, index).unflatten(-1, positions.shape[1:])
+            pre = self.bias[:, None] + (inputs[..., None] * first[:, None]).sum(dim=3)
         else:
             pre = torch.baddbmm(self.bias.flatten(1)[:, None], regulators, weights[0])
             pre = pre.unflatten(-1, self.bias.shape[1:])
@@ -404,7 +435,10 @@ class TargetField(nn.Module):
 
     def p_open(self) -> Tensor:
         """(m, in, out), probability that a connection is open; 0 for genes that may not regulate."""
-        p = self.open()[0] if bool(self.is_frozen) else self._gated(p_open(self.log_alpha, self.temperature))
+        if bool(self.is_frozen):
+            p = self.open()[0]
+        else:
+            p = self._gated(p_open(self.log_alpha, self.temperature))
         full = p.new_zeros(len(p), self.constant.shape[1], self.constant.shape[1])
         full[:, self.regulators] = p
         return full
@@ -426,11 +460,11 @@ class TargetField(nn.Module):
 
     @torch.no_grad()
     def freeze(self, gated: bool) -> None:
-        """Fix the mask: gates that are rather open, or connections with a weight that is not zero."""
+        """Fix the mask: gates with a probability above 0.5 of being open, or connections with a weight."""
         if gated:
             self.mask.copy_(self._gated(p_open(self.log_alpha, self.temperature)) > 0.5)
         else:
             used = self.weight.abs().amax(dim=-1) > 0
             self.mask.copy_(used if self.skip is None else used | (self.skip != 0))
-        self._places = None
+        self._open_rows = None
         self.is_frozen.fill_(True)

@@ -65,7 +65,8 @@ def gate_mode(log_alpha: Tensor) -> Tensor:
 def gate_cdf(x: float, log_alpha: Tensor, beta: float = BETA) -> Tensor:
     """Probability that the stretched variable is at most x."""
     share = (x - GAMMA) / (ZETA - GAMMA)
-    return torch.sigmoid(beta * (math.log(share) - math.log1p(-share)) - log_alpha).clamp(EPS, 1 - EPS)
+    logit = math.log(share) - math.log1p(-share)
+    return torch.sigmoid(beta * logit - log_alpha).clamp(EPS, 1 - EPS)
 
 
 def p_open(log_alpha: Tensor, beta: float = BETA) -> Tensor:
@@ -92,7 +93,7 @@ def weight_path(weights: Sequence[Tensor]) -> Tensor:
 def gate_path(gates: Sequence[Tensor], n_out: int) -> Tensor:
     """(..., in, out), the same sum for gates alone, every connection being z_i of its input unit.
 
-    All columns are equal: it is z_0 times the sums of the later gates, and so says nothing of outputs.
+    All columns are equal: it is z_0 times the sums of the later gates, whatever the output.
     """
     later = gates[0].new_ones(gates[0].shape[:-1])
     for gate in gates[1:]:
@@ -102,6 +103,7 @@ def gate_path(gates: Sequence[Tensor], n_out: int) -> Tensor:
 
 def expected_l0(weight: Tensor, bias: Tensor, log_alpha: Tensor, lam: float = 1.0, decay: float = 0.0) -> Tensor:
     """Expected number of weights behind open gates of a layer, times `lam`, with weight decay (equation 15)."""
+    # every gate has a row of weights
     rows = (lam + decay / 2 * weight.square()).sum(dim=-1)
     return (p_open(log_alpha) * rows).sum(dim=-1) + decay / 2 * bias.square().sum(dim=-1)
 
@@ -144,15 +146,20 @@ def lasso_prox(theta: Tensor, weight: Tensor, lam: float, bound: float) -> tuple
     ----------
     Lemhadri et al., JMLR 2021 22(127), algorithm 2.
     """
+    # x for every number m of units that are cut off
     norm = theta.norm(dim=-1)
     sizes = weight.abs().sort(dim=-1, descending=True).values
     zero = sizes.new_zeros(*sizes.shape[:-1], 1)
     sums = torch.cat([zero, sizes.cumsum(dim=-1)], dim=-1)  # S_m, m = 0..units
     m = torch.arange(sums.shape[-1], dtype=sizes.dtype, device=sizes.device)
-    x = (norm[..., None] + bound * sums - lam).clamp_min(0.0) / (1 + m * bound**2)
+    shrunk = (norm[..., None] + bound * sums - lam).clamp_min(0.0)
+    x = shrunk / (1 + m * bound**2)
+
+    # the first m at which the next unit is not cut off
     below = torch.cat([sizes, zero], dim=-1)  # a_(m+1)
     first = (bound * x >= below).int().argmax(dim=-1, keepdim=True)
     x = x.gather(-1, first)
+
     scale = x / norm.clamp_min(torch.finfo(theta.dtype).tiny)[..., None]
     return theta * scale, weight.sign() * torch.minimum(weight.abs(), bound * x)
 
@@ -161,7 +168,7 @@ def lasso_prox(theta: Tensor, weight: Tensor, lam: float, bound: float) -> tuple
 
 
 class Penalised(Protocol):
-    """What penalties ask of a network with m members."""
+    """A network with m members, as far as penalties need it."""
 
     def weights(self) -> list[Tensor]:
         """All weights, biases left out."""
@@ -202,7 +209,8 @@ def _cnode(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
 
 
 def _l1(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
-    return torch.stack([weight.abs().flatten(1).sum(dim=1) for weight in field.weights()]).sum(dim=0)
+    sums = [weight.abs().flatten(1).sum(dim=1) for weight in field.weights()]
+    return torch.stack(sums).sum(dim=0)
 
 
 def _l0(field: Penalised, gates: Sequence[Tensor]) -> Tensor:

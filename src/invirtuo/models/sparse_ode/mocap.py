@@ -42,17 +42,22 @@ def motion_capture(path: str | os.PathLike) -> AnnData:
 
     try:
         arrays = loadmat(path, variable_names=["Xtr", "Xval", "Xtest"])
-        parts = {"train": arrays["Xtr"], "val": arrays["Xval"], "test": arrays["Xtest"]}
+        sequences = {"train": arrays["Xtr"], "val": arrays["Xval"], "test": arrays["Xtest"]}
     except (OSError, KeyError, ValueError, NotImplementedError, MatReadError) as error:
         raise ValueError(f"{path} is not the file of motion capture (Xtr, Xval, Xtest): {error}") from error
+
+    # frame after frame, sequence after sequence
     rows, tables = [], []
-    for part, x in parts.items():
+    for part, x in sequences.items():
         n, frames, channels = x.shape
         rows.append(x.reshape(n * frames, channels))
         names = np.repeat([f"{part}_{i}" for i in range(n)], frames)
-        tables.append(pd.DataFrame({"sequence": names, "frame": np.tile(np.arange(float(frames)), n), "split": part}))
+        frame = np.tile(np.arange(float(frames)), n)
+        tables.append(pd.DataFrame({"sequence": names, "frame": frame, "split": part}))
+
     obs = pd.concat(tables, ignore_index=True)
     obs.index = [f"{s}_{int(f)}" for s, f in zip(obs["sequence"], obs["frame"], strict=True)]
     values = np.concatenate(rows)
-    var = pd.DataFrame({"constant": values.std(axis=0) < 1e-3}, index=[f"channel_{i}" for i in range(values.shape[1])])
+    channels = [f"channel_{i}" for i in range(values.shape[1])]
+    var = pd.DataFrame({"constant": values.std(axis=0) < 1e-3}, index=channels)
     return AnnData(values.astype(np.float32), obs=obs, var=var)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,11 +22,14 @@ def lorenz96(d: int, rng: np.random.Generator, forcing: float = 8.0) -> Made:
     """dx_i/dt = (x_(i+1) - x_(i-2)) x_(i-1) - x_i + F (Lorenz 1996); parents of i: i-2, i-1, i, i+1."""
 
     def velocity(x: np.ndarray) -> np.ndarray:
-        return (np.roll(x, -1, -1) - np.roll(x, 2, -1)) * np.roll(x, 1, -1) - x + forcing
+        following, before, second_before = np.roll(x, -1, -1), np.roll(x, 1, -1), np.roll(x, 2, -1)
+        return (following - second_before) * before - x + forcing
 
     graph = np.zeros((d, d), dtype=int)
     i = np.arange(d)
-    graph[(i + 1) % d, i], graph[(i - 2) % d, i], graph[(i - 1) % d, i], graph[i, i] = 1, 1, 1, -1
+    for offset in (1, -2, -1):
+        graph[(i + offset) % d, i] = 1
+    graph[i, i] = -1
     return velocity, graph, lambda n, g: forcing * 0.5 + g.normal(0, 3.0, (n, d))
 
 
@@ -34,6 +38,7 @@ def linear_grn(d: int, rng: np.random.Generator, in_degree: int = 2) -> Made:
     graph = _random_graph(d, rng, in_degree)
     weight = graph * rng.uniform(0.8, 1.6, (d, d))
     delta = rng.uniform(0.5, 1.0, d)
+    # decay is raised until all eigenvalues are negative
     shift = np.linalg.eigvals((weight - np.diag(delta)).T).real.max()
     delta = delta + max(shift + 0.15, 0.0)
     b = rng.uniform(0.2, 1.0, d)
@@ -56,14 +61,15 @@ def hill_grn(d: int, rng: np.random.Generator, in_degree: int = 2, power: int = 
 
 
 def oscillators(d: int, rng: np.random.Generator) -> Made:
-    """Two damped oscillators that do not know of each other, and a chain behind the first."""
+    """Two damped oscillators without a connection, and a chain behind the first."""
     if d < 5:
         raise ValueError(f"oscillators with {d} variables; expected at least 5")
     weight = np.zeros((d, d))
     for a, b, speed in ((0, 1, 2.0), (2, 3, 3.0)):
         weight[a, b], weight[b, a] = speed, -speed
-    for i in range(4, d):
-        weight[0 if i == 4 else i - 1, i] = 1.5
+    chain = [0, *range(4, d)]
+    for i, following in pairwise(chain):
+        weight[i, following] = 1.5
     graph = np.sign(weight).astype(int) - np.eye(d, dtype=int)
     delta = np.r_[np.full(4, 0.1), np.full(d - 4, 1.0)]
     return (lambda x: x @ weight - delta * x), graph, _uniform(d, -2, 2)
@@ -103,7 +109,7 @@ def simulate(
     noise
         Standard deviation of the noise of observation, as a share of that of each variable.
     drop
-        Share of the times after the first that is missing, others in each course.
+        Share of the times after the first that is missing, different ones in each course.
     clamp
         Variable (``x0``, ``x1``, ...) to the value at which it is held from the beginning: an intervention.
     spread
@@ -137,29 +143,37 @@ def simulate(
         raise ValueError(f"there is no system {system!r}; known: {', '.join(SYSTEMS)}")
     velocity, graph, start = SYSTEMS[system](n_genes, np.random.default_rng([seed, 0]), **options)
     names = [f"x{i}" for i in range(n_genes)]
-    if strange := sorted(set(clamp or {}) - set(names)):
-        raise ValueError(f"cannot clamp {', '.join(strange)}; variables are x0 to x{n_genes - 1}")
+    clamp = clamp or {}
+    if unknown := sorted(set(clamp) - set(names)):
+        raise ValueError(f"cannot clamp {', '.join(unknown)}; variables are x0 to x{n_genes - 1}")
+
+    # starts; variables that are clamped do not move
     rng = np.random.default_rng([seed, 1, draw])
-    x0, held = start(n_courses, rng), np.ones(n_genes)
+    x0, is_free = start(n_courses, rng), np.ones(n_genes)
     centre = start(10_000, np.random.default_rng(0)).mean(axis=0)
     x0 = centre + spread * (x0 - centre)
-    for name, value in (clamp or {}).items():
-        x0[:, names.index(name)], held[names.index(name)] = value, 0.0
+    for name, value in clamp.items():
+        x0[:, names.index(name)] = value
+        is_free[names.index(name)] = 0.0
+
+    # all courses as one system
+    def velocities(_, y: np.ndarray) -> np.ndarray:
+        return (velocity(y.reshape(n_courses, n_genes)) * is_free).ravel()
+
     times = np.linspace(0, duration, n_times)
-
-    def flat(_, y: np.ndarray) -> np.ndarray:
-        return (velocity(y.reshape(n_courses, n_genes)) * held).ravel()
-
-    path = solve_ivp(flat, (0, duration), x0.ravel(), t_eval=times, rtol=1e-7, atol=1e-9).y
+    path = solve_ivp(velocities, (0, duration), x0.ravel(), t_eval=times, rtol=1e-7, atol=1e-9).y
     clean = path.reshape(n_courses, n_genes, n_times).transpose(0, 2, 1)
-    seen = clean + noise * clean.std(axis=(0, 1)) * rng.normal(size=clean.shape)
+
+    # observations
+    observed = clean + noise * clean.std(axis=(0, 1)) * rng.normal(size=clean.shape)
     keep = rng.random((n_courses, n_times)) >= drop
     keep[:, 0] = True
     course = np.repeat(np.arange(n_courses), n_times).reshape(n_courses, n_times)[keep]
     obs = pd.DataFrame({"time": np.broadcast_to(times, keep.shape)[keep], "course": course.astype(str)})
     obs.index = [f"c{c}_{i}" for i, c in enumerate(course)]
-    adata = AnnData(seen[keep].astype(np.float32), obs=obs, var=pd.DataFrame(index=names))
-    adata.layers["clean"], adata.varp["regulates"] = clean[keep], graph
+    adata = AnnData(observed[keep].astype(np.float32), obs=obs, var=pd.DataFrame(index=names))
+    adata.layers["clean"] = clean[keep]
+    adata.varp["regulates"] = graph
     return adata
 
 
@@ -167,7 +181,8 @@ def _random_graph(d: int, rng: np.random.Generator, in_degree: int) -> np.ndarra
     """(d, d) signs [in, out], `in_degree` other genes for each."""
     graph = np.zeros((d, d), dtype=int)
     for j in range(d):
-        parents = rng.choice([i for i in range(d) if i != j], min(in_degree, d - 1), replace=False)
+        others = [i for i in range(d) if i != j]
+        parents = rng.choice(others, min(in_degree, d - 1), replace=False)
         graph[parents, j] = rng.choice([-1, 1], len(parents))
     return graph
 

@@ -65,16 +65,22 @@ def tradeoff(
         raise ValueError("the model has no penalty to weigh; make it with another one, for example 'target_l0'")
     if missing := sorted({"train", inside, outside} - set(split)):
         raise ValueError(f"the split has no {preview(missing)} cells; found {preview(sorted(set(split)))}")
+
     rows, errors = [], pd.DataFrame()
     for lam in lams:
+        # errors of a model with this weight, and of the baselines, which do not depend on it
         one = type(model)(model.design, model.genes, replace(model.config, lam=float(lam)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not forecast held-out courses")  # it is in the table
             one.fit(adata, split, config or model.fit_config)
-            tables = {name: one.evaluate_forecast(adata, split, part)
-                      for name, part in (("inside", inside), ("outside", outside))}  # fmt: skip
-        errors = pd.DataFrame({k: t.groupby("model", sort=False)[metric].mean() for k, t in tables.items()})
+            tables = {"inside": one.evaluate_forecast(adata, split, inside)}
+            tables["outside"] = one.evaluate_forecast(adata, split, outside)
+        means = {name: table.groupby("model", sort=False)[metric].mean() for name, table in tables.items()}
+        errors = pd.DataFrame(means)
+
+        # open connections
         sizes = one.sparsity(1).loc["evaluation"]
         found = {"lam": float(lam), "open_inputs": sizes["open_inputs"], "open_share": 1 - sizes["features"]}
         rows.append({"model": model.name} | found | errors.loc[model.name].to_dict())
-    return pd.concat([pd.DataFrame(rows), errors.drop(index=model.name).reset_index()], ignore_index=True)
+    baselines = errors.drop(index=model.name).reset_index()
+    return pd.concat([pd.DataFrame(rows), baselines], ignore_index=True)

@@ -4,7 +4,7 @@ Paper: Adduri et al. 2025, "Predicting cellular responses to perturbation across
 doi:10.1101/2025.06.26.661135, section 5.4. A cell is the sequence of its most expressed genes between two learned
 tokens (23). A gene is a fixed vector, projected (22), plus a soft bin of its value (24)-(26). The two tokens come out
 of a transformer (27)-(29) as the embedding (30), from which a decoder predicts the values of any genes, expressed ones,
-silent ones, and some that all cells of the batch share (31)-(34). The second token also tells the data set (35)-(36).
+silent ones, and some that all cells of the batch share (31)-(34). The second token also gives the data set (35)-(36).
 
 Data sets with different genes are learned from together: join them with `anndata.concat(..., join="outer",
 label="dataset", fill_value=0)` and name that column as a covariate. A gene belongs to a data set if one of its training
@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -49,7 +50,7 @@ __all__ = ["Config", "StateEmbedding"]
 logger = logging.getLogger(__name__)
 
 CHUNK = 32  # cells embedded at once, always: products of other sizes differ in their last digits
-PLACES = 1 << 20  # more than any number of genes; a place in an order below it breaks ties between equal values
+RANKS = 1 << 20  # more than any number of genes: a rank below it breaks ties between equal values
 
 
 @dataclass(frozen=True)
@@ -105,26 +106,48 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList()
+        for _ in range(2):
+            self.blocks.append(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.out = nn.Linear(width, 1)
 
     def forward(self, z: Tensor, genes: Tensor, depth: Tensor) -> Tensor:
         """z (n, d), genes (n, m, h), depth (n,) -> (n, m)."""
         m = genes.shape[1]
-        x = torch.cat([z[:, None].expand(-1, m, -1), genes, depth[:, None, None].expand(-1, m, 1)], dim=2)
+        cells, depths = z[:, None].expand(-1, m, -1), depth[:, None, None].expand(-1, m, 1)
+        x = torch.cat([cells, genes, depths], dim=2)
         for block, norm in zip(self.blocks, self.norms, strict=True):
             x = norm(x + block(x))
         return self.out(x).squeeze(2)
 
 
+_TINY = Config(length=64, hidden_dim=32, n_layers=1)
+_SMALL = Config(
+    length=1024,
+    hidden_dim=256,
+    n_layers=4,
+    n_heads=8,
+    dropout=0.1,
+    n_expressed=256,
+    n_silent=256,
+    n_shared=128,
+)
 _PAPER = Config(
-    gene_width=5120, length=2048, order="value", fill="genes", hidden_dim=2048, n_layers=16, n_heads=16, dropout=0.1,
-    n_expressed=512, n_silent=512, n_shared=256,
-)  # fmt: skip
+    gene_width=5120,
+    length=2048,
+    order="value",
+    fill="genes",
+    hidden_dim=2048,
+    n_layers=16,
+    n_heads=16,
+    dropout=0.1,
+    n_expressed=512,
+    n_silent=512,
+    n_shared=256,
+)
 _FIT = FitConfig(steps=1000, batch_size=64, optimizer="adamw", lr=1e-3, weight_decay=0.01, clip=0.8, ema=0.0)
+_SMALL_FIT = replace(_FIT, steps=20_000, batch_size=128, lr=3e-4)
 _PAPER_FIT = replace(_FIT, steps=218_000, batch_size=24, accumulate=4, lr=1e-5, warmup=6_540, precision="bf16")
 
 
@@ -145,29 +168,14 @@ class StateEmbedding(Model):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _FIT, "ours, for a CPU"),
-        "tiny": Preset(
-            Config(length=64, hidden_dim=32, n_layers=1), replace(_FIT, steps=500), "ours, for a quick look"
-        ),
-        "small": Preset(
-            Config(
-                length=1024,
-                hidden_dim=256,
-                n_layers=4,
-                n_heads=8,
-                dropout=0.1,
-                n_expressed=256,
-                n_silent=256,
-                n_shared=128,
-            ),
-            replace(_FIT, steps=20_000, batch_size=128, lr=3e-4),
-            "ours, for one GPU",
-        ),
+        "tiny": Preset(_TINY, replace(_FIT, steps=500), "ours, for a quick look"),
+        "small": Preset(_SMALL, _SMALL_FIT, "ours, for one GPU"),
         "paper": Preset(_PAPER, _PAPER_FIT, "section 5.4 and 5.5; steps for four epochs of its corpus on 32 GPUs"),
     }
 
     known: Tensor  # (g,), whether a gene has a vector
     measured: Tensor  # (data sets, g), whether a data set has the gene
-    rank: Tensor  # (g,), place of a gene by name, backwards
+    rank: Tensor  # (g,), of a gene by name, from last to first
     weight: Tensor  # (g,), of the value of a gene in the order of a sentence
     filler: Tensor  # (g,), order in which silent genes fill up a sentence
     vectors: Tensor  # (g, d)
@@ -180,6 +188,8 @@ class StateEmbedding(Model):
         self.one_hot = config.gene_vectors == "one-hot"
         levels = self.design.covariates.get(config.dataset, ("",))
         n_in = n_genes if self.one_hot else config.gene_width
+
+        # words: a projected vector for the gene, a mixture of bins for its value
         self.gene_map = nn.Linear(n_in, width)
         self.gene_norm = nn.LayerNorm(width)
         self.bin_choice = nn.Sequential(
@@ -187,18 +197,20 @@ class StateEmbedding(Model):
         )
         self.bins = nn.Parameter(torch.randn(config.n_bins, width) * 0.02)
         self.tokens = nn.Parameter(torch.randn(2, width) * 0.02)  # of the cell and of the data set
-        self.transformer = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, config.n_heads, config.feed_forward * width, config.dropout,
-                activation="gelu", batch_first=True, norm_first=True,
-            )
-            for _ in range(config.n_layers)
-        )  # fmt: skip
+
+        self.transformer = nn.ModuleList()
+        layer = partial(nn.TransformerEncoderLayer, activation="gelu", batch_first=True, norm_first=True)
+        for _ in range(config.n_layers):
+            self.transformer.append(layer(width, config.n_heads, config.feed_forward * width, config.dropout))
+
+        # what is read from the tokens
         self.cell_norm, self.dataset_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dataset_map = nn.Linear(width, config.n_dataset)
         self.decoder = Decoder(self.n_embedding + width + 1)
         if len(levels) > 1:
             self.dataset_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(levels)))
+
+        # what `prepare` learns of the genes
         self.register_buffer("known", torch.zeros(n_genes, dtype=torch.bool))
         self.register_buffer("measured", torch.zeros(len(levels), n_genes, dtype=torch.bool))
         self.register_buffer("rank", torch.zeros(n_genes, dtype=torch.int64))
@@ -215,24 +227,34 @@ class StateEmbedding(Model):
         """Look up the vectors of genes, and which genes each data set has."""
         n_genes = len(self.genes)
         self._set_vectors()
+
+        # data set of every cell
         name, rows = self.config.dataset, dataset.rows("train")
         of_level = np.zeros(len(dataset.split), np.int64)
         if name in self.design.covariates:
             of_level = dataset.condition.map(lambda condition: condition.covariates[name]).numpy()
         if (of_level < 0).any():
             raise ValueError(f"{name!r} is unknown for some cells; name the data set of every cell")
-        n_cells = np.zeros((len(self.measured), n_genes), np.int64)  # that express a gene, by data set
+
+        # a data set has the genes that any of its cells expresses
+        n_cells = np.zeros((len(self.measured), n_genes), np.int64)
         for own, x in dataset.blocks("train"):
             for level in np.unique(of_level[own]):
-                n_cells[level] += np.asarray((x[of_level[own] == level] > 0).sum(axis=0)).ravel()
+                is_expressed = x[of_level[own] == level] > 0
+                n_cells[level] += np.asarray(is_expressed.sum(axis=0)).ravel()
         self.measured.copy_(torch.from_numpy(n_cells > 0) & self.known)
         if self.config.order == "specific":
-            self.weight.copy_(torch.from_numpy(np.log1p(len(rows) / np.maximum(n_cells.sum(0), 1))))
+            rarity = len(rows) / np.maximum(n_cells.sum(0), 1)
+            self.weight.copy_(torch.from_numpy(np.log1p(rarity)))
+
+        # orders of genes: by name, and of silent ones at random
         by_name = np.argsort(np.array(self.genes), kind="stable")
         self.rank[torch.from_numpy(by_name)] = torch.arange(n_genes, 0, -1)
         self.filler.copy_(torch.from_numpy(np.random.default_rng(0).permutation(n_genes) + 1))
 
     def _set_vectors(self) -> None:
+        """Look up the vector of every gene, and note which have one."""
+        # a number or vector for each gene, NaN without one
         source = self.config.gene_vectors
         if source == "one-hot":
             self.known.fill_(True)
@@ -245,12 +267,14 @@ class StateEmbedding(Model):
             table = read_vectors(source, self.genes)
         if table.shape[1] != self.config.gene_width:
             raise ValueError(f"vectors in {source} have {table.shape[1]} numbers; set gene_width={table.shape[1]}")
+
         found = np.isfinite(table).all(axis=1)
         if not found.any():
             raise ValueError(
                 f"{source} has no vector for any of the genes {preview(self.genes)}; expected gene names alike"
             )
         logger.info("%d of %d genes have a vector; the others are not read", found.sum(), len(found))
+
         self.known.copy_(torch.from_numpy(found))
         vectors = torch.from_numpy(np.where(found[:, None], table, 0)).float()
         if self.config.vector_norm:
@@ -273,17 +297,18 @@ class StateEmbedding(Model):
         allowed
             (n, g) or (1, g) bool, genes that may be read.
         shuffle
-            Fill up with silent genes in random order, in place of the stored one.
+            Fill up with silent genes in random order, in place of the fixed one.
 
         Returns
         -------
         Numbers of the genes (n, l), and which of these are to be read (n, l).
         """
+        # bits of floats above 0 are in the order of the floats
         expressed = (x > 0) & allowed
         value = (x.float() * self.weight).contiguous()
-        keys = (value.view(torch.int32).long() * PLACES + self.rank) * expressed  # bits of floats above 0 are in order
+        keys = (value.view(torch.int32).long() * RANKS + self.rank) * expressed
         if self.config.fill == "genes":
-            order = torch.randint(1, PLACES, x.shape, device=x.device) if shuffle else self.filler
+            order = torch.randint(1, RANKS, x.shape, device=x.device) if shuffle else self.filler
             keys = torch.where(expressed, keys, order * allowed)
         top = keys.topk(min(self.config.length, x.shape[1]), dim=1)
         return top.indices, top.values > 0
@@ -304,35 +329,46 @@ class StateEmbedding(Model):
         -------
         Embedding (n, h + 10), and the token of the data set (n, h).
         """
+        # words of the sentence
         values = x.gather(1, genes)
         if self.config.value == "percent":
             values = 100 * values / x.sum(dim=1, keepdim=True).clamp_min(1e-6)
         share = self.bin_choice(values[..., None].to(codes.dtype)).softmax(dim=-1)
         words = codes[genes] + share @ self.bins
+
+        # between two tokens, which are always there; what is absent in all cells is left out
         first, last = (token.expand(len(x), 1, -1) for token in self.tokens)
-        absent = F.pad(~present, (1, 1))  # the tokens are always there
-        width = int((~absent).sum(dim=1).max())  # what is absent stands at the end, before the last token
-        words, absent = words[:, : width - 2], torch.cat([absent[:, : width - 1], absent[:, -1:]], dim=1)
+        absent = F.pad(~present, (1, 1))
+        width = int((~absent).sum(dim=1).max())
+        words = words[:, : width - 2]
+        absent = torch.cat([absent[:, : width - 1], absent[:, -1:]], dim=1)
+
         out = torch.cat([first, words, last], dim=1)
         for layer in self.transformer:
             out = layer(out, src_key_padding_mask=absent)
+
         token = self.dataset_norm(out[:, -1])
         z = torch.cat([self.cell_norm(out[:, 0]), self.dataset_map(token)], dim=1)
-        return (F.normalize(z, dim=1) if self.config.cell_norm == "l2" else z), token
+        if self.config.cell_norm == "l2":
+            z = F.normalize(z, dim=1)
+        return z, token
 
     # ---- loss --------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Errors of predicted expression over genes and over cells, and of the guessed data set (32)-(37)."""
+        # embeddings of the cells
         x, config = batch.target, self.config
         levels = batch.condition.covariates.get(config.dataset)
         allowed = self.measured[:1] if levels is None else self.measured[levels]
         codes = self.gene_codes()
         genes, present = self.sentence(x, allowed, shuffle=True)
         z, token = self.encode(x, genes, present, codes)
-        asked, valid = self._asked(x, allowed, genes, present)
-        guess = self.decoder(z, codes[asked], depth(x, genes, present))
-        error = (guess.float() - x.gather(1, asked)) * valid
+
+        # from which the values of genes are predicted
+        targets, valid = self._target_genes(x, allowed, genes, present)
+        guess = self.decoder(z, codes[targets], depth(x, genes, present))
+        error = (guess.float() - x.gather(1, targets)) * valid
         losses = {
             "genes": error.norm(dim=1).mean(),
             "cells": error[:, -config.n_shared :].norm(dim=0).mean(),
@@ -343,23 +379,27 @@ class StateEmbedding(Model):
             losses["total"] = losses["total"] + losses["dataset"]
         return losses
 
-    def _asked(self, x: Tensor, allowed: Tensor, genes: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def _target_genes(self, x: Tensor, allowed: Tensor, genes: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Genes to predict (n, m), expressed, silent and shared ones, and which of them count (n, m).
 
-        A cell with too few expressed genes is asked for more of those outside of its sentence.
+        Of a cell with too few expressed genes, more of those outside of its sentence are predicted.
         """
+        # keys: genes outside of the sentence in random order, those inside of it and those not allowed below 0
         n, config = len(x), self.config
         chance = torch.rand(x.shape, device=x.device)
         inside = torch.zeros_like(x, dtype=torch.bool).scatter_(1, genes, present)
         keys = torch.where(inside, -1.0, chance) * allowed - (~allowed).float()
+
+        # expressed genes of the sentence that are chosen go before all others
         expressed = torch.rand(genes.shape, device=x.device) * (present & (x.gather(1, genes) > 0))
         chosen = expressed.topk(min(config.n_expressed, genes.shape[1]), dim=1)
         own = genes.gather(1, chosen.indices)
         keys.scatter_(1, own, torch.where(chosen.values > 0, 2.0 + chosen.values, keys.gather(1, own)))
         top = keys.topk(min(config.n_expressed + config.n_silent, x.shape[1]), dim=1)
+
         shared = torch.randint(x.shape[1], (config.n_shared,), device=x.device)
-        asked = torch.cat([top.indices, shared.expand(n, -1)], dim=1)
-        return asked, torch.cat([top.values > 0, allowed.expand(n, -1)[:, shared]], dim=1)
+        targets = torch.cat([top.indices, shared.expand(n, -1)], dim=1)
+        return targets, torch.cat([top.values > 0, allowed.expand(n, -1)[:, shared]], dim=1)
 
     # ---- embedding ---------------------------------------------------------------------------------------------
 
@@ -371,17 +411,20 @@ class StateEmbedding(Model):
             raise ValueError("gene names are not unique; call adata.var_names_make_unique() first")
         if list(adata.var_names) == self.genes:
             return adata
-        place = pd.Index(self.genes).get_indexer(adata.var_names)
-        shared = int((place >= 0).sum())
+        position = pd.Index(self.genes).get_indexer(adata.var_names)
+        is_shared = position >= 0
+        shared = int(is_shared.sum())
         if not shared:
             raise ValueError(
                 f"none of the genes {preview(adata.var_names)} is known to the model, which has {preview(self.genes)}; "
                 "use the same kind of gene names"
             )
         logger.info("%d of the %d genes of the data are known to the model", shared, adata.n_vars)
-        ordered = to_csr(adata)[:, place >= 0].tocoo()
-        columns = place[place >= 0][ordered.col]
-        matrix = sparse.csr_matrix((ordered.data, (ordered.row, columns)), (adata.n_obs, len(self.genes)))
+
+        # entries move to the columns of the model
+        entries = to_csr(adata)[:, is_shared].tocoo()
+        columns = position[is_shared][entries.col]
+        matrix = sparse.csr_matrix((entries.data, (entries.row, columns)), (adata.n_obs, len(self.genes)))
         return anndata.AnnData(matrix, obs=adata.obs, var=pd.DataFrame(index=self.genes))
 
     @takes_options()
@@ -400,7 +443,7 @@ class StateEmbedding(Model):
         Returns
         -------
         AnnData with embeddings (n, h + 10) in X, float32, and the obs of the given cells; ``uns["invirtuo"]`` names the
-        weights, by which `state_transition` tells embeddings of one model from those of another.
+        weights, by which `state_transition` distinguishes embeddings of one model from those of another.
 
         Raises
         ------
@@ -413,10 +456,11 @@ class StateEmbedding(Model):
         self._check_space(adata)
         x = to_csr(self._with_genes(adata))
         z = np.zeros((adata.n_obs, self.n_embedding), np.float32)
-        with self.on_device(device) as place:
+        with self.on_device(device) as chosen:
             codes, allowed = self.gene_codes(), self.known[None]
             for start in range(0, adata.n_obs, CHUNK):
-                cells = torch.from_numpy(x[start : start + CHUNK].toarray()).to(place)
+                cells = torch.from_numpy(x[start : start + CHUNK].toarray()).to(chosen)
+                # always as many cells at once: the last digits depend on the shape of matrices
                 n = len(cells)
                 cells = F.pad(cells, (0, 0, 0, CHUNK - n))
                 genes, present = self.sentence(cells, allowed)

@@ -131,8 +131,13 @@ def funnel(widths: Sequence[int], *, norm: bool = True, dropout: float = 0.0) ->
     layers: list[nn.Module] = []
     for i, (n_in, n_out) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(n_in, n_out))
-        if i < len(widths) - 2:
-            layers += [*([nn.LayerNorm(n_out)] if norm else []), nn.GELU(), *([nn.Dropout(dropout)] if dropout else [])]
+        if i == len(widths) - 2:
+            break
+        if norm:
+            layers.append(nn.LayerNorm(n_out))
+        layers.append(nn.GELU())
+        if dropout:
+            layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)
 
 
@@ -182,6 +187,7 @@ class StateTransition(PerturbationModel):
 
     def build(self) -> None:
         """Encoders, transformer and heads."""
+        # the space of the model: genes, principal components or given embeddings
         config, width = self.config, self.config.hidden_dim
         self.set_size = config.set_size
         self.n_genes = len(self.genes)
@@ -190,26 +196,38 @@ class StateTransition(PerturbationModel):
         self.n_in = n_in if self.embedded else self.n_genes
         if config.space == "obsm":
             self.obsm, self.obsm_width = config.obsm, self.n_in
+
+        # sets within batches
         self.batch = self._find_batch()
         if self.batch:
             covariate = list(self.design.covariates).index(self.batch)
             self.sampler = MappedSets(config.set_size, config.mapping, covariate)
+
+        # encoders of cells, perturbations and batches
         mlp = partial(encoder, norm=config.encoder_norm, dropout=config.dropout)
         self.cell_encoder = mlp(self.n_in, width, config.n_encoder_layers, width)
         self.perturbation_encoder = self._perturbation_encoder(mlp)
         if config.batch_encoder:
             self.batch_encoder = nn.Embedding(len(self.design.covariates[self.batch]), width)
             nn.init.normal_(self.batch_encoder.weight, std=0.02)
+
+        # transformer, and heads to the space of the model, to genes, and to the expected distance
         self.transformer = SetTransformer(
-            width, config.n_layers, config.n_heads, config.feed_forward * width,
-            backbone=config.backbone, mixing=config.mixing,
-        )  # fmt: skip
+            width,
+            config.n_layers,
+            config.n_heads,
+            config.feed_forward * width,
+            backbone=config.backbone,
+            mixing=config.mixing,
+        )
         self.head = mlp(width, width, config.n_decoder_layers, self.n_in)
         if self.embedded:
             n_decoded = self.n_in if config.decode_from == "embedding" else width
             self.decoder = funnel([n_decoded, *config.decoder_widths, self.n_genes], dropout=config.decoder_dropout)
             if config.residual == "expression" and config.decode_from == "embedding":
-                self.decoder.get_submodule(str(len(self.decoder) - 1)).register_parameter("bias", None)  # of a change
+                # a change is a difference of two decoded embeddings, in which the last bias cancels
+                last = self.decoder.get_submodule(str(len(self.decoder) - 1))
+                last.register_parameter("bias", None)
         if config.confidence:
             self.confidence_head = funnel([width, width // 2, width // 4, 1])
         self._start: dict[str, Tensor] = {}
@@ -225,6 +243,7 @@ class StateTransition(PerturbationModel):
         return config.batch or (list(covariates)[-1] if config.batch_encoder else "")
 
     def _perturbation_encoder(self, mlp) -> nn.Module:
+        """Encoder of conditions, or the identity for vectors that are as wide as codes of cells."""
         config, width = self.config, self.design.code_width
         if config.perturbation_encoder == "mlp":
             n_in = width + 1 + int(self.design.time is not None)
@@ -238,12 +257,12 @@ class StateTransition(PerturbationModel):
         return nn.Identity()
 
     def encode_condition(self, condition: Condition) -> Tensor:
-        """What is added to the code of a cell (13)-(15): n conditions -> (n, h)."""
-        parts = [condition.code]
+        """Codes that are added to those of cells (13)-(15): n conditions -> (n, h)."""
+        blocks = [condition.code]
         if self.config.perturbation_encoder == "mlp":
-            parts += [condition.is_control[:, None].to(condition.code.dtype)]
-            parts += [value[:, None] for value in condition.continuous.values()]
-        encoded = self.perturbation_encoder(torch.cat(parts, dim=1))
+            blocks += [condition.is_control[:, None].to(condition.code.dtype)]
+            blocks += [value[:, None] for value in condition.continuous.values()]
+        encoded = self.perturbation_encoder(torch.cat(blocks, dim=1))
         if self.config.batch_encoder:
             encoded = encoded + self.batch_encoder(condition.covariates[self.batch])
         return encoded
@@ -264,11 +283,14 @@ class StateTransition(PerturbationModel):
         -------
         Predicted cells (n, e), and what they were read from (n, h).
         """
+        # cells of a set see each other
         code = self.cell_encoder(cells)
         hidden = code + condition
         padded, present = pad(hidden, sizes)
         mixed = self.transformer(padded, present)
         mixed = mixed.flatten(0, 1) if present is None else mixed[present]
+
+        # the residual is added to hidden codes, or to the cells themselves
         residual = {"hidden": hidden, "cell": code}.get(self.config.residual)
         mixed = mixed if residual is None else mixed + residual
         predicted = self.head(mixed)
@@ -349,6 +371,7 @@ class StateTransition(PerturbationModel):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Energy distance of predicted to real sets, mean over the sets; in embedding spaces with that of the genes."""
+        # all cells of a set have one condition
         config, size = self.config, batch.set_size
         condition = self.encode_condition(batch.condition[::size]).repeat_interleave(size, dim=0)
         sizes = [size] * (len(batch) // size)
@@ -361,12 +384,15 @@ class StateTransition(PerturbationModel):
         per_set = distance(predicted, self.represent(batch.target, batch.embedding))
         losses = {"total": per_set.mean()}
         if self.embedded:
-            genes = distance(self.decode(predicted, hidden, batch.source, cells), batch.target).mean()
+            decoded = self.decode(predicted, hidden, batch.source, cells)
+            genes = distance(decoded, batch.target).mean()
             losses |= {
                 "total": losses["total"] + config.decoder_weight * genes,
                 "embedding": per_set.mean(),
                 "genes": genes,
             }
+
+        # the confidence head predicts the distance of its set, and trains nothing else
         if config.confidence:
             guess = self.confidence_head(hidden.detach()).unflatten(0, (-1, size)).mean(dim=(1, 2))
             losses["confidence"] = (guess.float() - per_set.detach()).square().mean()
@@ -375,26 +401,26 @@ class StateTransition(PerturbationModel):
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Control cells of a condition, in windows of at most `set_size`, to expression (n, g)."""
-        decoded = [
-            self.decode(predicted, hidden, part.source, cells)
-            for part, cells, predicted, hidden in self._windows(batch, config.batch_size)
-        ]
+        decoded = []
+        for own, cells, predicted, hidden in self._windows(batch, config.batch_size):
+            decoded.append(self.decode(predicted, hidden, own.source, cells))
         x = torch.cat(decoded).float()
         return x.clamp_min(0) if self.config.clip else x
 
     def _windows(self, batch: Batch, batch_size: int) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-        """Parts of a batch of about `batch_size` cells: control cells in the model's space, predicted cells, codes.
+        """Cut a batch into smaller ones of about `batch_size` cells, and transform them window by window.
 
-        The windows within them do not depend on that number.
+        Yields the smaller batch, its control cells in the model's space, predicted cells, and codes. The windows do not
+        depend on `batch_size`.
         """
         sizes, start = windows(len(batch), self.set_size), 0
         at_once = max(batch_size // self.set_size, 1)
         for first in range(0, len(sizes), at_once):
             own = sizes[first : first + at_once]
-            part = batch[start : start + sum(own)]
-            start += len(part)
-            cells = self.represent(part.source, part.source_embedding)
-            yield part, cells, *self(cells, self.encode_condition(part.condition), own)
+            smaller = batch[start : start + sum(own)]
+            start += len(smaller)
+            cells = self.represent(smaller.source, smaller.source_embedding)
+            yield smaller, cells, *self(cells, self.encode_condition(smaller.condition), own)
 
     @torch.no_grad()
     def expected_loss(self, conditions: pd.DataFrame, n_cells: int = 256, *, seed: int = 0) -> pd.Series:
@@ -420,7 +446,8 @@ class StateTransition(PerturbationModel):
         """
         if not self.config.confidence or not self.card:
             raise ValueError("expected_loss needs a fitted model with a confidence head; set confidence=True and fit")
-        table, pool, rng = self.wanted(conditions), self._pool(None), np.random.default_rng(seed)
+        table, pool = self.wanted(conditions), self._pool(None)
+        rng = np.random.default_rng(seed)
         found = {}
         for i in range(len(table)):
             row = table.iloc[[i]]
@@ -436,13 +463,18 @@ class StateTransition(PerturbationModel):
         own = super()._pool(controls)
         if not self.batch:
             return own
+
+        # a context holds the groups that differ in the batch alone
         covariate = list(self.design.covariates).index(self.batch)
         contexts: dict[str, list[ControlCells]] = {}
         for group, cells in own.items():
             contexts.setdefault(without(group, covariate), []).append(cells)
+
+        # for every batch, its own control cells or those of all batches
         pool = {}
         for context, of_batches in contexts.items():
-            merged, labels = ControlCells.joined(of_batches), context.split("|") if context else []
+            merged = ControlCells.joined(of_batches)
+            labels = context.split("|") if context else []
             for level in self.design.covariates[self.batch]:
                 group = "|".join([*labels[:covariate], level, *labels[covariate:]])
                 pool[group] = own[group] if self.config.mapping == "batch" and group in own else merged
@@ -484,6 +516,8 @@ class StateTransition(PerturbationModel):
             raise ValueError("principal components are those of the first data set; expected the same genes in order")
         new.transforms = dict(self.transforms)
         new._encoder = self.card.get("encoder")
+
+        # weights to start from, which a fit takes up again
         shared = len(set(self.genes) & set(new.genes))
         if not self.embedded and shared < min_shared * new.n_genes:
             raise ValueError(
@@ -497,19 +531,25 @@ class StateTransition(PerturbationModel):
 
     def _kept(self, new: StateTransition, name: str, value: Tensor) -> Tensor:
         """Weights that a new model begins with; NaN where they begin anew."""
-        fresh, old = torch.full_like(value, torch.nan), dict(self.named_parameters()).get(name)
+        fresh = torch.full_like(value, torch.nan)
+        old = dict(self.named_parameters()).get(name)
         if name.startswith(("perturbation_encoder.", "decoder.")) or old is None:
             return fresh
-        last = f"head.{len(self.head) - 1}."
+
+        # batches by name
         if name == "batch_encoder.weight":
             rows = _matches(self.design.covariates[self.batch], new.design.covariates[new.batch])
             return torch.where((rows >= 0)[:, None], old[rows], old.mean(dim=0))
+
+        # genes by name: columns of the first layer, rows of the last
+        last = f"head.{len(self.head) - 1}."
         if not self.embedded and (name == "cell_encoder.0.weight" or name.startswith(last)):
             rows = _matches(self.genes, new.genes)
             by_gene = old.T if name == "cell_encoder.0.weight" else old
             known = (rows >= 0).view(-1, *[1] * (by_gene.ndim - 1))
             found = torch.where(known, by_gene[rows], torch.nan)
             return found.T if name == "cell_encoder.0.weight" else found
+
         if old.shape != value.shape:
             raise ValueError(
                 f"{name} has the shape {tuple(old.shape)} here and {tuple(value.shape)} in the new model; "
@@ -530,5 +570,5 @@ class StateTransition(PerturbationModel):
 
 
 def _matches(known: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """(n,), place of each wanted name among the known ones, or -1."""
+    """(n,), position of each wanted name among the known ones, or -1."""
     return torch.from_numpy(pd.Index(known).get_indexer(pd.Index(wanted)).astype(np.int64))
