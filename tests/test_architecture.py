@@ -64,12 +64,48 @@ def test_no_paper_imports_another():
 # ---- statements ------------------------------------------------------------------------------------------------------
 
 
-def fullest() -> dict[str, int]:
-    """Statements with more syntax nodes than a reader takes in at once, or with several comprehensions, by file."""
-    found = {}
-    for name, file in MODULES.items():
-        own = statements(ast.parse(file.read_text(encoding="utf-8")))
-        full = sum(nodes > MOST_NODES or comprehensions > 1 for _, nodes, comprehensions in own)
-        if full:
-            found[name] = full
-    return found
+EXCEPTIONS = {  # full statements by file; records and calls that hand many arguments on are read entry by entry
+    "invirtuo.bench.cell": 1,
+    "invirtuo.bench.compare": 2,
+    "invirtuo.bench.run": 1,
+    "invirtuo.cells.one_file": 4,  # its form is measured
+    "invirtuo.cli.cells": 1,
+    "invirtuo.cli.judging": 3,
+    "invirtuo.fit.loop": 1,
+    "invirtuo.fit.training": 1,
+    "invirtuo.metrics.core": 1,
+    "invirtuo.metrics.discrimination": 2,
+    "invirtuo.metrics.wilcoxon": 3,
+    "invirtuo.models.means": 1,
+    "invirtuo.models.primeflow.genewise": 3,  # its form is measured
+    "invirtuo.models.primeflow.velocity": 2,
+    "invirtuo.models.sams_vae": 1,
+    "invirtuo.models.sparse_ode.field": 1,
+    "invirtuo.models.sparse_ode.gates": 1,
+    "invirtuo.models.sparse_ode.model": 4,
+    "invirtuo.models.sparse_ode.systems": 2,
+    "invirtuo.models.state.attention": 2,  # its form is measured
+    "invirtuo.models.state.energy": 2,  # its form is measured
+    "invirtuo.models.state.state_embedding": 1,
+    "invirtuo.verbs.forecast": 9,
+    "invirtuo.verbs.generate": 1,
+    "invirtuo.verbs.latent_flow": 1,
+    "invirtuo.verbs.model": 1,
+    "invirtuo.verbs.network": 1,
+    "invirtuo.verbs.observed": 1,
+    "invirtuo.verbs.saving": 1,
+}
+
+
+def full_statements(file: Path) -> int:
+    """Statements in functions that are more than a reader takes in at once, or hold several comprehensions."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tables = [line for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef) for line in node.body]
+    found = [(nodes, n) for line, nodes, n in statements(tree) if line not in tables and not hasattr(line, "body")]
+    return sum(nodes > MOST_NODES or n > 1 for nodes, n in found)
+
+
+def test_a_statement_does_one_thing():
+    """Fewer full statements than the list allows are a reason to shorten it."""
+    found = {name: full_statements(file) for name, file in MODULES.items()}
+    assert {name: n for name, n in found.items() if n} == EXCEPTIONS
