@@ -346,7 +346,7 @@ def test_linear_additive_by_hand(cells, use_covariates, softplus):
             shifted = shifted + weight[:, 2 + "xy".index(context)]
         rows.append(F.softplus(shifted) if softplus else shifted)
     expected = torch.stack(rows)
-    torch.testing.assert_close(model.sample(batch, torch.Generator(), iv.model.SampleConfig()), expected)
+    torch.testing.assert_close(model.sample(batch, torch.Generator(), iv.verbs.SampleConfig()), expected)
     torch.testing.assert_close(model.loss(batch)["total"], ((expected - batch.target) ** 2).mean())
 
 

@@ -134,6 +134,13 @@ def test_modules_are_found_by_their_former_names(name):
         assert hasattr(module, "__all__") and not hasattr(module, "no_such_name")
 
 
+def test_former_packages_are_attributes_too():
+    with pytest.warns(DeprecationWarning, match="invirtuo.model is now invirtuo.verbs"):
+        vars(iv).pop("model", None)
+        sys.modules.pop("invirtuo.model", None)
+        assert iv.model.Model is iv.Model
+
+
 def test_a_report_is_made_by_its_name_even_if_the_former_module_is_imported():
     code = "import invirtuo as iv, invirtuo.report; assert callable(iv.report); print(iv.report.page.report.__name__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "src")

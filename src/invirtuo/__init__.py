@@ -51,6 +51,8 @@ def __getattr__(name: str):
         value = getattr(importlib.import_module(f"invirtuo.{_NAMES[name]}"), name)
     elif name in _MODULES:
         value = importlib.import_module(f"invirtuo.{_MODULES[name]}")
+    elif name in _former.PACKAGES or name in _former.MODULES:
+        value = importlib.import_module(f"invirtuo.{name}")
     else:
         raise AttributeError(f"module 'invirtuo' has no attribute {name!r}")
     globals()[name] = value

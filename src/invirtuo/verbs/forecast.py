@@ -113,7 +113,11 @@ class Forecaster(Model):
         if self.config.time == "global":
             longest = max(float(c.time[-1]) for c in parts)
             ends = dict.fromkeys(ends, (0.0, longest))
-        return {c.name: {"labels": dict(c.labels), "low": ends[c.name][0], "high": ends[c.name][1]} for c in parts}
+        known = {}
+        for course in parts:
+            low, high = ends[course.name]
+            known[course.name] = {"labels": dict(course.labels), "low": low, "high": high}
+        return known
 
     @property
     def known(self) -> Mapping[str, Any]:
@@ -190,10 +194,14 @@ class Forecaster(Model):
             raise ValueError("a time lies before the first state; forecasts go forward")
         duration = max([1e-3, *(float(t.max()) for t in later)])
         x0 = torch.tensor(np.stack([s.x0 for s in starts]), dtype=torch.float32)
-        way = self.integrate(x0, self.labels_of([s.labels for s in starts]), duration, **options)
+        trajectory = self.integrate(x0, self.labels_of([s.labels for s in starts]), duration, **options)
+
+        # all courses are read at as many times: where one has fewer, its last is repeated
         longest = max(len(t) for t in later)
-        asked = np.stack([np.pad(np.clip(t, 0, None), (0, longest - len(t)), mode="edge") for t in later])
-        found = way.at(torch.from_numpy(asked)).permute(1, 2, 0, 3).numpy()  # (m, n, b, g)
+        asked = []
+        for t in later:
+            asked.append(np.pad(t.clip(0), (0, longest - len(t)), mode="edge"))
+        found = trajectory.at(torch.from_numpy(np.stack(asked))).permute(1, 2, 0, 3).numpy()  # (m, n, b, g)
         if not np.isfinite(found).all():
             raise FloatingPointError(f"{self.name}: a forecast left all bounds; use activation tanh, or shorter times")
         return [found[:, i, : len(t)] for i, t in enumerate(later)]
@@ -264,8 +272,11 @@ class Forecaster(Model):
         rows = labels.to_dict("records") if isinstance(labels, pd.DataFrame) else [dict(labels or {})] * len(states)
         if len(rows) != len(states):
             raise ValueError(f"{len(states)} first states and {len(rows)} rows of labels; expected as many")
-        unit = (0.0, 1.0 if self.config.time == "course" else next(iter(self.known.values()))["high"])
-        return [Start(x, 0.0, row) for x, row in zip(self.scaled(states), rows, strict=True)], [unit] * len(states)
+        starts = [Start(x, 0.0, row) for x, row in zip(self.scaled(states), rows, strict=True)]
+
+        # the time that stands for 1: that of a course by itself, or of the longest
+        end = 1.0 if self.config.time == "course" else next(iter(self.known.values()))["high"]
+        return starts, [(0.0, end)] * len(states)
 
     def _starts_of_cells(self, adata: AnnData) -> tuple[list[Start], list[tuple[float, float]]]:
         parts = self._read(adata)
@@ -287,7 +298,8 @@ class Forecaster(Model):
     def _assembled(self, found, starts, asked, ends, level: float) -> AnnData:
         import anndata
 
-        mean, lower, upper = (np.concatenate(x) for x in zip(*(self.interval(p, level) for p in found), strict=True))
+        intervals = [self.interval(members, level) for members in found]
+        mean, lower, upper = map(np.concatenate, zip(*intervals, strict=True))
         obs = self.table_of(starts, asked, ends)
         adata = anndata.AnnData(self.unscaled(mean), obs=obs, var=pd.DataFrame(index=pd.Index(self.genes)))
         adata.layers["lower"], adata.layers["upper"] = self.unscaled(lower), self.unscaled(upper)
@@ -340,8 +352,12 @@ class Forecaster(Model):
         """Learn how far bins of these courses lie outside the range of the ensemble."""
         bins = [self.preparation.rows(c) for c in parts]
         found = self.paths([self.start(c) for c in parts], [c.time for c in bins])
-        outside = [np.maximum(p.min(0) - c.values, c.values - p.max(0)) for p, c in zip(found, bins, strict=True)]
-        self.calibration = torch.from_numpy(np.quantile(np.concatenate(outside), LEVELS, axis=0).clip(0)).float()
+        outside = []
+        for members, course in zip(found, bins, strict=True):
+            below, above = members.min(0) - course.values, course.values - members.max(0)
+            outside.append(np.maximum(below, above))
+        distances = np.quantile(np.concatenate(outside), LEVELS, axis=0).clip(0)
+        self.calibration = torch.from_numpy(distances).float()
 
     def evaluate_forecast(
         self,
@@ -390,8 +406,10 @@ class Forecaster(Model):
         """The table of :meth:`evaluate_forecast` for courses of cells."""
         train = self.training_courses()
         starts = [self.start(c) for c in parts]
-        found = self.paths(starts, [np.maximum(c.time, s.time) for c, s in zip(parts, starts, strict=True)],
-                           sampled=sampled)  # fmt: skip
+        times = [np.maximum(c.time, s.time) for c, s in zip(parts, starts, strict=True)]
+        found = self.paths(starts, times, sampled=sampled)
+
+        # errors of the forecast, and of every simple one, course by course
         rows = []
         for course, start, members in zip(parts, starts, found, strict=True):
             bins = self.preparation.rows(course)

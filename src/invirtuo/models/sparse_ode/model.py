@@ -288,9 +288,10 @@ class SparseODE(GeneNetwork):
         config = self.config
         if self.stage == "refit":
             return 0.0
-        return float(np.clip((self._progress - config.warmup) / max(config.ramp, 1e-9), 0.0, 1.0)) if (
-            config.warmup or config.ramp
-        ) else 1.0  # fmt: skip
+        if not (config.warmup or config.ramp):
+            return 1.0
+        risen = (self._progress - config.warmup) / max(config.ramp, 1e-9)
+        return float(np.clip(risen, 0.0, 1.0))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Of the stage that is being trained: error of slopes or of solutions, and the penalty."""
@@ -444,8 +445,11 @@ class SparseODE(GeneNetwork):
         rows = np.isin(self.genes, list(other))
         now = self._sparsity(self._still(), rows)
         with seeded(seed):
-            draws = pd.DataFrame([self._sparsity(self.field.draw() if self.penalty.gated else self._still(), rows)
-                                  for _ in range(n_draws)])  # fmt: skip
+            found = []
+            for _ in range(n_draws):
+                gates = self.field.draw() if self.penalty.gated else self._still()
+                found.append(self._sparsity(gates, rows))
+        draws = pd.DataFrame(found)
         return pd.DataFrame({"evaluation": now, "draws": draws.mean(), "sd": draws.std()}).T
 
     def _sparsity(self, gates: Sequence[Tensor], other: np.ndarray) -> dict[str, float]:
