@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 __all__ = ["install"]
 
@@ -83,7 +81,7 @@ PACKAGES = {  # packages with names of their own: the packages and modules that 
 class Package(ModuleType):
     """A former package: looks its names up where they are now."""
 
-    def __getattr__(self, attribute: str) -> Any:
+    def __getattr__(self, attribute: str) -> object:
         is_special = attribute.startswith("__") and attribute != "__all__"  # like its own path
         if not is_special:
             for name in PACKAGES[self.__name__.removeprefix("invirtuo.")]:
@@ -92,20 +90,21 @@ class Package(ModuleType):
                     return getattr(found, attribute)
         raise AttributeError(f"module {self.__name__!r} has no attribute {attribute!r}")
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, *arguments: object, **named: object) -> object:
         """``invirtuo.report`` was a module and is a function."""
         return getattr(self, self.__name__.removeprefix("invirtuo."))(*arguments, **named)
 
 
-class Former(MetaPathFinder, Loader):
+class Former:
     """Finds modules by their former names, after everything else was tried."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """The module that has the name now, or a former package, which looks its names up."""
         package, _, name = fullname.partition(".")
         if package != "invirtuo" or name not in MODULES | PACKAGES:
             return None
-        return ModuleSpec(fullname, self, is_package=name in PACKAGES)
+        # no subclass of Loader: importing importlib.abc takes ten times what the package takes
+        return ModuleSpec(fullname, self, is_package=name in PACKAGES)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """The module itself, under two names."""
