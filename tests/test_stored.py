@@ -88,6 +88,7 @@ def test_saved_models_give_what_they_gave(case):
     assert alike(outputs(case, model), stored, 1e-3) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_fits_give_what_they_gave(case):
     found, stored = outputs(case, fitted(case)), dict(np.load(folder_of(case) / "outputs.npz"))
@@ -96,6 +97,7 @@ def test_fits_give_what_they_gave(case):
     assert alike(found, stored, 2e-2) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", iv.models.MODELS.values(), ids=iv.models.MODELS.keys())
 def test_presets_are_what_they_were(kind):
     stored = json.loads(PRESETS.read_text())[kind.name]
