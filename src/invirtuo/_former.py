@@ -33,6 +33,7 @@ MODULES = {
     "model.device": "verbs.device",
     "model.drawing": "verbs.draw",
     "model.effects": "verbs.effects",
+    "model.pseudobulks": "verbs.observed",
     "model.sampling": "verbs.sampling",
     "model.saving": "verbs.saving",
     "generators.base": "verbs.generate",
@@ -40,6 +41,7 @@ MODULES = {
     "generators.hidden": "verbs.masking",
     "generators.labels": "verbs.labels",
     "generators.latent": "verbs.latent_flow",
+    "generators.output": "verbs.write_counts",
     "dynamics.base": "verbs.forecast",
     "dynamics.baselines": "verbs.naive_forecasts",
     "dynamics.mocap": "models.sparse_ode.mocap",
@@ -52,6 +54,7 @@ MODULES = {
     "models.state_embedding": "models.state.state_embedding",
     "models.state_transition": "models.state.state_transition",
     "nn.anchor": "models.primeflow.anchor",
+    "nn.calibrate": "models.primeflow.calibrate",
     "nn.attention": "models.state.attention",
     "nn.energy": "models.state.energy",
     "nn.genewise": "models.primeflow.genewise",
@@ -114,13 +117,13 @@ class Former:
         if name in PACKAGES:
             return Package(spec.name)
         module = importlib.import_module(f"invirtuo.{now}")
-        self.own = module.__spec__
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is executed again."""
-        if not isinstance(module, Package):
-            module.__spec__ = self.own
+        """Nothing is executed again, and a module keeps the specification of its own name."""
+        if module.__spec__ is not None and not isinstance(module, Package):
+            module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:
