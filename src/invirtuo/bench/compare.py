@@ -227,7 +227,7 @@ def _drawn(
 def _gives_intervals(model: Predictor, part: str) -> bool:
     """Whether the fit held out conditions for validation, and all groups have control cells."""
     held_out, design = model.card["held_out"], model.design
-    observed = model._pseudobulks if isinstance(model, PerturbationModel) else None
+    observed = model._observed_means if isinstance(model, PerturbationModel) else None
     if observed is None or not held_out["val"]:
         return False
     conditions = pd.DataFrame(held_out["val"] + held_out[part], columns=design.columns)

@@ -37,6 +37,17 @@ __all__ = ["ConditionalFlow", "LatentFlow"]
 
 logger = logging.getLogger(__name__)
 
+FIT = FitConfig(  # of our presets
+    steps=6000,
+    batch_size=256,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=1e-5,
+    clip=1.0,
+    val_every=100,
+    keep="best",
+    patience=5,
+)
 CHUNK = 2048  # cells encoded at once
 ROUND_TRIP = 50  # steps to noise, and back
 NOISE, DRAWS = 0.05, 10  # of impute: jitter, and how many of them are averaged

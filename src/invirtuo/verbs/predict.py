@@ -44,7 +44,7 @@ class PerturbationModel(Model):
     deterministic: bool = False  # whether every seed gives the same cells; `build` may choose
 
     _controls: dict[str, ControlCells]
-    _pseudobulks: ObservedMeans | None
+    _observed_means: ObservedMeans | None
 
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         if design.perturbation is None:
@@ -53,7 +53,7 @@ class PerturbationModel(Model):
                 "give perturbation= and control= to Design.from_adata, or use a model that generates populations"
             )
         super().__init__(design, genes, config)
-        self._controls, self._pseudobulks = {}, None
+        self._controls, self._observed_means = {}, None
 
     # ---- what a model writes -----------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class PerturbationModel(Model):
 
     def _calibration(self, level: float, controls: AnnData | None) -> Calibration:
         """Calibration of the intervals of effects; with further control cells, for groups that the fit did not see."""
-        observed, design = self._pseudobulks, self.design
+        observed, design = self._observed_means, self.design
         if observed is not None and controls is not None:
             cells = self._with_genes(controls[design.is_control(controls.obs)])
             observed = observed.with_groups(ObservedMeans.of(CellDataset(cells, design)))
@@ -259,15 +259,15 @@ class PerturbationModel(Model):
         is_held_out = design.names(table).isin(design.names(held_out)).to_numpy()
         wanted = design.is_control(table) | is_held_out
         rows = np.flatnonzero(wanted[condition] & np.isin(dataset.split, ("train", "val")))
-        self._pseudobulks = ObservedMeans.of(dataset, rows)
+        self._observed_means = ObservedMeans.of(dataset, rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Transforms, control cells and pseudobulks."""
         arrays = super().arrays()
         for group, cells in self._controls.items():
             arrays |= {f"controls/{group}/{field}": array for field, array in cells.state().items()}
-        if self._pseudobulks is not None:
-            state = self._pseudobulks.state()
+        if self._observed_means is not None:
+            state = self._observed_means.state()
             arrays |= {f"pseudobulks/all/{field}": array for field, array in state.items()}
         return arrays
 
@@ -277,7 +277,7 @@ class PerturbationModel(Model):
             if owner == "controls":
                 self._controls[name] = ControlCells.load(state, len(self.genes), self.obsm_width)
             elif owner == "pseudobulks":
-                self._pseudobulks = ObservedMeans.load(state)
+                self._observed_means = ObservedMeans.load(state)
 
     def replaced_by_fits(self) -> list[Any]:
-        return [*super().replaced_by_fits(), self._pseudobulks, *self._controls.values()]
+        return [*super().replaced_by_fits(), self._observed_means, *self._controls.values()]

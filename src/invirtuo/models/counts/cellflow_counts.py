@@ -24,11 +24,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from invirtuo.batch import Condition
-from invirtuo.fit import FitConfig
 from invirtuo.flow import SOLVER_NAMES, PathSample, linear_path
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
 from invirtuo.settings import Settings, setting
-from invirtuo.verbs.latent_flow import ConditionalFlow, LatentFlow
+from invirtuo.verbs.latent_flow import FIT, ConditionalFlow, LatentFlow
 from invirtuo.verbs.model import Preset
 
 __all__ = ["CellFlowCounts", "Config"]
@@ -90,17 +89,7 @@ class Encoder(nn.Module):
         return CountLikelihood(z.log_softmax(dim=1) + size.log()[:, None], self.dispersion())
 
 
-_FIT = FitConfig(
-    steps=5000,
-    batch_size=256,
-    optimizer="adamw",
-    lr=1e-3,
-    weight_decay=1e-5,
-    clip=1.0,
-    val_every=100,
-    keep="best",
-    patience=5,
-)
+_FIT = replace(FIT, steps=5000)
 _PAPER = Config(
     input_dropout=0.0, ot_within_class=False, latent_scaling="none", flow_lr=0.1, solver="dopri5", stratified=False
 )

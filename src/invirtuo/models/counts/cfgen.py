@@ -29,11 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from invirtuo.batch import Condition
-from invirtuo.fit import FitConfig
 from invirtuo.flow import SOLVER_NAMES, PathSample
 from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
 from invirtuo.settings import Settings, setting
-from invirtuo.verbs.latent_flow import ConditionalFlow, LatentFlow
+from invirtuo.verbs.latent_flow import FIT, ConditionalFlow, LatentFlow
 from invirtuo.verbs.model import Preset
 from invirtuo.verbs.sampling import GuidedSampling
 
@@ -145,17 +144,6 @@ class Autoencoder(nn.Module):
         return CountLikelihood(log_mean, dispersion, logits.get("atac"))
 
 
-_FIT = FitConfig(
-    steps=6000,
-    batch_size=256,
-    optimizer="adamw",
-    lr=1e-3,
-    weight_decay=1e-5,
-    clip=1.0,
-    val_every=100,
-    keep="best",
-    patience=5,
-)
 _PAPER = Config(
     input_dropout=0.0,
     size_factor="global",
@@ -165,7 +153,7 @@ _PAPER = Config(
     autoencoder_share=0.2,
     solver="dopri5",
 )
-_PAPER_FIT = replace(_FIT, steps=20_000)
+_PAPER_FIT = replace(FIT, steps=20_000)
 _SMALL = Config(hidden_rna=(128, 64), n_latent=20, hidden=128, embedding=64)
 
 
@@ -180,9 +168,9 @@ class CFGen(LatentFlow):
     name = "cfgen"
     Config = Config
     PRESETS = {
-        "default": Preset(Config(), _FIT, "ours, for a CPU"),
-        "small": Preset(_SMALL, _FIT, "ours, smaller"),
-        "multimodal": Preset(Config(n_latent=100), _FIT, "appendix C.1, with peaks"),
+        "default": Preset(Config(), FIT, "ours, for a CPU"),
+        "small": Preset(_SMALL, FIT, "ours, smaller"),
+        "multimodal": Preset(Config(n_latent=100), FIT, "appendix C.1, with peaks"),
         "cfgen_small": Preset(replace(_PAPER, hidden=32, embedding=20), _PAPER_FIT, "public code"),
         "cfgen_big": Preset(replace(_PAPER, hidden=64, embedding=100), _PAPER_FIT, "public code"),
     }

@@ -277,7 +277,7 @@ class PRiMeFlow(PerturbationModel):
         for name, levels in self.card["covariates"].items():
             covariates[name] = sorted({*levels, *pseudobulks.table[name]})
         new.card = self.card | {"covariates": covariates}
-        new._pseudobulks = self._pseudobulks
+        new._observed_means = self._observed_means
         return new.eval()
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
