@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from invirtuo.threads import VARIABLES
+
 ROOT = Path(__file__).parents[1]
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 SERVE = "from studies.harness import serve; serve()"
 
 # ---- the list ------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def process(
     Failed
         If it exits with an error, or takes longer than `limit` seconds.
     """
-    variables = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)) | dict(environment or {})
+    variables = os.environ | dict.fromkeys(VARIABLES, str(threads)) | dict(environment or {})
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:

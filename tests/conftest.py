@@ -9,8 +9,10 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from invirtuo.threads import VARIABLES  # loads no numeric library
+
 # Small networks gain nothing from a second thread, and threads that wait for each other are slow on a busy machine.
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+for variable in VARIABLES:
     os.environ.setdefault(variable, "1")
 
 import pytest
