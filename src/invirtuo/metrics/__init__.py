@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.errors import preview
-from invirtuo.metrics import de, discrimination, distribution, generation, mean, population, rank, wilcoxon
+from invirtuo.metrics import counts, de, discrimination, distribution, generation, mean, population, rank, wilcoxon
+from invirtuo.metrics.anchors import anchored, mean_response, replicates
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 from invirtuo.metrics.embedding import label_scores
+from invirtuo.metrics.vcc2026 import VCC2026, vcc2026
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,9 +35,11 @@ __all__ = [
     "VIEWS",
     "Metric",
     "Pair",
+    "anchored",
     "ceiling",
     "choose",
     "copying",
+    "counts",
     "de",
     "discrimination",
     "distribution",
@@ -43,13 +47,16 @@ __all__ = [
     "generation",
     "label_scores",
     "mean",
+    "mean_response",
     "metric",
     "noise_floor",
     "population",
     "rank",
+    "replicates",
     "score",
     "score_against",
     "summarize",
+    "vcc2026",
     "view",
     "wilcoxon",
 ]
@@ -66,6 +73,7 @@ PROFILES: dict[str, tuple[str, ...]] = {  # names of several metrics, which may 
         *("de_nsig_real", "de_nsig_pred"),
     ),
     "vcc": ("mae", "pds_l1", "de_overlap_n"),
+    "vcc2026": VCC2026,
     "generation": (
         *("mmd_rbf_disjoint", "wasserstein2_disjoint", "c2st", "correlation_error", "zeros_distance", "rmse_logvar"),
         *("rmse_mean", "variance_ratio", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_linear"),

@@ -46,8 +46,8 @@ class ValueRange:
         Of all values; the smallest is at most 0.
     above
         Share of the values other than 0 that no log1p value reaches.
-    is_whole
-        Whether all are whole numbers.
+    fraction
+        Largest distance of a value from a whole number, in the precision of the file.
     depths
         (n,) sum of each cell.
     """
@@ -55,8 +55,13 @@ class ValueRange:
     largest: float
     smallest: float
     above: float
-    is_whole: bool
+    fraction: float
     depths: np.ndarray
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all are whole numbers, up to rounding by whoever wrote them."""
+        return self.fraction <= FRACTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +82,11 @@ class Cells:
         What the values look like.
     rows, controls
         Condition to rows, and covariate group to rows of its control cells.
-    control_names
-        Covariate group to the name of its control condition.
+    control_labels
+        Covariate group to the label of its control cells, as the file writes it.
     table
-        Conditions by name, with the Design's columns and their ``_group``.
+        Conditions by name, with the Design's columns, their ``_group``, and ``_label``: the perturbation as the file
+        writes it.
     scale
         "log1p", or "counts" to be normalised while they are read.
     """
@@ -93,7 +99,7 @@ class Cells:
     found: ValueRange
     rows: dict[str, np.ndarray]
     controls: dict[str, np.ndarray]
-    control_names: dict[str, str]
+    control_labels: dict[str, str]
     table: pd.DataFrame
     scale: Literal["log1p", "counts"] = "log1p"
 
@@ -117,12 +123,14 @@ class Cells:
         Groups and labels are visited in alphabetical order, the control by its label.
         """
         # the order of the draws is that of cell-eval
-        perturbed = [(self.table.at[name, "_group"], name, rows) for name, rows in self.rows.items()]
-        control = [(group, self.control_names[group], rows) for group, rows in self.controls.items()]
+        draws = []
+        for name, rows in self.rows.items():
+            draws.append((*self.table.loc[name, ["_group", "_label"]], name, rows))
+        for group, rows in self.controls.items():
+            draws.append((group, self.control_labels[group], f"controls of {group}", rows))
         pieces: dict[str, list[np.ndarray]] = {}
         single: set[str] = set()
-        for group, name, rows in sorted([*perturbed, *control], key=lambda entry: entry[:2]):
-            key = f"controls of {group}" if self.control_names.get(group) == name else name
+        for _, _, key, rows in sorted(draws, key=lambda draw: draw[:3]):
             if len(rows) < 2:
                 single.add(key)
                 continue
@@ -151,6 +159,10 @@ class Cells:
                 f"{found.largest:.4g}, {fractions}); expected whole numbers "
                 ">= 0 for scale='counts'. Pass scale='log1p' if both files hold log1p values"
             )
+        return self.with_scale(scale)
+
+    def with_scale(self, scale: Literal["log1p", "counts"]) -> Cells:
+        """The same file, its values taken as what the scale says."""
         return replace(self, scale=scale)
 
     @property
@@ -163,6 +175,18 @@ class Cells:
         block = _read(self.source, rows)
         if self.scale == "counts":
             block = _over_size_factors(block, self.size_factors[rows])
+        return self._in_order(block)
+
+    def read_counts(self, rows: np.ndarray) -> sparse.csr_array:
+        """(n, g) counts in float64, genes in the common order; of log1p values what they are the logarithm of."""
+        block = sparse.csr_array(self._in_order(_read(self.source, rows)), dtype=np.float64, copy=True)
+        if self.scale == "log1p":
+            block.data = np.expm1(np.maximum(block.data, 0.0))
+        block.eliminate_zeros()
+        return block
+
+    def _in_order(self, block):
+        """The columns of a block in the common order of genes."""
         in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
         return block if in_order else block[:, self.columns]
 
@@ -217,10 +241,12 @@ def read_cells(
     control = design.is_control(obs)
     rows = _rows_by(design.names(obs), np.flatnonzero(~control))
     controls = _rows_by(design.groups(obs), np.flatnonzero(control))
-    control_names = {group: design.names(obs.iloc[own[:1]]).iloc[0] for group, own in controls.items()}
+    written = _labels(obs, design)
+    control_labels = {group: written[own[0]] for group, own in controls.items()}
     table = design.conditions(obs)
     table["_group"] = design.groups(table).to_numpy()
     table.index = pd.Index(design.names(table))
+    table["_label"] = [written[rows[name][0]] for name in table.index]
 
     # columns of the genes, in the common order
     names = source.genes
@@ -231,13 +257,13 @@ def read_cells(
     columns = names.get_indexer(genes)
     _check_genes(name, names, genes, columns)
     found = _value_range(source, name, layer)
-    return Cells(name, source, layer, genes, columns, found, rows, controls, control_names, table)
+    return Cells(name, source, layer, genes, columns, found, rows, controls, control_labels, table)
 
 
 def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
     """Look at every value once, and refuse those that are not finite."""
     n_cells = len(source.obs)
-    largest, smallest, is_whole = -np.inf, 0.0, True
+    largest, smallest, fraction = -np.inf, 0.0, 0.0
     above, positive = 0, 0
     depths = np.empty(n_cells)
     for start in range(0, n_cells, BLOCK):
@@ -255,9 +281,16 @@ def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
         # shares and sums that tell counts from logarithms
         above += int((values > MAX_LOG1P).sum())
         positive += int(np.count_nonzero(values))
-        is_whole = is_whole and bool((np.abs(values - np.round(values)) <= FRACTION).all())
+        fraction = max(fraction, float(np.abs(values - np.round(values)).max(initial=0.0)))
         depths[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-    return ValueRange(largest, smallest, above / max(positive, 1), is_whole, depths)
+    return ValueRange(largest, smallest, above / max(positive, 1), fraction, depths)
+
+
+def _labels(obs: pd.DataFrame, design: Design) -> np.ndarray:
+    """(n,) perturbations as the file writes them; "" for a design without."""
+    if design.perturbation is None:
+        return np.full(len(obs), "", dtype=object)
+    return obs[design.perturbation].astype(str).to_numpy()
 
 
 def _read(source: Source, rows: np.ndarray):

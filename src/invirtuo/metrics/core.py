@@ -15,7 +15,7 @@ A metric over all conditions of a covariate group at once leaves `on` out and ta
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,9 +31,29 @@ if TYPE_CHECKING:
     from invirtuo.cells.source import AnyCells
     from invirtuo.design import Design
 
-__all__ = ["METRICS", "VIEWS", "Metric", "Pair", "metric", "view"]
+__all__ = ["METRICS", "VIEWS", "CountOptions", "Metric", "Pair", "TargetGenes", "metric", "view"]
 
 logger = logging.getLogger(__name__)
+
+
+TargetGenes = Mapping[str, str | None] | Literal["parts"]
+
+
+@dataclass(frozen=True)
+class CountOptions:
+    """How metrics on counts take pseudobulks and which gene a perturbation acts on by itself.
+
+    Parameters
+    ----------
+    target_sum
+        Counts to which a pseudobulk is brought before the logarithm.
+    target_genes
+        Label to the gene that it targets, None for no measured gene; the label "*" stands for all that are not named.
+        Labels without an entry are looked up among the genes. "parts": the parts of a combination are looked up.
+    """
+
+    target_sum: float = 50_000.0
+    target_genes: TargetGenes | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +236,8 @@ class Pair:
         "real": the real control cells stand on both sides. "pred": each file's own.
     scale, layer
         What the values are and where they stand, see :func:`invirtuo.metrics.evaluate`.
+    counts
+        How metrics on counts see the cells.
 
     Raises
     ------
@@ -234,6 +256,7 @@ class Pair:
         controls: Literal["real", "pred"] = "real",
         scale: Scale = "log1p",
         layer: Layer = None,
+        counts: CountOptions = CountOptions(),
     ):
         if controls not in ("real", "pred"):
             raise ValueError(f"controls must be 'real' or 'pred'; found {controls!r}")
@@ -243,6 +266,7 @@ class Pair:
             compare_levels(pred, real)
         self.design = design
         self.n_pcs = n_pcs
+        self.counts = counts
         self.genes = real.genes
         self._cells: dict[Side, Cells] = {"pred": pred, "real": real}
         self._control_side: dict[Side, Side] = {"pred": controls, "real": "real"}
@@ -294,19 +318,20 @@ class Pair:
     @classmethod
     def equal_halves(
         cls,
-        real: AnyCells,
+        real: AnyCells | Cells,
         design: Design,
         *,
         n_pcs: int = 30,
         seed: int = 0,
         scale: Scale = "log1p",
         layer: Layer = None,
+        counts: CountOptions = CountOptions(),
     ) -> Pair:
         """Two disjoint random halves of equal size of each real condition and of the controls, as cell-eval does it.
 
         Unlike :meth:`halves`, each side is compared with its own half of the controls; an odd cell is left out.
         """
-        scaled = _scaled(real, design, scale, layer)
+        scaled = real if isinstance(real, Cells) else _scaled(real, design, scale, layer)
         pieces, single = scaled.equal_pieces(np.random.default_rng(seed))
         if all(name in single for name in scaled.rows):
             raise ValueError("real: no condition has two or more cells to divide")
@@ -320,7 +345,7 @@ class Pair:
             controls = {name: pieces[f"controls of {name}"][i] for name in scaled.controls}
             sides.append(scaled.restricted(rows, controls))
         rest, pred = sides
-        pair = cls(pred, rest, design, n_pcs=n_pcs, controls="pred")
+        pair = cls(pred, rest, design, n_pcs=n_pcs, controls="pred", counts=counts)
         pair._skip(dict.fromkeys(single, "only one cell"))
         return pair
 
@@ -329,7 +354,8 @@ class Pair:
         real = self._cells["real"]
         layer = self._cells["pred"].layer
         other = read_cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
-        pair = type(self)(other, real, self.design, n_pcs=self.n_pcs, controls=self._control_side["pred"])
+        options = {"n_pcs": self.n_pcs, "controls": self._control_side["pred"], "counts": self.counts}
+        pair = type(self)(other, real, self.design, **options)
         pair._cache["real"] = self._cache["real"]
         return pair
 
@@ -338,6 +364,11 @@ class Pair:
         if reasons:
             reason = next(iter(reasons.values()))
             logger.warning("%d conditions are not scored, %s: %s", len(reasons), reason, preview(reasons))
+
+    @property
+    def scale(self) -> Literal["log1p", "counts"]:
+        """What the values of the real file are."""
+        return self._cells["real"].scale
 
     @property
     def groups(self) -> list[str]:
@@ -364,6 +395,32 @@ class Pair:
         """Like `cells`, CSR or dense as the file holds them."""
         return self._cells[side].read(self._cells[side].rows[condition])
 
+    def count_matrix(self, side: Side, condition: str) -> sparse.csr_array:
+        """(n, g) counts of the cells of a condition in float64; of log1p values what they are the logarithm of."""
+        cells = self._cells[side]
+        return cells.read_counts(cells.rows[condition])
+
+    def control_count_matrix(self, side: Side, group: str) -> sparse.csr_array:
+        """Like `count_matrix`, of the control cells that this side is compared with."""
+        cells, rows = self._controls(side, group)
+        return cells.read_counts(rows)
+
+    def own_genes(self, condition: str) -> np.ndarray:
+        """Positions of the genes that a perturbation acts on by itself, see :class:`CountOptions`."""
+        return np.flatnonzero(np.isin(self.genes, list(self._targets(condition))))
+
+    def _targets(self, condition: str) -> set[str]:
+        """Names of the genes that a perturbation targets, measured or not."""
+        known = self.counts.target_genes
+        label = self.conditions.at[condition, self.design.perturbation]
+        spellings = (self.conditions.at[condition, "_label"], label)
+        if known == "parts":
+            return {*spellings, *self.design.parts(label)}
+        for name in (*spellings, "*"):
+            if known is not None and name in known:
+                return {known[name]} - {None}
+        return set(spellings)
+
     def moments(self, side: Side, condition: str) -> tuple[np.ndarray, np.ndarray, int]:
         """Mean (g,), variance (g,) with n - 1 (NaN for one cell), and number of cells of a condition."""
         cells = self._cells[side]
@@ -375,9 +432,9 @@ class Pair:
         key = ("moments of control", group)
         return self.once(self._control_side[side], key, lambda: _moments(cells.matrix_of(rows)))
 
-    def of_control(self, name: str, side: Side, group: str, compute: Callable):
-        """What a function makes of the control cells that this side is compared with, kept under a name."""
-        return self.once(self._control_side[side], (name, group), lambda: compute(self.stored_control(side, group)))
+    def once_of_control(self, side: Side, key: tuple, compute: Callable):
+        """Like `once`, of something that depends on the control cells that this side is compared with."""
+        return self.once(self._control_side[side], key, compute)
 
     def group_moments(self, side: Side, group: str) -> list[tuple[np.ndarray, np.ndarray, int]]:
         """Moments of every condition that this file has in the group, scored or not, and of the controls."""

@@ -58,7 +58,9 @@ def effect_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 @view("logfc_linear")
 def logfc_linear_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) log fold change of mean expression, logarithm undone cell by cell, against the control of the group."""
-    control_mean = pair.of_control("mean expression", side, pair.group_of(condition), _mean_expression)
+    group = pair.group_of(condition)
+    key = ("mean expression of control", group)
+    control_mean = pair.once_of_control(side, key, lambda: _mean_expression(pair.stored_control(side, group)))
     return logfc(_mean_expression(pair.stored(side, condition)), control_mean)
 
 

@@ -1,0 +1,349 @@
+"""Scores between two anchors: 0 the mean response to all perturbations, 1 a replicate of the experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from invirtuo.errors import preview
+from invirtuo.metrics.cells import Cells, common_scale, of_side, read_cells
+from invirtuo.metrics.core import METRICS, CountOptions, Pair
+from invirtuo.metrics.vcc2026 import LFC_ERROR, MIN_GENES, OFFICIAL, RATIO, official, panels, read_counts
+
+if TYPE_CHECKING:
+    import anndata
+
+    from invirtuo.cells.source import AnyCells
+    from invirtuo.design import Design
+    from invirtuo.metrics.cells import Layer, Scale
+    from invirtuo.metrics.core import TargetGenes
+
+__all__ = ["anchored", "mean_response", "replicates"]
+
+Scores = pd.DataFrame | pd.Series | Mapping[str, float]
+TRUSTED = 3.0  # standard deviations of the replicate that the anchors must lie apart
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What the challenge does with a scaled score beyond the anchors, and with a metric that is not defined."""
+
+    floor: float = -np.inf
+    ceiling: float = np.inf
+    undefined: float | None = None  # score of a prediction without a value; None: that of the value 0
+
+
+RULES = {name: _Rule() for name in OFFICIAL.values()}
+RULES[RATIO] = _Rule(floor=0.0, ceiling=1.0, undefined=0.0)
+RULES[LFC_ERROR] = _Rule(floor=-6.0, undefined=-6.0)
+
+
+def mean_response(
+    real: AnyCells,
+    design: Design,
+    *,
+    emission: Literal["dispersed", "tile"] = "dispersed",
+    seed: int = 0,
+    target_genes: TargetGenes | None = None,
+) -> anndata.AnnData:
+    """Cells that answer to every perturbation with the mean response to all: what a score of 0 stands for.
+
+    The mean response is the mean over perturbations of their mean counts, each with the same weight, without those that
+    target the gene. Contexts (combinations of covariates) have one each.
+
+    Parameters
+    ----------
+    real
+        Raw counts, as in :func:`invirtuo.metrics.vcc2026`.
+    design, target_genes
+        As there.
+    emission
+        "dispersed": control cells, drawn with replacement, times response over control mean: they scatter as cells do.
+        "tile": the response itself in every cell, as the arm of the challenge; tests between such constants call nearly
+        every gene of a small panel.
+    seed
+        Of the drawn control cells.
+
+    Returns
+    -------
+    anndata.AnnData
+        As many cells of each perturbation as `real` has, no control cells; X counts with fractions in float32, genes in
+        the order of `real`. Score it with ``fractional=True``.
+
+    Raises
+    ------
+    ValueError
+        If every perturbation of a context targets the same gene.
+
+    References
+    ----------
+    Virtual Cell Challenge 2026; cell-eval2 0.20.
+    """
+    import anndata
+
+    if emission not in ("dispersed", "tile"):
+        raise ValueError(f"emission must be 'dispersed' or 'tile'; found {emission!r}")
+    cells, _ = read_counts(real, real, design, fractional=True)
+    pair = Pair(cells, cells, design, counts=CountOptions(target_genes=target_genes))
+    rng = np.random.default_rng(seed)
+    blocks, labels = [], []
+    for group in pair.groups:
+        names = sorted(pair.names(group), key=lambda name: str(pair.conditions.at[name, "_label"]))
+        response = _response(pair, names, group)
+        control = pair.control_count_matrix("real", group)
+        control_mean = np.asarray(control.sum(axis=0)).ravel() / control.shape[0]
+        factors = np.divide(response, control_mean, out=np.zeros_like(response), where=control_mean > 0)
+        for name in names:
+            n = pair.n_cells("real", name)
+            if emission == "tile":
+                blocks.append(sparse.csr_array(np.tile(response, (n, 1)).astype(np.float32)))
+            else:
+                drawn = control[rng.integers(0, control.shape[0], n)].multiply(factors)
+                blocks.append(sparse.csr_array(drawn, dtype=np.float32))
+            labels += [name] * n
+
+    # the labels and the genes as the file has them
+    obs = pair.conditions.loc[labels, design.columns].reset_index(drop=True).rename(index=str)
+    obs[design.perturbation] = pair.conditions.loc[labels, "_label"].to_numpy()
+    x = sparse.csr_matrix(sparse.vstack(blocks, format="csr")[:, np.argsort(pair.file_order)])
+    var = pd.DataFrame(index=pair.genes[np.argsort(pair.file_order)])
+    return anndata.AnnData(x, obs=obs, var=var)
+
+
+def _response(pair: Pair, names: Sequence[str], group: str) -> np.ndarray:
+    """(g,) mean over perturbations of their mean counts, without those that target the gene."""
+    means = np.stack([_mean_counts(pair, name) for name in names])
+    counted = np.ones_like(means, dtype=bool)
+    for i, name in enumerate(names):
+        counted[i, pair.own_genes(name)] = False
+    if not counted.any(axis=0).all():
+        always = pair.genes[~counted.any(axis=0)]
+        raise ValueError(f"group {group!r}: every perturbation targets {preview(always)}; no response is left")
+    return np.where(counted, means, 0.0).sum(axis=0) / counted.sum(axis=0)
+
+
+def _mean_counts(pair: Pair, name: str) -> np.ndarray:
+    counts = pair.count_matrix("real", name)
+    return np.asarray(counts.sum(axis=0)).ravel() / counts.shape[0]
+
+
+def replicates(
+    real: AnyCells,
+    design: Design,
+    metrics: Sequence[str] | str | None = "vcc2026",
+    *,
+    n_splits: int = 5,
+    seed: int = 0,
+    n_pcs: int = 30,
+    scale: Scale | None = None,
+    layer: Layer = None,
+    bulk_target_sum: float = 50_000.0,
+    target_genes: TargetGenes | None = None,
+) -> pd.DataFrame:
+    """Score halves of the real cells against each other, several times: what a score of 1 stands for.
+
+    Every perturbation and the control cells are divided at random into two halves of equal size; one is the prediction
+    of the other, each with its own controls.
+
+    Parameters
+    ----------
+    real, design
+        As in :func:`invirtuo.evaluate`.
+    metrics
+        Names and profiles, as there; "vcc2026" gives the official names of :func:`invirtuo.metrics.vcc2026`.
+    n_splits, seed
+        Number of divisions, and the seed of their seeds.
+    n_pcs, layer
+        As in :func:`invirtuo.evaluate`.
+    scale
+        What X holds; None: "counts" for the profile "vcc2026", else "log1p".
+    bulk_target_sum, target_genes
+        As in :func:`invirtuo.metrics.vcc2026`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns `split`, `seed`, `context`, `metric`, `value` (mean over perturbations). Errors of fold changes are taken
+        over the DE genes of all real cells.
+
+    References
+    ----------
+    Virtual Cell Challenge 2026; cell-eval2 0.20.
+    """
+    from invirtuo.metrics import choose, score, summarize
+
+    is_official = metrics == "vcc2026"
+    stated = scale or ("counts" if is_official else "log1p")
+    counts = CountOptions(bulk_target_sum, target_genes)
+    if is_official:
+        cells, _ = read_counts(real, real, design, scale=stated)
+    else:
+        read = read_cells("real", real, design, layer=of_side(layer, "real"))
+        cells = read.on_scale(common_scale(stated, read))
+    whole = Pair(cells, cells, design, counts=counts)
+
+    tables = []
+    for split, state in enumerate(np.random.SeedSequence(seed).generate_state(n_splits)):
+        halves = Pair.equal_halves(cells, design, n_pcs=n_pcs, seed=int(state), counts=counts)
+        if is_official:
+            found = panels(official(halves))
+            found[LFC_ERROR] = [_error_over_all_genes(halves, whole, group) for group in halves.groups]
+        else:
+            found = summarize(score(halves, choose(metrics, design)))["mean"].to_frame("all").T
+        tidy = found.rename_axis("context").reset_index().melt("context", var_name="metric")
+        tables.append(tidy.assign(split=split, seed=int(state)))
+    return pd.concat(tables, ignore_index=True)[["split", "seed", "context", "metric", "value"]]
+
+
+def _error_over_all_genes(halves: Pair, whole: Pair, group: str) -> float:
+    """Error of fold changes between halves, over the DE genes and relative to the fold changes of all real cells."""
+    errors = []
+    for name in halves.names(group):
+        truth = whole.see("count_tests", "real", name)
+        gate = truth.significant.copy()
+        gate[whole.own_genes(name)] = False
+        if gate.sum() >= MIN_GENES:
+            pred, real = (halves.see("count_tests", side, name) for side in ("pred", "real"))
+            difference = np.where(pred.tested, pred.lfc, 0.0) - np.where(real.tested, real.lfc, 0.0)
+            errors.append(np.abs(difference[gate]).sum() / np.abs(truth.lfc[gate]).sum())
+    return float(np.mean(errors)) if errors else np.nan
+
+
+def anchored(scores: Scores, baseline: Scores, replicate: Scores | Sequence[Scores]) -> pd.DataFrame:
+    """How far scores come from a baseline (0) to a replicate of the experiment (1), metric by metric.
+
+    ``(score - baseline) / (replicate - baseline)``, whichever direction is better; better than a replicate is above 1.
+    For the metrics of the Virtual Cell Challenge 2026 its rules hold: the expression error stays within 0 and 1, the
+    error of fold changes is at least -6, and what is not defined counts as the value 0 (the errors: as 0 and -6).
+
+    Parameters
+    ----------
+    scores, baseline
+        Tables from :func:`invirtuo.metrics.vcc2026` or :func:`invirtuo.evaluate`, or metric to value. All with the same
+        metrics.
+    replicate
+        Likewise, or a table from :func:`replicates`, or a list with one of these for each split: their mean is taken.
+
+    Returns
+    -------
+    pd.DataFrame
+        Index `metric`, last row "average"; columns `score`, `user`, `baseline`, `replicate`, `replicate_sd` (over
+        splits), `n_splits`, `trusted` and `reason`. The score is NaN, with the reason, where the replicate is not better
+        than the baseline. Not `trusted` is a score whose anchors lie less than three standard deviations of the
+        replicate apart. Several contexts are scored one by one, and their mean is given; ``attrs["contexts"]`` holds
+        the scores of each, ``attrs["n_averaged"]`` the number of metrics in the average.
+
+    Raises
+    ------
+    ValueError
+        If a metric is missing in one of the three, or has no direction.
+
+    Examples
+    --------
+    >>> table = anchored({"mse": 0.04}, {"mse": 0.10}, [{"mse": 0.02}, {"mse": 0.03}])
+    >>> table.loc["mse", ["score", "replicate", "trusted"]].to_list()
+    [0.8, 0.025, True]
+
+    References
+    ----------
+    Virtual Cell Challenge 2026; cell-eval2 0.20.
+    """
+    user, base = _by_context(scores), _by_context(baseline)
+    splits = _by_split(replicate)
+    names = [name for name in user.columns if _direction(name)]
+    _require_alike(names, base, splits)
+
+    # one table of scores for each context
+    tables = {}
+    for context in user.index:
+        ends = pd.DataFrame({context_of: one.loc[_row(one, context), names] for context_of, one in enumerate(splits)})
+        table = pd.DataFrame({"user": user.loc[context, names], "baseline": base.loc[_row(base, context), names]})
+        table["replicate"] = ends.mean(axis=1)
+        table["replicate_sd"] = ends.std(axis=1, ddof=0) if len(splits) > 1 else np.nan
+        tables[context] = _scored(table.astype(float))
+    result = next(iter(tables.values())).copy()
+    if len(tables) > 1:
+        numbers = result.select_dtypes("number").columns
+        result[numbers] = np.mean([table[numbers] for table in tables.values()], axis=0)
+        result["trusted"] = np.all([table["trusted"] for table in tables.values()], axis=0)
+    result.insert(5, "n_splits", len(splits))
+    average = {context: table["score"].mean() for context, table in tables.items()}
+    result.loc["average", "score"] = np.mean(list(average.values()))
+    result.attrs = {"contexts": pd.DataFrame({context: table["score"] for context, table in tables.items()}).T}
+    result.attrs["n_averaged"] = int(result["score"].iloc[:-1].notna().sum())
+    return result.rename_axis("metric")
+
+
+def _scored(table: pd.DataFrame) -> pd.DataFrame:
+    """Scores of one context from the columns `user`, `baseline` and both of the replicate."""
+    span = table["replicate"] - table["baseline"]
+    towards = pd.Series({name: 1.0 if _direction(name) == "higher" else -1.0 for name in table.index})
+    usable = span * towards > 0
+    user = table["user"].copy()
+    for name in table.index[user.isna()]:
+        user[name] = 0.0 if name in RULES and RULES[name].undefined is None else np.nan
+    score = ((user - table["baseline"]) / span).where(usable)
+
+    # the rules of the challenge, and what a reader must know
+    reason = pd.Series("", table.index)
+    for name in table.index:
+        rule = RULES.get(name, _Rule(undefined=np.nan))
+        if not usable[name]:
+            reason[name] = "the replicate is not better than the baseline"
+        elif np.isnan(table.at[name, "user"]):
+            reason[name] = "the prediction has no value"
+            score[name] = score[name] if rule.undefined is None else rule.undefined
+        score[name] = np.clip(score[name], rule.floor, rule.ceiling)
+    trusted = usable & ~(span.abs() < TRUSTED * table["replicate_sd"])
+    result = table.assign(trusted=trusted, reason=reason)
+    result.insert(0, "score", score)
+    return result
+
+
+def _direction(name: str) -> Literal["lower", "higher"] | None:
+    """Which values of a metric are better; official names are known too."""
+    here = {published: own for own, published in OFFICIAL.items()}
+    record = METRICS.get(here.get(name, name))
+    if record is None:
+        raise ValueError(f"unknown metric {name!r}; expected one of METRICS or an official name: {', '.join(here)}")
+    return record.direction
+
+
+def _by_context(scores: Scores) -> pd.DataFrame:
+    """Contexts by metrics; what is no table of vcc2026 is one context."""
+    if isinstance(scores, pd.DataFrame) and "metric" in scores.columns:
+        if {"expr_mse_unbiased_capped", "expr_distance_unbiased"} <= set(scores["metric"]):
+            return panels(scores)
+        return scores.groupby("metric", sort=False)["value"].mean().to_frame("all").T
+    return pd.Series(scores, dtype=float).to_frame("all").T
+
+
+def _by_split(replicate: Scores | Sequence[Scores]) -> list[pd.DataFrame]:
+    """Contexts by metrics, one table for each division of the real cells."""
+    if isinstance(replicate, pd.DataFrame) and "split" in replicate.columns:
+        wide = replicate.pivot(index=["split", "context"], columns="metric", values="value")
+        return [wide.xs(split, level="split") for split in wide.index.unique("split")]
+    if isinstance(replicate, pd.DataFrame | pd.Series | Mapping):
+        return [_by_context(replicate)]
+    return [_by_context(split) for split in replicate]
+
+
+def _row(table: pd.DataFrame, context: str) -> str:
+    """The row of a context; a table without contexts stands for all."""
+    if context in table.index or len(table) > 1:
+        return context
+    return table.index[0]
+
+
+def _require_alike(names: Sequence[str], baseline: pd.DataFrame, splits: Sequence[pd.DataFrame]) -> None:
+    """The anchors must hold every metric that is scored."""
+    if not splits:
+        raise ValueError("replicate holds no split; expected at least one")
+    for kind, table in (("baseline", baseline), *(("replicate", split) for split in splits)):
+        if missing := [name for name in names if name not in table.columns]:
+            raise ValueError(f"{kind} lacks metrics of the scores: {preview(missing)}; score all three alike")
