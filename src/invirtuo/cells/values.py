@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from scipy import sparse
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = [
+    "AnyMatrix",
     "Values",
     "canonical_csr",
     "check_values",
@@ -29,6 +30,7 @@ __all__ = [
     "require_same_scale",
 ]
 
+AnyMatrix: TypeAlias = Any  # (n, g), CSR or a dense array; SciPy ships no types, so that a checker could tell neither
 Kind = Literal["counts", "log1p", "log2", "log10", "log1p twice", "linear", "unit variance", "negative", "zeros"]
 
 LOG_MAX = 15.0  # log1p(1e6) = 13.8; counts and CP10k lie above

@@ -20,6 +20,7 @@ from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 from invirtuo.metrics.embedding import label_scores
+from invirtuo.metrics.false_calls import FALSE_DISCOVERIES, false_discoveries
 from invirtuo.metrics.vcc2026 import VCC2026, vcc2026
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "discrimination",
     "distribution",
     "evaluate",
+    "false_discoveries",
     "generation",
     "label_scores",
     "mean",
@@ -63,10 +65,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT = [name for name, record in METRICS.items() if record.default]
+_PERTURBENCH = [name for name, record in METRICS.items() if record.default and record.reference == mean.PERTURBENCH]
 _CELL_EVAL = [name for name, record in METRICS.items() if record.reference == mean.CELL_EVAL]
 PROFILES: dict[str, tuple[str, ...]] = {  # names of several metrics, which may be given instead of these
-    "perturbench": tuple(_DEFAULT),
+    "perturbench": tuple(_PERTURBENCH),
     "cell_eval": tuple(_CELL_EVAL),
     "minimal": (
         *("pearson_delta", "mse", "mae", "pds_l1", "de_overlap_n", "de_precision_n"),
@@ -74,6 +76,7 @@ PROFILES: dict[str, tuple[str, ...]] = {  # names of several metrics, which may 
     ),
     "vcc": ("mae", "pds_l1", "de_overlap_n"),
     "vcc2026": VCC2026,
+    "false_discoveries": FALSE_DISCOVERIES,
     "generation": (
         *("mmd_rbf_disjoint", "wasserstein2_disjoint", "c2st", "correlation_error", "zeros_distance", "rmse_logvar"),
         *("rmse_mean", "variance_ratio", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_linear"),

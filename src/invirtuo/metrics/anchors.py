@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from invirtuo.errors import preview
-from invirtuo.metrics.cells import Cells, common_scale, of_side, read_cells
+from invirtuo.metrics.cells import common_scale, of_side, read_cells
 from invirtuo.metrics.core import METRICS, CountOptions, Pair
 from invirtuo.metrics.vcc2026 import LFC_ERROR, MIN_GENES, OFFICIAL, RATIO, official, panels, read_counts
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["anchored", "mean_response", "replicates"]
 
-Scores = pd.DataFrame | pd.Series | Mapping[str, float]
+Scores: TypeAlias = pd.DataFrame | pd.Series | Mapping[str, float]
 TRUSTED = 3.0  # standard deviations of the replicate that the anchors must lie apart
 
 
@@ -168,8 +168,8 @@ def replicates(
     Returns
     -------
     pd.DataFrame
-        Columns `split`, `seed`, `context`, `metric`, `value` (mean over perturbations). Errors of fold changes are taken
-        over the DE genes of all real cells.
+        Columns `split`, `seed`, `context`, `metric`, `value` (mean over perturbations). Errors of fold changes are
+        taken over the DE genes of all real cells.
 
     References
     ----------
@@ -233,8 +233,8 @@ def anchored(scores: Scores, baseline: Scores, replicate: Scores | Sequence[Scor
     -------
     pd.DataFrame
         Index `metric`, last row "average"; columns `score`, `user`, `baseline`, `replicate`, `replicate_sd` (over
-        splits), `n_splits`, `trusted` and `reason`. The score is NaN, with the reason, where the replicate is not better
-        than the baseline. Not `trusted` is a score whose anchors lie less than three standard deviations of the
+        splits), `n_splits`, `trusted` and `reason`. The score is NaN, with the reason, where the replicate is not
+        better than the baseline. Not `trusted` is a score whose anchors lie less than three standard deviations of the
         replicate apart. Several contexts are scored one by one, and their mean is given; ``attrs["contexts"]`` holds
         the scores of each, ``attrs["n_averaged"]`` the number of metrics in the average.
 
@@ -261,10 +261,10 @@ def anchored(scores: Scores, baseline: Scores, replicate: Scores | Sequence[Scor
     # one table of scores for each context
     tables = {}
     for context in user.index:
-        ends = pd.DataFrame({context_of: one.loc[_row(one, context), names] for context_of, one in enumerate(splits)})
+        ends = pd.DataFrame([one.loc[_row(one, context), names].to_numpy() for one in splits], columns=names)
         table = pd.DataFrame({"user": user.loc[context, names], "baseline": base.loc[_row(base, context), names]})
-        table["replicate"] = ends.mean(axis=1)
-        table["replicate_sd"] = ends.std(axis=1, ddof=0) if len(splits) > 1 else np.nan
+        table["replicate"] = ends.mean()
+        table["replicate_sd"] = ends.std(ddof=0) if len(splits) > 1 else np.nan
         tables[context] = _scored(table.astype(float))
     result = next(iter(tables.values())).copy()
     if len(tables) > 1:

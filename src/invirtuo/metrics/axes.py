@@ -6,12 +6,16 @@ import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import linalg
 
 from invirtuo.metrics.streamed import Streamed
+
+if TYPE_CHECKING:
+    from invirtuo.cells.values import AnyMatrix
 
 __all__ = ["principal_axes", "projected"]
 
@@ -21,7 +25,7 @@ FEW = 2048  # up to so many genes or cells axes come from a dense matrix
 BLOCK = 4096  # cells dense at a time
 
 
-def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
+def principal_axes(cells: AnyMatrix | Streamed, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
     """Exact leading principal axes of cells, centred and not scaled.
 
     Parameters
@@ -43,8 +47,10 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
     d = min(n_pcs, n - 1, g - 1)
     if d < 1:
         raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
-    streamed = isinstance(cells, Streamed)
-    centre = cells.mean() if streamed else np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
+    if isinstance(cells, Streamed):
+        centre = cells.mean()
+    else:
+        centre = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
 
     # the cheapest of three exact ways
     if g <= FEW:
@@ -61,12 +67,13 @@ def principal_axes(cells, n_pcs: int) -> tuple[np.ndarray, np.ndarray]:
     return centre, axes
 
 
-def projected(cells, centre: np.ndarray, axes: np.ndarray) -> np.ndarray:
+def projected(cells: AnyMatrix | Streamed, centre: np.ndarray, axes: np.ndarray) -> np.ndarray:
     """(n, d) coordinates of cells (n, g), sparse, dense or streamed, on axes (g, d) through the centre (g,)."""
-    return cells @ axes - centre @ axes
+    coordinates: np.ndarray = cells @ axes - centre @ axes
+    return coordinates
 
 
-def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+def _axes_of_few_genes(cells: AnyMatrix | Streamed, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
     """By the eigenvectors of the scatter matrix (g, g)."""
     n, g = cells.shape
     scatter = np.zeros((g, g))
@@ -78,7 +85,7 @@ def _axes_of_few_genes(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, n
     return variances[::-1], axes[:, ::-1]
 
 
-def _axes_of_few_cells(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+def _axes_of_few_cells(cells: AnyMatrix | Streamed, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
     """By the eigenvectors of the products of cells (n, n)."""
     shifted = _dense(cells) - centre
     n = len(shifted)
@@ -88,7 +95,7 @@ def _axes_of_few_cells(cells, centre: np.ndarray, d: int) -> tuple[np.ndarray, n
 
 
 def _axes_of_many_genes(
-    cells, centre: np.ndarray, d: int, *, width: int = 8, tolerance: float = 1e-6
+    cells: AnyMatrix | Streamed, centre: np.ndarray, d: int, *, width: int = 8, tolerance: float = 1e-6
 ) -> tuple[np.ndarray, np.ndarray]:
     """By block Lanczos iteration without restarts, every new block made orthogonal to all before.
 
@@ -126,16 +133,18 @@ def _axes_of_many_genes(
     return np.maximum(variances, 0.0), basis @ weights
 
 
-def _scatter_of(cells, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
+def _scatter_of(cells: AnyMatrix | Streamed, centre: np.ndarray, block: np.ndarray) -> np.ndarray:
     """(g, k) product of the scatter matrix of cells around a centre with a block of vectors."""
     if isinstance(cells, Streamed):
-        return np.sum([_scatter_of(rows, centre, block) for rows in cells.blocks()], axis=0)
+        scatter: np.ndarray = np.sum([_scatter_of(rows, centre, block) for rows in cells.blocks()], axis=0)
+        return scatter
     along = cells @ block - centre @ block
-    return cells.T @ along - np.outer(centre, along.sum(axis=0))
+    scatter = cells.T @ along - np.outer(centre, along.sum(axis=0))
+    return scatter
 
 
-def _dense(cells) -> np.ndarray:
-    return cells.toarray() if hasattr(cells, "toarray") else cells
+def _dense(cells: AnyMatrix | Streamed) -> np.ndarray:
+    return cells if isinstance(cells, np.ndarray) else cells.toarray()
 
 
 def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

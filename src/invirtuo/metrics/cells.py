@@ -14,7 +14,7 @@ from scipy import sparse
 
 from invirtuo.cells.checks import SCORE_COLUMNS
 from invirtuo.cells.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
-from invirtuo.cells.values import Values, canonical_csr, log_normalised, look, require_same_scale
+from invirtuo.cells.values import AnyMatrix, Values, canonical_csr, log_normalised, look, require_same_scale
 from invirtuo.errors import preview, require_column
 from invirtuo.metrics.streamed import BLOCK, Streamed
 
@@ -92,7 +92,7 @@ class Cells:
     """
 
     name: str
-    source: Source
+    source: Source[AnyMatrix]
     layer: str | None
     genes: np.ndarray
     columns: np.ndarray
@@ -170,7 +170,7 @@ class Cells:
         """Whether all values are whole numbers >= 0."""
         return self.found.is_whole and self.found.smallest >= 0
 
-    def read(self, rows: np.ndarray):
+    def read(self, rows: np.ndarray) -> AnyMatrix:
         """(n, g) CSR or dense, log1p, genes in the common order."""
         block = _read(self.source, rows)
         if self.scale == "counts":
@@ -190,7 +190,7 @@ class Cells:
         in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
         return block if in_order else block[:, self.columns]
 
-    def matrix_of(self, rows: np.ndarray):
+    def matrix_of(self, rows: np.ndarray) -> AnyMatrix | Streamed:
         """Like :meth:`read`; of a file on disk many rows are not read but streamed."""
         is_streamed = self.source.on_disk and len(rows) > BLOCK
         return Streamed(self.read, rows, len(self.genes)) if is_streamed else self.read(rows)
@@ -260,7 +260,7 @@ def read_cells(
     return Cells(name, source, layer, genes, columns, found, rows, controls, control_labels, table)
 
 
-def _value_range(source: Source, name: str, layer: str | None) -> ValueRange:
+def _value_range(source: Source[AnyMatrix], name: str, layer: str | None) -> ValueRange:
     """Look at every value once, and refuse those that are not finite."""
     n_cells = len(source.obs)
     largest, smallest, fraction = -np.inf, 0.0, 0.0
@@ -293,7 +293,7 @@ def _labels(obs: pd.DataFrame, design: Design) -> np.ndarray:
     return obs[design.perturbation].astype(str).to_numpy()
 
 
-def _read(source: Source, rows: np.ndarray):
+def _read(source: Source[AnyMatrix], rows: np.ndarray) -> AnyMatrix:
     """Values of rows; genes of files may come in any order, and sums shall not depend on it."""
     block = source.read(rows)
     return canonical_csr(block) if source.on_disk and sparse.issparse(block) else block
@@ -368,7 +368,7 @@ def _check_genes(name: str, names: pd.Index, genes: np.ndarray, columns: np.ndar
         raise ValueError(f"{name} lacks {len(missing)} of the {len(genes)} genes of real: {preview(missing)}")
 
 
-def _are_numbers(names) -> bool:
+def _are_numbers(names: pd.Index | np.ndarray) -> bool:
     """Whether names of genes only number the columns from 0, as those of a table without a header do."""
     return set(names) == set(map(str, range(len(names))))
 
@@ -390,13 +390,13 @@ def _rows_by(keys: pd.Series, rows: np.ndarray) -> dict[str, np.ndarray]:
     return {str(key): rows[index] for key, index in sorted(pd.Series(keys).groupby(keys).indices.items())}
 
 
-def per_10k(counts) -> sparse.csr_matrix:
+def per_10k(counts: AnyMatrix) -> sparse.csr_matrix:
     """(n, g) log1p of counts per 10,000, CSR in float32; empty cells stay empty."""
     rows = canonical_csr(counts, np.float32)
     return log_normalised(rows, np.asarray(rows.sum(axis=1), dtype=np.float64).ravel(), DEPTH)
 
 
-def _over_size_factors(block, size_factors: np.ndarray):
+def _over_size_factors(block: AnyMatrix, size_factors: np.ndarray) -> AnyMatrix:
     """log1p of counts over size factors, (n, g) and (n,) in float32 throughout, as scanpy computes it."""
     if not sparse.issparse(block):
         return np.log1p(block.astype(np.float32) / size_factors[:, None])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from scipy import sparse
@@ -28,15 +28,24 @@ from invirtuo.metrics.rank import ranks
 from invirtuo.metrics.streamed import Streamed
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from invirtuo.cells.source import AnyCells
+    from invirtuo.cells.values import AnyMatrix
     from invirtuo.design import Design
 
 __all__ = ["METRICS", "VIEWS", "CountOptions", "Metric", "Pair", "TargetGenes", "metric", "view"]
 
 logger = logging.getLogger(__name__)
 
-
-TargetGenes = Mapping[str, str | None] | Literal["parts"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+Value = TypeVar("Value")
+View: TypeAlias = "Callable[[Pair, Side, str], Any]"  # of (pair, side, condition); metrics on it know what it gives
+Compare: TypeAlias = Callable[[Any, Any], Any]  # two such views to a number
+CompareAll: TypeAlias = "Callable[[Sequence[Any], Sequence[Any]], ArrayLike]"  # P and P views to (P, P)
+Moments: TypeAlias = tuple[np.ndarray, np.ndarray, int]  # mean (g,), variance (g,) with n - 1, number of cells
+Key: TypeAlias = tuple[str, ...]
+TargetGenes: TypeAlias = Mapping[str, str | None] | Literal["parts"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,11 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {}
-VIEWS: dict[str, Callable] = {}
+VIEWS: dict[str, View] = {}
 _UNCACHED: set[str] = set()
 
 
-def view(name: str, *, cached: bool = True) -> Callable[[Callable], Callable]:
+def view(name: str, *, cached: bool = True) -> Callable[[Function], Function]:
     """Register a function (pair, side, condition) -> array as a view of one condition.
 
     Parameters
@@ -112,7 +121,7 @@ def view(name: str, *, cached: bool = True) -> Callable[[Callable], Callable]:
         Keep the array in the Pair. False for arrays as large as the cells.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         VIEWS[name] = function
         if not cached:
             _UNCACHED.add(name)
@@ -131,11 +140,11 @@ def metric(
     definition: str,
     reference: str,
     on: str | None = None,
-    pairwise: Callable | None = None,
+    pairwise: CompareAll | None = None,
     ranked: bool = False,
     default: bool = True,
     relative: bool = False,
-) -> Callable[[Callable], Callable]:
+) -> Callable[[Function], Function]:
     """Register a plain function as a metric; the function itself is returned unchanged.
 
     Parameters
@@ -153,7 +162,7 @@ def metric(
         Also register ``<name>_rank``: the rank of a prediction among those of its group, see `invirtuo.metrics.rank`.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         if ranked and (on is None or direction is None):
             raise ValueError(f"metric {name!r}: ranked=True needs a view to compare and a direction; name both")
 
@@ -189,8 +198,8 @@ class _Comparison:
 
     name: str
     on: str
-    function: Callable
-    pairwise: Callable
+    function: Compare
+    pairwise: CompareAll
 
     def matrix(self, pair: Pair, group: str) -> np.ndarray:
         views = pair.view(self.on, "pred", group), pair.view(self.on, "real", group)
@@ -204,10 +213,10 @@ class _Comparison:
         return np.array([float(self.function(pred, real)) for pred, real in views])
 
 
-def _each_pair(function: Callable) -> Callable:
+def _each_pair(function: Compare) -> CompareAll:
     """The function on all pairs, one by one."""
 
-    def matrix(preds: Sequence, reals: Sequence) -> list[list[float]]:
+    def matrix(preds: Sequence[Any], reals: Sequence[Any]) -> list[list[float]]:
         rows = []
         for pred in preds:
             rows.append([float(function(pred, real)) for real in reals])
@@ -270,7 +279,7 @@ class Pair:
         self.genes = real.genes
         self._cells: dict[Side, Cells] = {"pred": pred, "real": real}
         self._control_side: dict[Side, Side] = {"pred": controls, "real": "real"}
-        self._cache: dict[Side, dict] = {"pred": {}, "real": {}}
+        self._cache: dict[Side, dict[Key, Any]] = {"pred": {}, "real": {}}
 
         # conditions of both files are scored, the others listed
         both = [name for name in real.rows if name in pred.rows]
@@ -354,8 +363,8 @@ class Pair:
         real = self._cells["real"]
         layer = self._cells["pred"].layer
         other = read_cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
-        options = {"n_pcs": self.n_pcs, "controls": self._control_side["pred"], "counts": self.counts}
-        pair = type(self)(other, real, self.design, **options)
+        controls = self._control_side["pred"]
+        pair = type(self)(other, real, self.design, n_pcs=self.n_pcs, controls=controls, counts=self.counts)
         pair._cache["real"] = self._cache["real"]
         return pair
 
@@ -391,7 +400,7 @@ class Pair:
         """(n, g) dense log1p expression of the control cells that this side is compared with."""
         return _dense(self.stored_control(side, group))
 
-    def stored(self, side: Side, condition: str):
+    def stored(self, side: Side, condition: str) -> AnyMatrix:
         """Like `cells`, CSR or dense as the file holds them."""
         return self._cells[side].read(self._cells[side].rows[condition])
 
@@ -418,25 +427,26 @@ class Pair:
             return {*spellings, *self.design.parts(label)}
         for name in (*spellings, "*"):
             if known is not None and name in known:
-                return {known[name]} - {None}
+                gene = known[name]
+                return set() if gene is None else {gene}
         return set(spellings)
 
-    def moments(self, side: Side, condition: str) -> tuple[np.ndarray, np.ndarray, int]:
+    def moments(self, side: Side, condition: str) -> Moments:
         """Mean (g,), variance (g,) with n - 1 (NaN for one cell), and number of cells of a condition."""
         cells = self._cells[side]
         return self.once(side, ("moments", condition), lambda: _moments(cells.matrix_of(cells.rows[condition])))
 
-    def control_moments(self, side: Side, group: str) -> tuple[np.ndarray, np.ndarray, int]:
+    def control_moments(self, side: Side, group: str) -> Moments:
         """Like `moments`, of the control cells that this side is compared with."""
         cells, rows = self._controls(side, group)
         key = ("moments of control", group)
         return self.once(self._control_side[side], key, lambda: _moments(cells.matrix_of(rows)))
 
-    def once_of_control(self, side: Side, key: tuple, compute: Callable):
+    def once_of_control(self, side: Side, key: Key, compute: Callable[[], Value]) -> Value:
         """Like `once`, of something that depends on the control cells that this side is compared with."""
         return self.once(self._control_side[side], key, compute)
 
-    def group_moments(self, side: Side, group: str) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    def group_moments(self, side: Side, group: str) -> list[Moments]:
         """Moments of every condition that this file has in the group, scored or not, and of the controls."""
         table = self._cells[side].table
         conditions = table.index[table["_group"] == group]
@@ -444,9 +454,9 @@ class Pair:
 
     def group_of(self, condition: str) -> str:
         """Name of the covariate group of a condition."""
-        return self.conditions.at[condition, "_group"]
+        return str(self.conditions.at[condition, "_group"])
 
-    def real_matrix(self):
+    def real_matrix(self) -> AnyMatrix | Streamed:
         """All real cells, scored or not, (n, g) CSR, dense or streamed from disk, genes in alphabetical order."""
         return self._cells["real"].matrix_of(np.arange(self._cells["real"].n_cells))
 
@@ -465,7 +475,7 @@ class Pair:
         order = self.seeded_order("real", condition)
         return np.sort(order[: (len(order) + 1) // 2])
 
-    def unscored_matrix(self):
+    def unscored_matrix(self) -> AnyMatrix | Streamed:
         """The real cells outside of every `scored_half`, and the control cells; form as of `real_matrix`."""
         cells = self._cells["real"]
         others = [np.delete(rows, self.scored_half(name)) for name, rows in cells.rows.items()]
@@ -476,11 +486,11 @@ class Pair:
         """(g,) position in `genes` of each gene of the real file, in the order of that file."""
         return np.argsort(self._cells["real"].columns)
 
-    def view(self, name: str, side: Side, group: str) -> Sequence:
+    def view(self, name: str, side: Side, group: str) -> Sequence[Any]:
         """The named view of each scored condition of a group, made when it is looked at."""
         return _Views(self, name, side, self.names(group))
 
-    def see(self, name: str, side: Side, condition: str) -> np.ndarray:
+    def see(self, name: str, side: Side, condition: str) -> Any:
         """The named view of one condition."""
         if name not in VIEWS:
             raise ValueError(f"unknown view {name!r}; known: {preview(sorted(VIEWS), 99)}")
@@ -488,7 +498,7 @@ class Pair:
             return VIEWS[name](self, side, condition)
         return self.once(side, ("view", name, condition), lambda: VIEWS[name](self, side, condition))
 
-    def once(self, side: Side, key: tuple, compute: Callable):
+    def once(self, side: Side, key: Key, compute: Callable[[], Value]) -> Value:
         """The value kept under a key; computed when it is first asked for.
 
         The side is "pred" if the value depends on the prediction; what is kept for "real" is shared by :meth:`against`.
@@ -496,13 +506,14 @@ class Pair:
         cache = self._cache[side]
         if key not in cache:
             cache[key] = compute()
-        return cache[key]
+        kept: Value = cache[key]
+        return kept
 
-    def has(self, side: Side, key: tuple) -> bool:
+    def has(self, side: Side, key: Key) -> bool:
         """Whether a value is kept under a key."""
         return key in self._cache[side]
 
-    def stored_control(self, side: Side, group: str):
+    def stored_control(self, side: Side, group: str) -> AnyMatrix:
         """Like `control_cells`, CSR or dense as the file holds them."""
         cells, rows = self._controls(side, group)
         return cells.read(rows)
@@ -527,12 +538,12 @@ class Pair:
         return cells, rows
 
 
-def _sides(pred, real, design: Design, scale: Scale, layer: Layer) -> tuple[Cells, Cells]:
+def _sides(pred: AnyCells, real: AnyCells, design: Design, scale: Scale, layer: Layer) -> tuple[Cells, Cells]:
     """Both files on one scale, genes in the order of the real one."""
-    real = read_cells("real", real, design, layer=of_side(layer, "real"))
-    pred = read_cells("pred", pred, design, genes=real.genes, layer=of_side(layer, "pred"))
-    stated = common_scale(scale, real, pred)
-    return pred.on_scale(stated), real.on_scale(stated)
+    real_cells = read_cells("real", real, design, layer=of_side(layer, "real"))
+    pred_cells = read_cells("pred", pred, design, genes=real_cells.genes, layer=of_side(layer, "pred"))
+    stated = common_scale(scale, real_cells, pred_cells)
+    return pred_cells.on_scale(stated), real_cells.on_scale(stated)
 
 
 def _scaled(real: AnyCells, design: Design, scale: Scale, layer: Layer) -> Cells:
@@ -542,7 +553,7 @@ def _scaled(real: AnyCells, design: Design, scale: Scale, layer: Layer) -> Cells
 
 
 @dataclass(frozen=True)
-class _Views(Sequence):
+class _Views(Sequence[Any]):
     """Views of several conditions, made when looked at."""
 
     pair: Pair
@@ -553,15 +564,16 @@ class _Views(Sequence):
     def __len__(self) -> int:
         return len(self.conditions)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.pair.see(self.name, self.side, self.conditions[index])
 
 
-def _dense(block) -> np.ndarray:
-    return block.toarray() if sparse.issparse(block) else block
+def _dense(block: AnyMatrix) -> np.ndarray:
+    dense: np.ndarray = block.toarray() if sparse.issparse(block) else block
+    return dense
 
 
-def _moments(block) -> tuple[np.ndarray, np.ndarray, int]:
+def _moments(block: AnyMatrix | Streamed) -> Moments:
     """Mean and variance of each gene by two passes, also for CSR without making it dense, and for cells on disk."""
     if isinstance(block, Streamed):
         return block.moments()

@@ -5,6 +5,8 @@ Of log1p values counts are what they are the logarithm of, so that every cell ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from invirtuo.metrics.wilcoxon import AT_ONCE, rank_sum
 if TYPE_CHECKING:
     from invirtuo.metrics.core import Pair, Side
 
-__all__ = ["Bulk", "CountTests", "bulk", "log_cpm"]
+__all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "log_cpm", "of_tests"]
 
 LEVEL = 0.05  # significance of the adjusted p-value
 MILLION = 1e6
@@ -84,14 +86,59 @@ def control_bulk(pair: Pair, side: Side, group: str) -> Bulk:
 @view("count_tests")
 def count_tests_view(pair: Pair, side: Side, condition: str) -> CountTests:
     """Table of tests, made together with those of the other scored conditions of the group."""
-    group = pair.group_of(condition)
-    known = pair.once(side, ("count tests", group), dict)
-    missing = [name for name in pair.names(group) if name not in known]
-    for start in range(0, len(missing), AT_ONCE):
-        names = missing[start : start + AT_ONCE]
-        counts = [pair.count_matrix(side, name) for name in names]
-        known.update(zip(names, _tests(counts, pair.control_count_matrix(side, group)), strict=True))
-    return known[condition]
+    return _tests_of_group(pair, side, pair.group_of(condition), equal=False)[condition]
+
+
+@view("equal_tests")
+def equal_tests_view(pair: Pair, side: Side, condition: str) -> CountTests:
+    """Like "count_tests", of at most as many predicted cells as there are real ones: more cells call more genes."""
+    if side == "real" or pair.n_cells("pred", condition) <= pair.n_cells("real", condition):
+        return count_tests_view(pair, side, condition)
+    return _tests_of_group(pair, side, pair.group_of(condition), equal=True)[condition]
+
+
+def _tests_of_group(pair: Pair, side: Side, group: str, *, equal: bool) -> dict[str, CountTests]:
+    """Tables of tests of the scored conditions of a group."""
+
+    def counts_of(name: str) -> sparse.csr_array:
+        counts = pair.count_matrix(side, name)
+        n_real = pair.n_cells("real", name)
+        if not equal or counts.shape[0] <= n_real:
+            return counts
+        return counts[np.sort(pair.seeded_order(side, name)[:n_real])]
+
+    def compute() -> dict[str, CountTests]:
+        control = pair.control_count_matrix(side, group)
+        found: dict[str, CountTests] = {}
+        for start in range(0, len(pair.names(group)), AT_ONCE):
+            names = pair.names(group)[start : start + AT_ONCE]
+            found.update(zip(names, _tests([counts_of(name) for name in names], control), strict=True))
+        return found
+
+    return pair.once(side, ("equal tests" if equal else "count tests", group), compute)
+
+
+def of_tests(
+    on: str = "count_tests",
+) -> Callable[[Callable[[CountTests, CountTests, np.ndarray], float]], Callable[[Pair, str], np.ndarray]]:
+    """Make a metric of a group from a function of predicted tests, real tests and (g,) which genes count.
+
+    A gene that the perturbation targets does not.
+    """
+
+    def make(compare: Callable[[CountTests, CountTests, np.ndarray], float]) -> Callable[[Pair, str], np.ndarray]:
+        @wraps(compare)
+        def values(pair: Pair, group: str) -> np.ndarray:
+            scores = []
+            for name in pair.names(group):
+                counted = np.ones(len(pair.genes), dtype=bool)
+                counted[pair.own_genes(name)] = False
+                scores.append(compare(pair.see(on, "pred", name), pair.see(on, "real", name), counted))
+            return np.array(scores, dtype=float)
+
+        return values
+
+    return make
 
 
 def bulk(counts: sparse.csr_array, target_sum: float = 50_000.0) -> Bulk:

@@ -15,12 +15,12 @@ from invirtuo.metrics.mean import PERTURBENCH
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from invirtuo.metrics.core import Pair, Side
+    from invirtuo.metrics.cells import Side
+    from invirtuo.metrics.core import Moments, Pair
 
 __all__ = ["p_values", "signed_log_p", "t_scores", "top_degs", "top_k_recall"]
 
 TOP = 50  # genes that count as the strongest
-Moments = tuple[np.ndarray, np.ndarray, int]  # mean (g,), variance (g,) with n - 1, number of cells
 
 
 @view("scores")
@@ -55,7 +55,8 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
         return np.full((len(preds), len(reals)), np.nan)
     pred_tops = np.stack([_among_top(scores, TOP) for scores in preds]).astype(float)
     real_tops = np.stack([_among_top(scores, TOP) for scores in reals]).astype(float)
-    return pred_tops @ real_tops.T / real_tops.sum(axis=1)
+    recall: np.ndarray = pred_tops @ real_tops.T / real_tops.sum(axis=1)
+    return recall
 
 
 @metric(
@@ -153,7 +154,8 @@ def signed_log_p(pvals: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """``-ln(adjusted p + 1e-37) * sign(score)`` with Benjamini-Hochberg adjustment over genes; (g,) to (g,)."""
     from scipy import stats
 
-    return -np.log(stats.false_discovery_control(pvals) + 1e-37) * np.sign(scores)
+    signed: np.ndarray = -np.log(stats.false_discovery_control(pvals) + 1e-37) * np.sign(scores)
+    return signed
 
 
 def top_degs(pair: Pair, condition: str, n: int = 20, *, compat_deg_index: bool = False) -> np.ndarray:

@@ -86,7 +86,8 @@ def discrimination(
 def _distances(pred: np.ndarray, reals: np.ndarray, distance: Distance) -> np.ndarray:
     """(P,) distances of one effect (g,) to all real effects (P, g)."""
     if distance != "cosine":
-        return cdist(pred[None], reals, {"l1": "cityblock", "l2": "euclidean"}[distance])[0]
+        distances: np.ndarray = cdist(pred[None], reals, {"l1": "cityblock", "l2": "euclidean"}[distance])[0]
+        return distances
     norms = np.linalg.norm(reals, axis=1) * np.linalg.norm(pred)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(norms == 0, np.nan, 1 - reals @ pred / norms)

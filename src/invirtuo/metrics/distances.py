@@ -73,5 +73,6 @@ def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Its kernels use the widest vectors of every processor; those behind ``@`` only half of them on some.
     """
     if x.dtype is torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+        return product
     return x @ y.T

@@ -14,7 +14,8 @@ from invirtuo.metrics.distances import FLOOR, PAIRS, Cloud, between, cloud, prod
 from invirtuo.metrics.mean import CELL_EVAL, PERTURBENCH, pearson
 
 if TYPE_CHECKING:
-    from invirtuo.metrics.core import Pair, Side
+    from invirtuo.metrics.cells import Side
+    from invirtuo.metrics.core import Pair
 
 __all__ = [
     "axes_of_all",
@@ -57,7 +58,8 @@ def pca_disjoint_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 @view("pca_average")
 def pca_average_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(d,) mean over cells on the principal axes of all real cells."""
-    return pair.see("pca", side, condition).mean(axis=0)
+    mean: np.ndarray = pair.see("pca", side, condition).mean(axis=0)
+    return mean
 
 
 def axes_of_all(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +70,8 @@ def axes_of_all(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 def _projected(pair: Pair, side: Side, condition: str, axes: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """(n, d) cells of a condition on given axes, in seeded order."""
     cells = pair.cells(side, condition)[pair.seeded_order(side, condition)]
-    return (cells - axes[0]) @ axes[1]
+    coordinates: np.ndarray = (cells - axes[0]) @ axes[1]
+    return coordinates
 
 
 def _half_energy_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
@@ -144,7 +147,7 @@ def _sketch_axes(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray], centr
     sample = cloud(np.concatenate(samples), centre).cells
     # of few cells the axes follow from the products of cells
     _, vectors = torch.linalg.eigh(sample @ sample.T)
-    axes, _ = torch.linalg.qr(sample.T @ vectors[:, -SKETCH:])
+    axes: torch.Tensor = torch.linalg.qr(sample.T @ vectors[:, -SKETCH:])[0]
     return axes
 
 
@@ -305,7 +308,7 @@ def _to_control(pair: Pair, side: Side, group: str) -> np.ndarray:
 
     ``E|c - c'|`` is left out: it is the same for all conditions, costs most, and changes no correlation.
     """
-    known = pair.once(side, ("distance to control", group), dict)
+    known: dict[str, float] = pair.once(side, ("distance to control", group), dict)
     missing = [name for name in pair.names(group) if name not in known]
     if missing:
         centre = pair.control_moments(side, group)[0]

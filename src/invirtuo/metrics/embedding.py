@@ -87,7 +87,9 @@ def label_scores(
     return pd.DataFrame(rows)
 
 
-def _checked(z, labels, real: np.ndarray, known: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    z: np.ndarray, labels: Any, real: np.ndarray, known: np.ndarray, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Predicted cells, if they can be read by a network of the real ones."""
     z = np.asarray(z, np.float32)
     labels = np.asarray(labels).astype(str)
@@ -105,7 +107,9 @@ def _checked(z, labels, real: np.ndarray, known: np.ndarray, groups: np.ndarray)
     return z, labels
 
 
-def _scores(z, labels, predicted, test_size: float, seed: int) -> dict[str, float]:
+def _scores(
+    z: np.ndarray, labels: np.ndarray, predicted: tuple[np.ndarray, np.ndarray] | None, test_size: float, seed: int
+) -> dict[str, float]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics import f1_score, silhouette_score
     from sklearn.model_selection import train_test_split

@@ -18,7 +18,8 @@ from invirtuo.metrics.core import metric, view
 from invirtuo.metrics.distribution import axes_of_all
 
 if TYPE_CHECKING:
-    from invirtuo.metrics.core import Pair, Side
+    from invirtuo.metrics.cells import Side
+    from invirtuo.metrics.core import Pair
 
 __all__ = [
     "knn_coverage",
@@ -48,7 +49,8 @@ MOST_PIVOTS = 10**9  # never reached: transport between 14,000 and 1,000 cells t
 @view("pca_scaled")
 def pca_scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(n, d) cells on the principal axes of all real cells, divided by the standard deviation of these on each axis."""
-    return pair.see("pca", side, condition) / pair.once("real", ("spread",), lambda: _spread(pair))
+    cells: np.ndarray = pair.see("pca", side, condition) / pair.once("real", ("spread",), lambda: _spread(pair))
+    return cells
 
 
 @metric(
@@ -335,4 +337,5 @@ def _spread(pair: Pair) -> np.ndarray:
     """(d,) standard deviation of all real cells on each principal axis."""
     centre, axes = axes_of_all(pair)
     coordinates = projected(pair.real_matrix(), centre, axes)
-    return coordinates.std(axis=0)
+    spread: np.ndarray = coordinates.std(axis=0)
+    return spread

@@ -15,7 +15,9 @@ from invirtuo.metrics.core import metric, view
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from invirtuo.metrics.core import Pair, Side
+    from invirtuo.cells.values import AnyMatrix
+    from invirtuo.metrics.cells import Side
+    from invirtuo.metrics.core import Moments, Pair
 
 __all__ = [
     "coefficient_of_variation",
@@ -99,7 +101,8 @@ def _rmse_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np
 
     x = np.stack(list(preds))
     y = np.stack(list(reals))
-    return cdist(x, y) / np.sqrt(x.shape[1])
+    errors: np.ndarray = cdist(x, y) / np.sqrt(x.shape[1])
+    return errors
 
 
 def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> np.ndarray:
@@ -159,7 +162,8 @@ def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
 )
 def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Root mean squared difference, (..., g) against (..., g)."""
-    return np.sqrt(mse(pred, real))
+    error: np.ndarray = np.sqrt(mse(pred, real))
+    return error
 
 
 @metric(
@@ -230,7 +234,8 @@ def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 )
 def mse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mean squared difference, (..., g) against (..., g)."""
-    return np.square(pred - real).mean(axis=-1)
+    error: np.ndarray = np.square(pred - real).mean(axis=-1)
+    return error
 
 
 @metric(
@@ -258,7 +263,8 @@ def mse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 )
 def mae(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mean absolute difference, (..., g) against (..., g)."""
-    return np.abs(pred - real).mean(axis=-1)
+    error: np.ndarray = np.abs(pred - real).mean(axis=-1)
+    return error
 
 
 @metric(
@@ -380,18 +386,23 @@ def effect(mean: np.ndarray, control_mean: np.ndarray, *, rounding: float = 1e-6
 
 def scaled_mean(cells: np.ndarray, centre: np.ndarray, scale: np.ndarray, *, limit: float = 10.0) -> np.ndarray:
     """Mean over cells of ``(x - centre) / scale``, clipped to +-limit; (n, g) to (g,)."""
-    return np.clip((cells - centre) / scale, -limit, limit).mean(axis=0, dtype=np.float64)
+    clipped = np.clip((cells - centre) / scale, -limit, limit)
+    mean: np.ndarray = clipped.mean(axis=0, dtype=np.float64)
+    return mean
 
 
-def _mean_expression(block) -> np.ndarray:
+def _mean_expression(block: AnyMatrix) -> np.ndarray:
     """(g,) mean over cells of ``expm1``; values below 0, which predictions may have, count as 0."""
     if not sparse.issparse(block):
-        return np.expm1(np.maximum(block, 0.0)).mean(axis=0, dtype=np.float64)
+        mean: np.ndarray = np.expm1(np.maximum(block, 0.0)).mean(axis=0, dtype=np.float64)
+        return mean
     values = np.expm1(np.maximum(block.data, 0.0))
-    return np.bincount(block.indices, weights=values, minlength=block.shape[1]) / block.shape[0]
+    totals = np.bincount(block.indices, weights=values, minlength=block.shape[1])
+    mean = totals / block.shape[0]
+    return mean
 
 
-def _pooled(moments: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+def _pooled(moments: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (n - 1; 0 becomes 1) of several sets of cells taken together."""
     total = sum(n for *_, n in moments)
     centre = np.sum([n * mean for mean, _, n in moments], axis=0) / total
@@ -405,7 +416,8 @@ def _pooled(moments: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarr
 
 
 def _centred(x: np.ndarray) -> np.ndarray:
-    return x - x.mean(axis=-1, keepdims=True)
+    centred: np.ndarray = x - x.mean(axis=-1, keepdims=True)
+    return centred
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -89,7 +89,9 @@ def correlation_scores(x: np.ndarray, *, later: np.ndarray | None = None) -> np.
     b = b - b.mean(axis=0)
     squares = np.outer((a**2).sum(axis=0), (b**2).sum(axis=0))
     scale = np.sqrt(squares)
-    return np.abs(np.divide(a.T @ b, scale, out=np.zeros_like(scale), where=scale > 0))
+    correlations = np.divide(a.T @ b, scale, out=np.zeros_like(scale), where=scale > 0)
+    scores: np.ndarray = np.abs(correlations)
+    return scores
 
 
 def column_auroc(scores: np.ndarray, is_regulator: np.ndarray) -> float:

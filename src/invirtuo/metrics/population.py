@@ -14,7 +14,9 @@ from invirtuo.metrics.core import metric, view
 from invirtuo.metrics.streamed import Streamed
 
 if TYPE_CHECKING:
-    from invirtuo.metrics.core import Pair, Side
+    from invirtuo.cells.values import AnyMatrix
+    from invirtuo.metrics.cells import Side
+    from invirtuo.metrics.core import Pair
 
 __all__ = ["c2st", "correlation_error", "rmse_logvar", "zeros_distance"]
 
@@ -35,7 +37,7 @@ def correlations_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     if len(cells) < 2:
         return np.full((len(genes),) * 2, np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.corrcoef(cells, rowvar=False, dtype=np.float64).reshape((len(genes),) * 2)
+        found: np.ndarray = np.corrcoef(cells, rowvar=False, dtype=np.float64).reshape((len(genes),) * 2)
     np.fill_diagonal(found, 1.0)
     return found
 
@@ -45,13 +47,15 @@ def zeros_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(n,) share of genes that are 0 in each cell."""
     cells = pair.stored(side, condition)
     filled = cells.astype(bool).sum(axis=1) if sparse.issparse(cells) else np.count_nonzero(cells, axis=1)
-    return 1 - np.asarray(filled).ravel() / cells.shape[1]
+    empty: np.ndarray = 1 - np.asarray(filled).ravel() / cells.shape[1]
+    return empty
 
 
 @view("logvar")
 def logvar_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) decimal logarithm of the variance over cells, of at least 0.001; NaN for a single cell."""
-    return np.log10(np.maximum(pair.moments(side, condition)[1], LEAST))
+    logvar: np.ndarray = np.log10(np.maximum(pair.moments(side, condition)[1], LEAST))
+    return logvar
 
 
 @metric(
@@ -147,7 +151,7 @@ def c2st(pred: np.ndarray, real: np.ndarray) -> float:
     return max(0.0, 2 * float(roc_auc_score(label, score)) - 1)
 
 
-def _most_variable(cells) -> np.ndarray:
+def _most_variable(cells: AnyMatrix | Streamed) -> np.ndarray:
     """Positions of the genes with the largest variance over all real cells, sorted."""
     if isinstance(cells, Streamed):
         variance = cells.squared().mean() - cells.mean() ** 2

@@ -82,4 +82,5 @@ def ranks(
         within = others
     else:
         within = np.random.default_rng(seed).integers(0, others + 1)
-    return (better + within) / (len(matrix) - 1)
+    places: np.ndarray = (better + within) / (len(matrix) - 1)
+    return places

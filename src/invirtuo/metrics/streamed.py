@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
+
+if TYPE_CHECKING:
+    from invirtuo.cells.values import AnyMatrix
 
 __all__ = ["BLOCK", "Streamed"]
 
@@ -28,7 +31,7 @@ class Streamed:
         Number of columns.
     """
 
-    def __init__(self, read: Callable[[np.ndarray], Any], rows: np.ndarray, n_genes: int):
+    def __init__(self, read: Callable[[np.ndarray], AnyMatrix], rows: np.ndarray, n_genes: int):
         self.read = read
         self.rows = rows
         self.shape = (len(rows), n_genes)
@@ -39,7 +42,7 @@ class Streamed:
     def __matmul__(self, axes: np.ndarray) -> np.ndarray:
         return np.concatenate([block @ axes for block in self.blocks()])
 
-    def blocks(self) -> Iterator[Any]:
+    def blocks(self) -> Iterator[AnyMatrix]:
         """(m, g) CSR or dense, one block of rows after the other."""
         for start in range(0, len(self.rows), BLOCK):
             yield self.read(self.rows[start : start + BLOCK])
@@ -47,12 +50,13 @@ class Streamed:
     def toarray(self) -> np.ndarray:
         """(n, g) dense."""
         block = self.read(self.rows)
-        return block.toarray() if sparse.issparse(block) else block
+        dense: np.ndarray = block.toarray() if sparse.issparse(block) else block
+        return dense
 
     def squared(self) -> Streamed:
         """The same cells, every value squared."""
 
-        def read(rows: np.ndarray):
+        def read(rows: np.ndarray) -> AnyMatrix:
             block = self.read(rows)
             return block.multiply(block).tocsr() if sparse.issparse(block) else np.square(block)
 
@@ -93,9 +97,10 @@ class Streamed:
         return mean, variance, n
 
 
-def _added(total: np.ndarray, block) -> np.ndarray:
+def _added(total: np.ndarray, block: AnyMatrix) -> np.ndarray:
     """Sums (g,) with the rows of a block added one after the other."""
     if sparse.issparse(block):
         np.add.at(total, block.indices, block.data)
         return total
-    return np.concatenate([total[None], block]).sum(axis=0, dtype=np.float64)
+    added: np.ndarray = np.concatenate([total[None], block]).sum(axis=0, dtype=np.float64)
+    return added

@@ -15,7 +15,7 @@ import pandas as pd
 from invirtuo.errors import preview
 from invirtuo.metrics.cells import Cells, common_scale, read_cells
 from invirtuo.metrics.core import METRICS, CountOptions, Pair, metric
-from invirtuo.metrics.counts import CountTests, control_bulk
+from invirtuo.metrics.counts import CountTests, control_bulk, of_tests
 
 if TYPE_CHECKING:
     from invirtuo.cells.source import AnyCells
@@ -120,16 +120,16 @@ def read_counts(
     truth = read_cells("real", real, design)
     guess = read_cells("pred", pred, design, genes=truth.genes)
     stated = common_scale(scale, truth, guess)
-    for kind, of_pred, of_real in (
-        ("genes", set(guess.source.genes), set(truth.source.genes)),
-        ("perturbations", set(guess.rows), set(truth.rows)),
-    ):
-        if of_pred != of_real:
-            raise ValueError(
-                f"pred and real must hold the same {kind}; in pred only: {preview(sorted(of_pred - of_real)) or 'none'}; "
-                f"in real only: {preview(sorted(of_real - of_pred)) or 'none'}"
-            )
+    _require_same("genes", set(guess.source.genes), set(truth.source.genes))
+    _require_same("perturbations", set(guess.rows), set(truth.rows))
     return _checked(guess, stated, fractional=fractional), _checked(truth, stated, fractional=fractional)
+
+
+def _require_same(kind: str, of_pred: set[str], of_real: set[str]) -> None:
+    if of_pred != of_real:
+        alone = {"pred": preview(sorted(of_pred - of_real)), "real": preview(sorted(of_real - of_pred))}
+        found = "; ".join(f"in {side} only: {names}" for side, names in alone.items() if names)
+        raise ValueError(f"pred and real must hold the same {kind}; found {found}")
 
 
 def _checked(cells: Cells, scale: Literal["log1p", "counts"], *, fractional: bool) -> Cells:
@@ -153,11 +153,11 @@ def _checked(cells: Cells, scale: Literal["log1p", "counts"], *, fractional: boo
 def _require_targets(pair: Pair) -> None:
     """Labels that are no gene are named; an error if no gene at all is left out and nobody said so."""
     known = pair.counts.target_genes
-    declared = {} if known in (None, "parts") else known
+    declared = set() if known is None or known == "parts" else set(known)
     found, unknown = 0, []
     for name in pair.conditions.index:
         label, written = pair.conditions.loc[name, [pair.design.perturbation, "_label"]]
-        is_declared = bool({label, written, "*"} & set(declared))
+        is_declared = bool({label, written, "*"} & declared)
         has_gene = len(pair.own_genes(name)) > 0
         found += has_gene or is_declared
         if not has_gene and not is_declared:
@@ -282,7 +282,8 @@ def expression_errors(pair: Pair, group: str) -> tuple[np.ndarray, np.ndarray]:
     """Squared error of predicted pseudobulks, and squared distance of real ones from the control, (P,) each, by gene.
 
     The noise of both sides is taken off. Of a prediction at most the noise of the real cells counts, and for the whole
-    group at most what the predictions differ between perturbations: cells whose scatter cancels in the sum gain nothing.
+    group at most what the predictions differ between perturbations: scatter of cells that cancels in the sum gains
+    nothing.
     """
     names = pair.names(group)
     control = control_bulk(pair, "real", group)
@@ -313,33 +314,18 @@ def _spread(profiles: np.ndarray, counted: np.ndarray, n_genes: np.ndarray) -> f
     return float((weights * np.square(profiles - np.nan_to_num(mean))).sum())
 
 
-def _of_tests(compare):
-    """A metric of a group from a function of two tables of tests and the genes that count."""
-
-    def values(pair: Pair, group: str) -> np.ndarray:
-        scores = []
-        for name in pair.names(group):
-            counted = np.ones(len(pair.genes), dtype=bool)
-            counted[pair.own_genes(name)] = False
-            pred, real = (pair.see("count_tests", side, name) for side in ("pred", "real"))
-            scores.append(compare(pred, real, counted))
-        return np.array(scores, dtype=float)
-
-    return values
-
-
 @metric(
     "de_wilcoxon_direction_fidelity_yield_raw",
     label="DE direction fidelity",
     direction="higher",
     range=(0.0, 1.0),
     best=1.0,
-    definition="Predicted DE genes whose fold change has the real sign, over the larger of the numbers of predicted and "
-    "real DE genes; NaN if there are none of both",
+    definition="Predicted DE genes whose fold change has the real sign, over the larger of the numbers of predicted "
+    "and real DE genes; NaN if there are none of both",
     reference=REFERENCE,
     default=False,
 )
-@_of_tests
+@of_tests()
 def direction_fidelity(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
     """Right signs among the genes that are called, with a penalty for calling too few."""
     called = pred.significant & real.tested & (real.lfc != 0) & counted
@@ -360,7 +346,7 @@ def direction_fidelity(pred: CountTests, real: CountTests, counted: np.ndarray) 
     reference=REFERENCE,
     default=False,
 )
-@_of_tests
+@of_tests()
 def direction_reach(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
     """The deepest place in the predicted order of real DE genes up to which 90 % of the signs are right."""
     found = np.flatnonzero(real.significant & counted)
@@ -385,7 +371,7 @@ def direction_reach(pred: CountTests, real: CountTests, counted: np.ndarray) -> 
     reference=REFERENCE,
     default=False,
 )
-@_of_tests
+@of_tests()
 def significant_jaccard(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
     """Jaccard index of the predicted and the real DE genes; 1 if both are empty."""
     either = (pred.significant | real.significant) & counted
@@ -404,7 +390,7 @@ def significant_jaccard(pred: CountTests, real: CountTests, counted: np.ndarray)
     reference=REFERENCE,
     default=False,
 )
-@_of_tests
+@of_tests()
 def lfc_error(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
     """Error of fold changes over the real DE genes, relative to doing nothing; NaN for fewer than 10 such genes."""
     gate = real.significant & counted

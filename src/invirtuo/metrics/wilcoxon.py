@@ -18,9 +18,11 @@ from invirtuo.metrics.core import metric, view
 from invirtuo.metrics.mean import CELL_EVAL, pearson
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from invirtuo.metrics.core import Pair, Side
+    from invirtuo.cells.values import AnyMatrix
+    from invirtuo.metrics.cells import Side
+    from invirtuo.metrics.core import Pair
 
 __all__ = [
     "DETable",
@@ -80,7 +82,7 @@ class DETable(NamedTuple):
 def wilcoxon_view(pair: Pair, side: Side, condition: str) -> DETable:
     """Table of rank-sum tests, made together with those of the other scored conditions of the group."""
     group = pair.group_of(condition)
-    known = pair.once(side, ("rank sum", group), dict)
+    known: dict[str, tuple[np.ndarray, np.ndarray]] = pair.once(side, ("rank sum", group), dict)
     missing = [name for name in pair.names(group) if name not in known]
     for start in range(0, len(missing), AT_ONCE):
         names = missing[start : start + AT_ONCE]
@@ -91,7 +93,7 @@ def wilcoxon_view(pair: Pair, side: Side, condition: str) -> DETable:
     return DETable(lfc, p_value, statistic, stats.false_discovery_control(p_value))
 
 
-def rank_sum(groups: list, control) -> tuple[np.ndarray, np.ndarray]:
+def rank_sum(groups: Sequence[AnyMatrix], control: AnyMatrix) -> tuple[np.ndarray, np.ndarray]:
     """Two-sided Wilcoxon rank-sum test (Mann-Whitney U) of P groups of cells against the same control cells.
 
     Normal approximation with correction for ties and continuity, as ``scipy.stats.mannwhitneyu(method="asymptotic")``.
@@ -137,7 +139,8 @@ def rank_sum(groups: list, control) -> tuple[np.ndarray, np.ndarray]:
     def of_groups(name: str) -> np.ndarray:
         """(P, g) values of a column; the first group is the control."""
         wide = table[name].unstack("pert").sort_index(axis=1)
-        return wide.loc[adata.var_names].to_numpy().T[1:].copy()
+        values: np.ndarray = wide.loc[adata.var_names].to_numpy().T
+        return values[1:].copy()
 
     p_values, statistics = of_groups("p_value"), of_groups("statistic")
     centre = sizes[0] * sizes[1:, None] / 2
@@ -374,7 +377,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(pearson(stats.rankdata(x), stats.rankdata(y))) if len(x) > 1 else np.nan
 
 
-def _area(area, pred: DETable, real: DETable) -> float:
+def _area(area: Callable[[np.ndarray, np.ndarray], float], pred: DETable, real: DETable) -> float:
     labels = real.significant
     if labels.all() or not labels.any():
         return np.nan
@@ -389,7 +392,7 @@ def _mean(hits: np.ndarray) -> float:
     return float(hits.mean()) if len(hits) else np.nan
 
 
-def _stack(blocks: list):
+def _stack(blocks: Sequence[AnyMatrix]) -> AnyMatrix:
     """Blocks of cells in float32: CSR if all are and no value is negative (the sparse test takes 0 for the least)."""
     if all(sparse.issparse(block) and block.data.min(initial=0) >= 0 for block in blocks):
         stacked = sparse.csr_array(sparse.vstack(blocks, format="csr")).astype(np.float32)
