@@ -13,6 +13,7 @@ from scipy import sparse
 from invirtuo.errors import preview
 from invirtuo.metrics.cells import common_scale, of_side, read_cells
 from invirtuo.metrics.core import METRICS, CountOptions, Pair
+from invirtuo.metrics.scores import choose, score, summarize
 from invirtuo.metrics.vcc2026 import LFC_ERROR, MIN_GENES, OFFICIAL, RATIO, official, panels, read_counts
 
 if TYPE_CHECKING:
@@ -175,8 +176,6 @@ def replicates(
     ----------
     Virtual Cell Challenge 2026; cell-eval2 0.20.
     """
-    from invirtuo.metrics import choose, score, summarize
-
     is_official = metrics == "vcc2026"
     stated = scale or ("counts" if is_official else "log1p")
     counts = CountOptions(bulk_target_sum, target_genes)

@@ -416,10 +416,10 @@ class Pair:
 
     def own_genes(self, condition: str) -> np.ndarray:
         """Positions of the genes that a perturbation acts on by itself, see :class:`CountOptions`."""
-        return np.flatnonzero(np.isin(self.genes, list(self._targets(condition))))
+        return np.flatnonzero(np.isin(self.genes, list(self.targets(condition))))
 
-    def _targets(self, condition: str) -> set[str]:
-        """Names of the genes that a perturbation targets, measured or not."""
+    def targets(self, condition: str) -> set[str]:
+        """Names of the genes that a perturbation may target, measured or not; empty if it is known to have none."""
         known = self.counts.target_genes
         label = self.conditions.at[condition, self.design.perturbation]
         spellings = (self.conditions.at[condition, "_label"], label)

@@ -137,9 +137,10 @@ def recall_at_fdr(pred: CountTests, real: CountTests, counted: np.ndarray) -> fl
     place = np.arange(1, len(order) + 1)
     # of genes that tie only all or none can be chosen
     p_value, change = pred.p_value[order], np.abs(pred.lfc[order])
-    is_last = np.append((p_value[1:] != p_value[:-1]) | (change[1:] != change[:-1]), True)
+    differs = (np.diff(p_value) != 0) | (np.diff(change) != 0)
+    is_last = np.append(differs, True)
     allowed = is_last & ((place - found) <= ALLOWED * place)
-    return found[allowed].max(initial=0) / truth.sum()
+    return float(found[allowed].max(initial=0) / truth.sum())
 
 
 @metric(

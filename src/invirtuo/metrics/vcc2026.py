@@ -151,18 +151,10 @@ def _checked(cells: Cells, scale: Literal["log1p", "counts"], *, fractional: boo
 
 
 def _require_targets(pair: Pair) -> None:
-    """Labels that are no gene are named; an error if no gene at all is left out and nobody said so."""
-    known = pair.counts.target_genes
-    declared = set() if known is None or known == "parts" else set(known)
-    found, unknown = 0, []
-    for name in pair.conditions.index:
-        label, written = pair.conditions.loc[name, [pair.design.perturbation, "_label"]]
-        is_declared = bool({label, written, "*"} & declared)
-        has_gene = len(pair.own_genes(name)) > 0
-        found += has_gene or is_declared
-        if not has_gene and not is_declared:
-            unknown.append(written)
-    if not found:
+    """Labels without a measured gene are named; an error if no gene at all is left out and nobody said so."""
+    nowhere = [name for name in pair.conditions.index if not len(pair.own_genes(name))]
+    unknown = [pair.conditions.at[name, "_label"] for name in nowhere if pair.targets(name)]
+    if len(unknown) == len(pair.conditions):
         raise ValueError(
             f"no perturbation is named after a measured gene: {preview(unknown)}. Pass target_genes={{label: gene}}, "
             "or target_genes={'*': None} if none of them has one"
@@ -244,7 +236,7 @@ def pds_cosine_panel(pair: Pair, group: str) -> np.ndarray:
     real, pred = (_effects(pair, side, group)[:, counted] for side in ("real", "pred"))
 
     # distance of every prediction (row) to every real effect; 1 from or to no effect
-    norms = np.linalg.norm(pred, axis=1)[:, None] * np.linalg.norm(real, axis=1)
+    norms = np.outer(np.linalg.norm(pred, axis=1), np.linalg.norm(real, axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.where(norms > 0, 1 - pred @ real.T / norms, 1.0)
     distance = np.clip(distance, 0.0, 2.0)
@@ -298,10 +290,13 @@ def expression_errors(pair: Pair, group: str) -> tuple[np.ndarray, np.ndarray]:
     # what each prediction claims as noise, at most what all of them have to give
     real_noise = np.array([found.noise for found in real])
     claim = np.minimum([found.noise for found in pred], real_noise)
-    granted = min(1.0, _spread(profiles, counted, n_genes) / claimed) if (claimed := (claim / n_genes).sum()) else 1.0
+    claimed = float((claim / n_genes).sum())
+    granted = min(1.0, _spread(profiles, counted, n_genes) / claimed) if claimed > 0 else 1.0
 
-    error = np.where(counted, np.square(profiles - truth), 0.0).sum(axis=1) - granted * claim - real_noise
-    distance = np.where(counted, np.square(truth - control.profile), 0.0).sum(axis=1) - real_noise - control.noise
+    error = (counted * np.square(profiles - truth)).sum(axis=1)
+    distance = (counted * np.square(truth - control.profile)).sum(axis=1)
+    error -= granted * claim + real_noise
+    distance -= real_noise + control.noise
     return error / n_genes, distance / n_genes
 
 
@@ -353,8 +348,8 @@ def direction_reach(pred: CountTests, real: CountTests, counted: np.ndarray) -> 
     if not len(found):
         return np.nan
     pool = found[pred.tested[found]]
-    keys = (pool, -np.abs(pred.lfc[pool]), pred.p_value[pool], pred.p_adj[pool], ~pred.significant[pool])
-    order = pool[np.lexsort(keys)]
+    by_change = pool[np.argsort(-np.abs(pred.lfc[pool]), kind="stable")]
+    order = by_change[np.lexsort((pred.p_value[by_change], pred.p_adj[by_change]))]
     order = order[real.lfc[order] != 0]
     right = np.cumsum(np.sign(pred.lfc[order]) == np.sign(real.lfc[order]))
     deep = np.flatnonzero(right / np.arange(1, len(order) + 1) >= PURITY)
