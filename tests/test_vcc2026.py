@@ -44,7 +44,7 @@ def panel(pred, real=REAL, **options):
     return pd.Series(metrics.vcc2026(pred, real, DESIGN, **OPTIONS | options).attrs["panel"])
 
 
-# ---- the definitions, cell by cell ------------------------------------------------------------------------------------
+# ---- the definitions, cell by cell -----------------------------------------------------------------------------------
 
 
 def cells_of(adata, label):
@@ -83,8 +83,10 @@ def literal(pred, real):
     kept = [g for g in range(len(GENES)) if g not in own.values()]
     ranks = []
     for p in labels:
-        cosine = [1 - np.dot(effects[0][p][kept], effects[1][q][kept])
-                  / np.linalg.norm(effects[0][p][kept]) / np.linalg.norm(effects[1][q][kept]) for q in labels]  # fmt: skip
+        cosine = []
+        for q in labels:
+            x, y = effects[0][p][kept], effects[1][q][kept]
+            cosine.append(1 - np.dot(x, y) / np.linalg.norm(x) / np.linalg.norm(y))
         mine = cosine[labels.index(p)]
         ranks.append(1 - sum(d < mine for d in cosine) / (len(labels) - 1))
 

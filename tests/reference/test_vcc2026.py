@@ -95,7 +95,7 @@ def test_anchors_and_scores(data):
 
 def test_tables_of_tests():
     anchors = json.loads((GOLDEN / "papalexi" / "anchors.json").read_text())
-    real, design, options = opened("papalexi", anchors["config"])
+    real, design, _ = opened("papalexi", anchors["config"])
     pair = metrics.Pair(real, real, design, scale="counts")
     with np.load(GOLDEN / "papalexi" / "real_de.npz") as file:
         genes = pd.Index(pair.genes).get_indexer(file["genes"])
