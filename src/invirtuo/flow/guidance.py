@@ -119,7 +119,7 @@ def composed(
         repeated = x.repeat(len(used), 1)
         flat = velocity(repeated, t, cell.repeat(len(used)), branch.repeat_interleave(n))
         velocities = flat.reshape(len(used), n, -1)
-        weighted = [coefficients[:, i, None].to(x) * v for i, v in zip(used, velocities, strict=True)]
+        weighted = (coefficients[:, i, None].to(x) * v for i, v in zip(used, velocities, strict=True))
         total: Tensor = sum(weighted)
         return total
 
