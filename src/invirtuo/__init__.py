@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from invirtuo import _former
 
@@ -45,7 +46,7 @@ _NAMES = {
 __all__ = ["__version__", *_MODULES, *_NAMES]  # noqa: PLE0604 - the names are strings
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Load a public name when it is first used: importing the package costs next to nothing."""
     if name in _NAMES:
         value = getattr(importlib.import_module(f"invirtuo.{_NAMES[name]}"), name)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Batch", "Condition"]
 
@@ -22,7 +25,7 @@ class _Record:
     """Maps a function over all tensors of a frozen record."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        def apply(value):
+        def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
             if isinstance(value, _Record):
@@ -34,8 +37,8 @@ class _Record:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields})
 
-    def __getitem__(self, rows) -> Self:
-        """Take rows (a slice, an index tensor or a mask) of every tensor."""
+    def __getitem__(self, rows: slice | Tensor | np.ndarray) -> Self:
+        """Take rows (a slice, numbers or a mask) of every tensor."""
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Self:

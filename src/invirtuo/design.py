@@ -199,7 +199,8 @@ class Design:
         """(n,) bool, True for cells that carry the control label."""
         if self.perturbation is None:
             return np.zeros(len(obs), dtype=bool)
-        return (self._labels(obs, self.perturbation) == self.control).to_numpy()
+        control: np.ndarray = (self._labels(obs, self.perturbation) == self.control).to_numpy()
+        return control
 
     def names(self, obs: pd.DataFrame) -> pd.Series:
         """Name of the condition of each row: covariate values and perturbation (and dose, time) joined by ``|``."""
@@ -323,7 +324,8 @@ class Design:
                         f"known: {preview(self.perturbations)} and the control {self.control!r}"
                     )
                 rows[row, position[part]] = 1.0
-        return rows[codes]
+        multi_hot: np.ndarray = rows[codes]
+        return multi_hot
 
     def to_json(self) -> str:
         """Write as JSON; :meth:`from_json` reads it back."""

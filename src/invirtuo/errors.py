@@ -19,10 +19,10 @@ class ExistsError(ValueError, FileExistsError):
     """What would be replaced is there already, and nobody said that it may be."""
 
 
-def preview(values, limit: int = 5) -> str:
+def preview(values: Iterable[object], limit: int = 5) -> str:
     """The first few values, joined, and how many there are in all."""
-    values = [str(value) for value in values]
-    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:limit]) + (f", ... ({len(texts)} in all)" if len(texts) > limit else "")
 
 
 def require_column(

@@ -16,7 +16,8 @@ def n_cores() -> int:
     """Cores that this process may use: those of its affinity, or of the CPU quota of its container if that is less."""
     from joblib import cpu_count
 
-    return cpu_count()
+    n: int = cpu_count()
+    return n
 
 
 def size_threads() -> None:

@@ -14,7 +14,7 @@ __all__ = ["n_workers", "over_ray"]
 
 
 def over_ray(
-    work: Callable,
+    work: Callable[..., Any],
     items: Sequence[Any],
     *shared: Any,
     threads: int = 1,

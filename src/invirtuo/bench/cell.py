@@ -127,7 +127,8 @@ def launch(cell: Cell) -> Record:
 
         # the record, or the last messages of a process that wrote none
         if out.is_file():
-            return json.loads(out.read_text(encoding="utf-8"))
+            record: Record = json.loads(out.read_text(encoding="utf-8"))
+            return record
         last = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
     killed = f"was killed by signal {-ended.returncode}, perhaps for want of memory"
     how = killed if ended.returncode < 0 else f"ended with exit code {ended.returncode}"

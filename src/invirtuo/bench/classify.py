@@ -16,6 +16,8 @@ from invirtuo.metrics.cells import per_10k
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import Pipeline
 
 __all__ = ["CLASSIFIERS", "label_probability", "oversampled", "rare_recall"]
 
@@ -136,7 +138,8 @@ def label_probability(
     spread = projected(logged, centre, axes).std(axis=0)
 
     def components(cells: AnnData) -> np.ndarray:
-        return projected(per_10k(cells[:, genes].X), centre, axes) / spread
+        scaled: np.ndarray = projected(per_10k(cells[:, genes].X), centre, axes) / spread
+        return scaled
 
     classifiers = {}
     for column in [columns] if isinstance(columns, str) else columns:
@@ -154,13 +157,13 @@ def label_probability(
     return probabilities
 
 
-def _knn(_: int):
+def _knn(_: int) -> KNeighborsClassifier:
     from sklearn.neighbors import KNeighborsClassifier
 
     return KNeighborsClassifier(10)
 
 
-def _logistic(seed: int):
+def _logistic(seed: int) -> Pipeline:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import MaxAbsScaler

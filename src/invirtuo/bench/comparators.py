@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,8 @@ from scipy import sparse
 from invirtuo.nn import SizeFactor
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from anndata import AnnData
 
     from invirtuo.design import Design
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["COMPARATORS", "embeddings", "posterior_mean", "sample_prior"]
 
 CELLS = 4096  # decoded at once
+
+# takes (module, n, covariates (n, c) or None, size (n, 1)), returns counts (n, g); scANVI always has covariates
+Decode: TypeAlias = Callable[..., torch.Tensor]
 
 
 def sample_prior(
@@ -108,7 +113,8 @@ def posterior_mean(train: AnnData, design: Design, *, epochs: int | None = None,
         known = _as_categories(train, list(design.covariates))
         model = _scvi_model(scvi, known, list(design.covariates), epochs, False, {})
         shares = model.get_normalized_expression(library_size=1, return_numpy=True)
-    return shares * _totals(train)[:, None]
+    means: np.ndarray = shares * _totals(train)[:, None]
+    return means
 
 
 def embeddings(
@@ -158,7 +164,7 @@ def _as_categories(adata: AnnData, columns: list[str]) -> AnnData:
 
 @torch.no_grad()
 def _drawn(
-    decode: Callable, depths: np.ndarray, known: AnnData, design: Design, labels: pd.DataFrame, seed: int
+    decode: Decode, depths: np.ndarray, known: AnnData, design: Design, labels: pd.DataFrame, seed: int
 ) -> sparse.csr_matrix:
     """Counts (n, g), CELLS at a time."""
     generator = torch.Generator().manual_seed(seed)
@@ -193,29 +199,37 @@ def _totals(adata: AnnData) -> np.ndarray:
     return np.asarray(adata.X.sum(axis=1), dtype=np.float64).ravel().clip(1)
 
 
-def _train(model, epochs: int | None, progress: bool, **options: Any):
+def _train(model: Any, epochs: int | None, progress: bool, **options: Any) -> Any:
     model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=progress, logger=False, **options)
     return model
 
 
-def _scvi_model(scvi, adata, columns, epochs, progress, options):
+def _scvi_model(
+    scvi: ModuleType, adata: AnnData, columns: list[str], epochs: int | None, progress: bool, options: dict[str, Any]
+) -> Any:
     scvi.model.SCVI.setup_anndata(adata, categorical_covariate_keys=columns or None)
     options = {"gene_likelihood": "nb", "encode_covariates": True, **options}
     return _train(scvi.model.SCVI(adata, **options), epochs, progress)
 
 
-def _make_scvi(scvi, adata, columns, epochs, progress, options):
+def _make_scvi(
+    scvi: ModuleType, adata: AnnData, columns: list[str], epochs: int | None, progress: bool, options: dict[str, Any]
+) -> tuple[Any, Decode, np.ndarray]:
     model = _scvi_model(scvi, adata, columns, epochs, progress, options)
 
-    def decode(module, n, covariates, size):
+    def decode(module: Any, n: int, covariates: torch.Tensor | None, size: torch.Tensor) -> torch.Tensor:
         z = torch.randn(n, module.n_latent)
         batch = torch.zeros(n, 1)
-        return module.generative(z=z, library=size.log(), batch_index=batch, cat_covs=covariates)["px"].sample()
+        found = module.generative(z=z, library=size.log(), batch_index=batch, cat_covs=covariates)
+        counts: torch.Tensor = found["px"].sample()
+        return counts
 
     return model.module, decode, _totals(adata)
 
 
-def _make_scanvi(scvi, adata, columns, epochs, progress, options):
+def _make_scanvi(
+    scvi: ModuleType, adata: AnnData, columns: list[str], epochs: int | None, progress: bool, options: dict[str, Any]
+) -> tuple[Any, Decode, np.ndarray]:
     if not columns:
         raise ValueError("scanvi needs a class; give the design a covariate")
     scvi.model.SCVI.setup_anndata(adata, labels_key=columns[0], categorical_covariate_keys=columns[1:] or None)
@@ -223,23 +237,27 @@ def _make_scanvi(scvi, adata, columns, epochs, progress, options):
     model = scvi.model.SCANVI.from_scvi_model(first, unlabeled_category="unknown label")
     _train(model, None if epochs is None else max(1, epochs // 10), progress)
 
-    def decode(module, n, covariates, size):
+    def decode(module: Any, n: int, covariates: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         label = covariates[:, :1]
         mean, variance = module.decoder_z1_z2(torch.randn(n, module.n_latent), label)
         z = mean + variance.sqrt() * torch.randn_like(mean)
         others = covariates[:, 1:] if covariates.shape[1] > 1 else None
         batch = torch.zeros(n, 1)
-        return module.generative(z=z, library=size.log(), batch_index=batch, cat_covs=others)["px"].sample()
+        found = module.generative(z=z, library=size.log(), batch_index=batch, cat_covs=others)
+        counts: torch.Tensor = found["px"].sample()
+        return counts
 
     return model.module, decode, _totals(adata)
 
 
-def _make_peakvi(scvi, adata, columns, epochs, progress, options):
+def _make_peakvi(
+    scvi: ModuleType, adata: AnnData, columns: list[str], epochs: int | None, progress: bool, options: dict[str, Any]
+) -> tuple[Any, Decode, np.ndarray]:
     scvi.model.PEAKVI.setup_anndata(adata, categorical_covariate_keys=columns or None)
     options = {"encode_covariates": True, **options}
     model = _train(scvi.model.PEAKVI(adata, **options), epochs, progress)
 
-    def decode(module, n, covariates, size):
+    def decode(module: Any, n: int, covariates: torch.Tensor | None, size: torch.Tensor) -> torch.Tensor:
         z = torch.randn(n, module.n_latent)
         peaks = module.generative(z=z, qz_m=z, batch_index=torch.zeros(n, 1), cat_covs=covariates)["px"]
         region = torch.sigmoid(module.region_factors) if module.region_factors is not None else 1.0
@@ -251,7 +269,7 @@ def _make_peakvi(scvi, adata, columns, epochs, progress, options):
 COMPARATORS = {"scvi": _make_scvi, "scanvi": _make_scanvi, "peakvi": _make_peakvi}
 
 
-def _scvi():
+def _scvi() -> Any:
     try:
         import scvi
     except ImportError as error:

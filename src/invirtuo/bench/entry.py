@@ -80,7 +80,9 @@ class Entry:
 
     def describe(self) -> dict[str, Any]:
         """All fields as JSON."""
-        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, default=_plain))
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        described: dict[str, Any] = json.loads(json.dumps(own, default=_plain))
+        return described
 
 
 BASELINES = (

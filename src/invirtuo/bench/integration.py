@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -83,7 +83,7 @@ def integration_scores(
     return pd.concat([scores, means], ignore_index=True)
 
 
-def _benchmarker():
+def _benchmarker() -> Any:
     try:
         from scib_metrics.benchmark import Benchmarker
     except ImportError as error:

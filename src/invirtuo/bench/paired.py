@@ -82,4 +82,5 @@ def _mean_over_drawn(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(resamples, seeds) -> (resamples,), over seeds drawn with replacement."""
     n_resamples, n_seeds = means.shape
     weights = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_resamples) / n_seeds
-    return (means * weights).sum(axis=1)
+    averages: np.ndarray = (means * weights).sum(axis=1)
+    return averages

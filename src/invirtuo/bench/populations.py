@@ -38,10 +38,10 @@ BY_CLASS, TOGETHER = "class by class", "all cells together"
 
 
 def judge(
-    generated: Mapping[str, AnnData | str | os.PathLike],
-    real: AnnData | str | os.PathLike,
+    generated: Mapping[str, AnnData | str | os.PathLike[str]],
+    real: AnnData | str | os.PathLike[str],
     design: Design,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     metrics: Sequence[str] | str = "generation",
     n_pcs: int = 30,
@@ -222,7 +222,7 @@ def _profiles(cells: AnnData, by: str, markers: list[str], min_cells: int) -> pd
     return pd.DataFrame.from_dict(means, orient="index", columns=names)[markers]
 
 
-def _logged(cells: AnnData | str | os.PathLike) -> AnnData:
+def _logged(cells: AnnData | str | os.PathLike[str]) -> AnnData:
     """Log1p of counts per 10,000 in X, sparse; counts stay in ``layers["counts"]``; empty cells stay empty."""
     import anndata
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -41,14 +41,14 @@ def benchmark(
     tasks: Sequence[Task | str] | Task | str,
     models: Sequence[Entry | str] | Entry | str | None = None,
     seeds: int | Sequence[int] = 5,
-    out: str | os.PathLike = "results",
+    out: str | os.PathLike[str] = "results",
     engine: Literal["local", "ray"] = "local",
     *,
     baselines: bool = True,
     metrics: Sequence[str] | str | None = None,
     n_jobs: int | None = None,
     threads: int | None = None,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Fit and score every model on every task with every seed, beside the simple baselines and the noise floor.
@@ -197,7 +197,7 @@ def shared_plan(out: Path, threads: int | None) -> dict[str, Any]:
     """What all cells of a folder share, decided when the folder is begun."""
     path = out / "plan.json"
     if path.is_file():
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if threads not in (None, plan["threads"]):
             raise ValueError(
                 f"{out} was begun with threads={plan['threads']}, now it is {threads}; results would not be the same "
@@ -223,7 +223,7 @@ def _read(out: Path, cell: Cell) -> Record:
     if not path.is_file():
         return failed(cell, "not computed")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
         found = record["settings"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it, and the cell is computed again") from error
@@ -245,7 +245,7 @@ def _short(value: Any) -> str:
     return text if len(text) < 300 else f"{text[:300]}..."
 
 
-def _track(items, total: int, progress: bool) -> Iterator[tuple[Cell, Record]]:
+def _track(items: Iterable[tuple[Cell, Record]], total: int, progress: bool) -> Iterator[tuple[Cell, Record]]:
     if not progress or not total:
         yield from items
         return

@@ -97,7 +97,9 @@ class Task:
         if not self.splits:
             raise ValueError(f"task {self.name!r} has no split; expected one function or more")
 
-    def load(self, fold: int = 0, *, data_dir: str | os.PathLike | None = None) -> tuple[AnnData, Design, pd.Series]:
+    def load(
+        self, fold: int = 0, *, data_dir: str | os.PathLike[str] | None = None
+    ) -> tuple[AnnData, Design, pd.Series]:
         """Cells in log1p space, their Design, and the part of each cell.
 
         Parameters
@@ -145,7 +147,7 @@ class Task:
             facts["file"] = _digest(self.dataset, file.st_size, file.st_mtime_ns)
         return facts
 
-    def _cells(self, data_dir: str | os.PathLike | None) -> AnnData:
+    def _cells(self, data_dir: str | os.PathLike[str] | None) -> AnnData:
         if self.dataset in datasets.DATASETS:
             return datasets.load(self.dataset, data_dir=data_dir, counts=not self.published)
         if self.design is None:
@@ -176,7 +178,7 @@ def _digest(path: str, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _text(function: Callable) -> str:
+def _text(function: Callable[..., Any]) -> str:
     """A function and its fixed arguments, the same in every process."""
     if isinstance(function, partial):
         arguments = [repr(value) for value in function.args]

@@ -24,6 +24,11 @@ from invirtuo.models import MODELS
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable
+
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
 
 __all__ = ["PERTURBENCH", "tune"]
 
@@ -37,13 +42,13 @@ def tune(
     model: Entry | str,
     task: Task | str,
     trials: int = 20,
-    out: str | os.PathLike = "tuned",
+    out: str | os.PathLike[str] = "tuned",
     *,
     objective: Mapping[str, float] = PERTURBENCH,
     search: Mapping[str, Any] | None = None,
     seed: int = 0,
     threads: int | None = None,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Entry:
     """Search hyperparameters with Optuna's TPE sampler; a search that was killed goes on where it stopped.
@@ -123,7 +128,7 @@ def tune(
     return _best(entry, study)
 
 
-def _sampler(seed: int, fixed: dict[str, Any]):
+def _sampler(seed: int, fixed: dict[str, Any]) -> BaseSampler:
     """A sampler whose draws depend on its seed alone, so that a resumed search draws the same."""
     import optuna
 
@@ -148,12 +153,12 @@ def _own(entry: Entry, space: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _ended(study) -> list:
+def _ended(study: Study) -> list[FrozenTrial]:
     """Trials that ended by themselves, with a value or with a reason."""
     return [trial for trial in study.get_trials() if trial.state.is_finished() and "seconds" in trial.user_attrs]
 
 
-def _numbers(done: int, trials: int, progress: bool):
+def _numbers(done: int, trials: int, progress: bool) -> Iterable[int]:
     if not progress:
         return range(done, trials)
     from rich.progress import track
@@ -161,7 +166,7 @@ def _numbers(done: int, trials: int, progress: bool):
     return track(range(done, trials), description="tuning", total=trials - done)
 
 
-def _tell(study, trial, record: Record, objective: Mapping[str, float]) -> None:
+def _tell(study: Study, trial: Trial, record: Record, objective: Mapping[str, float]) -> None:
     """Report the record of a trial to the study: its value, or why it has none."""
     import optuna
 
@@ -202,7 +207,7 @@ def _space(entry: Entry, search: Mapping[str, Any] | None) -> dict[str, Any]:
     return space
 
 
-def _suggest(trial, name: str, choice: Any) -> Any:
+def _suggest(trial: Trial, name: str, choice: Any) -> Any:
     if isinstance(choice, list):
         return trial.suggest_categorical(name, choice)
     low, high = choice
@@ -219,7 +224,7 @@ def _candidate(entry: Entry, values: Mapping[str, Any]) -> Entry:
     return replace(entry, config=config, fit=fit)
 
 
-def _best(entry: Entry, study) -> Entry:
+def _best(entry: Entry, study: Study) -> Entry:
     try:
         return _candidate(entry, study.best_params)
     except ValueError:
@@ -227,7 +232,7 @@ def _best(entry: Entry, study) -> Entry:
         raise ValueError(f"no trial ended with a value; the last said: {reasons[-1]}") from None
 
 
-def _write(out: Path, entry: Entry, study) -> None:
+def _write(out: Path, entry: Entry, study: Study) -> None:
     """Write the trials that ended, and the best of them."""
     rows = []
     for i, trial in enumerate(_ended(study)):
@@ -239,7 +244,9 @@ def _write(out: Path, entry: Entry, study) -> None:
             path.write_text(json.dumps(_best(entry, study).describe(), indent=2), encoding="utf-8")
 
 
-def _check_same(path: Path, entry: Entry, task: Task, objective: Mapping[str, float], space, seed: int) -> None:
+def _check_same(
+    path: Path, entry: Entry, task: Task, objective: Mapping[str, float], space: Mapping[str, Any], seed: int
+) -> None:
     wanted = {"entry": entry.describe(), "task": task.describe(), "objective": objective, "space": space, "seed": seed}
     wanted = json.loads(json.dumps(wanted))
     if path.is_file():

@@ -255,4 +255,5 @@ def labels(adata: AnnData, by: str, name: str = "the data") -> np.ndarray:
         If obs has no such column.
     """
     require_column(adata.obs, by, name, allow_missing=True)
-    return adata.obs[by].astype(str).to_numpy()
+    found: np.ndarray = adata.obs[by].astype(str).to_numpy()
+    return found

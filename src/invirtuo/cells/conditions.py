@@ -17,7 +17,7 @@ from invirtuo.errors import preview
 
 __all__ = ["Conditions", "as_table", "matches", "wanted"]
 
-Conditions: TypeAlias = pd.DataFrame | Mapping[str, Any] | str | Sequence  # a table, a condition, or several
+Conditions: TypeAlias = pd.DataFrame | Mapping[str, Any] | str | Sequence[Any]  # a table, a condition, or several
 
 
 def wanted(conditions: Conditions, columns: Sequence[str], design: Design) -> list[dict[str, Any]]:

@@ -182,7 +182,8 @@ def smoothed(
     total = weight.sum(axis=1, keepdims=True)
     # further from all points than a double can tell, the nearest one counts alone
     nearest = np.eye(len(time))[np.abs(gap).argmin(axis=1)]
-    return np.where(total > 1e-300, weight / np.maximum(total, 1e-300), nearest) @ values
+    means: np.ndarray = np.where(total > 1e-300, weight / np.maximum(total, 1e-300), nearest) @ values
+    return means
 
 
 def local_fit(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["CellDataset", "EncodedConditions"]
 
 Dense = Callable[[np.ndarray], torch.Tensor]  # (n,) rows to their (n, g) values
+FewBatches = tuple[Sampler, int, int, str, int]  # sampler, cells of a batch, number of batches, part, seed
 
 
 class CellDataset:
@@ -90,7 +91,7 @@ class CellDataset:
         # made when they are first asked for
         self._layouts: dict[str, Layout] = {}
         self._controls: ControlCache | None = None
-        self._first: dict[tuple, tuple[list[Rows], LoadedRows]] = {}
+        self._first: dict[FewBatches, tuple[list[Rows], LoadedRows]] = {}
 
     @classmethod
     def open(
@@ -382,7 +383,7 @@ def _aligned(split: pd.Series | None, obs: pd.DataFrame) -> np.ndarray:
         split = split.loc[obs.index]
 
     # cells without a part are unassigned
-    values = split.astype(object).where(split.notna(), "").to_numpy(dtype=object)
+    values: np.ndarray = split.astype(object).where(split.notna(), "").to_numpy(dtype=object)
     unknown = sorted(set(values) - {"train", "val", "test", ""})
     if unknown:
         raise ValueError(f'the split holds {", ".join(map(repr, unknown[:5]))}; expected "train", "val", "test" or ""')

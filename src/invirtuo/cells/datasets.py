@@ -136,9 +136,9 @@ DATASETS: dict[str, _Source] = {
 
 def load(
     name: str,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     counts: bool = True,
 ) -> AnnData:
     """Load a named data set.
@@ -189,7 +189,7 @@ def load(
     return adata
 
 
-def describe(*, data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
+def describe(*, data_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
     """Table of the named data sets; ``here`` says whether :func:`load` would find the file.
 
     Examples
@@ -215,7 +215,7 @@ def design(
     adata: AnnData | None = None,
     *,
     covariates: Sequence[str] | None = None,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> Design:
     """Design of a named data set, levels read from `adata` (loaded if not given).
 
@@ -330,15 +330,17 @@ def _source(name: str) -> _Source:
     return DATASETS[name]
 
 
-def _folder(data_dir: str | os.PathLike | None) -> Path:
+def _folder(data_dir: str | os.PathLike[str] | None) -> Path:
     return Path(data_dir or os.environ.get("INVIRTUO_DATA") or "data").expanduser()
 
 
-def _candidate(source: _Source, data_dir: str | os.PathLike | None) -> Path:
+def _candidate(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path:
     return (PACKAGE_DATA if source.bundled else _folder(data_dir)) / source.file
 
 
-def _locate(name: str, source: _Source, path: str | os.PathLike | None, data_dir: str | os.PathLike | None) -> Path:
+def _locate(
+    name: str, source: _Source, path: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str] | None
+) -> Path:
     if path is not None and _is_url(path):
         return _download(str(path), _folder(data_dir) / source.file, source.md5)
     file = _candidate(source, data_dir) if path is None else Path(path)
@@ -351,7 +353,7 @@ def _locate(name: str, source: _Source, path: str | os.PathLike | None, data_dir
     return file
 
 
-def _is_url(path: str | os.PathLike) -> bool:
+def _is_url(path: str | os.PathLike[str]) -> bool:
     return isinstance(path, str) and urllib.parse.urlsplit(path).scheme in ("http", "https")
 
 

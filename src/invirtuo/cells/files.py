@@ -14,7 +14,7 @@ import time
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import pandas as pd
+    from _typeshed import ReadableBuffer
     from anndata import AnnData
 
 __all__ = [
@@ -58,7 +59,7 @@ UNREADABLE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeErr
 
 
 @contextmanager
-def writing(path: str | os.PathLike) -> Iterator[Path]:
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
     Missing folders are made. The temporary name keeps the suffix, so that writers that look at it agree. A link stays,
@@ -111,7 +112,7 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def making(folder: str | os.PathLike) -> Iterator[Path]:
+def making(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder beside `folder`, which must not exist; on success it takes that name.
 
     On failure it is removed; what a process that was killed left behind is removed by the next one.
@@ -130,14 +131,16 @@ def making(folder: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_h5ad_name(path: str | os.PathLike) -> None:
+def check_h5ad_name(path: str | os.PathLike[str]) -> None:
     """Raise ValueError if a file of cells is to have the name of a file of another kind."""
     suffix = Path(path).suffix
     if suffix not in ("", ".h5ad", ".h5", ".part") and not _is_stream(Path(path)):
         raise ValueError(f"{path} is named like a {suffix} file, and cells are written as .h5ad; give it that ending")
 
 
-def check_writable(path: str | os.PathLike, *, folder: bool = False, inputs: Iterable[str | os.PathLike] = ()) -> None:
+def check_writable(
+    path: str | os.PathLike[str], *, folder: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> None:
     """Refuse a result that could not be written, before any work is done for it; nothing is left behind.
 
     Parameters
@@ -168,7 +171,7 @@ def check_writable(path: str | os.PathLike, *, folder: bool = False, inputs: Ite
         _try_folder(path)
 
 
-def write_h5ad(adata: AnnData, path: str | os.PathLike) -> None:
+def write_h5ad(adata: AnnData, path: str | os.PathLike[str]) -> None:
     """Write cells as h5ad, compressed.
 
     Parameters
@@ -188,7 +191,9 @@ def write_h5ad(adata: AnnData, path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def writing_h5ad(path: str | os.PathLike, obs: pd.DataFrame, var: pd.DataFrame, uns: dict) -> Iterator[h5py.File]:
+def writing_h5ad(
+    path: str | os.PathLike[str], obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]
+) -> Iterator[h5py.File]:
     """An h5ad with all but X, open to be written to; it appears as `path` on success, and on failure not at all.
 
     Parameters
@@ -239,7 +244,7 @@ class _Disk(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: ReadableBuffer) -> int:
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -365,7 +370,7 @@ def _opened(path: Path) -> int:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
+def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     """Read an h5ad file after :func:`check_h5ad` found nothing wrong with it, or the zarr folder of an AnnData.
 
     Parameters
@@ -402,7 +407,7 @@ def read_h5ad(path: str | os.PathLike, *, backed: bool = False) -> AnnData:
     return adata
 
 
-def is_zarr_folder(path: str | os.PathLike) -> bool:
+def is_zarr_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder written by zarr."""
     return any((Path(path) / name).exists() for name in (".zgroup", "zarr.json"))
 
@@ -420,7 +425,7 @@ def _plain_text(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def bytes_by_row(path: str | os.PathLike) -> int:
+def bytes_by_row(path: str | os.PathLike[str]) -> int:
     """Bytes that X takes in memory; 0 if it is not stored by rows (CSR or dense), or not there.
 
     Raises
@@ -436,7 +441,7 @@ def bytes_by_row(path: str | os.PathLike) -> int:
         return x.nbytes if isinstance(x, h5py.Dataset) else 0
 
 
-def check_h5ad(path: str | os.PathLike, *, values: bool = True) -> None:
+def check_h5ad(path: str | os.PathLike[str], *, values: bool = True) -> None:
     """Refuse a file that leads out of itself or whose matrices contradict themselves.
 
     Refused are soft and external links, external storage and virtual datasets (a file from elsewhere could make

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,13 +19,17 @@ from invirtuo.errors import preview
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from invirtuo.cells.values import AnyMatrix
+
 __all__ = ["hashed_vectors", "loess", "normalised_variance", "read_vectors", "variable_genes", "variable_genes_of"]
 
 CELL = 0.2  # a cell of the loess tree holds at most span * CELL of the points
 MARGIN = 0.005  # by which the box of the tree exceeds the data
 
 
-def variable_genes(counts, n_genes: int, *, batch: Sequence | None = None, span: float = 0.3) -> np.ndarray:
+def variable_genes(
+    counts: AnyMatrix, n_genes: int, *, batch: Sequence[Any] | None = None, span: float = 0.3
+) -> np.ndarray:
     r"""Choose the `n_genes` genes with the largest variance after the mean-variance trend is taken out [1]_.
 
     Equals ``scanpy.pp.highly_variable_genes(flavor="seurat_v3")`` but for genes that tie at the edges of the trend's
@@ -63,7 +67,9 @@ def variable_genes(counts, n_genes: int, *, batch: Sequence | None = None, span:
     return _most_variable(variances, n_genes)
 
 
-def variable_genes_of(blocks: Callable[[], Iterator], n_genes: int, *, span: float = 0.3) -> np.ndarray:
+def variable_genes_of(
+    blocks: Callable[[], Iterator[sparse.csr_matrix]], n_genes: int, *, span: float = 0.3
+) -> np.ndarray:
     """:func:`variable_genes` of counts that are read block by block, in two passes.
 
     Parameters
@@ -123,7 +129,7 @@ def _most_variable(variances: np.ndarray, n_genes: int) -> np.ndarray:
     return mask
 
 
-def normalised_variance(counts, *, span: float = 0.3) -> np.ndarray:
+def normalised_variance(counts: AnyMatrix, *, span: float = 0.3) -> np.ndarray:
     """Variance of each gene over the standard deviation that its mean predicts, counts clipped at sqrt(n) deviations.
 
     Parameters
@@ -193,7 +199,8 @@ def loess(x: np.ndarray, y: np.ndarray, *, span: float = 0.3) -> np.ndarray:
     from scipy.interpolate import CubicHermiteSpline  # slow to import
 
     values, slopes = fits.T
-    return CubicHermiteSpline(knots, values, slopes)(x)
+    curve: np.ndarray = CubicHermiteSpline(knots, values, slopes)(x)
+    return curve
 
 
 def _knots(x: np.ndarray, limit: int) -> np.ndarray:
@@ -281,4 +288,5 @@ def read_vectors(path: str | Path, genes: Sequence[str]) -> np.ndarray:
         raise ValueError(
             f"{path} names gene(s) {preview(table.index[table.index.duplicated()])} twice; keep one of each"
         )
-    return table.reindex([str(gene) for gene in genes]).to_numpy()
+    vectors: np.ndarray = table.reindex([str(gene) for gene in genes]).to_numpy()
+    return vectors

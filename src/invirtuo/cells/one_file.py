@@ -245,4 +245,5 @@ def aligned(parts: list[Part]) -> np.ndarray:
                 f"them only: {preview(missing)}. Write the files with the same genes (in any order), for example "
                 "adata[:, genes].write_h5ad(...)"
             )
-    return genes.to_numpy(dtype=str)
+    names: np.ndarray = genes.to_numpy(dtype=str)
+    return names

@@ -282,7 +282,9 @@ def knockdown(
     return new
 
 
-def _knocked_down(gene, level, below, perturbation_below, cell_below, min_cells) -> tuple[np.ndarray, str]:
+def _knocked_down(
+    gene: np.ndarray, level: float, below: np.ufunc, perturbation_below: float, cell_below: float, min_cells: int
+) -> tuple[np.ndarray, str]:
     """Which cells of one perturbation stay, and why the others do not."""
     nobody = np.zeros(len(gene), dtype=bool)
     if level <= 0:
@@ -343,7 +345,7 @@ def _training_rows(adata: AnnData, split: pd.Series | None) -> np.ndarray:
             f"split has {len(split)} entries with other names than the {adata.n_obs} cells; make it from adata.obs of "
             "the same object"
         )
-    train = (split == "train").to_numpy()
+    train: np.ndarray = (split == "train").to_numpy()
     if not train.any():
         raise ValueError(f"split holds no 'train' cells; found {preview(sorted(map(str, split.unique())))}")
     return train
@@ -351,7 +353,7 @@ def _training_rows(adata: AnnData, split: pd.Series | None) -> np.ndarray:
 
 def _positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
     genes = [genes] if isinstance(genes, str) else list(genes)
-    positions = adata.var_names.get_indexer(genes)
+    positions: np.ndarray = adata.var_names.get_indexer(genes)
     missing = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
     if missing:
         raise ValueError(f"keep: {len(missing)} genes are not in the data: {preview(missing)}")
@@ -400,7 +402,8 @@ def _variable(new: AnnData, n_genes: int, train: np.ndarray, flavor: str) -> np.
 
     n_genes = min(n_genes, new.n_vars)
     table = highly_variable_genes(new[train].copy(), n_top_genes=n_genes, flavor=flavor, inplace=False)
-    return table["highly_variable"].to_numpy()
+    chosen: np.ndarray = table["highly_variable"].to_numpy()
+    return chosen
 
 
 def _strongest_genes(adata: AnnData, design: Design, n: int) -> dict[str, list[str]]:

@@ -61,4 +61,5 @@ def group_sums(values: sparse.csr_matrix | np.ndarray, number: np.ndarray, n_gro
     entries = np.ones(len(number)), (number, np.arange(len(number)))
     members = sparse.csr_matrix(entries, (n_groups, len(number)))
     total = members @ values
-    return total.toarray() if sparse.issparse(total) else total
+    dense: np.ndarray = total.toarray() if sparse.issparse(total) else total
+    return dense

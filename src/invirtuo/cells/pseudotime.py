@@ -80,7 +80,9 @@ def pseudotime(
     return new
 
 
-def _ordered(adata: AnnData, root, n_pcs: int, n_neighbors: int, n_components: int) -> np.ndarray:
+def _ordered(
+    adata: AnnData, root: str | Mapping[str, str], n_pcs: int, n_neighbors: int, n_components: int
+) -> np.ndarray:
     """(n,) pseudotime of the cells of one group; infinity for those that are not connected to the root."""
     import scanpy
     from anndata import AnnData
@@ -92,7 +94,8 @@ def _ordered(adata: AnnData, root, n_pcs: int, n_neighbors: int, n_components: i
     scanpy.pp.neighbors(cells, n_neighbors=n_neighbors, n_pcs=n_pcs, random_state=0)
     scanpy.tl.diffmap(cells, n_comps=max(n_components, 15), random_state=0)
     scanpy.tl.dpt(cells, n_dcs=n_components)
-    return cells.obs["dpt_pseudotime"].to_numpy(float)
+    time: np.ndarray = cells.obs["dpt_pseudotime"].to_numpy(float)
+    return time
 
 
 def _root(adata: AnnData, coordinates: np.ndarray, root: str | Mapping[str, str]) -> int:

@@ -107,7 +107,8 @@ def _depths(store: CellStore, column: str | None) -> np.ndarray:
         return store.obs[TOTAL].to_numpy(np.float64) if TOTAL in store.obs else store.scan().totals
     if column not in store.obs:
         raise ValueError(f"size_factor: column {column!r} is not in obs; found {preview(store.obs.columns, 12)}")
-    return pd.to_numeric(store.obs[column], errors="coerce").to_numpy(np.float64)
+    depths: np.ndarray = pd.to_numeric(store.obs[column], errors="coerce").to_numpy(np.float64)
+    return depths
 
 
 def _chosen(store: CellStore, n_genes: int, keep: list[str], split: pd.Series | None) -> pd.Index:
@@ -124,7 +125,15 @@ def _chosen(store: CellStore, n_genes: int, keep: list[str], split: pd.Series | 
 class _Plan:
     """Where every cell goes, and how it is written."""
 
-    def __init__(self, store, genes, depth, target_sum, compression, seed):
+    def __init__(
+        self,
+        store: CellStore,
+        genes: pd.Index,
+        depth: np.ndarray,
+        target_sum: float | None,
+        compression: str,
+        seed: int,
+    ):
         self.depth = depth
         self.target_sum = target_sum
         self.compression = compression

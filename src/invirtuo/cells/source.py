@@ -18,7 +18,7 @@ from scipy import sparse
 from invirtuo.cells.files import bytes_by_row, read_h5ad
 from invirtuo.cells.preprocess import TOTAL
 from invirtuo.cells.store import CellStore
-from invirtuo.cells.values import canonical_csr, check_values
+from invirtuo.cells.values import AnyMatrix, canonical_csr, check_values
 from invirtuo.errors import preview
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class MemorySource(Generic[Matrix]):
         self._counts: Any = matrix if counts is None else counts
 
     def read(self, rows: np.ndarray) -> Matrix:
-        return self.matrix[rows]  # type: ignore[index]
+        values: Matrix = self.matrix[rows]  # type: ignore[index]
+        return values
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Matrix]]:
         yield rows, self.read(rows)
@@ -99,7 +100,8 @@ class MemorySource(Generic[Matrix]):
     def depth(self, *, signed: bool = False) -> np.ndarray:
         """(n,) depth of each cell."""
         if TOTAL in self.obs:
-            return self.obs[TOTAL].to_numpy(np.float64)
+            known: np.ndarray = self.obs[TOTAL].to_numpy(np.float64)
+            return known
         return np.asarray(self._counts.sum(axis=1), dtype=np.float64).ravel()
 
     def add_to(self, digest: blake2b) -> None:
@@ -122,10 +124,10 @@ class BackedSource:
         self.obs = adata.obs
         self.genes = adata.var_names.astype(str)
 
-    def read(self, rows: np.ndarray) -> Any:
+    def read(self, rows: np.ndarray) -> AnyMatrix:
         return _in_rows(self.adata[rows].X)
 
-    def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, AnyMatrix]]:
         for start in range(0, len(rows), BLOCK):
             own = rows[start : start + BLOCK]
             yield own, self.read(own)
@@ -153,7 +155,7 @@ class StoreSource:
 
     def depth(self, *, signed: bool = False) -> np.ndarray:
         """(n,) depth of each cell; values that were not checked when they were written are checked here."""
-        known = self.obs[TOTAL].to_numpy(np.float64) if TOTAL in self.obs else None
+        known: np.ndarray | None = self.obs[TOTAL].to_numpy(np.float64) if TOTAL in self.obs else None
         if known is not None and self.store.manifest is not None:
             return known
         totals = self.store.scan(signed=signed).totals
@@ -219,7 +221,7 @@ def training_source(cells: AnnData | CellStore, *, signed: bool = False) -> Trai
     return MemorySource(cells.obs, cells.var_names.astype(str), to_csr(cells), cells.layers.get("counts"))
 
 
-def source_of(cells: AnnData | CellStore, *, layer: str | None = None, name: str = "the data") -> Source:
+def source_of(cells: AnnData | CellStore, *, layer: str | None = None, name: str = "the data") -> Source[AnyMatrix]:
     """Cells as they are stored: CSR, dense, or on disk.
 
     Parameters
@@ -297,6 +299,6 @@ def _named_values(adata: AnnData, names: pd.Index, layer: str, name: str) -> tup
     )
 
 
-def _in_rows(x: Any) -> Any:
+def _in_rows(x: AnyMatrix) -> AnyMatrix:
     """CSR without duplicates, or dense."""
     return canonical_csr(x) if sparse.issparse(x) else np.asarray(x)

@@ -400,7 +400,9 @@ def _columns(own: pd.Index, wanted: pd.Index) -> np.ndarray | None:
     return None if own.equals(wanted) else wanted.get_indexer(own).astype(np.int32)
 
 
-def _assembled(data, indices, indptr, n_vars: int, *, dropped: bool) -> sparse.csr_matrix:
+def _assembled(
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, n_vars: int, *, dropped: bool
+) -> sparse.csr_matrix:
     """CSR without columns -1 and, where X was `dropped` into it from a dense array, without its zeros."""
     keep = None
     if len(indices) and indices.min() < 0:

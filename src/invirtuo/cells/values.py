@@ -102,7 +102,7 @@ class Values:
         )
 
 
-def look(X: Any, n_rows: int = SAMPLE) -> Values:
+def look(X: AnyMatrix, n_rows: int = SAMPLE) -> Values:
     """Say what a matrix holds.
 
     Parameters
@@ -129,7 +129,7 @@ def look(X: Any, n_rows: int = SAMPLE) -> Values:
     return Values(kind, maximum, whole, target_sum, certain)
 
 
-def looks_like_counts(X) -> bool:
+def looks_like_counts(X: AnyMatrix) -> bool:
     """Whether all values of a sample of the rows are whole numbers >= 0, and not all 0.
 
     Parameters
@@ -216,7 +216,7 @@ def require_same_scale(found: Iterable[tuple[str, Values]]) -> None:
             )
 
 
-def matrix(adata: AnnData, layer: str | None):
+def matrix(adata: AnnData, layer: str | None) -> AnyMatrix:
     """X, or the layer of that name."""
     if layer is None:
         if adata.X is None:
@@ -227,7 +227,7 @@ def matrix(adata: AnnData, layer: str | None):
     return adata.layers[layer]
 
 
-def canonical_csr(x: Any, dtype: Any = None) -> sparse.csr_matrix:
+def canonical_csr(x: AnyMatrix, dtype: Any = None) -> sparse.csr_matrix:
     """A sparse or dense matrix in memory as CSR, every entry stored once; a copy only where it must be one."""
     rows = sparse.csr_matrix(x, dtype=dtype)
     if rows.has_canonical_format:
@@ -287,7 +287,7 @@ def _common_sum(rows: sparse.csr_matrix) -> float | None:
     return float(sums.mean()) if is_common else None
 
 
-def _has_unit_variance(x: Any) -> bool:
+def _has_unit_variance(x: AnyMatrix) -> bool:
     """Whether most genes vary by about 1, as after division by their standard deviation."""
     n, g = x.shape
     if n < FEW_VALUES or g < FEW_VALUES:
@@ -302,11 +302,11 @@ def _has_unit_variance(x: Any) -> bool:
     return bool(near.mean() > 0.9) and bool(0.9 < np.median(variance) < 1.1)
 
 
-def _in_memory(X: Any) -> bool:
+def _in_memory(X: AnyMatrix) -> bool:
     return sparse.issparse(X) or isinstance(X, np.ndarray)
 
 
-def _sample(X, n: int) -> sparse.csr_matrix:
+def _sample(X: AnyMatrix, n: int) -> sparse.csr_matrix:
     """Up to n rows, evenly spaced, as float64 in memory; every entry once, no zeros."""
     n_cells = X.shape[0]
     rows = np.arange(n_cells)
@@ -318,11 +318,12 @@ def _sample(X, n: int) -> sparse.csr_matrix:
     return sample
 
 
-def _stored(X) -> np.ndarray:
+def _stored(X: AnyMatrix) -> np.ndarray:
     """All stored values of a matrix in memory, those of a sample of rows of one on disk."""
-    if sparse.issparse(X):
-        return X.data
-    return X if isinstance(X, np.ndarray) else _sample(X, SAMPLE).data
+    if isinstance(X, np.ndarray):
+        return X
+    values: np.ndarray = X.data if sparse.issparse(X) else _sample(X, SAMPLE).data
+    return values
 
 
 def _name(layer: str | None) -> str:

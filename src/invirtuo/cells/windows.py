@@ -112,7 +112,7 @@ class Window:
         self.reader: ThreadPoolExecutor | None = None
         self._read = read
         self._loaded: LoadedRows | None = None
-        self._future: Future | None = None
+        self._future: Future[LoadedRows] | None = None
 
     @property
     def rng(self) -> np.random.Generator:
@@ -207,7 +207,8 @@ def _load(store: CellStore, rows: np.ndarray) -> LoadedRows:
 
 def _among(wanted: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Which of the wanted rows are among rows that rise."""
-    return rows.take(np.searchsorted(rows, wanted), mode="clip") == wanted
+    is_among: np.ndarray = rows.take(np.searchsorted(rows, wanted), mode="clip") == wanted
+    return is_among
 
 
 def _blocks(

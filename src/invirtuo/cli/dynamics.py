@@ -121,7 +121,16 @@ def overexpress(
     _intervene(run, genes, level, out, cells, times, figure, quiet)
 
 
-def _intervene(run, genes, level, out, cells, times, figure, quiet) -> None:
+def _intervene(
+    run: Path,
+    genes: list[str],
+    level: float | None,
+    out: Path,
+    cells: Path | None,
+    times: str | None,
+    figure: Path | None,
+    quiet: bool,
+) -> None:
     """Hold genes at a level; write the change, draw it, and print the largest effects."""
     from invirtuo.cells.files import read_h5ad, write_h5ad
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import pandas as pd
     from rich.console import Console
 
 BETTER = {"higher": "↑", "lower": "↓"}
@@ -116,7 +119,7 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def read_csv(path: Path, option: str = "--conditions"):
+def read_csv(path: Path, option: str = "--conditions") -> pd.DataFrame:
     """A CSV table as text."""
     import pandas as pd
 
@@ -129,7 +132,7 @@ def read_csv(path: Path, option: str = "--conditions"):
         raise ValueError(f"{path} is not a CSV table: {error}") from error
 
 
-def read_conditions(given: list[str] | None):
+def read_conditions(given: list[str] | None) -> str | pd.DataFrame | list[str | dict[str, str]]:
     """Conditions as a model takes them: "test", "val", a table, or names."""
     if not given:
         return "test"
@@ -183,7 +186,7 @@ def split_of(
     return choices[split](obs, design)
 
 
-def print_scores(scores, console: Console | None = None) -> None:
+def print_scores(scores: pd.DataFrame, console: Console | None = None) -> None:
     """Mean over conditions: a row per model, or, of many metrics or for one model, a row per metric."""
     from invirtuo.metrics import METRICS
 
@@ -201,28 +204,30 @@ def print_scores(scores, console: Console | None = None) -> None:
     print_rows(rows, header=(str(table.index.name), *map(str, table.columns)), console=console)
 
 
-def print_rows(rows, header: tuple[str, ...] | None = None, console: Console | None = None) -> None:
+def print_rows(
+    rows: Iterable[Iterable[object]], header: tuple[str, ...] | None = None, console: Console | None = None
+) -> None:
     """Print a table; with a header, columns that do not fit beside each other follow below, after the first one."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    rows = [tuple(map(str, row)) for row in rows]
-    if not rows:
+    texts = [tuple(map(str, row)) for row in rows]
+    if not texts:
         return
 
     # columns of each block
     console = console or Console()
-    names = header or ("",) * len(rows[0])
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    names = header or ("",) * len(texts[0])
+    widths = [max(map(len, column)) for column in zip(names, *texts, strict=True)]
     blocks = [range(len(names))] if header is None else _beside_each_other(widths, console.width)
 
     for number, columns in enumerate(blocks):
         table = Table(show_header=header is not None, box=None, pad_edge=False)
         for column in columns:
-            numeric = all(_is_number(row[column]) for row in rows)
+            numeric = all(_is_number(row[column]) for row in texts)
             table.add_column(escape(names[column]), overflow="fold", justify="right" if numeric else "left")
-        for row in rows:
+        for row in texts:
             table.add_row(*(escape(row[column]) for column in columns))
         if number:
             console.print()

@@ -124,7 +124,8 @@ class Checkpoint:
         """Rows of a tensor, all of None, from the files that hold them."""
         pieces = self._pieces[key]
         if wanted is None and len(pieces) == 1:
-            return pieces[0][0].get_tensor(key)
+            whole: Tensor = pieces[0][0].get_tensor(key)
+            return whole
         wanted = wanted or slice(0, self._shapes[key][0])
         found = []
         start = 0  # of the rows of a file among all
@@ -186,4 +187,6 @@ def _batches(config: dict[str, Any]) -> int | None:
     devices = str(config.get("devices", 1))
     if not devices.isdigit():
         return None
-    return int(devices) * config.get("nodes", 1) * config["accumulate"]
+    nodes: int = config.get("nodes", 1)
+    accumulate: int = config["accumulate"]
+    return int(devices) * nodes * accumulate

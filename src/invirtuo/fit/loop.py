@@ -21,6 +21,10 @@ from invirtuo.fit.trainable import Trainable
 from invirtuo.fit.training import Training
 
 if TYPE_CHECKING:
+    import lightning
+    from torch import Tensor
+
+    from invirtuo.batch import Batch
     from invirtuo.cells.dataset import CellDataset
 
 __all__ = ["run"]
@@ -91,7 +95,15 @@ def _interruptible(folder: Path | None) -> Iterator[None]:
         raise ended from None
 
 
-def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool, callbacks, loggers) -> pd.DataFrame:
+def _train(
+    model: Trainable,
+    dataset: CellDataset,
+    config: FitConfig,
+    folder: Path | None,
+    resume: bool,
+    callbacks: list[Any],
+    loggers: list[Any],
+) -> pd.DataFrame:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it only runs the loop here
     training = Training(model, dataset, config, folder)
     if resume and folder is not None and (folder / LAST).exists():
@@ -111,10 +123,10 @@ def _train(model, dataset, config: FitConfig, folder: Path | None, resume: bool,
     return pd.DataFrame(training.history)
 
 
-def _trainer(training: Training, callbacks: list[Any], loggers: list[Any]):
+def _trainer(training: Training, callbacks: list[Any], loggers: list[Any]) -> lightning.Trainer:
     """The Trainer of the steps that are left; it validates and saves nothing by itself."""
     import lightning
-    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
     model, config = training.given, training.config
     if config.progress:
@@ -140,7 +152,7 @@ def _trainer(training: Training, callbacks: list[Any], loggers: list[Any]):
     )
 
 
-def _shell(training: Training, *, shards: bool):
+def _shell(training: Training, *, shards: bool) -> lightning.LightningModule:
     """The shell that Lightning drives; made in a function so that importing this file does not import lightning."""
     import lightning
 
@@ -149,41 +161,41 @@ def _shell(training: Training, *, shards: bool):
     class Shell(lightning.LightningModule):
         """Passes batches and steps to the training."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             if not shards:
                 self.model, self.average = training.model, training.average  # moved to the device together
 
-        def configure_model(self):
+        def configure_model(self) -> None:
             if shards:
                 training.begin(devices_of(self.trainer.strategy))
                 self.model, self.average = training.model, training.average
 
-        def configure_optimizers(self):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
             return training.optimizer
 
-        def training_step(self, batch, batch_index):
+        def training_step(self, batch: Batch, batch_index: int) -> Tensor:
             losses = training.loss(batch, batch_index)
             self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()})
             return losses["total"]
 
-        def on_before_optimizer_step(self, optimizer):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
             if config.clip:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
 
-        def on_train_batch_end(self, outputs, batch, batch_index):
+        def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
             if (batch_index + 1) % config.accumulate == 0:
                 losses = training.after_step(self.device, self.trainer.is_global_zero)
                 self.log_dict({f"val_{k}": v for k, v in losses.items()})
                 self.trainer.should_stop |= training.stopped
 
-        def on_train_end(self):  # while the devices still hold the weights and hear each other
+        def on_train_end(self) -> None:  # while the devices still hold the weights and hear each other
             training.collect()
 
     return Shell()
 
 
-def _bar(config: FitConfig, start: int):
+def _bar(config: FitConfig, start: int) -> lightning.Callback:
     """A progress bar over optimiser steps, with the loss; steps before a resumed fit are counted."""
     import lightning
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -199,19 +211,28 @@ def _bar(config: FitConfig, start: int):
     class Bar(lightning.Callback):
         """Shows steps done, time left and the loss."""
 
-        def on_train_start(self, trainer, module):
+        def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
             self.progress = Progress(*columns, disable=not trainer.is_global_zero)
             self.task = self.progress.add_task("fitting", total=config.steps, completed=start, loss=float("nan"))
             self.progress.start()
 
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        def on_train_batch_end(
+            self,
+            trainer: lightning.Trainer,
+            module: lightning.LightningModule,
+            outputs: Any,
+            batch: Batch,
+            batch_index: int,
+        ) -> None:
             loss = float(outputs["loss"].detach()) * config.accumulate
             self.progress.update(self.task, completed=start + trainer.global_step, loss=loss)
 
-        def on_train_end(self, trainer, module):
+        def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
             self.progress.stop()
 
-        def on_exception(self, trainer, module, exception):
+        def on_exception(
+            self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+        ) -> None:
             self.progress.stop()
 
     return Bar()

@@ -44,7 +44,8 @@ def bf16_pays(device: str | None = None) -> bool:
     Without a device it is the GPU that is asked, where there is one.
     """
     if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        is_supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return is_supported
 
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(384, 384, dtype=dtype)

@@ -97,7 +97,7 @@ class Training:
         rank, n_devices = rank_and_size()
         number = (self.step * n_turns + turn) * n_devices + rank
         with seeded(noise_seed(self.config.seed, number, 0)):
-            losses = self.trained(batch, self.step)
+            losses: dict[str, Tensor] = self.trained(batch, self.step)
 
         # mean over the batches of the step, for the history
         shares = {k: v.detach() / n_turns for k, v in losses.items()}
@@ -264,7 +264,10 @@ class Training:
 def _optimizer(model: Trainable, config: FitConfig) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True)
+    optimizer: torch.optim.Optimizer = kind(
+        parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True
+    )
+    return optimizer
 
 
 def _plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from invirtuo.cells import samplers
 from invirtuo.fit.config import FitConfig
@@ -14,6 +15,7 @@ from invirtuo.fit.stream import noise_seed, seeded
 from invirtuo.fit.trainable import Trainable
 
 if TYPE_CHECKING:
+    from invirtuo.batch import Batch
     from invirtuo.cells.dataset import CellDataset
 
 __all__ = ["validation_losses"]
@@ -24,10 +26,10 @@ def validation_losses(
     model: Trainable,
     dataset: CellDataset,
     config: FitConfig,
-    device="cpu",
+    device: torch.device | str = "cpu",
     *,
     bf16: bool | None = None,
-    losses_of: Callable | None = None,
+    losses_of: Callable[[Batch], dict[str, Tensor]] | None = None,
 ) -> dict[str, float]:
     """Mean losses on validation cells, with the same cells and noise at every call; {} without validation cells.
 

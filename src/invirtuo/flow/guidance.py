@@ -81,7 +81,8 @@ def nested(
         branch = torch.tensor(list(coefficients), device=x.device).repeat_interleave(len(x))
         # one evaluation for all branches
         velocities = velocity(x.repeat(n_branches, 1), t, branch).reshape(n_branches, *x.shape)
-        return sum(c * v for c, v in zip(coefficients.values(), velocities, strict=True))
+        total: Tensor = sum(c * v for c, v in zip(coefficients.values(), velocities, strict=True))
+        return total
 
     return field
 
@@ -118,6 +119,8 @@ def composed(
         repeated = x.repeat(len(used), 1)
         flat = velocity(repeated, t, cell.repeat(len(used)), branch.repeat_interleave(n))
         velocities = flat.reshape(len(used), n, -1)
-        return sum(coefficients[:, i, None].to(x) * v for i, v in zip(used, velocities, strict=True))
+        weighted = (coefficients[:, i, None].to(x) * v for i, v in zip(used, velocities, strict=True))
+        total: Tensor = sum(weighted)
+        return total
 
     return field

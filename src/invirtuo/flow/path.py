@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,14 @@ def gaussian_velocity(
     return velocity, residual_variance.sqrt()
 
 
-def _sample(coefficients, x0: Tensor, x1: Tensor, t: Tensor, sigma: float, generator) -> PathSample:
+def _sample(
+    coefficients: Callable[[Tensor], Coefficients],
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    sigma: float,
+    generator: torch.Generator | None,
+) -> PathSample:
     a, b, da, db = coefficients(_column(t, x0))
     mean = a * x0 + b * x1
     return PathSample(t, _blur(mean, sigma, generator), da * x0 + db * x1)

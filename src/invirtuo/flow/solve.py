@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["EVALUATIONS", "SOLVERS", "SOLVER_NAMES", "Trajectory", "reversed_time", "solve", "time_grid", "trajectory"]
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]  # of (velocity, x, t, h): x at t + h
 
 
 def time_grid(steps: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -193,20 +194,20 @@ def reversed_time(velocity: Velocity) -> Velocity:
     return lambda x, t: -velocity(x, 1 - t)
 
 
-def _euler():
+def _euler() -> Step:
     return lambda velocity, x, t, h: x + float(h) * velocity(x, t)
 
 
-def _midpoint():
-    def step(velocity, x, t, h):
+def _midpoint() -> Step:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
         middle = x + float(h / 2) * velocity(x, t)
         return x + float(h) * velocity(middle, t + h / 2)
 
     return step
 
 
-def _heun():
-    def step(velocity, x, t, h):
+def _heun() -> Step:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
         first = velocity(x, t)
         last = velocity(x + float(h) * first, t + h)
         return x + float(h / 2) * (first + last)
@@ -214,11 +215,11 @@ def _heun():
     return step
 
 
-def _ab2():
+def _ab2() -> Step:
     """Adams-Bashforth of order 2 with variable steps; the first step is Euler's."""
-    previous = None
+    previous: tuple[Tensor, Tensor] | None = None
 
-    def step(velocity, x, t, h):
+    def step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
         nonlocal previous
         v = velocity(x, t)
         if previous is None:
@@ -234,8 +235,8 @@ def _ab2():
     return step
 
 
-def _rk4():
-    def step(velocity, x, t, h):
+def _rk4() -> Step:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
         k1 = velocity(x, t)
         k2 = velocity(x + float(h / 2) * k1, t + h / 2)
         k3 = velocity(x + float(h / 2) * k2, t + h / 2)
@@ -278,11 +279,11 @@ class _Step:
     slopes: list[Tensor]
 
 
-def _dopri5(tolerance: float = 1e-5, taken: list[_Step] | None = None):
+def _dopri5(tolerance: float = 1e-5, taken: list[_Step] | None = None) -> Step:
     """Steps of order 5 whose estimated error (root mean square of a row) stays below `tolerance` in every row."""
     size = 0.05  # of the next step
 
-    def step(velocity, x, t, h):
+    def step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
         nonlocal size
         now = float(t)
         end = float(t + h)
@@ -310,7 +311,7 @@ def _dopri5(tolerance: float = 1e-5, taken: list[_Step] | None = None):
     return step
 
 
-def _dopri5_stages(velocity, x: Tensor, t: float, h: float, first: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _dopri5_stages(velocity: Velocity, x: Tensor, t: float, h: float, first: Tensor) -> tuple[Tensor, list[Tensor]]:
     """State after a step, and the seven slopes; the last one is the first of the next step."""
     slopes, point = [first], x
     for node, row in zip(_NODES[1:], _STAGES[1:], strict=True):

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from invirtuo.reports import charts
 from invirtuo.reports.tables import Cell, Column, ScoreTable, number
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 __all__ = [
     "costs_section",
@@ -228,7 +231,7 @@ def _best_baseline(table: ScoreTable, column: Column) -> str | None:
     return str(values.idxmin() if column.direction == "lower" else values.idxmax())
 
 
-def _rank_charts(wide: Mapping[str, pd.DataFrame], table: ScoreTable) -> list[charts.Markup]:
+def _rank_charts(wide: Mapping[str, pd.DataFrame], table: ScoreTable) -> list[Markup]:
     """A chart for every metric that ranks predictions, best model first."""
     drawn = []
     for column in table.columns:
@@ -307,7 +310,7 @@ def _verdict(low: float, high: float, direction: str | None) -> str:
     return "better" if (high < 0) == (direction == "lower") else "worse"
 
 
-def _cost_chart(seconds: pd.Series, table: ScoreTable, numbers: Mapping[str, int]) -> charts.Markup | None:
+def _cost_chart(seconds: pd.Series, table: ScoreTable, numbers: Mapping[str, int]) -> Markup | None:
     """The main metric of a task over the seconds that each model took; None if nothing can be drawn."""
     # the first of the main metrics that is there, else the first that has a direction
     names = {column.name: column for column in table.columns if column.direction}

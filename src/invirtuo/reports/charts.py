@@ -6,7 +6,7 @@ pixels on a phone; shapes tell models, simple baselines and the noise floor apar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -305,7 +305,7 @@ def _short(text: str, room: float) -> str:
     return text if len(text) <= fits else text[: max(fits - 1, 1)] + "…"
 
 
-def _spoken(values) -> str:
+def _spoken(values: Iterable[tuple[str, float]]) -> str:
     """What a reader who cannot see the chart hears."""
     return ", ".join(f"{name} {number(float(value))}" for name, value in values)
 
@@ -322,7 +322,7 @@ def _svg(height: float, elements: Sequence[Markup], label: str) -> Markup:
     return _tag("svg", Markup("").join(elements), viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label)
 
 
-def _tag(name: str, inner: str = "", **attributes) -> Markup:
+def _tag(name: str, inner: str = "", **attributes: str | float) -> Markup:
     """One element; the inner text is escaped unless it is markup already."""
     written = Markup("")
     for key, value in attributes.items():

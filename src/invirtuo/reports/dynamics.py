@@ -12,6 +12,7 @@ from invirtuo.reports.figures import GREY, LINES, PREDICTED, REAL, _clean, _figu
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from matplotlib.figure import Figure
 
 __all__ = ["forecast", "intervention", "network", "tradeoff"]
 
@@ -187,7 +188,7 @@ def _dots(observed: AnnData, is_course: pd.Series, gene: str, time: str, n: int 
     return means["t"].to_numpy(), means["x"].to_numpy()
 
 
-def _grid(n: int):
+def _grid(n: int) -> tuple[np.ndarray, Figure]:
     per_row = min(4, n)
     n_rows = -(-n // per_row)
     figure = _figure(2.7 * per_row + 0.3, 2.1 * n_rows + 0.3)

@@ -21,7 +21,7 @@ __all__ = ["coverage", "effects_figure", "plot_effects"]
 MAX_CONDITIONS, COLUMNS = 12, 3
 
 
-def plot_effects(table: pd.DataFrame, out: str | os.PathLike, *, n_genes: int = 20) -> None:
+def plot_effects(table: pd.DataFrame, out: str | os.PathLike[str], *, n_genes: int = 20) -> None:
     """Draw the genes with the largest predicted effects of each condition: effect, interval, and what was seen.
 
     Parameters

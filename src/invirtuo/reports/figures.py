@@ -153,7 +153,7 @@ def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
 
 def _spread(cells: pd.DataFrame) -> float:
     """Larger standard deviation of both components."""
-    return cells[["pc1", "pc2"]].std().max()
+    return float(cells[["pc1", "pc2"]].std().max())
 
 
 def _clean(ax: Axes) -> None:

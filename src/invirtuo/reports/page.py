@@ -26,7 +26,9 @@ GENES = 12  # largest effects of a condition that are drawn
 MAX_CELLS = 5000  # numbers in the tables by condition of a benchmark; beyond, the charts must do
 
 
-def report(results: str | os.PathLike, out: str | os.PathLike = "report.html", *, title: str | None = None) -> Path:
+def report(
+    results: str | os.PathLike[str], out: str | os.PathLike[str] = "report.html", *, title: str | None = None
+) -> Path:
     r"""Write one self-contained HTML page about a folder of results.
 
     Parameters

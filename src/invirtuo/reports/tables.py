@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from invirtuo.metrics import Metric
 
 __all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline", "score_table"]
 
@@ -184,7 +188,7 @@ def headline(table: ScoreTable) -> str:
     return text + _gap(table, first, kinds)
 
 
-def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict]:
+def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict[str, Any]]:
     """Per metric, a table conditions x models in the order of the score table."""
     models = [row.name for row in table.rows if row.cells]
     found = []
@@ -234,7 +238,7 @@ def _columns(scores: pd.DataFrame) -> list[Column]:
     return columns
 
 
-def _records() -> dict:
+def _records() -> dict[str, Metric]:
     """The registry of metrics; scores of metrics it does not know are shown all the same."""
     try:
         from invirtuo.metrics import METRICS
@@ -262,7 +266,8 @@ def _seed_spread(scores: pd.DataFrame) -> dict[tuple[str, str], float]:
     if "seed" not in scores or scores["seed"].nunique() < 2:
         return {}
     spread = scores.groupby(["model", "metric", "seed"])["value"].mean().groupby(["model", "metric"]).std()
-    return spread.dropna().to_dict()
+    deviations: dict[tuple[str, str], float] = spread.dropna().to_dict()
+    return deviations
 
 
 def _gap(table: ScoreTable, first: str, kinds: dict[str, str]) -> str:

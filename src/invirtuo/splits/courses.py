@@ -79,7 +79,7 @@ def courses(
 def _matches(obs: pd.DataFrame, design: Design, wanted: str | Mapping[str, str]) -> np.ndarray:
     """(n,) bool, the cells of the courses with a name, or with the given labels."""
     if isinstance(wanted, str):
-        found = (design.groups(obs) == wanted).to_numpy()
+        found: np.ndarray = (design.groups(obs) == wanted).to_numpy()
     else:
         if unknown := sorted(set(wanted) - set(design.covariates)):
             raise ValueError(

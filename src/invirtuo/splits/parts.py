@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -79,7 +78,7 @@ def divide(
     *,
     seed: int,
     keep_singletons: bool,
-    stratum_order: Sequence | None,
+    stratum_order: Conditions | None,
 ) -> pd.Series:
     """Divide the held-out pairs into val and test, the controls into all parts; everything else trains."""
     # a state with one held-out pair cannot be divided

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
+from invirtuo.cells.conditions import Conditions
 from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.splits.parts import (
@@ -42,7 +42,7 @@ def transfer(
     downsample: float = 1.0,
     exclude_control: bool = False,
     keep_singletons: bool = False,
-    stratum_order: Sequence | None = None,
+    stratum_order: Conditions | None = None,
 ) -> pd.Series:
     """Hold out perturbations in drawn covariate states; the same perturbations are trained on in the other states.
 
@@ -116,11 +116,11 @@ def manual(
     obs: pd.DataFrame,
     design: Design,
     *,
-    groups: Sequence,
+    groups: Conditions,
     seed: int = 0,
     fraction: float = 0.7,
     keep_singletons: bool = False,
-    stratum_order: Sequence | None = None,
+    stratum_order: Conditions | None = None,
 ) -> pd.Series:
     """Hold out a share of the perturbations of the listed covariate groups; all else trains.
 
@@ -164,7 +164,7 @@ def combine(
     seed: int = 42,
     fraction: float = 0.7,
     keep_singletons: bool = False,
-    stratum_order: Sequence | None = None,
+    stratum_order: Conditions | None = None,
 ) -> pd.Series:
     """Hold out a share of the combinations of every covariate group; all single perturbations train.
 
@@ -212,7 +212,7 @@ def combine_inverse(
     fraction: float = 0.3,
     exclude_control: bool = False,
     keep_singletons: bool = False,
-    stratum_order: Sequence | None = None,
+    stratum_order: Conditions | None = None,
 ) -> pd.Series:
     """Hold out single perturbations, never two that share a combination; all combinations train.
 
@@ -336,7 +336,7 @@ def imbalanced(
     design: Design,
     *,
     entropy: float = 0.8,
-    order: Sequence | None = None,
+    order: Conditions | None = None,
     seed: int = 57,
     fraction: float = 0.3,
     min_train: int = 1,
@@ -414,7 +414,9 @@ def _unequal(available: list[int], entropy: float) -> list[int]:
     """Sizes that fall by a constant factor, none above what is available, with the wanted normalised entropy."""
 
     def sizes(factor: float) -> np.ndarray:
-        return np.minimum(available[0] * factor ** np.arange(len(available)), available)
+        falling = available[0] * factor ** np.arange(len(available))
+        capped: np.ndarray = np.minimum(falling, available)
+        return capped
 
     def balance(parts: np.ndarray) -> float:
         share = parts / parts.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = ("datasets", "training", "zeroshot", "fewshot")
 HELD_OUT = ("val", "test")
+
+Content: TypeAlias = dict[str, dict[str, Any]]  # section to its lines
 
 
 def from_toml(
@@ -113,7 +115,7 @@ def from_toml(
     return split
 
 
-def _read(path: str | Path) -> dict[str, dict[str, Any]]:
+def _read(path: str | Path) -> Content:
     """The sections of the file, all of them there."""
     try:
         with open(path, "rb") as file:
@@ -132,7 +134,7 @@ def _read(path: str | Path) -> dict[str, dict[str, Any]]:
     return {name: content.get(name, {}) for name in SECTIONS}
 
 
-def _datasets(content: Mapping, obs: pd.DataFrame, dataset: str | None, path: str | Path) -> np.ndarray:
+def _datasets(content: Content, obs: pd.DataFrame, dataset: str | None, path: str | Path) -> np.ndarray:
     """(n,), name of the data set of each cell."""
     known = list(content["datasets"])
     lost = sorted(set(content["training"]) - set(known))
@@ -149,7 +151,7 @@ def _datasets(content: Mapping, obs: pd.DataFrame, dataset: str | None, path: st
         return np.full(len(obs), dataset or known[0], dtype=object)
     if dataset not in obs.columns:
         raise ValueError(f"dataset {dataset!r} is neither in {path} ({preview(known)}) nor a column of obs")
-    names = obs[dataset].astype(str).to_numpy(dtype=object)
+    names: np.ndarray = obs[dataset].astype(str).to_numpy(dtype=object)
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ValueError(
@@ -169,7 +171,7 @@ def _context(design: Design, context: str | None) -> str:
     return context
 
 
-def _inside(key: str, names: np.ndarray, contexts: np.ndarray, content: Mapping, path: str | Path) -> np.ndarray:
+def _inside(key: str, names: np.ndarray, contexts: np.ndarray, content: Content, path: str | Path) -> np.ndarray:
     """(n,) bool, the cells of "data set.context"; nothing if obs has other data sets only."""
     known = [name for name in content["datasets"] if key.startswith(f"{name}.")]
     if not known:
@@ -180,7 +182,7 @@ def _inside(key: str, names: np.ndarray, contexts: np.ndarray, content: Mapping,
     name = max(known, key=len)  # names may hold dots
     context = key[len(name) + 1 :].strip()
     in_dataset = names == name
-    inside = in_dataset & (contexts == context)
+    inside: np.ndarray = in_dataset & (contexts == context)
     if in_dataset.any() and not inside.any():
         found = sorted(set(contexts[in_dataset]))
         raise ValueError(f"{path}: {name} has no cells of context {context!r}; found {preview(found)}")

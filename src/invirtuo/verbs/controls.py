@@ -30,7 +30,8 @@ class ControlCells:
     embedding: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return self.expression.shape[0]
+        n: int = self.expression.shape[0]
+        return n
 
     def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Expression (m, g) and embedding (m, d) of rows."""

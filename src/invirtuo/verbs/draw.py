@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,9 @@ __all__ = [
     "means_of",
     "stored",
 ]
+
+
+Item = TypeVar("Item")
 
 
 class Divisible(Protocol):
@@ -167,7 +170,7 @@ def check_engine(engine: str, n_jobs: int | None) -> None:
         raise ValueError(f"n_jobs is {n_jobs} and engine is 'local', which draws in this process; pass engine='ray'")
 
 
-class _Parts(Sequence):
+class _Parts(Sequence[Any]):
     """The parts of a request that workers draw, cut when they are sent."""
 
     def __init__(self, request: Divisible, size: int):
@@ -176,19 +179,19 @@ class _Parts(Sequence):
     def __len__(self) -> int:
         return math.ceil(len(self.request) / self.size)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: Any) -> Any:
         return self.request.part(i * self.size, (i + 1) * self.size)
 
 
 def in_parts(
-    work: Callable[..., Iterator],
+    work: Callable[..., Iterator[Item]],
     request: Divisible,
     model: OnDevices,
     *shared: Any,
     engine: str,
     n_jobs: int | None,
     in_order: bool = False,
-) -> Iterator:
+) -> Iterator[Item]:
     """Yield what ``work(request, model, *shared)`` does, in this process or, part by part, on those of a cluster."""
     fit.keep_freed_memory()
     if engine == "local":
@@ -224,7 +227,7 @@ def in_parts(
         yield from found
 
 
-def _on_worker(request: Divisible, work: Callable[..., Iterator], threads: int, *shared: Any) -> list[Any]:
+def _on_worker(request: Divisible, work: Callable[..., Iterator[Item]], threads: int, *shared: Any) -> list[Item]:
     """What the work yields for a part, in a process of a cluster."""
     torch.set_num_threads(threads)
     return list(work(request, *shared))

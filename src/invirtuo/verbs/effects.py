@@ -131,7 +131,7 @@ def bounds(
 
 
 def _error_predictors(
-    observed: ObservedMeans, design: Design, table, means: np.ndarray
+    observed: ObservedMeans, design: Design, table: pd.DataFrame, means: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the models' effects (c, g), and four predictors of the size of their errors (c, g, 4)."""
     control, sd = observed.of_control(design, table)
@@ -153,12 +153,14 @@ def _quantile_regression(error: np.ndarray, predictors: np.ndarray, level: float
     if not len(rows):
         return np.zeros(x.shape[1])
     regressor = QuantileRegressor(quantile=level, alpha=0, fit_intercept=False)
-    return regressor.fit(x[rows], y[rows]).coef_
+    weights: np.ndarray = regressor.fit(x[rows], y[rows]).coef_
+    return weights
 
 
 def _scale(predictors: np.ndarray, weights: np.ndarray) -> np.ndarray:
     sd = predictors[..., 0]
-    return np.maximum(predictors @ weights, LEAST * sd)
+    scale: np.ndarray = np.maximum(predictors @ weights, LEAST * sd)
+    return scale
 
 
 def _factor(error: np.ndarray, scale: np.ndarray, level: float) -> float:

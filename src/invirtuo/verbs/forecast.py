@@ -295,7 +295,14 @@ class Forecaster(Model):
         values = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64)
         return self.courses_of(values, adata.obs if rows is None else adata.obs.iloc[rows])
 
-    def _assembled(self, found, starts, asked, ends, level: float) -> AnnData:
+    def _assembled(
+        self,
+        found: Sequence[np.ndarray],
+        starts: Sequence[Start],
+        asked: Sequence[np.ndarray],
+        ends: Sequence[tuple[float, float]],
+        level: float,
+    ) -> AnnData:
         import anndata
 
         intervals = [self.interval(members, level) for members in found]
@@ -331,12 +338,14 @@ class Forecaster(Model):
     def unscaled(self, z: np.ndarray) -> np.ndarray:
         """Standardised values in the data space, float32."""
         scale: Any = self.transforms["scale"]
-        return (z * scale.sd + scale.mean).astype(np.float32)
+        values: np.ndarray = z * scale.sd + scale.mean
+        return values.astype(np.float32)
 
     def scaled(self, values: np.ndarray, genes: Sequence[int] | slice = slice(None)) -> np.ndarray:
         """Values (n, g) of the data space, or of some genes, standardised by training cells, float64."""
         scale: Any = self.transforms["scale"]
-        return (np.asarray(values, np.float64) - scale.mean[genes]) / scale.sd[genes]
+        z: np.ndarray = (np.asarray(values, np.float64) - scale.mean[genes]) / scale.sd[genes]
+        return z
 
     def interval(self, members: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean (b, g) of members (m, b, g), and the ends of the interval of a level."""

@@ -42,6 +42,8 @@ from invirtuo.verbs.write_counts import assembled, write_cells
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from invirtuo.design import Design
+
 __all__ = ["CountGenerator", "Guidance", "check_depths", "counted"]
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class CountGenerator(Model):
     has_latent: ClassVar[bool] = False  # whether cells have latent vectors
     depth: SizeFactor
 
-    def __init__(self, design, genes, config=None):
+    def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         if design.dose or design.time:
             raise ValueError(
                 f"{self.name} is conditioned on labels; the design has {design.dose or design.time!r} as a number. "

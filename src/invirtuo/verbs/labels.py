@@ -85,7 +85,13 @@ def draw(
 
 
 def _complete(
-    table, wanted: Mapping[str, str], missing: Sequence[str], n: int, rng, prior: Prior, unknown
+    table: pd.DataFrame,
+    wanted: Mapping[str, str],
+    missing: Sequence[str],
+    n: int,
+    rng: np.random.Generator,
+    prior: Prior,
+    unknown: str | None,
 ) -> np.ndarray:
     """(n, number of missing attributes) labels for cells that share the given ones."""
     # observed combinations that agree with the given labels
@@ -109,7 +115,8 @@ def _complete(
         return drawn
     weight = np.ones(len(agreeing)) if prior == "uniform" else agreeing[N].to_numpy(float)
     rows = rng.choice(len(agreeing), n, p=weight / weight.sum())
-    return agreeing[list(missing)].to_numpy(object)[rows]
+    combinations: np.ndarray = agreeing[list(missing)].to_numpy(object)
+    return combinations[rows]
 
 
 def _known(table: pd.DataFrame, names: Sequence[str], unknown: str | None) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from invirtuo.cells.dataset import CellDataset
 from invirtuo.errors import preview
 from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
+from invirtuo.flow.solve import Velocity
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
 from invirtuo.verbs.generate import CountGenerator, counted
 from invirtuo.verbs.masking import ImputedLayer
@@ -32,6 +33,8 @@ from invirtuo.verbs.sampling import ADAPTIVE, SolverSampling, takes_options
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from invirtuo.cells.values import AnyMatrix
 
 __all__ = ["ConditionalFlow", "LatentFlow"]
 
@@ -63,7 +66,8 @@ class ConditionalFlow(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, size: Tensor, condition: Condition, active: Tensor) -> Tensor:
         """z (n, d), t (n,), scaled depth (n,), labels and which of them count (n, k) -> (n, d)."""
-        return self.velocity(z, t, size, self.labels(condition, active))
+        velocity: Tensor = self.velocity(z, t, size, self.labels(condition, active))
+        return velocity
 
 
 class LatentFlow(CountGenerator):
@@ -162,7 +166,8 @@ class LatentFlow(CountGenerator):
         t = self._random_times(len(z1), z1.device)
         point = self.path(z0, z1, t)
         velocity = self.flow(point.xt, t, self._scaled(size), condition, self.drawn_labels(condition))
-        return (velocity - point.ut).square().mean()
+        loss: Tensor = (velocity - point.ut).square().mean()
+        return loss
 
     def _random_times(self, n: int, device: torch.device) -> Tensor:
         """(n,) times between 0 and 1; stratified, they are evenly spaced from a random start."""
@@ -180,10 +185,12 @@ class LatentFlow(CountGenerator):
         """
         known = self.flow.labels.known(condition)
         keep = torch.rand(len(known), 1, device=known.device) >= self.config.prob_unconditional
+        kept: Tensor = known & keep
         if self.config.conditioning == "joint" or not known.shape[1]:
-            return known & keep
+            return kept
         score = torch.rand(known.shape, device=known.device).masked_fill(~known, -1.0)
-        return F.one_hot(score.argmax(dim=1), known.shape[1]).bool() & known & keep
+        single: Tensor = F.one_hot(score.argmax(dim=1), known.shape[1]).bool() & kept
+        return single
 
     def _couple(self, z0: Tensor, z1: Tensor, condition: Condition) -> Tensor:
         """Row of the noise that is coupled to each latent vector; noise alone is permuted, labels stay."""
@@ -206,7 +213,7 @@ class LatentFlow(CountGenerator):
 
     # ---- flow and its inverse -----------------------------------------------------------------------------------
 
-    def field(self, condition: Condition, size: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def field(self, condition: Condition, size: Tensor, weights: Tensor) -> Velocity:
         """Guided velocity (n, d) of standardised latent vectors of cells with these labels and depths.
 
         Parameters
@@ -227,7 +234,8 @@ class LatentFlow(CountGenerator):
             else:
                 active = branch[:, None] == torch.arange(1, n_labels + 1, device=z.device)
             time = torch.full((len(z),), float(t), device=z.device)
-            return self.flow(z, time, scaled[cell], condition[cell], active)
+            flow: Tensor = self.flow(z, time, scaled[cell], condition[cell], active)
+            return flow
 
         return composed(velocity, weights[:, :1] if joint else weights)
 
@@ -240,7 +248,7 @@ class LatentFlow(CountGenerator):
         z = z * self.latent_sd + self.latent_mean
         return self.autoencoder.decode(z, batch.size_factor, batch.condition), z
 
-    def _solved(self, field, z0: Tensor, config: SolverSampling) -> Tensor:
+    def _solved(self, field: Velocity, z0: Tensor, config: SolverSampling) -> Tensor:
         return solve(field, z0, config.steps or self.config.steps, config.solver or self.config.solver)
 
     @takes_options()
@@ -488,7 +496,15 @@ class LatentFlow(CountGenerator):
         new.uns["invirtuo"] = self._made_by("impute") | {"noise": noise, "n_draws": n_draws}
         return new
 
-    def _resampled(self, cells: Batch, weights: Tensor, noise: float, n_draws: int, generator, config) -> Tensor:
+    def _resampled(
+        self,
+        cells: Batch,
+        weights: Tensor,
+        noise: float,
+        n_draws: int,
+        generator: torch.Generator,
+        config: SolverSampling,
+    ) -> Tensor:
         """(n, g) means, averaged over jittered round trips of latent vectors; without draws, decoded as they are."""
         field = self.field(cells.condition, cells.size_factor, weights)
         start = self._solved(reversed_time(field), cells.target, config) if n_draws else cells.target
@@ -504,7 +520,7 @@ class LatentFlow(CountGenerator):
 
     def _round_trip(self, options: Mapping[str, Any]) -> SolverSampling:
         """Options of the solver on the way to noise and back: 50 steps, unless the caller chooses."""
-        config = self._sampling(options)
+        config: SolverSampling = self._sampling(options)
         is_adaptive = (config.solver or self.config.solver) == ADAPTIVE
         return config if config.steps or is_adaptive else replace(config, steps=ROUND_TRIP)
 
@@ -556,7 +572,7 @@ class LatentFlow(CountGenerator):
 
     def _decoded_layer(
         self, adata: AnnData, latent: Tensor, size: Tensor, condition: Condition, output: str, seed: int
-    ):
+    ) -> AnyMatrix:
         """Corrected cells in the genes, their order and the type of `adata`."""
         if output not in ("mean", "counts"):
             raise ValueError(f"output is {output!r}; expected mean, counts or None")
@@ -593,7 +609,8 @@ def _rows(weights: Tensor, rows: slice) -> Tensor:
 def _classes(condition: Condition) -> Tensor:
     """(n,) number of the combination of covariates of each cell."""
     codes = F.pad(condition.groups, (0, 1))  # a column for cells without labels
-    return torch.unique(codes, dim=0, return_inverse=True)[1]
+    number: Tensor = torch.unique(codes, dim=0, return_inverse=True)[1]
+    return number
 
 
 def _collapse(before: Tensor, after: Tensor, group: Tensor) -> float:

@@ -12,6 +12,8 @@ from invirtuo.verbs.generate import counted
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from invirtuo.cells.values import AnyMatrix
+
 __all__ = ["ImputedLayer", "mask_entries"]
 
 
@@ -37,7 +39,7 @@ class ImputedLayer:
             block[:, self.columns] = np.where(is_masked, mean, block[:, self.columns])
             self.blocks.append(sparse.csr_matrix(block))
 
-    def layer(self):
+    def layer(self) -> AnyMatrix:
         """(n, g) all rows: dense, or sparse with a mask."""
         return np.concatenate(self.blocks) if self.mask is None else sparse.vstack(self.blocks, format="csr")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["Model", "Preset", "check_torch", "track"]
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,8 @@ class Model(Trainable):
     @property
     def accelerator(self) -> str:
         """`FitConfig.accelerator` of the fit."""
-        return self.card.get("fit", {}).get("accelerator", self._accelerator)
+        accelerator: str = self.card.get("fit", {}).get("accelerator", self._accelerator)
+        return accelerator
 
     def device_of(self, name: str | None) -> torch.device:
         """The device of this name; of None or "auto" that of the fit, if there is one like it."""
@@ -468,7 +471,8 @@ class Model(Trainable):
         facts = {"config": comparable(self.config), "design": self.design.to_json(), "genes": self.genes}
         if self.stage:
             facts["stage"] = self.stage
-        return json.loads(json.dumps(super().identity() | facts))
+        identity: dict[str, Any] = json.loads(json.dumps(super().identity() | facts))
+        return identity
 
     def _provenance(self, seed: int, config: NoSampling) -> dict[str, Any]:
         """How cells were made, for ``uns["invirtuo"]``."""
@@ -510,7 +514,7 @@ def check_torch() -> None:
         )
 
 
-def track(items, label: str, progress: bool, total: int | None = None):
+def track(items: Iterable[Item], label: str, progress: bool, total: int | None = None) -> Iterable[Item]:
     """The items, with a progress bar if it is wanted."""
     if not progress:
         return items

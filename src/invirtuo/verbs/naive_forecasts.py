@@ -14,7 +14,8 @@ from invirtuo.cells.courses import Course, local_fit, smoothed
 
 __all__ = ["BASELINES", "LATER", "ORACLES", "baselines"]
 
-Forecast = Callable[[Sequence[Course], Sequence[Course], Course, np.ndarray], np.ndarray]
+Courses = Sequence[Course]
+Forecast = Callable[[Courses, Courses, Course, np.ndarray], np.ndarray]
 
 
 def baselines(
@@ -63,12 +64,13 @@ def _mean(courses: Sequence[Course]) -> np.ndarray:
     return np.average(values, axis=0, weights=cells)
 
 
-def _line(same, train, test, x0):
+def _line(same: Courses, train: Courses, test: Course, x0: np.ndarray) -> np.ndarray:
     """Least squares of each gene on time."""
     time, values, cells = _pooled(same)
     root = np.sqrt(cells)[:, None]
     solution = np.linalg.lstsq(_affine(time) * root, values * root, rcond=None)[0]
-    return _affine(test.time) @ solution
+    line: np.ndarray = _affine(test.time) @ solution
+    return line
 
 
 def _affine(time: np.ndarray) -> np.ndarray:
@@ -76,23 +78,26 @@ def _affine(time: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(time), time], axis=1)
 
 
-def _smoother(same, train, test, x0):
+def _smoother(same: Courses, train: Courses, test: Course, x0: np.ndarray) -> np.ndarray:
     time, values, cells = _pooled(same)
     return smoothed(time, values, test.time, weights=cells)
 
 
-def _last_value(same, train, test, x0):
+def _last_value(same: Courses, train: Courses, test: Course, x0: np.ndarray) -> np.ndarray:
     """The last state of the same course."""
-    return (_own(train, test) or same[0]).values[-1]
+    own = _own(train, test) or same[0]
+    last: np.ndarray = own.values[-1]
+    return last
 
 
-def _extrapolated(same, train, test, x0):
+def _extrapolated(same: Courses, train: Courses, test: Course, x0: np.ndarray) -> np.ndarray:
     """The line through the last third of the same course, and its last state."""
     own = _own(train, test) or same[0]
     first, last = own.time[0], own.time[-1]
     late = own.time >= last - (last - first) / 3
     slope = np.polyfit(own.time[late], own.values[late], 1)[0] if late.sum() > 1 else 0.0
-    return own.values[-1] + (test.time - last)[:, None] * slope
+    line: np.ndarray = own.values[-1] + (test.time - last)[:, None] * slope
+    return line
 
 
 def _own(train: Sequence[Course], test: Course) -> Course | None:
@@ -100,7 +105,9 @@ def _own(train: Sequence[Course], test: Course) -> Course | None:
     return next((course for course in train if course.name == test.name), None)
 
 
-def linear_ode(same, train, test, x0, *, rank: int = 10, ridge: float = 1e-3):
+def linear_ode(
+    same: Courses, train: Courses, test: Course, x0: np.ndarray, *, rank: int = 10, ridge: float = 1e-3
+) -> np.ndarray:
     """dx/dt = A x + b on leading components, by ridge regression of the slopes of smooth curves."""
     from scipy.linalg import expm
 
@@ -128,7 +135,8 @@ def linear_ode(same, train, test, x0, *, rank: int = 10, ridge: float = 1e-3):
     flows = [expm(generator * (t - test.time[0])) for t in times]
     path = np.stack([(flow @ start)[:-1] for flow in flows])
     path = np.clip(path, *_range(scores))  # an unstable system diverges
-    return (path @ components + mean)[row]
+    values: np.ndarray = path @ components + mean
+    return values[row]
 
 
 def _curve(course: Course, n: int = 40) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from invirtuo.cells.courses import Course
 from invirtuo.errors import preview
-from invirtuo.verbs.forecast import Forecaster
+from invirtuo.verbs.forecast import Forecaster, Start
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -233,7 +233,9 @@ def intervene(
     return result
 
 
-def fate(model: GeneNetwork, starts, undisturbed, disturbed) -> pd.DataFrame:
+def fate(
+    model: GeneNetwork, starts: Sequence[Start], undisturbed: Sequence[np.ndarray], disturbed: Sequence[np.ndarray]
+) -> pd.DataFrame:
     """How much nearer each course comes to the end points of the lineages (root mean square over genes, sd)."""
     # last states of the training courses, by lineage
     key = model.lineage
@@ -260,7 +262,7 @@ def fate(model: GeneNetwork, starts, undisturbed, disturbed) -> pd.DataFrame:
 def _end_distance(path: np.ndarray, end: np.ndarray) -> float:
     """Root mean square over genes between the last state of a path (m, t, g), mean of its members, and an end."""
     last = path.mean(axis=0)[-1]
-    return np.sqrt(((last - end) ** 2).mean())
+    return float(np.sqrt(((last - end) ** 2).mean()))
 
 
 def _columns(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
@@ -278,4 +280,5 @@ def _columns(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
 def _rows(paths: Sequence[np.ndarray], how: str, sd: np.ndarray) -> np.ndarray:
     """Mean, smallest or largest of the members at every row, in the data space."""
     values = [getattr(path, how)(axis=0) for path in paths]
-    return (np.concatenate(values) * sd).astype(np.float32)
+    scaled: np.ndarray = np.concatenate(values) * sd
+    return scaled.astype(np.float32)

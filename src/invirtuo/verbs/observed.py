@@ -96,4 +96,5 @@ class ObservedMeans:
         index = pd.Index(self.conditions, dtype=object)
         means = pd.DataFrame(self.mean.astype(np.float64), index=index)
         control, _ = self.of_control(design, table)
-        return means.reindex(design.names(table)).to_numpy() - control
+        effect: np.ndarray = means.reindex(design.names(table)).to_numpy() - control
+        return effect

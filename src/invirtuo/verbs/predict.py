@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -147,7 +147,7 @@ class PerturbationModel(Model):
         request = Request(table, n_cells, seed, config, model._pool(controls), device)
 
         # cells are drawn when they are written; effects need their means
-        cells = drawn(model, request, engine, n_jobs)
+        cells: Iterable[tuple[int, np.ndarray]] = drawn(model, request, engine, n_jobs)
         means = np.empty((len(table), len(self.genes)))
         if calibration is not None:
             cells = means_of(cells, means)

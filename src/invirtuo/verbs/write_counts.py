@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from invirtuo.cells.files import writing_h5ad
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 __all__ = ["Block", "assembled", "in_rows", "write_cells"]
@@ -39,7 +40,9 @@ def in_rows(x: Tensor) -> sparse.csr_matrix:
     return sparse.csr_matrix((values, indices, indptr), shape=tuple(x.shape))
 
 
-def assembled(blocks: list[Block], obs, var, uns, output: str, latent: bool) -> AnnData:
+def assembled(
+    blocks: list[Block], obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any], output: str, latent: bool
+) -> AnnData:
     """All cells in memory; `output` is "counts", "mean" or "both", as in `CountGenerator.generate`."""
     import anndata
 
@@ -55,7 +58,15 @@ def assembled(blocks: list[Block], obs, var, uns, output: str, latent: bool) -> 
     return adata
 
 
-def write_cells(path: Path, obs, var, uns, blocks: Iterator[Block], chunk_size: int, latent: bool) -> None:
+def write_cells(
+    path: Path,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    uns: dict[str, Any],
+    blocks: Iterable[Block],
+    chunk_size: int,
+    latent: bool,
+) -> None:
     """Write cells as they come; the file appears when all are there."""
     from anndata.io import sparse_dataset, write_elem
 
@@ -71,7 +82,9 @@ def write_cells(path: Path, obs, var, uns, blocks: Iterator[Block], chunk_size: 
             write_elem(file, "obsm/z", np.concatenate(vectors))
 
 
-def _gathered(blocks: Iterator[Block], chunk_size: int, vectors: list | None) -> Iterator[sparse.csr_matrix]:
+def _gathered(
+    blocks: Iterable[Block], chunk_size: int, vectors: list[np.ndarray] | None
+) -> Iterator[sparse.csr_matrix]:
     """Counts of at least `chunk_size` cells at a time; latent vectors are appended to `vectors`."""
     gathered: list[sparse.csr_matrix] = []
     n_cells = 0

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["motion_capture"]
 
 
-def motion_capture(path: str | os.PathLike) -> AnnData:
+def motion_capture(path: str | os.PathLike[str]) -> AnnData:
     """Read subject 35 of the CMU motion capture data as prepared for neural ODEs (``cmu_mocap35.mat``).
 
     Parameters
