@@ -13,6 +13,7 @@ from scipy import sparse
 from invirtuo.errors import preview
 from invirtuo.metrics.cells import common_scale, of_side, read_cells
 from invirtuo.metrics.core import METRICS, CountOptions, Pair
+from invirtuo.metrics.counts import mean_of
 from invirtuo.metrics.scores import choose, score, summarize
 from invirtuo.metrics.vcc2026 import LFC_ERROR, MIN_GENES, OFFICIAL, RATIO, official, panels, read_counts
 
@@ -97,7 +98,7 @@ def mean_response(
         names = sorted(pair.names(group), key=lambda name: str(pair.conditions.at[name, "_label"]))
         response = _response(pair, names, group)
         control = pair.control_count_matrix("real", group)
-        control_mean = np.asarray(control.sum(axis=0)).ravel() / control.shape[0]
+        control_mean = mean_of(control)
         factors = np.divide(response, control_mean, out=np.zeros_like(response), where=control_mean > 0)
         for name in names:
             n = pair.n_cells("real", name)
@@ -118,19 +119,14 @@ def mean_response(
 
 def _response(pair: Pair, names: Sequence[str], group: str) -> np.ndarray:
     """(g,) mean over perturbations of their mean counts, without those that target the gene."""
-    means = np.stack([_mean_counts(pair, name) for name in names])
+    means = np.stack([mean_of(pair.count_matrix("real", name)) for name in names])
     counted = np.ones_like(means, dtype=bool)
     for i, name in enumerate(names):
         counted[i, pair.own_genes(name)] = False
     if not counted.any(axis=0).all():
         always = pair.genes[~counted.any(axis=0)]
         raise ValueError(f"group {group!r}: every perturbation targets {preview(always)}; no response is left")
-    return np.where(counted, means, 0.0).sum(axis=0) / counted.sum(axis=0)
-
-
-def _mean_counts(pair: Pair, name: str) -> np.ndarray:
-    counts = pair.count_matrix("real", name)
-    return np.asarray(counts.sum(axis=0)).ravel() / counts.shape[0]
+    return np.asarray((counted * means).sum(axis=0) / counted.sum(axis=0))
 
 
 def replicates(
@@ -334,9 +330,8 @@ def _by_split(replicate: Scores | Sequence[Scores]) -> list[pd.DataFrame]:
 
 def _row(table: pd.DataFrame, context: str) -> str:
     """The row of a context; a table without contexts stands for all."""
-    if context in table.index or len(table) > 1:
-        return context
-    return table.index[0]
+    is_known = context in table.index or len(table) > 1
+    return context if is_known else str(table.index[0])
 
 
 def _require_alike(names: Sequence[str], baseline: pd.DataFrame, splits: Sequence[pd.DataFrame]) -> None:

@@ -185,7 +185,7 @@ class Cells:
         block.eliminate_zeros()
         return block
 
-    def _in_order(self, block):
+    def _in_order(self, block: AnyMatrix) -> AnyMatrix:
         """The columns of a block in the common order of genes."""
         in_order = len(self.columns) == block.shape[1] and (np.diff(self.columns) == 1).all()
         return block if in_order else block[:, self.columns]
@@ -290,7 +290,7 @@ def _labels(obs: pd.DataFrame, design: Design) -> np.ndarray:
     """(n,) perturbations as the file writes them; "" for a design without."""
     if design.perturbation is None:
         return np.full(len(obs), "", dtype=object)
-    return obs[design.perturbation].astype(str).to_numpy()
+    return np.asarray(obs[design.perturbation].astype(str), dtype=object)
 
 
 def _read(source: Source[AnyMatrix], rows: np.ndarray) -> AnyMatrix:

@@ -17,9 +17,10 @@ from invirtuo.metrics.core import view
 from invirtuo.metrics.wilcoxon import AT_ONCE, rank_sum
 
 if TYPE_CHECKING:
-    from invirtuo.metrics.core import Pair, Side
+    from invirtuo.metrics.cells import Side
+    from invirtuo.metrics.core import Pair
 
-__all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "log_cpm", "of_tests"]
+__all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "log_cpm", "mean_of", "of_tests"]
 
 LEVEL = 0.05  # significance of the adjusted p-value
 MILLION = 1e6
@@ -196,17 +197,18 @@ def _summed_over_cells(ratio: np.ndarray, share: np.ndarray, power: int) -> np.n
     """(g,) sum over cells of ``log1p(share * ratio)`` to a power; of many cells by a polynomial in the share."""
 
     def summed(shares: np.ndarray) -> np.ndarray:
-        return (np.log1p(shares[:, None] * ratio) ** power).sum(axis=1)
+        values = np.log1p(shares[:, None] * ratio) ** power
+        return np.asarray(values.sum(axis=1))
 
     if len(ratio) <= FEW_CELLS or ratio.max() > 0.5:
         return summed(share)
     # no singularity is near 0 to 1, so that the polynomial is exact to rounding
-    return Chebyshev.interpolate(summed, DEGREE, domain=[0.0, 1.0])(share)
+    return np.asarray(Chebyshev.interpolate(summed, DEGREE, domain=[0.0, 1.0])(share))
 
 
 def _tests(groups: list[sparse.csr_array], control: sparse.csr_array) -> list[CountTests]:
     """Tables of tests of P groups of counts (n, g) against the same control cells."""
-    control_mean = _mean_cpm(control)
+    control_mean = mean_of(_cpm(control))
     tested = control_mean > MIN_CPM
     p_values = np.ones((len(groups), len(tested)))
     if tested.any():
@@ -217,7 +219,7 @@ def _tests(groups: list[sparse.csr_array], control: sparse.csr_array) -> list[Co
     for counts, p_value in zip(groups, p_values, strict=True):
         p_adj = np.ones_like(p_value)
         p_adj[tested] = stats.false_discovery_control(p_value[tested])
-        lfc = np.log2((_mean_cpm(counts) + EPSILON) / (control_mean + EPSILON))
+        lfc = np.log2((mean_of(_cpm(counts)) + EPSILON) / (control_mean + EPSILON))
         tables.append(CountTests(lfc, p_value, p_adj, tested))
     return tables
 
@@ -236,8 +238,10 @@ def _cpm(counts: sparse.csr_array) -> sparse.csr_array:
     return sparse.csr_array((data, counts.indices, counts.indptr), shape=counts.shape)
 
 
-def _mean_cpm(counts: sparse.csr_array) -> np.ndarray:
-    return np.asarray(_cpm(counts).sum(axis=0)).ravel() / counts.shape[0]
+def mean_of(counts: sparse.csr_array) -> np.ndarray:
+    """(g,) mean of (n, g) over cells."""
+    total = np.asarray(counts.sum(axis=0), dtype=np.float64)
+    return total.ravel() / float(counts.shape[0])
 
 
 def _codes(blocks: list[sparse.csr_array]) -> list[sparse.csr_array]:

@@ -242,7 +242,7 @@ def pds_cosine_panel(pair: Pair, group: str) -> np.ndarray:
     distance = np.clip(distance, 0.0, 2.0)
     own = np.diagonal(distance)[:, None]
     closer = (distance < own).sum(axis=1) + ((distance == own).sum(axis=1) - 1) / 2
-    return 1 - closer / max(len(names) - 1, 1)
+    return np.asarray(1 - closer / max(len(names) - 1, 1))
 
 
 def _effects(pair: Pair, side: Literal["pred", "real"], group: str) -> np.ndarray:
@@ -392,4 +392,4 @@ def lfc_error(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
     if gate.sum() < MIN_GENES:
         return np.nan
     predicted = np.where(pred.tested, pred.lfc, 0.0)
-    return np.abs(predicted - real.lfc)[gate].sum() / np.abs(real.lfc)[gate].sum()
+    return float(np.abs(predicted - real.lfc)[gate].sum() / np.abs(real.lfc)[gate].sum())
