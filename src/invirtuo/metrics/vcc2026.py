@@ -391,5 +391,6 @@ def lfc_error(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
     gate = real.significant & counted
     if gate.sum() < MIN_GENES:
         return np.nan
-    predicted = np.where(pred.tested, pred.lfc, 0.0)
-    return float(np.abs(predicted - real.lfc)[gate].sum() / np.abs(real.lfc)[gate].sum())
+    predicted = np.where(pred.tested, pred.lfc, 0.0)[gate]
+    truth = real.lfc[gate]
+    return float(np.abs(predicted - truth).sum() / np.abs(truth).sum())
