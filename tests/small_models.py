@@ -37,6 +37,7 @@ SMALL = {
     "latent_additive": iv.models.LatentAdditive.Config(width=16, n_latent=4),
     "decoder_only": iv.models.DecoderOnly.Config(width=16),
     "perturbation_mean shift": iv.models.PerturbationMean.Config("shift_cells"),
+    "perturbation_mean move": iv.models.PerturbationMean.Config("move_cells"),
     "ridge kernel": iv.models.Ridge.Config(kernel="rbf"),
     "cfgen": CFGEN,
     "cfgen joint": replace(CFGEN, conditioning="joint"),

@@ -141,6 +141,59 @@ def test_perturbation_mean_without_the_part_alone(cells):
         fitted(iv.models.PerturbationMean, only).predict(ask(("x", "B")), 1)
 
 
+def sparse_cells() -> AnnData:
+    """Log1p of counts of which many are zero; A doubles the first two genes, B halves the first."""
+    rng = np.random.default_rng(0)
+    rows, labels = [], []
+    for context, depth in (("x", 1.0), ("y", 1.5)):
+        for label, change in (("control", 1.0), ("A", 2.0), ("B", 0.5)):
+            rate = depth * np.array([0.4, 0.8, 2.0, 5.0, 0.2, 1.0])
+            rate[: 2 if label == "A" else 1] *= change
+            rows.append(np.log1p(rng.poisson(rate, (400, 6))))
+            labels += [(context, label)] * 400
+    obs = pd.DataFrame(labels, columns=["context", "p"], index=[f"c{i}" for i in range(len(labels))])
+    return AnnData(np.concatenate(rows).astype(np.float32), obs=obs, var=pd.DataFrame(index=GENES))
+
+
+@pytest.mark.parametrize("model", [iv.models.PerturbationMean, iv.models.Ridge])
+def test_moved_cells_keep_their_zeros(model):
+    """The mean is that of shifted cells, the share of zeros that of real ones."""
+    adata = sparse_cells()
+    wanted = ask(("y", "A"))
+    moved, shifted = (model(plan_of(adata), GENES, f"{how}-cells").fit(adata).predict(wanted, 800).X
+                      for how in ("move", "shift"))  # fmt: skip
+    control = of(adata, "y", "control").mean(0)
+    effect = shifted.mean(0) - control
+    np.testing.assert_allclose(moved.mean(0)[effect > 0], shifted.mean(0)[effect > 0], atol=0.03)
+    zeros = [(x == 0).mean(0) for x in (moved, of(adata, "y", "A"), shifted)]
+    np.testing.assert_allclose(zeros[0], zeros[1], atol=0.1)
+    assert (zeros[2][:2] == 0).all()
+
+
+def test_fold_change_multiplies_expression_and_keeps_zeros():
+    adata = sparse_cells()
+    model = fitted(iv.models.FoldChange, adata)
+    predicted = model.predict(ask(("y", "A"), ("y", "control")), 400)
+    control, changed = of(adata, "y", "control"), of(predicted, "y", "A")
+    np.testing.assert_allclose(np.sort(of(predicted, "y", "control"), axis=0), np.sort(control, axis=0), atol=1e-5)
+    linear = {name: np.expm1(of(adata, *name)).mean(0) + 0.01 for name in
+              [(context, label) for context in "xy" for label in ("control", "A")]}  # fmt: skip
+    ratio = np.sqrt(linear["x", "A"] / linear["x", "control"] * linear["y", "A"] / linear["y", "control"])
+    np.testing.assert_allclose(np.expm1(changed).mean(0), np.expm1(control).mean(0) * ratio, rtol=1e-4)
+    assert np.array_equal((changed == 0).sum(0), (control == 0).sum(0))
+
+
+def test_magnitude_only_gives_everybody_the_mean_response(cells):
+    model, means = (fitted(model, cells) for model in (iv.models.MagnitudeOnly, iv.models.PerturbationMean))
+    control = of(cells, "y", "control").mean(0)
+    own, predicted = ([x.predict(ask(("y", label)), 1).X[0] - control for label in ("A", "B", "A+B")]
+                      for x in (means, model))  # fmt: skip
+    direction = np.mean(own, axis=0)
+    strength = [effect @ direction / (direction @ direction) for effect in own]
+    np.testing.assert_allclose(predicted, np.outer(strength, direction), atol=1e-5)
+    assert strength[2] > strength[1] > 0
+
+
 def test_shifted_cells_keep_the_spread_of_the_controls(cells):
     model = iv.models.PerturbationMean(plan_of(cells), GENES, "shift-cells").fit(cells)
     predicted = model.predict(ask(("x", "B")), 20).X

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from invirtuo.batch import Condition
 from invirtuo.cells.pseudobulk import Pseudobulk
 from invirtuo.models.primeflow.anchor import PseudobulkAnchor
-from invirtuo.models.primeflow.calibrate import with_mean
 from invirtuo.models.primeflow.genewise import GenewiseVelocity
 from invirtuo.models.primeflow.norm import group_norm_silu
 from invirtuo.models.primeflow.unet import Attention, GroupNormAct, UNet1d
 from invirtuo.nn import MLP, ConditionEncoder, ModulatedBlock, sinusoids
+from invirtuo.nn.moved import with_mean
 
 
 def gen(seed: int = 0) -> torch.Generator:

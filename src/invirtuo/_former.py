@@ -54,7 +54,7 @@ MODULES = {
     "models.state_embedding": "models.state.state_embedding",
     "models.state_transition": "models.state.state_transition",
     "nn.anchor": "models.primeflow.anchor",
-    "nn.calibrate": "models.primeflow.calibrate",
+    "nn.calibrate": "nn.moved",
     "nn.attention": "models.state.attention",
     "nn.energy": "models.state.energy",
     "nn.genewise": "models.primeflow.genewise",

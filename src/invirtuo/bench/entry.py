@@ -88,6 +88,8 @@ class Entry:
 BASELINES = (
     Entry("perturbation_mean", "perturbation_mean", "profile"),
     Entry("perturbation_mean:shift-cells", "perturbation_mean", "shift-cells"),
+    Entry("perturbation_mean:move-cells", "perturbation_mean", "move-cells"),
+    Entry("fold_change", "fold_change"),
     Entry("context_mean", "context_mean"),
     Entry("no_change", "no_change"),
 )

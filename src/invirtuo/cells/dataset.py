@@ -266,8 +266,11 @@ class CellDataset:
             smallest = min(smallest, float(positive.min(initial=np.inf)))
         return smallest
 
-    def pseudobulk(self, part: str | np.ndarray = "train") -> Pseudobulk:
-        """Mean and variance of every condition of a part, or of given rows (rising), in the order of their names."""
+    def pseudobulk(self, part: str | np.ndarray = "train", *, linear: bool = False) -> Pseudobulk:
+        """Mean and variance of every condition of a part, or of given rows (rising), in the order of their names.
+
+        `linear`: of what the log1p values are the logarithm of.
+        """
         rows = self.rows(part) if isinstance(part, str) else part
 
         # number of the condition of every row, conditions sorted by name
@@ -281,6 +284,8 @@ class CellDataset:
         total, square = np.zeros((2, len(names), len(self.genes)))
         for own, values in self.blocks(rows):
             x = values.astype(np.float64)
+            if linear:
+                x = x.expm1()
             total += group_sums(x, number[own], len(names))
             square += group_sums(x.multiply(x), number[own], len(names))
         mean = total / n_cells[:, None]

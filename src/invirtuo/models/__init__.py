@@ -14,7 +14,7 @@ from invirtuo.models.decoder_only import DecoderOnly
 from invirtuo.models.fm_pca import FMPCA
 from invirtuo.models.latent_additive import LatentAdditive
 from invirtuo.models.linear_additive import LinearAdditive
-from invirtuo.models.means import ContextMean, NoChange, PerturbationMean, Ridge
+from invirtuo.models.means import ContextMean, FoldChange, MagnitudeOnly, NoChange, PerturbationMean, Ridge
 from invirtuo.models.primeflow.model import PRiMeFlow
 from invirtuo.models.sams_vae import SAMSVAE
 from invirtuo.models.sparse_ode.model import SparseODE
@@ -33,9 +33,11 @@ __all__ = [
     "CellFlowCounts",
     "ContextMean",
     "DecoderOnly",
+    "FoldChange",
     "IndependentNB",
     "LatentAdditive",
     "LinearAdditive",
+    "MagnitudeOnly",
     "NoChange",
     "PRiMeFlow",
     "PerturbationMean",
@@ -58,6 +60,8 @@ _CLASSES: tuple[type[Model], ...] = (
     LinearAdditive,
     DecoderOnly,
     PerturbationMean,
+    FoldChange,
+    MagnitudeOnly,
     ContextMean,
     Ridge,
     NoChange,

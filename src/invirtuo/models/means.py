@@ -15,12 +15,13 @@ from torch import Tensor
 from invirtuo.batch import Batch
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.pseudobulk import Pseudobulk, weighted_mean
+from invirtuo.nn.moved import moved
 from invirtuo.settings import Settings, setting
 from invirtuo.verbs.model import Preset
 from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.verbs.sampling import SampleConfig
 
-__all__ = ["ContextMean", "NoChange", "PerturbationMean", "Ridge"]
+__all__ = ["ContextMean", "FoldChange", "MagnitudeOnly", "NoChange", "PerturbationMean", "Ridge"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,18 @@ class NoChangeConfig(Settings):
 class PerturbationMeanConfig(Settings):
     """How the effect is put on cells."""
 
-    mode: Literal["profile", "shift_cells"] = setting(
+    mode: Literal["profile", "shift_cells", "move_cells"] = setting(
         "profile",
-        'how the effect is put on cells: one mean "profile" for all (the paper), or control cells are shifted',
+        'how the effect is put on cells: one mean "profile" for all (the paper), added to control cells '
+        '("shift_cells"), or control cells are moved to the new mean and keep their zeros ("move_cells")',
     )
+
+
+@dataclass(frozen=True)
+class FoldChangeConfig(Settings):
+    """How far fold changes are trusted."""
+
+    pseudocount: float = setting(0.01, "added to both mean expressions (counts per 10 000) of a fold change", gt=0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class RidgeConfig(Settings):
     kernel: Literal["linear", "rbf", "additive"] = setting(
         "linear", '"linear" is the paper; "rbf" and "additive" are kernel ridge that knows the context'
     )
-    mode: Literal["profile", "shift_cells"] = setting(
+    mode: Literal["profile", "shift_cells", "move_cells"] = setting(
         "profile", "how the effect is put on cells, as in the perturbation mean"
     )
     unseen: Literal["raise", "mean", "zero"] = setting(
@@ -87,7 +96,10 @@ class _ConditionMeans(PerturbationModel):
     needs_source = True
 
     def build(self) -> None:
-        self.deterministic = getattr(self.config, "mode", "") == "profile"
+        self.mode = getattr(self.config, "mode", "")
+        self.deterministic = self.mode == "profile"
+        if self.mode == "move_cells":
+            self.register_buffer("smallest", torch.zeros(()))  # value above 0 in training
         g, p = len(self.genes), len(self.design.perturbations)
         self.register_buffer("means", torch.zeros(0, g))
         self.register_buffer("perturbations", torch.zeros(0, p))
@@ -95,9 +107,20 @@ class _ConditionMeans(PerturbationModel):
         self.register_buffer("n_cells", torch.zeros(0, dtype=torch.int64))
 
     def prepare(self, dataset: CellDataset) -> None:
-        self._keep(dataset.pseudobulk("train"))
+        self._keep(dataset, dataset.pseudobulk("train"))
 
-    def _keep(self, training: Pseudobulk) -> None:
+    def _on_cells(self, batch: Batch, effect: Tensor, generator: torch.Generator) -> Tensor:
+        """Effects (n, g) of one condition put on its control cells, or on their mean, as the mode says."""
+        if self.mode == "shift_cells":
+            return (batch.source + effect).clamp_min(0)
+        if self.mode == "move_cells":
+            return moved(batch.source, effect[0], float(self.smallest) / 2, generator)
+        control = self._control_mean(batch.condition.groups[0])
+        return (batch.source.mean(0) if control is None else control) + effect
+
+    def _keep(self, dataset: CellDataset, training: Pseudobulk) -> None:
+        if self.mode == "move_cells":
+            self.smallest = torch.tensor(dataset.smallest("train"))
         self.means, self.n_cells = training.mean.float(), training.n_cells
         self.perturbations, self.covariates = training.condition.perturbation, training.condition.groups
 
@@ -107,7 +130,42 @@ class _ConditionMeans(PerturbationModel):
         return weighted_mean(self.means[rows], self.n_cells[rows]) if rows.any() else None
 
 
-class PerturbationMean(_ConditionMeans):
+class _MeanEffects(_ConditionMeans):
+    """The mean effect of each perturbation over the contexts that hold it."""
+
+    def effect(self, multi_hot: Tensor) -> Tensor:
+        """(g,), mean effect of one perturbation (p,) multi-hot."""
+        if not multi_hot.any():
+            return torch.zeros_like(self.means[0])
+        rows = (self.perturbations == multi_hot).all(1)
+        contexts = dict.fromkeys(map(tuple, self.covariates[rows].tolist()))
+        deltas = []
+        for context in contexts:
+            covariates = self.covariates.new_tensor(context)
+            own = rows & (self.covariates == covariates).all(1)  # A+B, B+A and all times are one perturbation
+            if (control := self._control_mean(covariates)) is not None:
+                deltas.append(self._change(weighted_mean(self.means[own], self.n_cells[own]), control))
+        if deltas:
+            return torch.stack(deltas).mean(0)
+
+        # a combination that was never seen
+        members = torch.nonzero(multi_hot).flatten()
+        if len(members) == 1:
+            raise ValueError(
+                f"perturbation {self.design.perturbations[int(members)]!r} never occurs alone in training, beside "
+                "control cells of its covariates; its mean effect is not defined"
+            )
+        logger.info("combination not seen in training: the effects of its parts are added")
+        single = torch.eye(len(multi_hot)).to(multi_hot) * multi_hot
+        effects = [self.effect(single[i]) for i in members]
+        return torch.stack(effects).sum(0)
+
+    def _change(self, mean: Tensor, control: Tensor) -> Tensor:
+        """(g,) effect of a mean against its control mean."""
+        return mean - control
+
+
+class PerturbationMean(_MeanEffects):
     """Control mean of the covariates plus the mean effect of the perturbation over the training contexts.
 
     delta_{c,p} = mean(x | c, p) - mean(x | c, control); delta_p is the plain mean over the contexts that hold p. A
@@ -123,44 +181,65 @@ class PerturbationMean(_ConditionMeans):
     PRESETS = {
         "profile": Preset(PerturbationMeanConfig("profile"), source="STATE, section 5.7.5"),
         "shift-cells": Preset(PerturbationMeanConfig("shift_cells"), source="keeps the spread of the control cells"),
+        "move-cells": Preset(PerturbationMeanConfig("move_cells"), source="keeps their zeros too"),
     }
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Shifted control cells, or the control mean plus the effect, (n, g)."""
         distinct, which = batch.condition.perturbation.unique(dim=0, return_inverse=True)
         effect = torch.stack([self.effect(row) for row in distinct])
-        if self.config.mode == "shift_cells":
-            return (batch.source + effect[which]).clamp_min(0)
-        control = self._control_mean(batch.condition.groups[0])
-        mean = batch.source.mean(0) if control is None else control
-        return mean + effect[which]
+        return self._on_cells(batch, effect[which], generator)
+
+
+class MagnitudeOnly(PerturbationMean):
+    """The mean response to all training perturbations, as strong as the response to the wanted one.
+
+    With m the plain mean of the effects and d that of a perturbation, the effect is ``(d . m / m . m) m``: what can be
+    known of a perturbation without knowing what is special about it.
+
+    References
+    ----------
+    Ours; a ranking by strength is what hits are held against in PerturbHD.
+    """
+
+    name = "magnitude_only"
 
     def effect(self, multi_hot: Tensor) -> Tensor:
-        """(g,), mean effect of one perturbation (p,) multi-hot."""
-        if not multi_hot.any():
-            return torch.zeros_like(self.means[0])
-        rows = (self.perturbations == multi_hot).all(1)
-        contexts = dict.fromkeys(map(tuple, self.covariates[rows].tolist()))
-        deltas = []
-        for context in contexts:
-            covariates = self.covariates.new_tensor(context)
-            own = rows & (self.covariates == covariates).all(1)  # A+B, B+A and all times are one perturbation
-            if (control := self._control_mean(covariates)) is not None:
-                deltas.append(weighted_mean(self.means[own], self.n_cells[own]) - control)
-        if deltas:
-            return torch.stack(deltas).mean(0)
+        """(g,), the mean response at the strength of one perturbation (p,) multi-hot."""
+        own = super().effect(multi_hot)
+        rows = self.perturbations[(self.perturbations != 0).any(1)].unique(dim=0)
+        everybody = torch.stack([super(MagnitudeOnly, self).effect(row) for row in rows]).mean(0)
+        return everybody * (own * everybody).sum() / everybody.square().sum().clamp_min(1e-12)
 
-        # a combination that was never seen
-        members = torch.nonzero(multi_hot).flatten()
-        if len(members) == 1:
-            raise ValueError(
-                f"perturbation {self.design.perturbations[int(members)]!r} never occurs alone in training, beside "
-                "control cells of its covariates; its mean effect is not defined"
-            )
-        logger.info("combination not seen in training: the effects of its parts are added")
-        single = torch.eye(len(multi_hot)).to(multi_hot) * multi_hot
-        effects = [self.effect(single[i]) for i in members]
-        return torch.stack(effects).sum(0)
+
+class FoldChange(_MeanEffects):
+    """Control cells times the fold change of mean expression, logarithms undone: zeros stay zeros.
+
+    The logarithm of the fold change is the plain mean over the training contexts that hold the perturbation. A
+    combination that was never seen gets the product of the fold changes of its parts.
+
+    References
+    ----------
+    Ours; fold changes of pseudobulks put on control counts are a usual entry of the Virtual Cell Challenge 2026.
+    """
+
+    name = "fold_change"
+    Config = FoldChangeConfig
+
+    def build(self) -> None:
+        super().build()
+        self.deterministic = False
+
+    def prepare(self, dataset: CellDataset) -> None:
+        self._keep(dataset, dataset.pseudobulk("train", linear=True))
+
+    def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
+        """Control cells with every value multiplied, log1p again, (n, g)."""
+        change = self.effect(batch.condition.perturbation[0])
+        return torch.log1p(torch.expm1(batch.source) * torch.exp(change))
+
+    def _change(self, mean: Tensor, control: Tensor) -> Tensor:
+        return torch.log((mean + self.config.pseudocount) / (control + self.config.pseudocount))
 
 
 class ContextMean(_ConditionMeans):
@@ -220,6 +299,7 @@ class Ridge(_ConditionMeans):
         "literal": Preset(RidgeConfig(center=False), source="STATE, equation 43 to the letter"),
         "exact": Preset(RidgeConfig(solver="exact"), source="minimiser of STATE, equation 42"),
         "shift-cells": Preset(RidgeConfig(mode="shift_cells"), source="keeps the spread of the control cells"),
+        "move-cells": Preset(RidgeConfig(mode="move_cells"), source="keeps their zeros too"),
         "kernel": Preset(RidgeConfig(kernel="rbf"), source="ours"),
         "kernel-additive": Preset(RidgeConfig(kernel="additive", center=False), source="ours"),
     }
@@ -242,7 +322,7 @@ class Ridge(_ConditionMeans):
 
     def prepare(self, dataset: CellDataset) -> None:
         config, training = self.config, dataset.pseudobulk("train")
-        self._keep(training)
+        self._keep(dataset, training)
 
         # Y, a column for each perturbation; with a kernel, for each in each context
         codes, effects, controls, n_cells = self._effects(training.condition.code)
@@ -290,7 +370,7 @@ class Ridge(_ConditionMeans):
             is_unseen = ~(condition.perturbation[:, trained] != 0).any(1, keepdim=True)
             effect = torch.where(is_unseen, self.average * (self.config.unseen == "mean"), effect)
         effect = torch.where(condition.is_control[:, None], 0.0, effect)
-        return (batch.source + effect).clamp_min(0) if self.config.mode == "shift_cells" else mean + effect
+        return self._on_cells(batch, effect, generator)
 
     @property
     def takes_unseen(self) -> bool:

@@ -16,10 +16,14 @@ __all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline"
 
 BASELINES = (  # what everybody must beat
     "context_mean",
+    "fold_change",
+    "magnitude_only",
     "no_change",
     "perturbation_mean",
+    "perturbation_mean:move-cells",
     "perturbation_mean:shift-cells",
     "ridge",
+    "ridge:move-cells",
 )
 FLOOR = "noise_floor"
 MAX_CONDITIONS = 200  # rows of a per-condition table; the rest stays in scores.csv

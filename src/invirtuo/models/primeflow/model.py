@@ -28,9 +28,9 @@ from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, SOLVER_NAMES, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
 from invirtuo.models.primeflow.anchor import PseudobulkAnchor
-from invirtuo.models.primeflow.calibrate import with_mean
 from invirtuo.models.primeflow.velocity import VELOCITIES, Point, Sizes
 from invirtuo.nn import ConditionEncoder, SizeFactor
+from invirtuo.nn.moved import with_mean
 from invirtuo.settings import Settings, setting
 from invirtuo.verbs.model import Preset
 from invirtuo.verbs.predict import PerturbationModel

@@ -1,13 +1,45 @@
-"""Moving sampled cells to a mean that is known more precisely than that of the sampler."""
+"""Moving cells to another mean while they stay cells: zeros are kept, values of single cells stay apart."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["with_mean"]
+__all__ = ["moved", "with_mean"]
 
 LARGEST = 5.0  # factor by which positive values may be stretched or shrunk
+
+
+def moved(cells: Tensor, effect: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
+    """Measured cells whose mean has moved by an effect, gene by gene; see :func:`with_mean`.
+
+    Parameters
+    ----------
+    cells
+        (n, g) log1p values of measured cells.
+    effect
+        (g,) what is added to the mean; a mean stays at 0 or above.
+    smallest
+        Values below are zeros.
+    generator
+        Orders equal values of a gene at random: which of the zeros express it when its mean grows.
+
+    Returns
+    -------
+    (n, g), not negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([[0.0], [0.0], [1.0], [2.0]])
+    >>> y = moved(x, torch.tensor([0.6]), 0.5, torch.Generator().manual_seed(0))
+    >>> round(float(y.mean()), 3), int((y == 0).sum())
+    (1.35, 1)
+    """
+    # CPU noise, so that the same seed gives the same cells on every device; it orders zeros and equal values
+    noise = torch.rand(cells.shape, generator=generator, dtype=torch.float32).to(cells)
+    ordered = torch.where(cells < smallest, noise * smallest * 0.999, cells + noise * smallest * 1e-3)
+    return with_mean(ordered, ordered, 1.0, cells.mean(0) + effect, smallest)
 
 
 def with_mean(x: Tensor, pilot: Tensor, weight: float, estimate: Tensor, smallest: float) -> Tensor:
