@@ -14,6 +14,7 @@ from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 from invirtuo.metrics.embedding import label_scores
 from invirtuo.metrics.false_calls import false_discoveries
+from invirtuo.metrics.flags import flags
 from invirtuo.metrics.scores import PROFILES, ceiling, choose, evaluate, noise_floor, score, summarize
 from invirtuo.metrics.vcc2026 import vcc2026
 
@@ -32,6 +33,7 @@ __all__ = [
     "distribution",
     "evaluate",
     "false_discoveries",
+    "flags",
     "generation",
     "label_scores",
     "mean",

@@ -582,7 +582,7 @@ def _moments(block: AnyMatrix | Streamed) -> Moments:
         # stored values first, then the zeros that are not stored
         mean = np.bincount(block.indices, weights=block.data, minlength=g) / n
         squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
-        squares += (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
+        squares = squares + (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
     else:
         mean = block.mean(axis=0, dtype=np.float64)
         squares = np.square(block - mean).sum(axis=0)
