@@ -195,7 +195,7 @@ def scored(name: str, data_dir: str | None, n_splits: int, seed: int) -> pd.Data
     train, real = part(adata, split, "train"), part(adata, split, "test")
     is_control = design.is_control(real.obs)
     controls = real[is_control]
-    targeted = {part for label in design.perturbations for part in design.parts(label)}
+    targeted = {name for label in real.obs[design.perturbation].astype(str).unique() for name in design.parts(label)}
     genes = "parts" if targeted & set(real.var_names) else {"*": None}
     options = {"bulk_target_sum": TARGET_SUM, "target_genes": genes}
 

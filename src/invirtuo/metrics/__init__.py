@@ -8,7 +8,7 @@ the modules that are imported here.
 from __future__ import annotations
 
 from invirtuo.metrics import de, discrimination, distribution, generation, mean, population, rank, wilcoxon
-from invirtuo.metrics.anchors import anchored, mean_response, replicates
+from invirtuo.metrics.anchors import anchored, challenge_score, mean_response, replicates
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
@@ -26,6 +26,7 @@ __all__ = [
     "Pair",
     "anchored",
     "ceiling",
+    "challenge_score",
     "choose",
     "copying",
     "de",

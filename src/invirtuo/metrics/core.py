@@ -358,11 +358,13 @@ class Pair:
         pair._skip(dict.fromkeys(single, "only one cell"))
         return pair
 
-    def against(self, pred: AnyCells) -> Pair:
+    def against(self, pred: AnyCells | Cells) -> Pair:
         """Another prediction of the same real data; what was computed of the real data is not computed again."""
         real = self._cells["real"]
         layer = self._cells["pred"].layer
-        other = read_cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
+        other = pred
+        if not isinstance(other, Cells):
+            other = read_cells("pred", other, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
         controls = self._control_side["pred"]
         pair = type(self)(other, real, self.design, n_pcs=self.n_pcs, controls=controls, counts=self.counts)
         pair._cache["real"] = self._cache["real"]
@@ -508,6 +510,10 @@ class Pair:
             cache[key] = compute()
         kept: Value = cache[key]
         return kept
+
+    def keep(self, side: Side, key: Key, value: object) -> None:
+        """Put a value under a key, as if it were computed."""
+        self._cache[side][key] = value
 
     def has(self, side: Side, key: Key) -> bool:
         """Whether a value is kept under a key."""
