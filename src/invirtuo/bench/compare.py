@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from invirtuo.bench.cell import CHOSEN, as_json, scores_of
+from invirtuo.bench.cell import as_json, scores_of
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
+from invirtuo.bench.notes import discrimination, flagged
 from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import JUDGED
 from invirtuo.cells.dataset import CellDataset
@@ -25,7 +26,6 @@ from invirtuo.cells.files import check_writable, write_h5ad, writing
 from invirtuo.errors import preview
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
-from invirtuo.metrics.flags import flags_of
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ def compare(
         What to compare.
     out
         Folder for ``scores.csv``, ``predicted.h5ad`` and ``effects.csv`` (of the first entry), ``history.csv``,
-        ``panels.csv``, ``flags.csv`` (:func:`invirtuo.metrics.flags`), ``run.json`` and the fitted models. Effects have
-        intervals if the split holds out conditions for validation.
+        ``panels.csv``, ``flags.csv`` (:func:`invirtuo.metrics.flags`), ``discrimination.csv``
+        (:func:`invirtuo.metrics.calibration`), ``run.json`` and the fitted models. Effects have intervals if the split
+        holds out conditions for validation.
     part
         Which held-out part is predicted and scored.
     metrics, n_cells, n_pcs
@@ -125,7 +126,7 @@ def compare(
                 write_table(out / "effects.csv", effects_of(predicted, adata, design))
                 write_h5ad(predicted, out / "predicted.h5ad")
             write_table(row.folder / "history.csv", history)
-            write_table(row.folder / "flags.csv", flags_of(pair, leave_out=CHOSEN).assign(model=row.entry.label))
+            write_table(row.folder / "flags.csv", flagged(pair, row.entry.label))
             write_table(row.folder / "panels.csv", _predicted_points(predicted, row.entry.label, design, axes, seed))
             row.write(score(pair, metrics).assign(model=row.entry.label), facts)
         done = [scores_of(row.record) for row in rows if row.record]
@@ -137,6 +138,9 @@ def compare(
     is_scored = scores["condition"].isin(set(done[0]["condition"]))
     scores = scores[is_scored].reset_index(drop=True)
     write_table(out / "scores.csv", scores)
+
+    # which scores can tell anything here
+    write_table(out / "discrimination.csv", discrimination(real, design, metrics, n_pcs=n_pcs, seed=seed))
 
     # what the report draws
     points = [_real_points(adata, real, design, axes, seed)]

@@ -17,6 +17,7 @@ import pandas as pd
 from invirtuo.bench.cell import LABELS, Cell, Record, failed, scores_of
 from invirtuo.bench.engine import ENGINES
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
+from invirtuo.bench.notes import DISCRIMINATION, FLAGS
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
@@ -272,7 +273,8 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
     scores = _joined(tables)
     write_table(out / "scores.csv", scores)
     write_table(out / "summary.csv", _summary(scores))
-    write_table(out / "flags.csv", _flags(grid, records))
+    write_table(out / "flags.csv", _notes(grid, records, "flags", FLAGS))
+    write_table(out / "discrimination.csv", _notes(grid, records, "discrimination", DISCRIMINATION))
     write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")
@@ -300,13 +302,13 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     return summary.reset_index()
 
 
-def _flags(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
-    """What is suspect about predicted cells, by task, model, seed and fold."""
+def _notes(grid: Sequence[Cell], records: Sequence[Record], kind: str, columns: Sequence[str]) -> pd.DataFrame:
+    """What records say beside scores, by task and seed."""
     rows = []
     for cell, record in zip(grid, records, strict=True):
-        for flag in record.get("flags", []):
-            rows.append({"task": cell.task.name, "seed": cell.seed, **flag})
-    return pd.DataFrame(rows, columns=["task", "model", "seed", "fold", "flag", "text"])
+        for note in record.get(kind, []):
+            rows.append({"task": cell.task.name, "seed": cell.seed, **note})
+    return pd.DataFrame(rows, columns=["task", "seed", "fold", *columns])
 
 
 def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:

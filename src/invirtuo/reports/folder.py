@@ -13,6 +13,7 @@ import pandas as pd
 __all__ = [
     "read_comparisons",
     "read_costs",
+    "read_discrimination",
     "read_effects",
     "read_flags",
     "read_history",
@@ -115,6 +116,14 @@ def read_flags(path: Path) -> pd.DataFrame:
     table = _optional(path, ("model", "flag", "text"), ("task",), ())
     if table is None:
         return pd.DataFrame(columns=["task", "model", "flag", "text"])
+    return table.assign(task=table["task"].fillna("").astype(str))
+
+
+def read_discrimination(path: Path) -> pd.DataFrame:
+    """Dynamic range fraction of metrics; no row if the file is not there."""
+    table = _optional(path, ("metric",), ("task",), ("drf",))
+    if table is None:
+        return pd.DataFrame(columns=["task", "metric", "drf"])
     return table.assign(task=table["task"].fillna("").astype(str))
 
 

@@ -42,6 +42,7 @@ def report(
         ``notes`` are shown on their own, anything else is listed); of generated populations ``genes.csv``
         (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
         has more: ``costs.csv`` (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters),
+        ``discrimination.csv`` (``metric``, ``drf``, optionally ``task``; `invirtuo.metrics.calibration`),
         ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``; `invirtuo.metrics.flags`),
         ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
         ``n_conditions``), and in ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or
@@ -81,7 +82,8 @@ def report(
     # pictures, and the words above and below them
     picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
     structure, n_origins = populations(*counted) if counted is not None else ("", 0)
-    sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"))
+    discrimination = folder.read_discrimination(path / "discrimination.csv")
+    sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
     settings = {key: value for key, value in run.items() if key != "notes"}
@@ -106,7 +108,11 @@ def _environment() -> Environment:
 
 
 def _sections(
-    scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | None, flags: pd.DataFrame
+    scores: pd.DataFrame,
+    run: dict[str, Any],
+    costs: pd.DataFrame | None,
+    flags: pd.DataFrame,
+    discrimination: pd.DataFrame,
 ) -> list[dict[str, Any]]:
     """One section per task, in the order of the table."""
     baselines = run.get("baselines", BASELINES)
@@ -118,7 +124,8 @@ def _sections(
     found = []
     for task, own in scores.groupby("task", sort=False):
         failed = benchmark.failed_models(costs[costs["task"] == task]) if costs is not None else {}
-        table = score_table(own, baselines, floor, failed)
+        known = discrimination[discrimination["task"] == task]
+        table = score_table(own, baselines, floor, failed, known.groupby("metric")["drf"].mean().to_dict())
         section = {"task": task, "about": str(about.get(task, "")), "scores": own}
         section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
         section["flags"] = _flagged(flags[flags["task"] == task])

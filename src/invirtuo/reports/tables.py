@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ BASELINES = (  # what everybody must beat
     "ridge:move-cells",
 )
 FLOOR = "noise_floor"
+WEAK = 0.3  # dynamic range fraction below which a metric crowns nobody
 MAX_CONDITIONS = 200  # rows of a per-condition table; the rest stays in scores.csv
 
 
@@ -38,6 +39,12 @@ class Column:
     direction: str | None = None  # "lower" or "higher" is better; None: not known
     definition: str = ""
     n: int = 0
+    drf: float = np.nan  # dynamic range fraction, if it is known
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether the metric can hardly tell a replicate of the experiment from an answer that knows nothing."""
+        return self.drf < WEAK
 
     @property
     def arrow(self) -> str:
@@ -76,6 +83,11 @@ class ScoreTable:
     means: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
+    def weak(self) -> list[str]:
+        """Labels of metrics that hardly discriminate here, with their dynamic range fraction."""
+        return [f"{column.label} ({number(column.drf, 2)})" for column in self.columns if column.is_weak]
+
+    @property
     def kinds(self) -> dict[str, str]:
         """Name of each row to its kind."""
         return {row.name: row.kind for row in self.rows}
@@ -86,6 +98,7 @@ def score_table(
     baselines: Iterable[str] = BASELINES,
     floor: str = FLOOR,
     failed: Mapping[str, str] | None = None,
+    discrimination: Mapping[str, float] | None = None,
 ) -> ScoreTable:
     """Average tidy scores over conditions (and seeds) and mark the best two of each metric, the floor left out.
 
@@ -97,10 +110,12 @@ def score_table(
         Names in ``model`` that are set apart.
     failed
         Model to what failed of it; one without scores gets a row that says so.
+    discrimination
+        Metric to its dynamic range fraction; below .3 nobody is marked as best.
     """
     failed = dict(failed or {})
     means = _means(scores)
-    columns = _columns(scores)
+    columns = [replace(column, drf=(discrimination or {}).get(column.name, np.nan)) for column in _columns(scores)]
 
     # metrics that are the same for all say nothing
     differs = {column.name: len(means) < 2 or means[column.name].nunique(dropna=False) > 1 for column in columns}
@@ -118,7 +133,8 @@ def score_table(
     wins: dict[str, list[str]] = {name: [] for name in means.index if name != floor}
     ties = []
     for column in columns:
-        marks[column.name], winners = _marks(means[column.name].drop(floor, errors="ignore"), column.direction)
+        direction = None if column.is_weak else column.direction
+        marks[column.name], winners = _marks(means[column.name].drop(floor, errors="ignore"), direction)
         if len(winners) == 1:
             wins[winners[0]].append(column.label)
         elif winners:
@@ -205,7 +221,7 @@ def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict[str, 
         rows = []
         for condition, values in wide.iloc[:MAX_CONDITIONS].iterrows():
             floor = [row.name for row in table.rows if row.kind == "floor" and row.cells]
-            marks, _ = _marks(values.drop(floor), column.direction)
+            marks, _ = _marks(values.drop(floor), None if column.is_weak else column.direction)
             cells = [Cell(number(values[model]), marks.get(model, "")) for model in models]
             rows.append(Row(str(condition), "", cells))
         left_out = max(len(wide) - MAX_CONDITIONS, 0)

@@ -1,0 +1,46 @@
+"""What goes with scores: what is suspect about predicted cells, and how well the metrics discriminate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from invirtuo.design import Design
+    from invirtuo.metrics import Pair
+
+__all__ = ["DISCRIMINATION", "FLAGS", "discrimination", "flagged"]
+
+logger = logging.getLogger(__name__)
+
+CHOSEN = ("few_cells",)  # flags of what is chosen for all models alike
+FLAGS = ["model", "flag", "text"]
+DISCRIMINATION = ["metric", "drf", "drf_mean", "bds", "n", "n_nan", "positive", "negative"]
+
+
+def flagged(pair: Pair, label: str) -> pd.DataFrame:
+    """Flags of the predicted cells of a model, columns `FLAGS`; see :func:`invirtuo.metrics.flags`."""
+    from invirtuo.metrics.flags import flags_of
+
+    return flags_of(pair, leave_out=CHOSEN).assign(model=label)[FLAGS]
+
+
+def discrimination(
+    real: AnnData, design: Design, metrics: Sequence[str] | None, *, n_pcs: int, seed: int
+) -> pd.DataFrame:
+    """How well metrics discriminate on real cells, columns `DISCRIMINATION`; no row where that cannot be known.
+
+    See :func:`invirtuo.metrics.calibration`.
+    """
+    from invirtuo.metrics import calibration
+
+    try:
+        return calibration(real, design, metrics, n_pcs=n_pcs, seed=seed)[DISCRIMINATION]
+    except ValueError as error:
+        logger.warning("how well the metrics discriminate is not known: %s", error)
+        return pd.DataFrame(columns=DISCRIMINATION)
