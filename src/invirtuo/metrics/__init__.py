@@ -7,7 +7,7 @@ the modules that are imported here.
 
 from __future__ import annotations
 
-from invirtuo.metrics import de, discrimination, distribution, generation, mean, population, rank, wilcoxon
+from invirtuo.metrics import de, discrimination, distribution, generation, mean, others, population, rank, wilcoxon
 from invirtuo.metrics.anchors import anchored, mean_response, replicates
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.copies import copying
@@ -38,6 +38,7 @@ __all__ = [
     "mean_response",
     "metric",
     "noise_floor",
+    "others",
     "population",
     "rank",
     "replicates",
