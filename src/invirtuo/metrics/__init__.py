@@ -10,11 +10,13 @@ from __future__ import annotations
 from invirtuo.metrics import de, discrimination, distribution, generation, mean, others, population, rank, wilcoxon
 from invirtuo.metrics.anchors import anchored, mean_response, replicates
 from invirtuo.metrics.baseline import score_against
+from invirtuo.metrics.calibration import calibration
 from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 from invirtuo.metrics.embedding import label_scores
 from invirtuo.metrics.false_calls import false_discoveries
 from invirtuo.metrics.scores import PROFILES, ceiling, choose, evaluate, noise_floor, score, summarize
+from invirtuo.metrics.scperteval import scperteval
 from invirtuo.metrics.vcc2026 import vcc2026
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Metric",
     "Pair",
     "anchored",
+    "calibration",
     "ceiling",
     "choose",
     "copying",
@@ -44,6 +47,7 @@ __all__ = [
     "replicates",
     "score",
     "score_against",
+    "scperteval",
     "summarize",
     "vcc2026",
     "view",
