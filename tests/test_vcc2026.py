@@ -334,3 +334,62 @@ def test_recall_at_a_rate_of_false_discoveries():
     assert recall(np.arange(20)[::-1] / 20) == 0  # last
     assert recall(np.zeros(20)) == 0  # ties: all or none
     assert recall([0.1] * 9 + [0.3] + [0.2] * 10) == 0.9
+
+
+# ---- the score, in Python and on the command line --------------------------------------------------------------------
+
+
+def test_the_score_is_kept_by_content(tmp_path):
+    options = {**OPTIONS, "n_splits": 2, "target_genes": "parts"}
+    plain = metrics.challenge_score(PRED, REAL, DESIGN, **options)
+    cache = tmp_path / "cache"
+    kept = [metrics.challenge_score(PRED, REAL, DESIGN, cache=cache, **options) for _ in range(2)]
+    for table in kept:
+        pd.testing.assert_frame_equal(table, plain, check_exact=False, rtol=1e-12)
+    assert len(list(cache.iterdir())) == 1
+
+    # another order and storage of the same cells are the same content, another value is not
+    order = np.random.default_rng(0).permutation(REAL.n_vars)
+    same = anndata.AnnData(REAL.X.toarray()[:, order], obs=REAL.obs, var=REAL.var.iloc[order])
+    pd.testing.assert_frame_equal(metrics.challenge_score(PRED, same, DESIGN, cache=cache, **options), kept[0])
+    assert len(list(cache.iterdir())) == 1
+    other = REAL.copy()
+    other.X = REAL.X.toarray()
+    other.X[0, 0] += 1
+    assert not metrics.challenge_score(PRED, other, DESIGN, cache=cache, **options).equals(kept[0])
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_log_values_have_anchors_too():
+    pred, real = (anndata.AnnData(np.log1p(x.X.toarray()), obs=x.obs, var=x.var) for x in (PRED, REAL))
+    options = {**OPTIONS, "n_splits": 2, "target_genes": "parts"}
+    found = metrics.challenge_score(pred, real, DESIGN, scale="log1p", **options)
+    counted = metrics.challenge_score(PRED, REAL, DESIGN, **options)
+    np.testing.assert_allclose(found["score"], counted["score"], atol=0.02)
+
+
+def test_score_on_the_command_line(tmp_path, run):
+    PRED.write_h5ad(tmp_path / "pred.h5ad")
+    REAL.write_h5ad(tmp_path / "real.h5ad")
+    (tmp_path / "targets.csv").write_text("label,gene\nA+B,\nnobody,\n")
+    command = [
+        "score",
+        tmp_path / "pred.h5ad",
+        tmp_path / "real.h5ad",
+        "--perturbation",
+        "gene",
+        "--control",
+        "control",
+    ]
+    command += ["--bulk-target-sum", TARGET_SUM, "--splits", 2, "--out", tmp_path / "scores.csv"]
+    code, out, _ = run(*command, "--target-genes", tmp_path / "targets.csv")
+    assert code == 0 and "average" in out and "pds_cosine" in out
+    found = pd.read_csv(tmp_path / "scores.csv", index_col="metric")
+    genes = {"A+B": None, "nobody": None}
+    expected = metrics.challenge_score(PRED, REAL, DESIGN, n_splits=2, target_genes=genes, **OPTIONS)
+    np.testing.assert_allclose(found["score"], expected["score"])
+    code, _, err = run(*command, "--target-genes", tmp_path / "nowhere.csv")
+    assert code == 2 and "--target-genes" in err and "does not exist" in err
+    (tmp_path / "targets.csv").write_text("name,gene\nA+B,\n")
+    code, _, err = run(*command, "--target-genes", tmp_path / "targets.csv")
+    assert code == 2 and "expected label and gene" in err

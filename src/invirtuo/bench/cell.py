@@ -41,6 +41,7 @@ __all__ = ["Cell", "Record", "compute", "failed", "launch", "scores_of"]
 
 Record = dict[str, Any]  # what is kept of a cell: its settings, status, scores and costs, as JSON
 LABELS = ("task", "model", "seed")
+CHOSEN = ("few_cells",)  # flags of what is chosen for all models alike
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ def compute(cell: Cell) -> Record:
     """Fit, predict and score; an error is part of the record."""
     costs: dict[str, Any] = {}
     try:
-        scores, costs = _scores(cell)
+        scores, costs, flagged = _scores(cell)
     except Exception as error:  # noqa: BLE001 - one cell must not end the benchmark
         record = failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc())
     else:
-        record = failed(cell, "") | {"status": "ok", "scores": as_json(_in_order(scores))}
+        record = failed(cell, "") | {"status": "ok", "scores": as_json(_in_order(scores)), "flags": flagged}
 
     # KiB, on macOS bytes
     units_per_mib = 1024**2 if sys.platform == "darwin" else 1024
@@ -144,6 +145,7 @@ def failed(cell: Cell, error: str, trace: str = "") -> Record:
         "traceback": trace,
         "costs": {},
         "scores": None,
+        "flags": [],
     }
 
 
@@ -152,11 +154,12 @@ def scores_of(record: Record) -> pd.DataFrame:
     return pd.DataFrame(record["scores"]["rows"], columns=record["scores"]["columns"])
 
 
-def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Scores of a cell over all its splits; seconds of every row and number of parameters."""
+def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], list[dict[str, Any]]]:
+    """Scores of a cell over all its splits; seconds of every row and number of parameters; what is suspect."""
     # a task may have several splits; scores of all of them make a table
     clock = _Clock(cell.entry.rows)
     tables, n_parameters = [], 0
+    flagged: list[dict[str, Any]] = []
     for fold in range(len(cell.task.splits)):
         adata, design, split = cell.task.load(fold, data_dir=cell.data_dir)
         clock.restart()
@@ -164,21 +167,23 @@ def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
             tables.append(_floor(cell, adata, design, split))
             clock.add("score")
         else:
-            table, n_parameters = _fold(cell, fold, adata, design, split, clock)
+            table, n_parameters, suspect = _fold(cell, fold, adata, design, split, clock)
             tables.append(table)
+            flagged += suspect
     table = pd.concat(tables, ignore_index=True).assign(task=cell.task.name, seed=cell.seed)
 
     seconds: dict[str, dict[str, float]] = {}
     for label, spent in clock.seconds.items():
         seconds[label] = {f"{what}_seconds": round(value, 2) for what, value in spent.items()}
-    return table, {"rows": seconds, "parameters": n_parameters}
+    return table, {"rows": seconds, "parameters": n_parameters}, flagged
 
 
 def _fold(
     cell: Cell, fold: int, adata: AnnData, design: Design, split: pd.Series, clock: _Clock
-) -> tuple[pd.DataFrame, int]:
-    """Scores of an entry and its variants on one split, and the number of parameters."""
+) -> tuple[pd.DataFrame, int, list[dict[str, Any]]]:
+    """Scores of an entry and its variants on one split, the number of parameters, and what is suspect."""
     from invirtuo.metrics import Pair, score
+    from invirtuo.metrics.flags import flags_of
 
     # fit, going on from the checkpoint of a benchmark that was stopped
     work = None if cell.work is None else Path(cell.work) / f"{_hash(cell.settings())}-{fold}"
@@ -191,17 +196,18 @@ def _fold(
     # predict and score the entry and its variants, against the same real cells
     real = adata[(split == cell.part).to_numpy()].copy()
     common = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
-    pair, tables = None, []
+    pair, tables, flagged = None, [], []
     for label, options in cell.entry.rows.items():
         options = {**common, **options}
         predicted = model.predict(cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **options)
         clock.add("predict", label)
         pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))
+        flagged += flags_of(pair, leave_out=CHOSEN).assign(model=label, fold=fold).to_dict("records")
         clock.add("score", label)
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
-    return pd.concat(tables), sum(p.numel() for p in model.parameters())
+    return pd.concat(tables), sum(p.numel() for p in model.parameters()), flagged
 
 
 def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> pd.DataFrame:

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from invirtuo.bench.cell import as_json, scores_of
+from invirtuo.bench.cell import CHOSEN, as_json, scores_of
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.run import software, write_table
-from invirtuo.bench.task import PUBLISHED
+from invirtuo.bench.task import JUDGED
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import check_writable, write_h5ad, writing
 from invirtuo.errors import preview
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.axes import principal_axes
+from invirtuo.metrics.flags import flags_of
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def compare(
     out: str | Path,
     *,
     part: str = "test",
-    metrics: Sequence[str] | None = PUBLISHED,
+    metrics: Sequence[str] | None = JUDGED,
     n_cells: int = 1000,
     n_pcs: int = 30,
     seed: int = 0,
@@ -74,8 +75,8 @@ def compare(
         What to compare.
     out
         Folder for ``scores.csv``, ``predicted.h5ad`` and ``effects.csv`` (of the first entry), ``history.csv``,
-        ``panels.csv``, ``run.json`` and the fitted models. Effects have intervals if the split holds out conditions
-        for validation.
+        ``panels.csv``, ``flags.csv`` (:func:`invirtuo.metrics.flags`), ``run.json`` and the fitted models. Effects have
+        intervals if the split holds out conditions for validation.
     part
         Which held-out part is predicted and scored.
     metrics, n_cells, n_pcs
@@ -124,6 +125,7 @@ def compare(
                 write_table(out / "effects.csv", effects_of(predicted, adata, design))
                 write_h5ad(predicted, out / "predicted.h5ad")
             write_table(row.folder / "history.csv", history)
+            write_table(row.folder / "flags.csv", flags_of(pair, leave_out=CHOSEN).assign(model=row.entry.label))
             write_table(row.folder / "panels.csv", _predicted_points(predicted, row.entry.label, design, axes, seed))
             row.write(score(pair, metrics).assign(model=row.entry.label), facts)
         done = [scores_of(row.record) for row in rows if row.record]
@@ -140,6 +142,7 @@ def compare(
     points = [_real_points(adata, real, design, axes, seed)]
     points += [row.table("panels.csv") for row in rows]
     write_table(out / "panels.csv", pd.concat(points, ignore_index=True))
+    write_table(out / "flags.csv", pd.concat([row.table("flags.csv") for row in rows], ignore_index=True))
     history = pd.concat([row.table("history.csv") for row in rows], ignore_index=True)
     if "step" in history:  # something was trained
         write_table(out / "history.csv", history)

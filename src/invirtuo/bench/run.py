@@ -272,6 +272,7 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
     scores = _joined(tables)
     write_table(out / "scores.csv", scores)
     write_table(out / "summary.csv", _summary(scores))
+    write_table(out / "flags.csv", _flags(grid, records))
     write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")
@@ -297,6 +298,15 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     summary["n_scored"] = counts["n_scored"]
     summary["n_nan"] = counts["n"] - counts["n_scored"]
     return summary.reset_index()
+
+
+def _flags(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
+    """What is suspect about predicted cells, by task, model, seed and fold."""
+    rows = []
+    for cell, record in zip(grid, records, strict=True):
+        for flag in record.get("flags", []):
+            rows.append({"task": cell.task.name, "seed": cell.seed, **flag})
+    return pd.DataFrame(rows, columns=["task", "model", "seed", "fold", "flag", "text"])
 
 
 def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:

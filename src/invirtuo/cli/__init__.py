@@ -98,6 +98,7 @@ for _verb in (
     dynamics.overexpress,
     judging.effects,
     judging.evaluate,
+    judging.score,
     judging.judge,
     judging.benchmark,
     judging.tune,

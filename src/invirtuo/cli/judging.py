@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,8 +19,10 @@ from invirtuo.cli.options import (
     Separator,
     model_with,
     pairs,
+    print_rows,
     print_scores,
     read_conditions,
+    read_csv,
     writable_file,
 )
 
@@ -60,6 +62,78 @@ def evaluate(
         scores.to_csv(path, index=False)
     if not quiet:
         print_scores(scores.assign(model=pred.stem))
+
+
+def score(
+    pred: Annotated[Path, typer.Argument(help="Predicted cells, raw counts; genes and perturbations as in REAL.")],
+    real: Annotated[Path, typer.Argument(help="Real cells, raw counts, controls among them.")],
+    out: Out,
+    perturbation: Perturbation = None,
+    control: Control = None,
+    covariate: Covariate = None,
+    separator: Separator = "+",
+    target_genes: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE.csv with columns label and gene (empty: not measured); none: no label targets a gene; parts: "
+            "the parts of combinations are genes. Labels that are not named are looked up among the genes."
+        ),
+    ] = None,
+    bulk_target_sum: Annotated[
+        float, typer.Option(help="Counts of a pseudobulk; for panels about ten times the counts of a cell.")
+    ] = 50_000.0,
+    emission: Annotated[str, typer.Option(help="How the mean response becomes cells: dispersed, tile.")] = "dispersed",
+    splits: Annotated[int, typer.Option(help="Divisions of the real cells for the replicate.", min=1)] = 5,
+    scale: Annotated[str, typer.Option(help="counts; log1p: what the values are the logarithm of; auto.")] = "counts",
+    cache: Annotated[Path | None, typer.Option(help="Folder for what depends on the real cells alone.")] = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Score counts as the Virtual Cell Challenge 2026: 0 is the mean response, 1 a replicate; writes a CSV."""
+    import invirtuo
+    from invirtuo.cells.files import writing
+    from invirtuo.cells.source import opened
+
+    real_cells = opened(real, small_in_memory=True)
+    design = invirtuo.Design.from_adata(
+        real_cells.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+    )
+    table = invirtuo.metrics.challenge_score(
+        pred,
+        real_cells,
+        design,
+        bulk_target_sum=bulk_target_sum,
+        target_genes=_targets(target_genes),
+        emission=emission,  # type: ignore[arg-type]
+        n_splits=splits,
+        seed=seed,
+        scale=scale,  # type: ignore[arg-type]
+        cache=cache,
+    )
+    with writing(out) as path:
+        table.to_csv(path)
+    if not quiet:
+        shown = table[["score", "user", "baseline", "replicate", "replicate_sd"]]
+        rows = [(name, *(f"{value:.3f}" for value in row)) for name, row in shown.iterrows()]
+        print_rows(rows, header=("metric", *shown.columns))
+        for name, reason in table["reason"].dropna().items():
+            if reason:
+                typer.echo(f"{name}: {reason}")
+        if doubtful := [name for name, trusted in table["trusted"].iloc[:-1].items() if not trusted]:
+            typer.echo(f"anchors too close for their scatter, read with care: {', '.join(doubtful)}")
+
+
+def _targets(given: str | None) -> dict[str, str | None] | Literal["parts"] | None:
+    """Which gene a label targets, as --target-genes says it."""
+    if given is None or given == "parts":
+        return given  # type: ignore[return-value]
+    if given == "none":
+        return {"*": None}
+    table = read_csv(Path(given), "--target-genes")
+    if not {"label", "gene"} <= set(table.columns):
+        raise ValueError(f"{given} has the columns {', '.join(table.columns)}; expected label and gene")
+    genes = table["gene"].fillna("").astype(str)
+    return {str(label): gene or None for label, gene in zip(table["label"], genes, strict=True)}
 
 
 def effects(

@@ -8,13 +8,14 @@ the modules that are imported here.
 from __future__ import annotations
 
 from invirtuo.metrics import de, discrimination, distribution, generation, mean, others, population, rank, wilcoxon
-from invirtuo.metrics.anchors import anchored, mean_response, replicates
+from invirtuo.metrics.anchors import anchored, challenge_score, mean_response, replicates
 from invirtuo.metrics.baseline import score_against
 from invirtuo.metrics.calibration import calibration
 from invirtuo.metrics.copies import copying
 from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 from invirtuo.metrics.embedding import label_scores
 from invirtuo.metrics.false_calls import false_discoveries
+from invirtuo.metrics.flags import flags
 from invirtuo.metrics.scores import PROFILES, ceiling, choose, evaluate, noise_floor, score, summarize
 from invirtuo.metrics.scperteval import scperteval
 from invirtuo.metrics.vcc2026 import vcc2026
@@ -28,6 +29,7 @@ __all__ = [
     "anchored",
     "calibration",
     "ceiling",
+    "challenge_score",
     "choose",
     "copying",
     "de",
@@ -35,6 +37,7 @@ __all__ = [
     "distribution",
     "evaluate",
     "false_discoveries",
+    "flags",
     "generation",
     "label_scores",
     "mean",

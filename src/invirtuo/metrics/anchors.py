@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,18 @@ from invirtuo.errors import preview
 from invirtuo.metrics.cells import common_scale, of_side, read_cells
 from invirtuo.metrics.core import METRICS, CountOptions, Pair
 from invirtuo.metrics.counts import mean_of
+from invirtuo.metrics.real_side import fingerprint, kept_table, with_real_side
 from invirtuo.metrics.scores import choose, score, summarize
-from invirtuo.metrics.vcc2026 import LFC_ERROR, MIN_GENES, OFFICIAL, RATIO, official, panels, read_counts
+from invirtuo.metrics.vcc2026 import (
+    LFC_ERROR,
+    MIN_GENES,
+    OFFICIAL,
+    RATIO,
+    official,
+    panels,
+    read_counts,
+    require_targets,
+)
 
 if TYPE_CHECKING:
     import anndata
@@ -25,7 +37,7 @@ if TYPE_CHECKING:
     from invirtuo.metrics.cells import Layer, Scale
     from invirtuo.metrics.core import TargetGenes
 
-__all__ = ["anchored", "mean_response", "replicates"]
+__all__ = ["anchored", "challenge_score", "mean_response", "replicates"]
 
 Scores: TypeAlias = pd.DataFrame | pd.Series | Mapping[str, float]
 TRUSTED = 3.0  # standard deviations of the replicate that the anchors must lie apart
@@ -45,6 +57,62 @@ RULES[RATIO] = _Rule(floor=0.0, ceiling=1.0, undefined=0.0)
 RULES[LFC_ERROR] = _Rule(floor=-6.0, undefined=-6.0)
 
 
+def challenge_score(
+    pred: AnyCells,
+    real: AnyCells,
+    design: Design,
+    *,
+    bulk_target_sum: float = 50_000.0,
+    target_genes: TargetGenes | None = None,
+    emission: Literal["dispersed", "tile"] = "dispersed",
+    n_splits: int = 5,
+    seed: int = 0,
+    scale: Scale = "counts",
+    cache: str | os.PathLike[str] | None = None,
+) -> pd.DataFrame:
+    """Score predicted counts as the Virtual Cell Challenge 2026 does: six metrics, two anchors, one number.
+
+    Parameters
+    ----------
+    pred, real, design, bulk_target_sum, target_genes, scale
+        As in :func:`invirtuo.metrics.vcc2026`.
+    emission, seed
+        How the mean response becomes cells, see :func:`mean_response`.
+    n_splits
+        Divisions of the real cells for the replicate, see :func:`replicates`.
+    cache
+        Folder in which what depends on the real cells alone is kept, by their content: later predictions of the same
+        cells take a third of the time.
+
+    Returns
+    -------
+    pd.DataFrame
+        As from :func:`anchored`; ``attrs["scores"]`` holds the table of :func:`invirtuo.metrics.vcc2026`.
+    """
+    guess, truth = read_counts(pred, real, design, scale=scale)
+    options: dict[str, Any] = {"bulk_target_sum": bulk_target_sum, "target_genes": target_genes}
+    folder = None
+    if cache is not None:
+        folder = Path(cache) / fingerprint(truth, scale=truth.scale, **options)
+
+    pair = Pair(guess, truth, design, counts=CountOptions(bulk_target_sum, target_genes))
+    require_targets(pair)
+    scores = official(with_real_side(pair, folder))
+
+    def baseline() -> pd.DataFrame:
+        cells = mean_response(real, design, emission=emission, seed=seed, target_genes=target_genes, scale=truth.scale)
+        found, _ = read_counts(cells, real, design, scale=truth.scale, fractional=True)
+        return official(pair.against(found))
+
+    def divided() -> pd.DataFrame:
+        return replicates(real, design, n_splits=n_splits, scale=truth.scale, **options)
+
+    base = kept_table(folder, f"baseline-{emission}-{seed}", baseline)
+    table = anchored(scores, base, kept_table(folder, f"replicates-{n_splits}", divided))
+    table.attrs["scores"] = scores
+    return table
+
+
 def mean_response(
     real: AnyCells,
     design: Design,
@@ -52,6 +120,7 @@ def mean_response(
     emission: Literal["dispersed", "tile"] = "dispersed",
     seed: int = 0,
     target_genes: TargetGenes | None = None,
+    scale: Scale = "counts",
 ) -> anndata.AnnData:
     """Cells that answer to every perturbation with the mean response to all: what a score of 0 stands for.
 
@@ -70,6 +139,8 @@ def mean_response(
         every gene of a small panel.
     seed
         Of the drawn control cells.
+    scale
+        "log1p": `real` holds log1p values, and so does the result; means are taken of what they are the logarithm of.
 
     Returns
     -------
@@ -90,7 +161,7 @@ def mean_response(
 
     if emission not in ("dispersed", "tile"):
         raise ValueError(f"emission must be 'dispersed' or 'tile'; found {emission!r}")
-    cells, _ = read_counts(real, real, design, fractional=True)
+    cells, _ = read_counts(real, real, design, scale=scale, fractional=True)
     pair = Pair(cells, cells, design, counts=CountOptions(target_genes=target_genes))
     rng = np.random.default_rng(seed)
     blocks, labels = [], []
@@ -113,6 +184,8 @@ def mean_response(
     obs = pair.conditions.loc[labels, design.columns].reset_index(drop=True).rename(index=str)
     obs[design.perturbation] = pair.conditions.loc[labels, "_label"].to_numpy()
     x = sparse.csr_matrix(sparse.vstack(blocks, format="csr")[:, np.argsort(pair.file_order)])
+    if cells.scale == "log1p":
+        x.data = np.log1p(x.data)
     var = pd.DataFrame(index=pair.genes[np.argsort(pair.file_order)])
     return anndata.AnnData(x, obs=obs, var=var)
 

@@ -376,11 +376,12 @@ class Pair:
     def against(self, pred: AnyCells | Cells) -> Pair:
         """Another prediction of the same real data; what was computed of the real data is not computed again."""
         real = self._cells["real"]
-        if not isinstance(pred, Cells):
-            layer = self._cells["pred"].layer
-            pred = read_cells("pred", pred, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
+        layer = self._cells["pred"].layer
+        other = pred
+        if not isinstance(other, Cells):
+            other = read_cells("pred", other, self.design, genes=real.genes, layer=layer).on_scale(real.scale)
         controls = self._control_side["pred"]
-        pair = type(self)(pred, real, self.design, n_pcs=self.n_pcs, controls=controls, counts=self.counts)
+        pair = type(self)(other, real, self.design, n_pcs=self.n_pcs, controls=controls, counts=self.counts)
         pair._cache["real"] = self._cache["real"]
         return pair
 
@@ -537,6 +538,10 @@ class Pair:
         kept: Value = cache[key]
         return kept
 
+    def keep(self, side: Side, key: Key, value: object) -> None:
+        """Put a value under a key, as if it were computed."""
+        self._cache[side][key] = value
+
     def has(self, side: Side, key: Key) -> bool:
         """Whether a value is kept under a key."""
         return key in self._cache[side]
@@ -610,7 +615,7 @@ def _moments(block: AnyMatrix | Streamed) -> Moments:
         # stored values first, then the zeros that are not stored
         mean = np.bincount(block.indices, weights=block.data, minlength=g) / n
         squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
-        squares += (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
+        squares = squares + (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
     else:
         mean = block.mean(axis=0, dtype=np.float64)
         squares = np.square(block - mean).sum(axis=0)

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from invirtuo.metrics.cells import Scale
     from invirtuo.metrics.core import TargetGenes
 
-__all__ = ["LFC_ERROR", "OFFICIAL", "RATIO", "VCC2026", "official", "panels", "read_counts", "vcc2026"]
+__all__ = [
+    "LFC_ERROR",
+    "OFFICIAL",
+    "RATIO",
+    "VCC2026",
+    "official",
+    "panels",
+    "read_counts",
+    "require_targets",
+    "vcc2026",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +113,7 @@ def vcc2026(
     options = CountOptions(bulk_target_sum, target_genes)
     sides = read_counts(pred, real, design, scale=scale, fractional=fractional)
     pair = Pair(*sides, design, controls=controls, counts=options)
-    _require_targets(pair)
+    require_targets(pair)
     return official(pair)
 
 
@@ -150,7 +160,7 @@ def _checked(cells: Cells, scale: Literal["log1p", "counts"], *, fractional: boo
     return cells.with_scale("counts")
 
 
-def _require_targets(pair: Pair) -> None:
+def require_targets(pair: Pair) -> None:
     """Labels without a measured gene are named; an error if no gene at all is left out and nobody said so."""
     nowhere = [name for name in pair.conditions.index if not len(pair.own_genes(name))]
     unknown = [pair.conditions.at[name, "_label"] for name in nowhere if pair.targets(name)]

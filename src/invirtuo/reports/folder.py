@@ -14,6 +14,7 @@ __all__ = [
     "read_comparisons",
     "read_costs",
     "read_effects",
+    "read_flags",
     "read_history",
     "read_panels",
     "read_populations",
@@ -23,7 +24,7 @@ __all__ = [
 
 NEEDED = ("condition", "metric", "value")
 EMPTY = ("", "nan", "NaN", "NA")  # how a missing number is written
-LABELS = {"against", "condition", "error", "gene", "kind", "metric", "model", "perturbation", "status", "task"}
+LABELS = {"against", "condition", "error", "flag", "gene", "kind", "metric", "model", "perturbation", "status", "task"}
 PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
 COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
 
@@ -107,6 +108,14 @@ def read_run(path: Path) -> dict[str, Any]:
     if not isinstance(run, dict):
         raise ValueError(f"{path} holds a {type(run).__name__}; expected an object with what was run")
     return run
+
+
+def read_flags(path: Path) -> pd.DataFrame:
+    """What is suspect about predicted cells; no row if the file is not there."""
+    table = _optional(path, ("model", "flag", "text"), ("task",), ())
+    if table is None:
+        return pd.DataFrame(columns=["task", "model", "flag", "text"])
+    return table.assign(task=table["task"].fillna("").astype(str))
 
 
 def read_costs(path: Path) -> pd.DataFrame | None:

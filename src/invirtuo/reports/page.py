@@ -42,6 +42,7 @@ def report(
         ``notes`` are shown on their own, anything else is listed); of generated populations ``genes.csv``
         (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
         has more: ``costs.csv`` (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters),
+        ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``; `invirtuo.metrics.flags`),
         ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
         ``n_conditions``), and in ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or
         "higher" is better). With these, or with several tasks, the page also compares models over tasks.
@@ -80,7 +81,7 @@ def report(
     # pictures, and the words above and below them
     picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
     structure, n_origins = populations(*counted) if counted is not None else ("", 0)
-    sections = _sections(scores, run, costs)
+    sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"))
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
     settings = {key: value for key, value in run.items() if key != "notes"}
@@ -104,7 +105,9 @@ def _environment() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _sections(scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | None) -> list[dict[str, Any]]:
+def _sections(
+    scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | None, flags: pd.DataFrame
+) -> list[dict[str, Any]]:
     """One section per task, in the order of the table."""
     baselines = run.get("baselines", BASELINES)
     floor = run.get("floor", FLOOR)
@@ -118,9 +121,16 @@ def _sections(scores: pd.DataFrame, run: dict[str, Any], costs: pd.DataFrame | N
         table = score_table(own, baselines, floor, failed)
         section = {"task": task, "about": str(about.get(task, "")), "scores": own}
         section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
+        section["flags"] = _flagged(flags[flags["task"] == task])
         section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
         found.append(section)
     return found
+
+
+def _flagged(flags: pd.DataFrame) -> list[tuple[str, str]]:
+    """Model and what is suspect about its cells, in words; of several seeds and folds the first."""
+    once = flags.drop_duplicates(["model", "flag"])
+    return [(str(model), "; ".join(own["text"])) for model, own in once.groupby("model", sort=False)]
 
 
 def _benchmark(
