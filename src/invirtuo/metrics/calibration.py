@@ -202,14 +202,8 @@ def summary(tables: Sequence[pd.DataFrame], divided: Halves) -> pd.DataFrame:
     rows = []
     for table in tables:
         known = table["drf"].dropna()
-        row = {
-            "metric": table["metric"].iloc[0],
-            "drf": known.median(),
-            "drf_mean": known.mean(),
-            "bds": table["wins"].mean(),
-            "n": len(known),
-            "n_nan": len(table) - len(known),
-        }
+        row = {"metric": table["metric"].iloc[0], "drf": known.median(), "drf_mean": known.mean()}
+        row |= {"bds": table["wins"].mean(), "n": len(known), "n_nan": len(table) - len(known)}
         for side in ("positive", "negative"):
             row[side] = "; ".join(table[side].unique())
         rows.append(row)

@@ -138,8 +138,9 @@ class Halves:
         for group in self.duplicate.groups:
             means = []
             for name in self.duplicate.names(group):
-                truth, duplicate = (self.duplicate.moments(side, name) for side in ("real", "pred"))
-                means.append((truth[2] * truth[0] + duplicate[2] * duplicate[0]) / (truth[2] + duplicate[2]))
+                mean, _, n = self.duplicate.moments("real", name)
+                other_mean, _, m = self.duplicate.moments("pred", name)
+                means.append((n * mean + m * other_mean) / (n + m))
             found[group] = np.mean(means, axis=0)
         return found
 
@@ -178,6 +179,33 @@ def halves(
         raise ValueError("calibration sets perturbations against each other, and the design names no perturbation")
     read = read_cells("real", real, design, layer=of_side(layer, "real"))
     cells = read.on_scale(common_scale(scale, read))
+    small = _too_small(cells, min_cells)
+
+    # the order of the draws is that of scPertEval
+    rng = np.random.default_rng(seed)
+    truth: Rows = {}
+    duplicate: Rows = {}
+    for name in sorted(set(cells.rows) - set(small)):
+        shuffled = cells.rows[name].copy()
+        rng.shuffle(shuffled)
+        n = len(shuffled) // 2
+        truth[name] = np.sort(shuffled[:n])
+        duplicate[name] = np.sort(shuffled[n:])
+
+    pred, rest = cells.restricted(duplicate), cells.restricted(truth)
+    pair = Pair(pred, rest, design, n_pcs=n_pcs, counts=counts or CountOptions())
+    whole = Pair(cells, cells, design)
+    others = {name: others_of(whole, name, min_cells=min_cells) for name in truth}
+    tests: dict[str, Tests] = {}
+    divided = Halves(cells, pair, truth, duplicate, others, tests, small, seed, test)
+    for name in truth:
+        of_truth, tests[name] = _tests(divided, name)
+        keep_others(pair, name, others[name], of_truth)
+    return divided
+
+
+def _too_small(cells: Cells, min_cells: int) -> dict[str, str]:
+    """Conditions that are not divided, and why; an error if none is left."""
     sizes = {name: len(rows) for name, rows in cells.rows.items()}
     small = {name: f"{n} cells, fewer than {min_cells}" for name, n in sizes.items() if n < min_cells}
     if len(small) == len(sizes):
@@ -187,28 +215,7 @@ def halves(
         )
     if small:
         logger.warning("%d conditions have fewer than %d cells and are left out", len(small), min_cells)
-
-    # the order of the draws is that of scPertEval
-    rng = np.random.default_rng(seed)
-    truth: Rows = {}
-    duplicate: Rows = {}
-    for name in sorted(name for name in sizes if name not in small):
-        shuffled = cells.rows[name].copy()
-        rng.shuffle(shuffled)
-        n = len(shuffled) // 2
-        truth[name], duplicate[name] = np.sort(shuffled[:n]), np.sort(shuffled[n:])
-
-    pair = Pair(
-        cells.restricted(duplicate), cells.restricted(truth), design, n_pcs=n_pcs, counts=counts or CountOptions()
-    )
-    whole = Pair(cells, cells, design)
-    others = {name: others_of(whole, name, min_cells=min_cells) for name in truth}
-    tests: dict[str, Tests] = {}
-    divided = Halves(cells, pair, truth, duplicate, others, tests, small, seed, test)
-    for name in truth:
-        of_truth, tests[name] = _tests(divided, name)
-        keep_others(pair, name, others[name], of_truth)
-    return divided
+    return small
 
 
 def _tests(divided: Halves, name: str) -> tuple[Tests, Tests]:

@@ -160,8 +160,9 @@ def welch(group: Moments, reference: Moments) -> Tests:
     error, reference_error = np.nan_to_num(var) / n, np.nan_to_num(reference_var) / m
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (mean - reference_mean) / np.sqrt(error + reference_error)
-        spread = np.square(error) / max(n - 1, 1) + np.square(reference_error) / max(m - 1, 1)
-        freedom = np.square(error + reference_error) / spread
+        own_spread = np.square(error) / max(n - 1, 1)
+        reference_spread = np.square(reference_error) / max(m - 1, 1)
+        freedom = np.square(error + reference_error) / (own_spread + reference_spread)
     t = np.where(np.isfinite(t), t, 0.0)
     freedom = np.where(np.isfinite(freedom) & (freedom > 0), freedom, 1.0)
     p_value = 2 * stats.t.sf(np.abs(t), freedom)

@@ -255,7 +255,8 @@ def _recovery(name: str, truth: Tests, found: Tests, options: Options) -> float:
     if name == "de_overlap_k":
         if options.k >= len(score):
             return np.nan
-        best, strongest = (np.argsort(-x, kind="stable")[: options.k] for x in (score, np.abs(truth.statistic)))
+        best = np.argsort(-score, kind="stable")[: options.k]
+        strongest = np.argsort(-np.abs(truth.statistic), kind="stable")[: options.k]
         return len(np.intersect1d(best, strongest)) / options.k
     if wanted.all() or not wanted.any():
         return np.nan
