@@ -209,7 +209,8 @@ def process(
         If it exits with an error, or takes longer than `limit` seconds.
     """
     variables = os.environ | dict.fromkeys(VARIABLES, str(threads)) | dict(environment or {})
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    folders = (str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH"))
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(list(map(str, command)), env=variables, stdout=output, stderr=log)

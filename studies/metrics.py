@@ -10,6 +10,7 @@ profile "cell_eval" and the package (in another environment, it is no dependency
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,23 +110,66 @@ def cell_eval(
     return {"summary": medians.rename(names)}
 
 
+@study(quick={"perturbations": 4, "cells": 200, "controls": 300, "genes": 600, "repeats": 1})
+def challenge(
+    *,
+    out: Path,
+    cell_eval_python: str,
+    perturbations: int = 50,
+    cells: int = 200,
+    controls: int = 2000,
+    genes: int = 5000,
+    repeats: int = 3,
+    threads: int = 1,
+) -> Tables:
+    """CPU seconds and memory of the six metrics of 2026, beside the package cell-eval2, and whether they agree.
+
+    Parameters
+    ----------
+    cell_eval_python
+        Interpreter of an environment with cell-eval2 and pdex.
+    perturbations, cells, controls, genes
+        Size of the synthetic screen: perturbations, cells of each, control cells, genes.
+    """
+    paths = files(out, perturbations, cells, controls, genes, counts=True)
+
+    def one(repeat: int) -> dict:
+        row = {}
+        for name, function, python in (
+            ("ours", six_metrics, sys.executable),
+            ("cell-eval2", rivals.cell_eval2, cell_eval_python),
+        ):
+            cost = apart(function, python=python, threads=threads, **paths)
+            row |= {f"{name}, whole process": cost["cpu_seconds"], f"{name}, scoring": cost["scoring_seconds"]}
+            row |= {f"{name}, peak GiB": cost["peak_gib"], f"{name}, mean": cost["mean"]}
+        return row
+
+    runs = filled(out / "runs.csv", one, repeat=range(repeats))
+    medians = runs.drop(columns="repeat").median()
+    for what in ("whole process", "scoring"):
+        medians[f"ratio, {what}"] = (runs[f"cell-eval2, {what}"] / runs[f"ours, {what}"]).median()
+    return {"summary": medians.to_frame().T}
+
+
 # ---- a synthetic screen --------------------------------------------------------------------------------------------
 
 
-def files(out: Path, n_perturbations: int, n_cells: int, n_controls: int, n_genes: int) -> dict[str, Path]:
-    """Paths of both sides, written unless they are there."""
+def files(
+    out: Path, n_perturbations: int, n_cells: int, n_controls: int, n_genes: int, *, counts: bool = False
+) -> dict[str, Path]:
+    """Paths of both sides, written unless they are there; log1p values, or counts."""
     paths = {"pred": out / "pred.h5ad", "real": out / "real.h5ad"}
     for seed, path in enumerate(paths.values(), start=1):
         if not path.exists():
-            adata = screen(seed, n_perturbations, n_cells, n_controls, n_genes)
+            adata = screen(seed, n_perturbations, n_cells, n_controls, n_genes, counts=counts)
             with writing(path) as unfinished:
                 adata.write_h5ad(unfinished)
             print(f"{path.name}: {adata.n_obs} cells, {adata.X.nnz / np.prod(adata.shape):.0%} non-zero")
     return paths
 
 
-def screen(seed: int, n_perturbations: int, n_cells: int, n_controls: int, n_genes: int):
-    """Log1p of counts per 10 000 of a synthetic screen, CSR float32; two seeds share the effects."""
+def screen(seed: int, n_perturbations: int, n_cells: int, n_controls: int, n_genes: int, *, counts: bool = False):
+    """Log1p of counts per 10 000 of a synthetic screen, or the counts, CSR float32; two seeds share the effects."""
     truth, rng = np.random.default_rng(99), np.random.default_rng(seed)
     base = truth.lognormal(-2.2, 1.4, n_genes)
     blocks, labels = [], []
@@ -134,16 +178,26 @@ def screen(seed: int, n_perturbations: int, n_cells: int, n_controls: int, n_gen
         rate = base * np.exp(np.where(changed, truth.normal(0, 0.7, n_genes), 0))
         n = n_cells if i >= 0 else n_controls
         depth = rng.lognormal(0, 0.3, (n, 1))
-        counts = sparse.csr_matrix(rng.poisson(rate * depth), dtype=np.float32)
-        totals = np.asarray(counts.sum(axis=1)).ravel()
-        blocks.append(sparse.diags_array((1e4 / totals).astype(np.float32)) @ counts)
+        drawn = sparse.csr_matrix(rng.poisson(rate * depth), dtype=np.float32)
+        totals = np.asarray(drawn.sum(axis=1)).ravel()
+        blocks.append(drawn if counts else sparse.diags_array((1e4 / totals).astype(np.float32)) @ drawn)
         labels += [f"P{i:02d}" if i >= 0 else "control"] * n
-    values = sparse.csr_matrix(sparse.vstack(blocks, format="csr"), dtype=np.float32).log1p()
+    values = sparse.csr_matrix(sparse.vstack(blocks, format="csr"), dtype=np.float32)
+    values = values if counts else values.log1p()
     obs = pd.DataFrame({"gene": pd.Categorical(labels)}, index=[f"c{i}" for i in range(len(labels))])
     return anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=[f"G{i:05d}" for i in range(n_genes)]))
 
 
 # ---- what is measured, each in a process of its own -----------------------------------------------------------------
+
+
+def six_metrics(pred: str, real: str) -> dict[str, float]:
+    """The six metrics of two files of counts: CPU seconds of reading and scoring, and the mean of all values."""
+    before = cpu_seconds()
+    sides = [anndata.read_h5ad(path) for path in (pred, real)]
+    design = iv.Design.from_adata(sides[1], perturbation="gene", control="control")
+    table = iv.metrics.vcc2026(*sides, design, target_genes={"*": None}, bulk_target_sum=1000)
+    return {"scoring_seconds": cpu_seconds() - before, "mean": float(np.mean(list(table.attrs["panel"].values())))}
 
 
 def score(pred: str, real: str, profile: str, warm: bool) -> dict[str, float]:
