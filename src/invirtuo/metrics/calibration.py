@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.errors import preview
+from invirtuo.metrics.attached import Attached
 from invirtuo.metrics.core import METRICS, CountOptions, Metric, Pair
 from invirtuo.metrics.halves import (
     ALL_CELLS,
@@ -208,7 +209,8 @@ def summary(tables: Sequence[pd.DataFrame], divided: Halves) -> pd.DataFrame:
             row[side] = "; ".join(table[side].unique())
         rows.append(row)
     result = pd.DataFrame(rows)
-    result.attrs = {"conditions": pd.concat(tables, ignore_index=True), "left_out": dict(divided.left_out)}
+    conditions = Attached(pd.concat(tables, ignore_index=True))
+    result.attrs = {"conditions": conditions, "left_out": dict(divided.left_out)}
     return result
 
 
