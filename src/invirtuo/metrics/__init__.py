@@ -16,6 +16,8 @@ from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
 from invirtuo.metrics.embedding import label_scores
 from invirtuo.metrics.false_calls import false_discoveries
 from invirtuo.metrics.flags import flags
+from invirtuo.metrics.hits import hit_recall, hits_from_effects, retrieval
+from invirtuo.metrics.phenotypes import phenotype
 from invirtuo.metrics.scores import PROFILES, ceiling, choose, evaluate, noise_floor, score, summarize
 from invirtuo.metrics.scperteval import scperteval
 from invirtuo.metrics.vcc2026 import vcc2026
@@ -39,15 +41,19 @@ __all__ = [
     "false_discoveries",
     "flags",
     "generation",
+    "hit_recall",
+    "hits_from_effects",
     "label_scores",
     "mean",
     "mean_response",
     "metric",
     "noise_floor",
     "others",
+    "phenotype",
     "population",
     "rank",
     "replicates",
+    "retrieval",
     "score",
     "score_against",
     "scperteval",
