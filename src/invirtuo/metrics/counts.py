@@ -10,6 +10,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.polynomial.chebyshev import Chebyshev
 from scipy import sparse, stats
 
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
     from invirtuo.metrics.cells import Side
     from invirtuo.metrics.core import Pair
 
-__all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "log_cpm", "mean_of", "of_tests"]
+__all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "mean_of", "of_tests"]
 
 LEVEL = 0.05  # significance of the adjusted p-value
 MILLION = 1e6
 MIN_CPM = 5.0  # mean counts per million of the control cells above which a gene is tested
 EPSILON = 1e-9  # added to mean counts per million before a fold change
 FEW_CELLS = 64  # of so few cells every value left out is looked at
+MOST_PAIRS = 2  # of a count and a depth, over the number of values
+MOST_COUNTS = 1000  # of a gene in a cell that are looked up in a table
 DEGREE = 24  # of the polynomial that stands for many cells without a count
 
 
@@ -180,11 +183,12 @@ def _jackknife(counts: sparse.csr_array, scaled: np.ndarray, target_sum: float) 
     # the profile of the rest is log1p(scaled) + log1p(share * ratio - taken)
     ratio = depth / rest
     share = scaled / (1 + scaled)
-    cells = np.repeat(np.arange(n), np.diff(counts.indptr))
+    n_counts = np.diff(counts.indptr)
     genes = counts.indices
-    without = np.log1p(share[genes] * ratio[cells])
-    taken = target_sum * counts.data / (rest[cells] * (1 + scaled[genes]))
-    change = np.log1p(share[genes] * ratio[cells] - taken)
+    left = share[genes] * np.repeat(ratio, n_counts)
+    without = np.log1p(left)
+    taken = counts.data * np.repeat(target_sum / rest, n_counts) / (1 + scaled)[genes]
+    change = np.log1p(left - taken)
 
     # every cell as if it had no count of the gene, then the stored counts put right
     first = _summed_over_cells(ratio, share, 1) + np.bincount(genes, change - without, counts.shape[1])
@@ -212,7 +216,7 @@ def _tests(groups: list[sparse.csr_array], control: sparse.csr_array) -> list[Co
     tested = control_mean > MIN_CPM
     p_values = np.ones((len(groups), len(tested)))
     if tested.any():
-        compared = _codes([log_cpm(block)[:, tested] for block in (control, *groups)])
+        compared = [block[:, tested] for block in _ranked([control, *groups])]
         p_values[:, tested], _ = rank_sum(compared[1:], compared[0])
 
     tables = []
@@ -222,13 +226,6 @@ def _tests(groups: list[sparse.csr_array], control: sparse.csr_array) -> list[Co
         lfc = np.log2((mean_of(_cpm(counts)) + EPSILON) / (control_mean + EPSILON))
         tables.append(CountTests(lfc, p_value, p_adj, tested))
     return tables
-
-
-def log_cpm(counts: sparse.csr_array) -> sparse.csr_array:
-    """(n, g) log1p of counts per million; cells without counts stay empty."""
-    values = _cpm(counts)
-    values.data = np.log1p(values.data)
-    return values
 
 
 def _cpm(counts: sparse.csr_array) -> sparse.csr_array:
@@ -244,13 +241,48 @@ def mean_of(counts: sparse.csr_array) -> np.ndarray:
     return total.ravel() / float(counts.shape[0])
 
 
-def _codes(blocks: list[sparse.csr_array]) -> list[sparse.csr_array]:
-    """The same blocks with each value replaced by its place among all: what the test orders in float32 exactly."""
-    distinct, codes = np.unique(np.concatenate([block.data for block in blocks]), return_inverse=True)
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number (n,) of each value among the distinct ones, and these; small whole numbers are their own number."""
+    largest = values.max(initial=0.0)
+    if largest < MOST_COUNTS:
+        number = values.astype(np.int32)
+        if (number == values).all():
+            return number, np.arange(int(largest) + 1)
+    number, distinct = pd.factorize(values)
+    return number.astype(np.int32), distinct
+
+
+def _ranked(blocks: list[sparse.csr_array]) -> list[sparse.csr_array]:
+    """Blocks of counts (n, g) with every count replaced by the place of its logarithm of counts per million among all.
+
+    The test sees float32, in which different values may be equal; places are whole numbers.
+    """
+    depths = np.concatenate([np.asarray(block.sum(axis=1)).ravel() for block in blocks])
+    counts = np.concatenate([block.data for block in blocks])
+    per_cell = np.concatenate([np.diff(block.indptr) for block in blocks])
+
+    # many cells share a depth and a count: of these pairs few are different
+    depth, of_cell = np.unique(depths, return_inverse=True)
+    of_count, count = _numbered(counts)
+    if len(count) * len(depth) <= MOST_PAIRS * max(len(counts), 1):
+        pair = of_count * np.int32(len(depth)) + np.repeat(of_cell.astype(np.int32), per_cell)
+        present = np.zeros(len(count) * len(depth), dtype=bool)
+        present[pair] = True
+        known = np.flatnonzero(present)
+        values = np.log1p(count[known // len(depth)] / (depth[known % len(depth)] / MILLION))
+        distinct, place = np.unique(values, return_inverse=True)
+        places = np.zeros(len(present), dtype=np.float32)
+        places[known] = place + 1
+        ranked = places[pair]
+    else:
+        values = np.log1p(counts / np.repeat(depths / MILLION, per_cell))
+        distinct, place = np.unique(values, return_inverse=True)
+        ranked = (place + 1).astype(np.float32)
     if len(distinct) >= 2**24:
         raise ValueError(f"expected fewer than {2**24} different values; found {len(distinct)}; score fewer cells")
+
     ends = np.cumsum([block.nnz for block in blocks])[:-1]
-    coded = []
-    for block, values in zip(blocks, np.split((codes + 1).astype(np.float32), ends), strict=True):
-        coded.append(sparse.csr_array((values, block.indices, block.indptr), shape=block.shape))
-    return coded
+    found = []
+    for block, own in zip(blocks, np.split(ranked, ends), strict=True):
+        found.append(sparse.csr_array((own, block.indices, block.indptr), shape=block.shape))
+    return found
