@@ -252,7 +252,7 @@ def test_every_metric_has_two_controls(name):
 
 def test_others_and_their_test():
     pair = Pair(REAL, REAL, DESIGN)
-    rest = np.concatenate([cells_of(label) for label in "ABD"])
+    rest = np.concatenate([cells_of(label) for label in ("A", "B", "D")])
     found = others.others_of(pair, "t1|C")
     mean, var, n = found.moments
     np.testing.assert_allclose(mean, rest.mean(axis=0))
