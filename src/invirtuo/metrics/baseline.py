@@ -25,7 +25,7 @@ def score_against(user: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     -------
     pd.DataFrame
         As from :func:`relative`, with columns `n_user` and `n_base`: conditions in each mean. The last row, "average",
-        is the plain mean over metrics. Clipped, on the profile "vcc", it is the score of the Virtual Cell Challenge.
+        is the plain mean over metrics. Clipped, on the profile "vcc2025", it is the score of that challenge.
 
     Raises
     ------

@@ -34,7 +34,8 @@ PROFILES: dict[str, tuple[str, ...]] = {  # names of several metrics, which may 
         *("pearson_delta", "mse", "mae", "pds_l1", "de_overlap_n", "de_precision_n"),
         *("de_nsig_real", "de_nsig_pred"),
     ),
-    "vcc": ("mae", "pds_l1", "de_overlap_n"),
+    "vcc2025": ("mae", "pds_l1", "de_overlap_n"),
+    "vcc": ("mae", "pds_l1", "de_overlap_n"),  # its former name
     "vcc2026": VCC2026,
     "false_discoveries": FALSE_DISCOVERIES,
     "generation": (
@@ -77,7 +78,7 @@ def evaluate(
         Says which columns of obs hold perturbation and covariates. Without a perturbation, populations are scored class
         by class (or all cells together, without covariates).
     metrics
-        Names from `METRICS` or `PROFILES` ("cell_eval", "vcc", ...); None for all that are computed by default, for a
+        Names from `METRICS` or `PROFILES` ("cell_eval", "vcc2026", ...); None for all that are computed by default, for a
         Design without perturbation the profile "generation".
     n_pcs
         Principal components for metrics in that space, fitted once on all cells of `real`, controls included.
