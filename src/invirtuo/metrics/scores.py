@@ -78,7 +78,7 @@ def evaluate(
         Says which columns of obs hold perturbation and covariates. Without a perturbation, populations are scored class
         by class (or all cells together, without covariates).
     metrics
-        Names from `METRICS` or `PROFILES` ("cell_eval", "vcc2026", ...); None for all that are computed by default, for a
+        Names from `METRICS` or `PROFILES` ("vcc2026", ...); None for all that are computed by default, for a
         Design without perturbation the profile "generation".
     n_pcs
         Principal components for metrics in that space, fitted once on all cells of `real`, controls included.

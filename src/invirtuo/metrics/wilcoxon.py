@@ -393,7 +393,7 @@ def _mean(hits: np.ndarray) -> float:
 
 
 def _stack(blocks: Sequence[AnyMatrix]) -> AnyMatrix:
-    """Blocks of cells in float32: sparse if all are and no value is negative (the sparse test takes 0 as least)."""
+    """Blocks of cells in float32: sparse if all are and no value is negative; the sparse test takes 0 for the least."""
     if all(sparse.issparse(block) and block.data.min(initial=0) >= 0 for block in blocks):
         return sparse.csc_array(sparse.vstack(blocks, format="csr"), dtype=np.float32)  # gene by gene is faster
     dense = [block.toarray() if sparse.issparse(block) else block for block in blocks]

@@ -270,7 +270,7 @@ class FMPCA(PerturbationModel):
         for rows in _chunks(len(batch), config.batch_size):
             condition = batch.condition[rows]
 
-            def velocity(x: Tensor, t: Tensor, is_null: Tensor, condition=condition) -> Tensor:
+            def velocity(x: Tensor, t: Tensor, is_null: Tensor, condition: Condition = condition) -> Tensor:
                 # with guidance every cell comes twice, with and without its condition
                 if len(x) != len(condition):
                     condition = condition[torch.arange(len(x)) % len(condition)]

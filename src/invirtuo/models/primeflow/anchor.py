@@ -7,6 +7,8 @@ network trained on these features meets errors of the same size as it will for n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,9 +51,9 @@ class PseudobulkAnchor(nn.Module):
         self.register_buffer("effects", torch.zeros(0, n_genes))
         self.register_buffer("designs", torch.zeros(0, n_perturbations))
         self.register_buffer("own_codes", torch.zeros(0, n_covariates, dtype=torch.int64))
-        self._expected: dict[tuple, Tensor] = {}
+        self._expected: dict[tuple[Any, ...], Tensor] = {}
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take the sizes of the saved tables, which depend on the data."""
         for name in ("codes", "control_mean", "control_sd", "effects", "designs", "own_codes"):
             if prefix + name in state_dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,17 @@ class GenewiseVelocity(nn.Module):
             )
         return torch.cat(outputs) + self._chosen(self.bias_out, genes)
 
-    def _per_gene(self, own, context, features, shift, factor, offset, genes, lookup) -> Tensor:
+    def _per_gene(
+        self,
+        own: Tensor,
+        context: Tensor,
+        features: Tensor | None,
+        shift: Tensor,
+        factor: Tensor,
+        offset: Tensor,
+        genes: Tensor | None,
+        lookup: Any,
+    ) -> Tensor:
         """The network shared by all genes: values (n, m) and context (n, m c) -> (n, m)."""
         n, m = own.shape
         inplace, dtype, k = not torch.is_grad_enabled(), context.dtype, self.n_sinusoids

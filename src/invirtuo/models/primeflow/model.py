@@ -385,7 +385,9 @@ class PRiMeFlow(PerturbationModel):
             own = condition[rows]
             own_depth = None if depth is None else depth[rows]
 
-            def velocity(x, t, branch, own=own, depth=own_depth) -> Tensor:
+            def velocity(
+                x: Tensor, t: Tensor, branch: Any, own: Condition = own, depth: Tensor | None = own_depth
+            ) -> Tensor:
                 # with guidance every cell comes once for each branch
                 if len(x) > len(own):
                     again = torch.arange(len(x), device=x.device) % len(own)

@@ -7,6 +7,8 @@ the sums is one fused multiply-add per element, and nothing but the input is kep
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,7 +56,9 @@ def group_norm_silu(
 
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, shift, groups, eps, silu):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int, eps: float, silu: bool
+    ) -> Tensor:
         moments, scale, offset = _affine(x, weight.float(), bias.float(), shift.float(), groups, eps)
         z = _multiply_add(x, scale, offset)
         ctx.save_for_backward(x, weight, shift, *moments, scale, offset)
@@ -62,7 +66,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return F.silu(z, inplace=True) if silu else z
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, shift, total, mean, rstd, scale, offset = ctx.saved_tensors
         (n, m, c), groups = x.shape, ctx.groups
         if ctx.silu:
@@ -86,7 +90,9 @@ class _GroupNormSiLU(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), d0.sum(0).to(ctx.bias_dtype), dshift.to(shift.dtype), None, None, None
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int, eps: float):
+def _affine(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int, eps: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     """Channel sums (n, c), mean and 1/sd (n, groups), and (n, c) scale and offset with z = scale x + offset."""
     n, m, c = x.shape
     total = x.sum(1, dtype=torch.float32)

@@ -157,7 +157,7 @@ def simulate(
         is_free[names.index(name)] = 0.0
 
     # all courses as one system
-    def velocities(_, y: np.ndarray) -> np.ndarray:
+    def velocities(_: float, y: np.ndarray) -> np.ndarray:
         return (velocity(y.reshape(n_courses, n_genes)) * is_free).ravel()
 
     times = np.linspace(0, duration, n_times)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class _ByProducts(torch.autograd.Function):
     """Distances as roots of a.a + b.b - 2 a.b, summed in float64; equal rows have distance and gradient 0."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         """x (b, s, d), y (b, r, d) -> (b, s + r, s + r)."""
         z = torch.cat([x, y], dim=1)
         exact = z.double()
@@ -67,7 +69,7 @@ class _ByProducts(torch.autograd.Function):
         return distance
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Sums of unit vectors between the rows, weighted by the gradient (b, s + r, s + r)."""
         z, distance = ctx.saved_tensors
         weight = torch.where(distance > 0, (gradient + gradient.mT) / distance, 0)

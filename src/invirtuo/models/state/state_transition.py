@@ -19,7 +19,7 @@ Differs: `confidence` is in table 4 alone. Here it learns the energy distance of
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -242,7 +242,7 @@ class StateTransition(PerturbationModel):
             raise ValueError("a batch encoder needs a covariate; name the batch in covariates= of the Design")
         return config.batch or (list(covariates)[-1] if config.batch_encoder else "")
 
-    def _perturbation_encoder(self, mlp) -> nn.Module:
+    def _perturbation_encoder(self, mlp: Callable[..., nn.Module]) -> nn.Module:
         """Encoder of conditions, or the identity for vectors that are as wide as codes of cells."""
         config, width = self.config, self.design.code_width
         if config.perturbation_encoder == "mlp":
