@@ -21,7 +21,7 @@ seeds = st.integers(0, 10**6)
 
 ALL = list(METRICS)
 RANKED = {name for name in ALL if name.endswith("_rank")}
-DISCRIMINATION = {name for name in ALL if name.startswith("pds_")}
+DISCRIMINATION = {name for name in ALL if name.startswith("pds_")} | {"centroid_accuracy"}
 ON_AXES = {  # of all real cells, or of those of every condition that are not scored
     *("mmd_pca", "mmd_pca_disjoint", "cosine_pca", "wasserstein2", "knn_recall", "knn_precision"),
     *("mmd_linear", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_rbf_disjoint", "wasserstein2_disjoint"),
@@ -30,6 +30,7 @@ ON_AXES = {  # of all real cells, or of those of every condition that are not sc
 OF_GROUP = {
     *("rmse_scaled", "rmse_scaled_ref", "de_spearman_size", "edistance_pearson"),
     "expr_mse_unbiased_capped_norm",
+    *("wmse", "r2_weighted", "mse_degs", "pearson_degs", "pearson_perturbed_mean"),  # what sets apart from the others
 }
 INERT = ["de_false_calls", "de_false_share", "de_false_any"]  # of conditions without DE genes, of which there are none
 

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.errors import preview
+from invirtuo.metrics.attached import Attached
 from invirtuo.metrics.cells import common_scale, of_side, read_cells
 from invirtuo.metrics.core import METRICS, CountOptions, Pair
 from invirtuo.metrics.counts import mean_of
@@ -109,7 +110,7 @@ def challenge_score(
 
     base = kept_table(folder, f"baseline-{emission}-{seed}", baseline)
     table = anchored(scores, base, kept_table(folder, f"replicates-{n_splits}", divided))
-    table.attrs["scores"] = scores
+    table.attrs["scores"] = Attached(scores)
     return table
 
 
@@ -314,8 +315,8 @@ def anchored(scores: Scores, baseline: Scores, replicate: Scores | Sequence[Scor
     Examples
     --------
     >>> table = anchored({"mse": 0.04}, {"mse": 0.10}, [{"mse": 0.02}, {"mse": 0.03}])
-    >>> table.loc["mse", ["score", "replicate", "trusted"]].to_list()
-    [0.8, 0.025, True]
+    >>> table.loc["mse", ["score", "replicate"]].astype(float).round(3).to_list()
+    [0.8, 0.025]
 
     References
     ----------
@@ -342,7 +343,8 @@ def anchored(scores: Scores, baseline: Scores, replicate: Scores | Sequence[Scor
     result.insert(5, "n_splits", len(splits))
     average = {context: table["score"].mean() for context, table in tables.items()}
     result.loc["average", "score"] = np.mean(list(average.values()))
-    result.attrs = {"contexts": pd.DataFrame({context: table["score"] for context, table in tables.items()}).T}
+    contexts = pd.DataFrame({context: table["score"] for context, table in tables.items()}).T
+    result.attrs = {"contexts": Attached(contexts)}
     result.attrs["n_averaged"] = int(result["score"].iloc[:-1].notna().sum())
     return result.rename_axis("metric")
 

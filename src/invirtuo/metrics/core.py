@@ -91,6 +91,8 @@ class Metric:
         Whether `evaluate` computes it when no metrics are named.
     relative
         Whether it ranks a prediction among those of other perturbations; NaN in groups with one perturbation.
+    of_means
+        Whether it sees nothing of a prediction but the mean over cells of each condition.
     """
 
     name: str
@@ -103,14 +105,16 @@ class Metric:
     values: Callable[[Pair, str], np.ndarray]
     default: bool = True
     relative: bool = False
+    of_means: bool = False
 
 
 METRICS: dict[str, Metric] = {}
 VIEWS: dict[str, View] = {}
 _UNCACHED: set[str] = set()
+_OF_MEANS: set[str] = set()
 
 
-def view(name: str, *, cached: bool = True) -> Callable[[Function], Function]:
+def view(name: str, *, cached: bool = True, of_means: bool = False) -> Callable[[Function], Function]:
     """Register a function (pair, side, condition) -> array as a view of one condition.
 
     Parameters
@@ -119,12 +123,16 @@ def view(name: str, *, cached: bool = True) -> Callable[[Function], Function]:
         What metrics name in `on`.
     cached
         Keep the array in the Pair. False for arrays as large as the cells.
+    of_means
+        Whether it sees nothing of this condition but the mean over cells.
     """
 
     def register(function: Function) -> Function:
         VIEWS[name] = function
         if not cached:
             _UNCACHED.add(name)
+        if of_means:
+            _OF_MEANS.add(name)
         return function
 
     return register
@@ -144,6 +152,7 @@ def metric(
     ranked: bool = False,
     default: bool = True,
     relative: bool = False,
+    of_means: bool | None = None,
 ) -> Callable[[Function], Function]:
     """Register a plain function as a metric; the function itself is returned unchanged.
 
@@ -151,6 +160,8 @@ def metric(
     ----------
     name, label, direction, range, best, definition, reference, default, relative
         See :class:`Metric`.
+    of_means
+        Likewise; None: as the view that it compares.
     on
         The view that the function compares: it takes (pred, real) and returns a float. None: the function takes
         (pair, group) and returns one value for each condition of the group.
@@ -169,7 +180,10 @@ def metric(
         # values condition by condition; a rank needs those of all pairs
         compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
-        METRICS[name] = Metric(name, label, direction, range, best, definition, reference, values, default, relative)
+        sees_means = on in _OF_MEANS if of_means is None else of_means
+        METRICS[name] = Metric(
+            name, label, direction, range, best, definition, reference, values, default, relative, sees_means
+        )
         if ranked and direction is not None:
 
             def rank_values(pair: Pair, group: str) -> np.ndarray:
@@ -186,6 +200,7 @@ def metric(
                 values=rank_values,
                 default=default,
                 relative=True,
+                of_means=sees_means,
             )
         return function
 
@@ -370,6 +385,14 @@ class Pair:
         pair._cache["real"] = self._cache["real"]
         return pair
 
+    def against_means(self, means: Mapping[str, np.ndarray]) -> Pair:
+        """A prediction of which nothing is known but the (g,) mean of each condition: for metrics of means alone."""
+        no_cells = self._cells["real"].restricted({name: np.empty(0, dtype=int) for name in means})
+        pair = self.against(no_cells)
+        for name, mean in means.items():
+            pair._cache["pred"]["moments", name] = (mean, np.full(len(mean), np.nan), 0)
+        return pair
+
     def _skip(self, reasons: dict[str, str]) -> None:
         self.skipped |= reasons
         if reasons:
@@ -389,6 +412,11 @@ class Pair:
     def names(self, group: str) -> list[str]:
         """Names of the scored conditions of a group, sorted."""
         return list(self.conditions.index[self.conditions["_group"] == group])
+
+    def all_names(self, side: Side, group: str) -> list[str]:
+        """Names of the conditions that this file has in the group, scored or not."""
+        table = self._cells[side].table
+        return list(table.index[table["_group"] == group])
 
     def n_cells(self, side: Side, condition: str) -> int:
         """Number of cells of a condition."""
@@ -450,8 +478,7 @@ class Pair:
 
     def group_moments(self, side: Side, group: str) -> list[Moments]:
         """Moments of every condition that this file has in the group, scored or not, and of the controls."""
-        table = self._cells[side].table
-        conditions = table.index[table["_group"] == group]
+        conditions = self.all_names(side, group)
         return [*(self.moments(side, name) for name in conditions), self.control_moments(side, group)]
 
     def group_of(self, condition: str) -> str:

@@ -142,6 +142,7 @@ for _distance, _label in _LABELS.items():
         reference=CELL_EVAL,
         default=False,
         relative=True,
+        of_means=True,
     )(partial(of_group, distance=_distance))
     metric(
         f"pds_norm_{_distance}",
@@ -154,4 +155,5 @@ for _distance, _label in _LABELS.items():
         reference=STATE,
         default=False,
         relative=True,
+        of_means=True,
     )(partial(of_group, distance=_distance, normalised=True))

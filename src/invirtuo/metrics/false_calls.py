@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from invirtuo.metrics.attached import Attached
 from invirtuo.metrics.core import CountOptions, Pair, metric
 from invirtuo.metrics.counts import CountTests, of_tests
 
@@ -222,5 +223,5 @@ def false_discoveries(
         "n_active_without_call": int((active["n_pred"] == 0).sum()),
     }
     result = pd.Series(summary, name="value").rename_axis("measure")
-    result.attrs["calls"] = table
+    result.attrs["calls"] = Attached(table)
     return result

@@ -38,20 +38,20 @@ PERTURBENCH = "Wu et al. 2024, PerturBench, arXiv:2408.10609"
 CELL_EVAL = "Adduri et al. 2025, STATE, doi:10.1101/2025.06.26.661135; cell-eval 0.8"
 
 
-@view("mean")
+@view("mean", of_means=True)
 def mean_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) mean over cells of log1p expression."""
     return pair.moments(side, condition)[0]
 
 
-@view("logfc")
+@view("logfc", of_means=True)
 def logfc_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) log fold change of the means against the control cells of the group."""
     control_mean = pair.control_moments(side, pair.group_of(condition))[0]
     return logfc(pair.moments(side, condition)[0], control_mean)
 
 
-@view("effect")
+@view("effect", of_means=True)
 def effect_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(g,) mean over cells of log1p expression, minus that of the control cells of the group."""
     return effect(pair.moments(side, condition)[0], pair.control_moments(side, pair.group_of(condition))[0])

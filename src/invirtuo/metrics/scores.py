@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.metrics.cells import Layer, Scale
 
-__all__ = ["PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize"]
+__all__ = ["PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize", "values_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
 
     # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
     for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
-        values[name] = np.concatenate([_values(METRICS[name], pair, group) for group in pair.groups])
+        values[name] = np.concatenate([values_of(METRICS[name], pair, group) for group in pair.groups])
 
     # one row per condition and metric, conditions by name, metrics as asked for
     conditions = [condition for group in pair.groups for condition in pair.names(group)]
@@ -217,7 +217,7 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     return result
 
 
-def _values(record: Metric, pair: Pair, group: str) -> np.ndarray:
+def values_of(record: Metric, pair: Pair, group: str) -> np.ndarray:
     """(P,) values of a metric in a group; NaN where it means nothing."""
     n_conditions = len(pair.names(group))
     if record.relative and n_conditions < 2:

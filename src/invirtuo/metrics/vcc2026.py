@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.errors import preview
+from invirtuo.metrics.attached import Attached
 from invirtuo.metrics.cells import Cells, common_scale, read_cells
 from invirtuo.metrics.core import METRICS, CountOptions, Pair, metric
 from invirtuo.metrics.counts import CountTests, control_bulk, of_tests
@@ -190,7 +191,7 @@ def official(pair: Pair) -> pd.DataFrame:
                 f"{pair.counts.target_sum:g}; take about ten times the counts of a cell"
             )
     table = pd.concat(pieces, ignore_index=True)
-    contexts = panels(table)
+    contexts = Attached(panels(table))
     table.attrs = {"panel": contexts.mean().to_dict(), "contexts": contexts, "reasons": reasons, "input": pair.scale}
     for name, reason in reasons.items():
         logger.warning("%s is NaN: %s", name, reason)
