@@ -405,6 +405,12 @@ class Pair:
         return self._cells["real"].scale
 
     @property
+    def has_controls(self) -> bool:
+        """Whether every covariate group has control cells to compare with, on both sides."""
+        sides = {self._control_side["pred"], "real"}
+        return all(group in self._cells[side].controls for side in sides for group in self.groups)
+
+    @property
     def groups(self) -> list[str]:
         """Names of the covariate groups with scored conditions, sorted."""
         return sorted(set(self.conditions["_group"]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -18,9 +17,11 @@ from invirtuo.metrics.counts import MIN_CPM, mean_of
 from invirtuo.metrics.false_calls import calls
 
 if TYPE_CHECKING:
+    from scipy import sparse
+
     from invirtuo.cells.source import AnyCells
     from invirtuo.design import Design
-    from invirtuo.metrics.cells import Scale
+    from invirtuo.metrics.cells import Scale, Side
     from invirtuo.metrics.core import TargetGenes
 
 __all__ = ["FLAGS", "flags", "flags_of"]
@@ -40,22 +41,26 @@ class _Condition:
     pair: Pair
     name: str
 
-    @cached_property
-    def means(self) -> dict[str, np.ndarray]:
-        """(g,) mean counts of the predicted, the real and the control cells."""
-        control = self.pair.once_of_control("real", ("mean counts", self.group), self._control)
-        return {"control": control} | {side: mean_of(self.pair.count_matrix(side, self.name)) for side in SIDES}
+    def mean(self, side: Side | Literal["control"]) -> np.ndarray:
+        """(g,) mean counts of the predicted, the real or the control cells."""
+        if side == "control":
+            key = ("mean counts", self.group)
+            return self.pair.once_of_control("real", key, lambda: mean_of(self._control()))
+        return self.pair.once(side, ("mean counts", self.name), lambda: mean_of(self._counts(side)))
 
-    def _control(self) -> np.ndarray:
-        return mean_of(self.pair.control_count_matrix("real", self.group))
+    def _counts(self, side: Side) -> sparse.csr_array:
+        return self.pair.count_matrix(side, self.name)
+
+    def _control(self) -> sparse.csr_array:
+        return self.pair.control_count_matrix("real", self.group)
 
     @property
     def group(self) -> str:
         return self.pair.group_of(self.name)
 
-    def share(self, side: str, genes: np.ndarray) -> float:
+    def share(self, side: Side | Literal["control"], genes: np.ndarray) -> float:
         """Share of the counts of "pred", "real" or "control" cells that fall on some genes."""
-        mean = self.means[side]
+        mean = self.mean(side)
         return float(mean[genes].sum() / max(mean.sum(), 1e-12))
 
     def differs(self, genes: np.ndarray) -> bool:
@@ -65,6 +70,7 @@ class _Condition:
 
 
 SIDES: tuple[Literal["pred"], Literal["real"]] = ("pred", "real")
+NO_CONTROL = {"no_spread", "few_cells", "empty_cells", "other_depth"}  # flags that need no control cells
 FLAGS: dict[str, Callable[[Pair], str]] = {}  # name to what gives the text, empty where there is nothing to say
 
 
@@ -94,7 +100,8 @@ def flags(
     Returns
     -------
     pd.DataFrame
-        Columns `flag` (a name of `FLAGS`) and `text` (what was found); no row if there is nothing to say.
+        Columns `flag` (a name of `FLAGS`) and `text` (what was found); no row if there is nothing to say. Without
+        control cells in every group only what needs none is looked at.
     """
     pair = Pair(pred, real, design, controls=controls, scale=scale, counts=CountOptions(target_genes=target_genes))
     return flags_of(pair)
@@ -102,7 +109,8 @@ def flags(
 
 def flags_of(pair: Pair, *, leave_out: Sequence[str] = ()) -> pd.DataFrame:
     """:func:`flags` for a Pair that is already made, but for some."""
-    found = {name: function(pair) for name, function in FLAGS.items() if name not in leave_out}
+    known = FLAGS if pair.has_controls else {name: FLAGS[name] for name in NO_CONTROL}
+    found = {name: function(pair) for name, function in known.items() if name not in leave_out}
     rows = [{"flag": name, "text": text} for name, text in found.items() if text]
     return pd.DataFrame(rows, columns=["flag", "text"])
 
@@ -138,7 +146,7 @@ def few_cells(pair: Pair) -> str:
 @_flag
 def empty_cells(pair: Pair) -> str:
     """Conditions of which no cell has a count."""
-    empty = [not one.means["pred"].any() for one in _conditions(pair)]
+    empty = [not one.mean("pred").any() for one in _conditions(pair)]
     return f"no cell has any expression in {sum(empty)} of {len(empty)} conditions" if any(empty) else ""
 
 
@@ -147,7 +155,7 @@ def other_depth(pair: Pair) -> str:
     """Another number of counts per cell: deeper cells call more genes. Not seen in log-normalised values."""
     ratios = []
     for one in _conditions(pair):
-        depth, real = (one.means[side].sum() for side in SIDES)
+        depth, real = (one.mean(side).sum() for side in SIDES)
         ratios.append(float(depth / max(real, 1e-12)))
     ratio = float(np.median(ratios))
     return "" if 1 / FACTOR < ratio < FACTOR else f"cells have {ratio:.2g} times the counts of real ones"
@@ -186,7 +194,7 @@ def silent_genes(pair: Pair) -> str:
     """Counts in genes that are too rare in the control cells to be tested."""
     odd = []
     for one in _conditions(pair):
-        control = one.means["control"]
+        control = one.mean("control")
         silent = control * 1e6 <= MIN_CPM * max(control.sum(), 1e-12)
         odd.append(bool(silent.any()) and one.differs(silent))
     return "genes that control cells do not express have far more counts than in real cells" if _often(odd) else ""
