@@ -636,3 +636,22 @@ def test_damaged_results(results, name, content, message):
         report(results, out)
     assert out.read_text() == "the old report"
     assert sorted(file.name for file in results.parent.iterdir()) == ["report.html", "results"]
+
+
+def test_metrics_that_do_not_discriminate_are_grey_and_crown_nobody(scores, results):
+    pd.DataFrame({"metric": ["rmse_mean", "cosine_logfc"], "drf": [0.12, 0.8]}).to_csv(
+        results / "discrimination.csv", index=False
+    )
+    page = report(results, results / "report.html").read_text()
+    assert "Grey, and nobody is best: RMSE mean (0.12)" in page and page.count('class="weak"') == len(VALUES)
+    table = score_table(scores, discrimination={"rmse_mean": 0.12, "cosine_logfc": 0.8})
+    assert table.weak == ["RMSE mean (0.12)"] and table.wins["ours"] == []
+    assert table.rows[0].cells[0].mark == ""
+    assert score_table(scores).weak == [] and score_table(scores).wins["ours"] == ["RMSE mean"]
+
+
+def test_flags_are_said_below_the_table(results):
+    flags = pd.DataFrame({"model": ["other", "other"], "flag": ["no_spread"] * 2, "text": ["cells <are> alike"] * 2})
+    flags.to_csv(results / "flags.csv", index=False)
+    page = report(results, results / "report.html").read_text()
+    assert page.count("cells &lt;are&gt; alike") == 1 and "<strong>other</strong>" in page
