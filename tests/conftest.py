@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
@@ -30,6 +31,22 @@ def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_pilots(monkeypatch):
+    """PRiMeFlow draws a few cells of a condition, and not hundreds, to know the mean of its flow."""
+    monkeypatch.setattr("invirtuo.models.primeflow.model.PILOT", 16)
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """Cells of benchmarks and searches are computed in this process; a new one takes seconds to import packages."""
+    from invirtuo.bench.cell import compute
+
+    for name in ("engine", "tune"):
+        module = importlib.import_module(f"invirtuo.bench.{name}")
+        monkeypatch.setattr(module, "launch", compute)
 
 
 @pytest.fixture

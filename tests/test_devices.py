@@ -25,6 +25,7 @@ import invirtuo as iv
 from invirtuo.fit import sharding
 from invirtuo.fit.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("few_pilots")
 CONFIG = iv.FitConfig(steps=12, batch_size=16, precision="fp32", accelerator="cpu", progress=False, val_every=6,
                       ema=0.9, checkpoint_every=4, keep_checkpoints=True)  # fmt: skip
 TINY = {

@@ -16,7 +16,7 @@ from scipy import sparse
 from invirtuo import Design
 from invirtuo.metrics import METRICS, axes, cells, distances, distribution, evaluate, generation, wilcoxon
 
-few = settings(max_examples=10, deadline=None, derandomize=True)
+few = settings(max_examples=5, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)
 
 ALL = list(METRICS)
@@ -101,7 +101,7 @@ def test_storage_and_precision(pred_form, real_form, pred_dtype, real_dtype):
     same(table(stored(PRED, pred_form, pred_dtype), stored(REAL, real_form, real_dtype)), REFERENCE)
 
 
-@settings(few, max_examples=6)
+@settings(few, max_examples=4)
 @given(st.integers(1, 40), st.integers(30, 2000), st.integers(1, 2000))
 def test_size_of_blocks(rows, pairs, values):
     with pytest.MonkeyPatch.context() as patch:

@@ -70,7 +70,7 @@ def single_cells(n=900, g=8, seed=0):
 def fitted():
     adata, design, split = series()
     model = SparseODE(design, adata.var_names, replace(SERIES, hidden=(8,), lam=0.03, match_share=0.8, refit_share=0.2))
-    return quietly(model.fit, adata, split, replace(FIT, steps=800)), adata, split
+    return quietly(model.fit, adata, split, replace(FIT, steps=600)), adata, split
 
 
 @pytest.fixture(scope="module")
