@@ -145,7 +145,7 @@ def test_a_process_that_dies_is_a_failed_cell(task, entries):
 
 def test_several_splits_are_scored_together(task, entries):
     other = partial(hold_out, conditions=("t_cell|C",), val=("t_cell|B",))
-    record = compute(Cell(replace(task, splits=(*task.splits, other)), entries[1], 0))
+    record = launch(Cell(replace(task, splits=(*task.splits, other)), entries[1], 0))
     names = {row[record["scores"]["columns"].index("condition")] for row in record["scores"]["rows"]}
     assert names == {"monocyte|A", "b_cell|A+B", "t_cell|C"}
 

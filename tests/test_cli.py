@@ -320,9 +320,8 @@ def test_counts_and_layers_are_scored_like_log_values(run, files, tmp_path):
     assert (pd.read_csv(tmp_path / "c.csv").query("metric == 'rmse_mean'")["value"] == 0).all()
 
 
-def test_benchmark_of_the_bundled_cells(run, tmp_path):
-    """Each cell in a process of its own."""
-    chosen = ["--model", "no_change", "--no-baselines", "--seeds", 1, "--metrics", "rmse_mean", "--n-jobs", 2]
+def test_benchmark_of_the_bundled_cells(same_process, run, tmp_path):
+    chosen = ["--model", "no_change", "--no-baselines", "--seeds", 1, "--metrics", "rmse_mean", "--n-jobs", 1]
     code, out, err = run("benchmark", "kang-demo", *chosen, "--out", tmp_path / "results")
     assert code == 0, err
     assert "kang-demo" in out and "no_change" in out and "report.html" in out
