@@ -61,7 +61,7 @@ def design(cells):
 def learned(cells, design):
     """A small model that knows the planted populations."""
     config = replace(TINY, hidden_rna=(64, 32), n_latent=6, hidden=64, embedding=32, steps=10, val_share=0.0)
-    fit = replace(FIT, steps=700, lr=5e-3, batch_size=128, ema=0.98)
+    fit = replace(FIT, steps=900, lr=5e-3, batch_size=128, ema=0.98)
     return CFGen(design, cells.var_names, config).fit(cells, config=fit)
 
 
