@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import importlib
 import os
 import resource
+import shutil
 import signal
 import sys
 from contextlib import contextmanager
@@ -30,6 +33,22 @@ def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_pilots(monkeypatch):
+    """PRiMeFlow draws a few cells of a condition, and not hundreds, to know the mean of its flow."""
+    monkeypatch.setattr("invirtuo.models.primeflow.model.PILOT", 16)
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """Cells of benchmarks and searches are computed in this process; a new one takes seconds to import packages."""
+    from invirtuo.bench.cell import compute
+
+    for name in ("engine", "tune"):
+        module = importlib.import_module(f"invirtuo.bench.{name}")
+        monkeypatch.setattr(module, "launch", compute)
 
 
 @pytest.fixture
@@ -73,6 +92,27 @@ def full_disk():
             signal.signal(signal.SIGXFSZ, handler)
 
     return limit
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Give a function that makes a folder once for all processes of a run of the tests; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+
+    def find(name: str, make) -> Path:
+        folder, mark = base / name, base / f"{name}.made"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not mark.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                mark.touch()
+        return folder
+
+    return find
 
 
 @pytest.fixture(scope="session")

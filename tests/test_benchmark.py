@@ -20,7 +20,7 @@ from scipy import sparse
 
 import invirtuo as iv
 from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
-from invirtuo.bench.cell import Cell, launch
+from invirtuo.bench.cell import Cell, compute, launch
 from invirtuo.bench.entry import as_entry
 from invirtuo.bench.run import chosen_entries
 from invirtuo.splits import hold_out
@@ -51,9 +51,9 @@ def tables(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in KEEPS_TABLES]
 
 
-def test_every_cell_is_a_file_and_every_table_is_there(task, entries, tmp_path, caplog):
+def test_every_cell_is_a_file_and_every_table_is_there(same_process, task, entries, tmp_path, caplog):
     broken = Entry("broken", "linear_additive", None, {"steps": 3, "lr": 1e30, "batch_size": 32})
-    scores = iv.benchmark([task], [*entries, broken], 2, tmp_path / "out", n_jobs=2, baselines=False)
+    scores = iv.benchmark([task], [*entries, broken], 2, tmp_path / "out", n_jobs=1, baselines=False)
     cells = {str(file.relative_to(tmp_path / "out" / "cells")) for file in (tmp_path / "out" / "cells").rglob("*.json")}
     costs = pd.read_csv(tmp_path / "out" / "costs.csv").set_index(["model", "seed"])
     assert len(cells) == 2 * 4  # two of ours, a broken one, the floor
@@ -78,7 +78,7 @@ def test_every_cell_is_a_file_and_every_table_is_there(task, entries, tmp_path, 
     assert "broken" in page
 
 
-def test_a_second_run_computes_nothing(task, entries, tmp_path):
+def test_a_second_run_computes_nothing(same_process, task, entries, tmp_path):
     iv.benchmark(task, entries[1], 1, tmp_path / "out", baselines=False)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").rglob("*.json")}
     before = tables(tmp_path / "out")
@@ -262,7 +262,7 @@ def test_a_search_resumes_and_ends_with_the_same_best(task, tmp_path):
         tune(entry, task, 3, tmp_path / "parts", search={"fit.lr": (1e-4, 1e-2)})
 
 
-def test_a_search_looks_at_the_entry_alone_not_at_its_variants(task, tmp_path):
+def test_a_search_looks_at_the_entry_alone_not_at_its_variants(same_process, task, tmp_path):
     pytest.importorskip("optuna", reason="needs optuna")
     values = []
     for variants in ({}, {"guided": {"guidance": 5.0}}):
@@ -273,7 +273,7 @@ def test_a_search_looks_at_the_entry_alone_not_at_its_variants(task, tmp_path):
     assert values[0] == values[1]
 
 
-def test_bad_searches(task, tmp_path):
+def test_bad_searches(same_process, task, tmp_path):
     pytest.importorskip("optuna", reason="needs optuna")
     with pytest.raises(ValueError, match="cannot search colour"):
         tune("linear_additive", task, 1, tmp_path, search={"colour": [1]})
@@ -354,7 +354,7 @@ def test_published_files_give_the_published_tasks(name, tmp_path):
     if name == "jiang24":
         assert list(design.covariates) == ["cell_type", "treatment"]
         assert "a549" not in set(held["cell_type"])
-    record = launch(
+    record = compute(
         Cell(replace(TASKS[name], n_cells=10, n_pcs=4), Entry("none", "no_change"), 0, data_dir=str(tmp_path))
     )
     assert record["status"] == "ok", record["traceback"]

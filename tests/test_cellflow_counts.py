@@ -18,7 +18,7 @@ CellFlowCounts = iv.models.CellFlowCounts
 Config = CellFlowCounts.Config
 TINY = Config(hidden_encoder=(32, 32), hidden=64, label_embedding=12, embedding=16, n_blocks=2, steps=10,
               input_dropout=0.0)  # fmt: skip
-FIT = FitConfig(steps=700, batch_size=128, optimizer="adamw", lr=5e-3, ema=0.98, precision="fp32", accelerator="cpu",
+FIT = FitConfig(steps=500, batch_size=128, optimizer="adamw", lr=5e-3, ema=0.98, precision="fp32", accelerator="cpu",
                 progress=False, warmup=0, val_every=0)  # fmt: skip
 
 

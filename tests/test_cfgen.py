@@ -355,6 +355,7 @@ def test_guidance_makes_the_second_attribute_certain(learned, cells):
     assert found[0] < 0.7 and found[1] > 0.8 and found[2] > 0.9 and found[0] < found[1]
 
 
+@pytest.mark.slow
 def test_it_beats_independent_genes_where_cells_of_a_class_differ(cells):
     """Without labels, genes of one population rise together; independent genes do not know it."""
     design = iv.Design.from_adata(cells)

@@ -320,7 +320,7 @@ def test_counts_and_layers_are_scored_like_log_values(run, files, tmp_path):
     assert (pd.read_csv(tmp_path / "c.csv").query("metric == 'rmse_mean'")["value"] == 0).all()
 
 
-def test_benchmark_of_the_bundled_cells(run, tmp_path):
+def test_benchmark_of_the_bundled_cells(same_process, run, tmp_path):
     chosen = ["--model", "no_change", "--no-baselines", "--seeds", 1, "--metrics", "rmse_mean", "--n-jobs", 1]
     code, out, err = run("benchmark", "kang-demo", *chosen, "--out", tmp_path / "results")
     assert code == 0, err

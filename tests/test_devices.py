@@ -25,6 +25,7 @@ import invirtuo as iv
 from invirtuo.fit import sharding
 from invirtuo.fit.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("few_pilots")
 CONFIG = iv.FitConfig(steps=12, batch_size=16, precision="fp32", accelerator="cpu", progress=False, val_every=6,
                       ema=0.9, checkpoint_every=4, keep_checkpoints=True)  # fmt: skip
 TINY = {
@@ -35,9 +36,8 @@ TINY = {
 }
 FITS = {
     "plain": ("primeflow", {}),
-    "accumulated": ("primeflow", {"accumulate": 2}),
     "bf16": ("primeflow", {"accumulate": 2, "precision": "bf16"}),
-    "plateau": ("linear_additive", {"schedule": "plateau"}),
+    "plateau, accumulated": ("linear_additive", {"schedule": "plateau", "accumulate": 2}),
     "two objectives": ("cpa", {}),
     "sharded": ("primeflow", {"accumulate": 2, "keep": "best", "strategy": "fsdp"}),
     "sharded bf16": ("primeflow", {"precision": "bf16", "strategy": "fsdp"}),
@@ -163,9 +163,12 @@ class Stop(lightning.Callback):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes leave behind."""
-    out = tmp_path_factory.mktemp("two")
+def two(made_once):
+    """What two processes leave behind; read alone."""
+    return made_once("two", fitted_on_two)
+
+
+def fitted_on_two(out: Path) -> None:
     cells = experiment()[0]
     del cells.layers["counts"]
     (out / "cells").mkdir()
@@ -175,7 +178,6 @@ def two(tmp_path_factory):
         fitted("sharded", 1, out / "from one", callbacks=[Stop()])
     torchrun(EVERY, out, out / "cells")
     fitted("sharded", 1, out / "to one", resume=True)
-    return out
 
 
 def history(folder: Path) -> pd.DataFrame:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from processes import ended, forked
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -438,8 +439,10 @@ def make(kind: str, plan, genes) -> Model:
     return iv.models.PRiMeFlow(plan, genes, {"genewise": DROPOUT, "unet": UNET}[kind])
 
 
-@pytest.mark.parametrize("kind", ["genewise", "unet", "linear_additive", "cpa"])
-@pytest.mark.parametrize("fail_at", [3, 8, 16])
+@pytest.mark.parametrize(
+    ("kind", "fail_at"),
+    [("genewise", 3), ("genewise", 8), ("genewise", 16), ("unet", 8), ("linear_additive", 16), ("cpa", 3)],
+)
 def test_resume_equals_uninterrupted(cells, plan, split, tmp_path, kind, fail_at):
     whole = make(kind, plan, cells.var_names).fit(cells, split, config=HARD)
     with pytest.raises(KeyError, match="killed"):
@@ -455,41 +458,28 @@ def test_resume_equals_uninterrupted(cells, plan, split, tmp_path, kind, fail_at
     )
 
 
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {folder!r})
-import lightning
-import test_fit as here
-
 class Slow(lightning.Callback):
     def on_train_batch_end(self, *args):
         time.sleep(0.05)
 
-cells, plan, split = here.experiment()
-config = here.replace(here.HARD, steps=60)
-here.make("genewise", plan, cells.var_names).fit(cells, split, config=config, folder=sys.argv[1], callbacks=[Slow()])
-"""
-
 
 def test_resume_after_sigkill(cells, plan, split, tmp_path):
     """A real kill, at any moment after the first checkpoint."""
-    folder = tmp_path / "run"
-    script = SCRIPT.format(folder=os.path.dirname(__file__))
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stderr=subprocess.PIPE, text=True)
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    config = replace(HARD, steps=60)
+
+    def fitted(**options):
+        return make("genewise", plan, cells.var_names).fit(cells, split, config=config, **options)
+
+    process = forked(lambda: fitted(folder=folder, callbacks=[Slow()]), errors)
     deadline = time.monotonic() + 90
     while not (folder / "last.safetensors").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, errors.read_text()
         time.sleep(0.01)
     time.sleep(0.05 + 0.5 * np.random.default_rng().random())
-    assert process.poll() is None, "the fit ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    config = replace(HARD, steps=60)
-    whole = make("genewise", plan, cells.var_names).fit(cells, split, config=config)
-    resumed = make("genewise", plan, cells.var_names).fit(cells, split, config=config, folder=folder, resume=True)
-    assert_equal(weights(resumed), weights(whole))
+    os.kill(process, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL, "the fit ended before it could be killed"
+    assert_equal(weights(fitted(folder=folder, resume=True)), weights(fitted()))
 
 
 def test_resume_of_an_early_stop(cells, plan, split, tmp_path):

@@ -150,6 +150,7 @@ def test_coupling_lowers_the_cost(cells, plan):
     assert costs["exact", 1.0] < costs["sinkhorn", 0.05] < costs["sinkhorn", 1.0] < costs["random", 1.0]
 
 
+@pytest.mark.slow
 def test_a_planted_map_is_found(cells, plan):
     """Cells of each side arrive where A takes that side; with random pairs they come anywhere."""
     control = torch.from_numpy(cells.X[:300])

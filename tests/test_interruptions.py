@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from processes import ended, forked
 
 import invirtuo as iv
 from invirtuo import cli
@@ -39,43 +39,11 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # audit events tha
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def forked(work, errors: Path) -> int:
-    """Start work in a copy of this process, which has imported all there is; gives its number."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stderr = open(2, "w", closefd=False)
-        work()
-        code = 0
-    except SystemExit as done:
-        code = done.code or 0
-    except BaseException:  # noqa: BLE001 - the tests of the parent must not go on here
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def spawned(arguments: list, errors: Path) -> int:
     """Start a verb in a process of its own, for what does not live in a copy of a process with threads."""
     opened = (os.POSIX_SPAWN_OPEN, 2, errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     command = [sys.executable, "-m", "invirtuo", *map(str, arguments)]
     return os.posix_spawn(sys.executable, command, os.environ, file_actions=[opened])
-
-
-def ended(process: int) -> int:
-    """Exit code of a process, or minus the number of the signal that killed it; it is not waited for without end."""
-    deadline = time.monotonic() + 120
-    while True:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.kill(process, signal.SIGKILL)
-        time.sleep(0.01)
 
 
 def killed_at(number: int, work, errors: Path) -> bool:
@@ -233,7 +201,8 @@ def test_a_full_disk(verb, full_disk, saved, file, models, tmp_path, cells, plan
         with full_disk(size):
             return spawned(arguments, errors) if verb == "predict" else forked(lambda: command(*arguments), errors)
 
-    for size in (300,) if verb == "evaluate" else (300, 4000):
+    # at the first bytes of the file, and later; a process that is spawned takes seconds
+    for size in {"evaluate": (300,), "predict": (4000,)}.get(verb, (300, 4000)):
         assert ended(begun(size)) == 2
         said = errors.read_text()
         assert said.count("\n") == 1 and "File too large" in said
@@ -267,7 +236,8 @@ def test_predict_stopped_by_a_signal(saved, tmp_path, cells, plan):
     out = tmp_path / "out.h5ad"
     out.write_text("old")
     plan.conditions(cells.obs).to_csv(tmp_path / "wanted.csv", index=False)
-    endless = ["predict", saved, "--conditions", tmp_path / "wanted.csv", "-n", 10**6, "--quiet", "--out", out]
+    slowly = ["-n", 10**5, "--steps", 50]
+    endless = ["predict", saved, "--conditions", tmp_path / "wanted.csv", *slowly, "--quiet", "--out", out]
     process = forked(lambda: command(*endless), tmp_path / "errors")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.*")):

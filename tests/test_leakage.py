@@ -9,17 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from small_models import SMALL
 
 import invirtuo as iv
 from invirtuo.cells.transforms import TRANSFORMS
 from invirtuo.fit import FitConfig
 
 MODELS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "predict"}
-SMALL = {
-    "primeflow": iv.models.PRiMeFlow.Config(
-        hidden_dim=16, gene_width=8, n_context=2, cell_width=16, n_blocks=1, n_sinusoids=4, loss_genes=8, steps=4
-    )
-}
 FIT = FitConfig(steps=6, batch_size=64, warmup=0, precision="fp32", accelerator="cpu", progress=False, val_every=2)
 
 

@@ -19,6 +19,8 @@ from invirtuo.cells.samplers import SAMPLERS
 from invirtuo.fit import FitConfig, Trainable, validation_losses
 from invirtuo.settings import described
 
+pytestmark = pytest.mark.usefixtures("few_pilots")
+
 # those with other verbs: test_count_verbs.py, test_sparse_ode.py
 MODELS = {name: kind for name, kind in iv.models.MODELS.items() if kind.verb == "predict"}
 SMALL = {  # settings that are small enough to train in seconds; other models are tested with their defaults
@@ -189,19 +191,19 @@ def test_loss_is_finite_and_every_parameter_gets_a_gradient(case, cells, design)
 
 @pytest.mark.parametrize("case", TRAINABLE)
 def test_fit_lowers_the_loss(case, cells, design):
-    """Four cells, one for each condition, are learned in 150 steps; judged with the same draws before and after."""
+    """Of four cells, one for each condition, in 80 steps; judged with the same draws before and after."""
     groups = design.names(cells.obs).to_numpy()
     rows = [np.flatnonzero(groups == f"b_cell|{label}")[0] for label in ("control", "A", "B", "A+C")] * 8
     few = AnnData(cells.X[rows], obs=cells.obs.iloc[rows].reset_index(drop=True).rename(str), var=cells.var[[]])
     model = new(case, design, cells.var_names)
     dataset = iv.CellDataset(few, design)
     dataset.split[:] = "val"  # judge on the training cells themselves
-    config = replace(FIT, steps=150, batch_size=32, lr=1e-2, ema=0.0, clip=1.0, val_every=0)
+    config = replace(FIT, steps=80, batch_size=32, lr=1e-2, ema=0.0, clip=1.0, val_every=0)
     model.prepare(iv.CellDataset(few, design))
     before = validation_losses(model, dataset, config)["total"]
     model.fit(few, config=config)
     after = validation_losses(model, dataset, config)["total"]
-    assert after < 0.5 * before
+    assert after < 0.7 * before
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -600,7 +602,7 @@ def test_features_predict_a_perturbation_that_was_never_trained_on(case, cells):
         cells, perturbation="perturbation", control="control", covariates=["cell_type"], features=vectors
     )
     wanted = pd.DataFrame({"perturbation": ["D", "B"], "cell_type": "b_cell"})
-    model = new(case, design, cells.var_names).fit(cells, config=replace(FIT, steps=60))
+    model = new(case, design, cells.var_names).fit(cells, config=replace(FIT, steps=20, lr=1e-2))
     d, b = (predict(model, wanted.iloc[[i]]).X.mean(0) for i in (0, 1))
     assert np.isfinite(d).all()
     assert not np.allclose(d, b, atol=1e-4)

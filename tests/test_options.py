@@ -15,6 +15,8 @@ from invirtuo.bench.entry import as_entries
 from invirtuo.fit import devices
 from invirtuo.verbs.sampling import NoSampling
 
+pytestmark = pytest.mark.usefixtures("few_pilots")
+
 # An option to another value than its default, and what else is given beside it, with and without the option.
 OTHER: dict[str, object] = {
     "seed": 1,

@@ -70,7 +70,7 @@ def single_cells(n=900, g=8, seed=0):
 def fitted():
     adata, design, split = series()
     model = SparseODE(design, adata.var_names, replace(SERIES, hidden=(8,), lam=0.03, match_share=0.8, refit_share=0.2))
-    return quietly(model.fit, adata, split, replace(FIT, steps=800)), adata, split
+    return quietly(model.fit, adata, split, replace(FIT, steps=600)), adata, split
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +368,30 @@ def test_forecast_of_states(cells):
         model.forecast(states, labels=pd.DataFrame({"lineage": ["a"]}))
 
 
+def test_labels_of_states_are_named_like_conditions(cells):
+    """A name, a mapping, several of them, a table."""
+    model, adata, _ = cells
+    states = adata.X[:2]
+
+    def forecast(labels):
+        return model.forecast(states, [0.0, 1.0], labels=labels)
+
+    one = forecast({"lineage": "b", "donor": "u"})
+    assert one.obs["donor"].tolist() == ["u"] * 4
+    for labels in ("b|u", " b | u ", ["b|u", ("b", "u")], pd.DataFrame({"lineage": ["b"] * 2, "donor": "u", "n": 1})):
+        np.testing.assert_array_equal(forecast(labels).X, one.X)
+        pd.testing.assert_frame_equal(forecast(labels).obs, one.obs)
+    each = forecast(["a|u", {"lineage": "b"}])
+    assert each.obs["lineage"].tolist() == ["a", "a", "b", "b"]
+    np.testing.assert_array_equal(each.X[2:], one.X[2:])
+    with pytest.raises(ValueError, match=r"'b' has 1 value\(s\); expected 2, joined by '\|': lineage\|donor"):
+        forecast("b")
+    with pytest.raises(ValueError, match="must name covariates of the design; found lineage, donor"):
+        forecast({"tissue": "b"})
+    with pytest.raises(ValueError, match="2 first states and 1 rows of labels"):
+        forecast(["b|u"])
+
+
 def test_a_coarse_grid_is_fine_enough(cells):
     model, adata, _ = cells
     coarse = model.forecast(adata).X
@@ -445,6 +469,8 @@ def test_overexpression_and_fate(cells):
 def test_edges_of_a_lineage(cells):
     model = cells[0]
     assert not model.network({"lineage": "a"}).equals(model.network({"lineage": "b"}))
+    pd.testing.assert_frame_equal(model.network("a|u"), model.network({"lineage": "a"}))
+    pd.testing.assert_frame_equal(model.network(["a|u", "b|u"]), model.network())
     with pytest.raises(ValueError, match="no training course is"):
         model.network({"lineage": "c"})
     sizes = model.sparsity(3, other=["g0"])
@@ -523,6 +549,19 @@ def test_command_line(run, tmp_path):
     assert len(pd.read_csv(tmp_path / "e.csv")) == 5
     assert run("report", tmp_path / "s", "--out", tmp_path / "r.html")[0] == 0
     assert "does not forecast held-out courses better" in (tmp_path / "r.html").read_text()
+    # first states, and courses, by name
+    pd.DataFrame(adata.X[:2], columns=adata.var_names).to_csv(tmp_path / "states.csv", index=False)
+    pd.DataFrame({"course": ["0", "1"]}).to_csv(tmp_path / "labels.csv", index=False)
+    words = ("forecast", tmp_path / "run", tmp_path / "states.csv", "--times", "1", "--out", tmp_path / "o.h5ad")
+    asked = {("course=0",): "00", ("0",): "00", ("0", "1"): "01", (tmp_path / "labels.csv",): "01"}
+    for where, labels in asked.items():
+        options = [word for each in where for word in ("--where", each)]
+        assert run(*words, *options)[0] == 0
+        assert iv.files.read_h5ad(tmp_path / "o.h5ad").obs["course"].tolist() == list(labels)
+        assert run("network", tmp_path / "run", *options, "--quiet", "--out", tmp_path / "e.csv")[0] == 0
+    code, _, err = run(*words, "--where", tmp_path / "none.csv")
+    assert code == 2 and "--where:" in err and "does not exist" in err
+    assert run(*words, "--where", "course=0", "--where", "1")[0] == 2
     code, _, err = run("forecast", tmp_path / "run", tmp_path / "a.h5ad", "--times", "x", "--out", tmp_path / "o.h5ad")
     assert code == 2 and "expected numbers joined by commas" in err
     code, _, err = run("generate", tmp_path / "run", "-n", "5", "--out", tmp_path / "o.h5ad")

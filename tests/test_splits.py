@@ -100,13 +100,10 @@ def test_hash_seed_does_not_matter():
         "for name in t.SPLITS: print(name, t.digest(t.SPLITS[name](t.OBS, t.BOTH, **t.CALLS[name])))"
     )
     here = Path(__file__).parent
-    outputs = set()
-    for hash_seed in ("0", "12345"):
-        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(here.parent / "src"), "OMP_NUM_THREADS": "1"}
-        call = [sys.executable, "-c", code, str(here)]
-        outputs.add(subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout)
-    expected = "".join(f"{name} {digest(SPLITS[name](OBS, BOTH, **CALLS[name]))}\n" for name in SPLITS)
-    assert outputs == {expected}
+    environment = {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(here.parent / "src"), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-c", code, str(here)]
+    other = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+    assert other == "".join(f"{name} {digest(SPLITS[name](OBS, BOTH, **CALLS[name]))}\n" for name in SPLITS)
 
 
 def digest(split):

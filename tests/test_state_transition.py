@@ -481,6 +481,7 @@ def test_prediction_hardly_depends_on_the_set_size(fitted):
         assert np.linalg.norm(mean[0] - means[1][0]) < 0.1 * effect
 
 
+@pytest.mark.slow
 def test_confidence_ranks_predictions(cells, plan):
     """Where genes are shuffled in every cell, ST cannot follow, and the head expects a larger distance."""
     config = replace(TINY, confidence=True)

@@ -23,6 +23,7 @@ from invirtuo.cells.samplers import SAMPLERS, cells, named, pairs
 from invirtuo.cells.shuffle import shuffle
 from invirtuo.cells.store import n_bytes
 
+pytestmark = pytest.mark.usefixtures("few_pilots")
 FIT = iv.FitConfig(steps=12, batch_size=32, precision="fp32", accelerator="cpu", progress=False, val_every=6)
 
 

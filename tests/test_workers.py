@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +113,26 @@ def test_a_lost_worker_is_replaced(ray, plan, cells, tmp_path):
     np.testing.assert_array_equal(made.X, calm.predict(wanted, 5).X)
 
 
+HANDLER = """
+import os, signal
+from invirtuo.workers import over_ray
+
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+for _ in over_ray(lambda item: item, [0], n_jobs=1):
+    os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+print(len(heard))
+"""
+
+
+@pytest.mark.slow
+def test_the_handler_of_sigterm_is_kept(ray):
+    """While a cluster that was started is there, and after it; Ray's own would end the process."""
+    done = subprocess.run([sys.executable, "-c", HANDLER], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
 def test_unknown_engines_are_refused(model, generator, plan, cells):
     with pytest.raises(ValueError, match="engine is 'abacus'; expected local or ray"):
         model.predict(plan.conditions(cells.obs), 3, engine="abacus")
@@ -137,10 +159,13 @@ class FragileCounts(iv.models.IndependentNB):
 @pytest.fixture(scope="module")
 def cluster(ray):
     """A cluster of this session, which is used and left running."""
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    signal.signal(signal.SIGTERM, handler)
     yield ray
     assert ray.is_initialized()
     ray.shutdown()
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

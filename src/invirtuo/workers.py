@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from invirtuo.threads import n_cores
@@ -96,18 +97,28 @@ def over_ray(
                 given += 1
     finally:
         if started:
-            ray.shutdown()
+            with _sigterm_kept():
+                ray.shutdown()
 
 
 def _start_ray(n_cpus: int) -> None:
     """Join the cluster of ``RAY_ADDRESS``, or start one on this machine."""
     import ray
 
-    handler = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_cpus, "include_dashboard": False}
-    ray.init(log_to_driver=False, **options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process with exit code 15
+    with _sigterm_kept():
+        ray.init(log_to_driver=False, **options)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Set the handler of SIGTERM again: Ray's ends the process with exit code 15, and goes without giving it back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def n_workers(threads: int, *, gpus: bool = True) -> int:

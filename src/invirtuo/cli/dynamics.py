@@ -15,9 +15,9 @@ from invirtuo.cli.options import (
     Quiet,
     Run,
     model_with,
-    pairs,
     print_rows,
     read_csv,
+    read_labels,
     writable_file,
     writable_folder,
 )
@@ -34,7 +34,13 @@ def forecast(
     out: Out,
     times: Times = None,
     level: Annotated[float, typer.Option(help="Of the interval.")] = 0.9,
-    where: Annotated[list[str] | None, typer.Option(help="covariate=label of the states of a CSV file.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Labels of the states of a CSV file: covariate=label, which may be given several times; a name like "
+            "mono|s2d1, or one for each state; or FILE.csv with a row for each."
+        ),
+    ] = None,
     figure: Figure = None,
     scores: Annotated[
         Path | None,
@@ -51,7 +57,7 @@ def forecast(
     model = model_with(run, "forecast")
     is_table = data.suffix == ".csv"
     cells: Any = read_csv(data, "DATA").astype(float) if is_table else read_h5ad(data)
-    found = model.forecast(cells, _times(times), labels=pairs("--where", where), level=level, device=device)
+    found = model.forecast(cells, _times(times), labels=read_labels(where), level=level, device=device)
     write_h5ad(found, out)
 
     # picture and scores, if they are wanted
@@ -70,7 +76,10 @@ def forecast(
 def network(
     run: Run,
     out: Out,
-    where: Annotated[list[str] | None, typer.Option(help="covariate=label of the courses to read along.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Courses to read along: covariate=label, several times if need be, or names, or FILE.csv."),
+    ] = None,
     n_edges: Annotated[int | None, typer.Option("-n", "--n-edges", help="Strongest edges; all if not given.")] = None,
     figure: Figure = None,
     quiet: Quiet = False,
@@ -79,7 +88,7 @@ def network(
     from invirtuo.cells.files import writing
 
     model = model_with(run, "network")
-    edges = model.network(pairs("--where", where) or None, n_edges=n_edges)
+    edges = model.network(read_labels(where), n_edges=n_edges)
     with writing(out) as path:
         edges.to_csv(path, index=False)
     if figure is not None:

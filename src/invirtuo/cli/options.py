@@ -139,9 +139,26 @@ def read_conditions(given: list[str] | None) -> str | pd.DataFrame | list[str | 
     if len(given) == 1 and given[0] in ("test", "val"):
         return given[0]
     path = Path(given[0])
-    if len(given) == 1 and "|" not in given[0] and (path.suffix in TABLES or path.exists()):
+    if len(given) == 1 and _is_file(path):
         return read_csv(path)
     return [condition(text) for text in given]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a word that may name a condition names a file."""
+    return "|" not in str(path) and (path.suffix in TABLES or path.exists())
+
+
+def read_labels(given: list[str] | None, option: str = "--where"):
+    """Labels of courses as a model takes them: a table, names, or one mapping of every ``covariate=label``."""
+    if not given:
+        return None
+    if any("=" in text for text in given):
+        return pairs(option, given)
+    if len(given) > 1:
+        return given
+    path = Path(given[0])
+    return read_csv(path, option) if _is_file(path) else given[0]
 
 
 def condition(text: str) -> str | dict[str, str]:

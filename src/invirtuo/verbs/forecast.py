@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from invirtuo.cells.conditions import Conditions, wanted
 from invirtuo.cells.courses import Course, anchors, courses
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.preparation import PREPARATIONS, Start
@@ -214,7 +215,7 @@ class Forecaster(Model):
         cells: AnnData | pd.DataFrame | np.ndarray,
         times: Sequence[float] | None = None,
         *,
-        labels: Mapping[str, str] | pd.DataFrame | None = None,
+        labels: Conditions | None = None,
         level: float = 0.9,
         device: str | None = None,
     ) -> AnnData:
@@ -230,7 +231,8 @@ class Forecaster(Model):
             In the unit of the Design's time column; of first states, scaled: 0 begins a course, 1 ends it. None: 30
             times from the beginning to the end of each course.
         labels
-            Covariates of first states: a mapping for all, or a row for each. Cells have their own.
+            Covariates of first states: one condition for all (``"mono|s2d1"``, the values of all covariates, or a
+            mapping, which may leave some out), or a list or table of one for each. Cells have their own.
         level
             Of the interval: the range of the ensemble, widened by the residuals of held-out (else training) bins.
         device
@@ -244,7 +246,7 @@ class Forecaster(Model):
         Raises
         ------
         ValueError
-            If a time lies before the first state, or genes are missing.
+            If a time lies before the first state, genes are missing, or labels name no covariates.
         """
         self._check_fitted()
         self.device_of(device)
@@ -269,7 +271,9 @@ class Forecaster(Model):
         states = np.atleast_2d(states)
         if states.shape[1] != len(self.genes):
             raise ValueError(f"first states have {states.shape[1]} values; expected one for each of {len(self.genes)}")
-        rows = labels.to_dict("records") if isinstance(labels, pd.DataFrame) else [dict(labels or {})] * len(states)
+        rows = self.named(labels)
+        if labels is None or isinstance(labels, str | Mapping):  # one for all
+            rows = rows * len(states)
         if len(rows) != len(states):
             raise ValueError(f"{len(states)} first states and {len(rows)} rows of labels; expected as many")
         starts = [Start(x, 0.0, row) for x, row in zip(self.scaled(states), rows, strict=True)]
@@ -277,6 +281,12 @@ class Forecaster(Model):
         # the time that stands for 1: that of a course by itself, or of the longest
         end = 1.0 if self.config.time == "course" else next(iter(self.known.values()))["high"]
         return starts, [(0.0, end)] * len(states)
+
+    def named(self, labels: Conditions | None) -> list[dict[str, Any]]:
+        """Labels as covariate to value; of none, one that names nothing."""
+        if labels is None or (isinstance(labels, Mapping) and not labels):
+            return [{}]
+        return wanted(labels, list(self.design.covariates), self.design)
 
     def _starts_of_cells(self, adata: AnnData) -> tuple[list[Start], list[tuple[float, float]]]:
         parts = self._read(adata)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from invirtuo.cells.conditions import Conditions
 from invirtuo.cells.courses import Course
 from invirtuo.errors import preview
 from invirtuo.verbs.forecast import Forecaster, Start
@@ -39,13 +40,13 @@ class GeneNetwork(Forecaster):
     def sparsity(self, n_draws: int = 20, *, other: Sequence[str] = (), seed: int = 0) -> pd.DataFrame:
         """How sparse the field is, for evaluation and for sampled gates."""
 
-    def network(self, labels: Mapping[str, str] | None = None, *, n_edges: int | None = None) -> pd.DataFrame:
+    def network(self, labels: Conditions | None = None, *, n_edges: int | None = None) -> pd.DataFrame:
         """Signed edges between genes, read from the Jacobian of the field along the training courses.
 
         Parameters
         ----------
         labels
-            Read along these courses only, for example ``{"lineage": "B"}``.
+            Read along these courses only: ``{"lineage": "B"}``, a name like ``"B|s2d1"``, or several.
         n_edges
             Keep the strongest ones; None keeps all that are not zero.
 
@@ -107,19 +108,16 @@ class GeneNetwork(Forecaster):
 
 
 @torch.no_grad()
-def edge_matrices(model: GeneNetwork, labels: Mapping[str, str] | None = None, chunk: int = 6) -> dict[str, np.ndarray]:
+def edge_matrices(model: GeneNetwork, labels: Conditions | None = None, chunk: int = 6) -> dict[str, np.ndarray]:
     """Mean and mean absolute Jacobian over training states, (m, g, g) [regulator, target], standardised genes.
 
     Parameters
     ----------
     labels
-        Read the field at states of these courses only, for example ``{"lineage": "B"}``.
+        Read the field at states of these courses only: ``{"lineage": "B"}``, a name like ``"B|s2d1"``, or several.
     """
     # states at which the field is read, the same for every member of the ensemble
-    wanted = set((labels or {}).items())
-    courses = [course for course in model.training_courses() if wanted <= set(course.labels.items())]
-    if not courses:
-        raise ValueError(f"no training course is {dict(labels or {})}; there are {preview(model.known)}")
+    courses = _courses(model, labels)
     states, names = _states(courses)
     x = torch.from_numpy(states).float().expand(model.config.n_members, *states.shape)
     codes = model.labels_of(names)
@@ -134,6 +132,18 @@ def edge_matrices(model: GeneNetwork, labels: Mapping[str, str] | None = None, c
     return {name: (value / len(states)).numpy() for name, value in total.items()}
 
 
+def _courses(model: GeneNetwork, labels: Conditions | None) -> list[Course]:
+    """The training courses with these labels; all, if none are given."""
+    conditions = model.named(labels)
+    found = []
+    for course in model.training_courses():
+        if any(condition.items() <= course.labels.items() for condition in conditions):
+            found.append(course)
+    if not found:
+        raise ValueError(f"no training course is {preview(conditions)}; there are {preview(model.known)}")
+    return found
+
+
 def _states(courses: Sequence[Course]) -> tuple[np.ndarray, list[Mapping[str, str]]]:
     """States evenly spaced along all courses, and their labels."""
     values = np.concatenate([course.values for course in courses])
@@ -143,7 +153,7 @@ def _states(courses: Sequence[Course]) -> tuple[np.ndarray, list[Mapping[str, st
     return values[chosen], [names[i] for i in chosen]
 
 
-def edge_table(model: GeneNetwork, labels: Mapping[str, str] | None = None, n_edges: int | None = None) -> pd.DataFrame:
+def edge_table(model: GeneNetwork, labels: Conditions | None = None, n_edges: int | None = None) -> pd.DataFrame:
     """Signed edges, strongest first; a gene's effect on itself is left out."""
     # (g, g) [regulator, target], over the members of the ensemble
     matrices = edge_matrices(model, labels)
