@@ -149,7 +149,7 @@ def _is_file(path: Path) -> bool:
     return "|" not in str(path) and (path.suffix in TABLES or path.exists())
 
 
-def read_labels(given: list[str] | None, option: str = "--where"):
+def read_labels(given: list[str] | None, option: str = "--where") -> Any:
     """Labels of courses as a model takes them: a table, names, or one mapping of every ``covariate=label``."""
     if not given:
         return None
