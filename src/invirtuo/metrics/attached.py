@@ -9,7 +9,7 @@ import pandas as pd
 __all__ = ["Attached"]
 
 
-class Attached(pd.DataFrame):  # type: ignore[misc]  # pandas ships no types
+class Attached(pd.DataFrame):  # type: ignore[misc]  # noqa: PLW1641 - pandas ships no types, tables have no hash
     """A table for `attrs`: pandas compares the attrs of pieces of a table when it prints or joins them.
 
     It takes a comparison value by value for an error; so two attached tables are equal if they are one and the same,
