@@ -37,7 +37,7 @@ def test_scores_are_complete_and_tidy(comparison, tmp_path):
     assert scores.columns[:4].tolist() == ["condition", "perturbation", "cell_type", "metric"]
     counts = scores.groupby("model").size()
     assert set(counts.index) == {"flow", "mean", "none", "noise_floor"}
-    assert (counts == 2 * 8).all()  # conditions x metrics
+    assert (counts == 2 * 11).all()  # conditions x metrics
     pd.testing.assert_frame_equal(scores, pd.read_csv(tmp_path / "a" / "scores.csv"), check_dtype=False)
     floor = scores[(scores["model"] == "noise_floor") & (scores["metric"] == "rmse_mean")]["value"].mean()
     none = scores[(scores["model"] == "none") & (scores["metric"] == "rmse_mean")]["value"].mean()

@@ -655,3 +655,15 @@ def test_flags_are_said_below_the_table(results):
     flags.to_csv(results / "flags.csv", index=False)
     page = report(results, results / "report.html").read_text()
     assert page.count("cells &lt;are&gt; alike") == 1 and "<strong>other</strong>" in page
+
+
+def test_nobody_is_best_for_making_no_mistakes(scores):
+    """A prediction that calls nothing has no false discovery."""
+    calls = pd.DataFrame(
+        {"condition": CONDITIONS * 2, "metric": "de_fdr", "value": [0, 0, 0.3, 0.2], "direction": "lower"}
+    )
+    calls["model"] = ["no_change"] * 2 + ["ours"] * 2
+    table = score_table(pd.concat([scores, calls]))
+    column = next(i for i, column in enumerate(table.columns) if column.name == "de_fdr")
+    marks = [row.cells[column].mark for row in table.rows]
+    assert not any(marks) and "DE FDR" not in table.wins["no_change"] and table.columns[column].arrow == "↓"

@@ -35,12 +35,13 @@ def discrimination(
 ) -> pd.DataFrame:
     """How well metrics discriminate on real cells, columns `DISCRIMINATION`; no row where that cannot be known.
 
-    See :func:`invirtuo.metrics.calibration`.
+    See :func:`invirtuo.metrics.calibration`. It is not asked of metrics that count mistakes alone.
     """
-    from invirtuo.metrics import calibration
+    from invirtuo.metrics import METRICS, calibration, choose
 
+    asked = [name for name in choose(metrics, design) if not METRICS[name].of_mistakes]
     try:
-        return calibration(real, design, metrics, n_pcs=n_pcs, seed=seed)[DISCRIMINATION]
+        return calibration(real, design, asked, n_pcs=n_pcs, seed=seed)[DISCRIMINATION]
     except ValueError as error:
         logger.warning("how well the metrics discriminate is not known: %s", error)
         return pd.DataFrame(columns=DISCRIMINATION)

@@ -7,11 +7,11 @@ from functools import partial
 import pandas as pd
 
 from invirtuo import splits
-from invirtuo.bench.task import FALSE_CALLS, PUBLISHED, Task
+from invirtuo.bench.task import JUDGED, PUBLISHED, Task
 
 __all__ = ["TASKS"]
 
-RANKED = (*PUBLISHED, *FALSE_CALLS, *(f"{name}_rank" for name in PUBLISHED))
+RANKED = (*JUDGED, *(f"{name}_rank" for name in PUBLISHED))
 SMALLEST = 20  # cells a condition needs to be judged as a population
 CYTOKINES, LINES = ("IFNG", "INS", "TGFB"), ("k562", "mcf7", "ht29", "hap1")
 

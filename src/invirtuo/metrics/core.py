@@ -93,6 +93,8 @@ class Metric:
         Whether it ranks a prediction among those of other perturbations; NaN in groups with one perturbation.
     of_means
         Whether it sees nothing of a prediction but the mean over cells of each condition.
+    of_mistakes
+        Whether it counts mistakes alone, so that a prediction without any effect is perfect: read it beside others.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Metric:
     default: bool = True
     relative: bool = False
     of_means: bool = False
+    of_mistakes: bool = False
 
 
 METRICS: dict[str, Metric] = {}
@@ -153,12 +156,13 @@ def metric(
     default: bool = True,
     relative: bool = False,
     of_means: bool | None = None,
+    of_mistakes: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a plain function as a metric; the function itself is returned unchanged.
 
     Parameters
     ----------
-    name, label, direction, range, best, definition, reference, default, relative
+    name, label, direction, range, best, definition, reference, default, relative, of_mistakes
         See :class:`Metric`.
     of_means
         Likewise; None: as the view that it compares.
@@ -181,9 +185,8 @@ def metric(
         compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
         sees_means = on in _OF_MEANS if of_means is None else of_means
-        METRICS[name] = Metric(
-            name, label, direction, range, best, definition, reference, values, default, relative, sees_means
-        )
+        told = (name, label, direction, range, best, definition, reference)
+        METRICS[name] = Metric(*told, values, default, relative, sees_means, of_mistakes)
         if ranked and direction is not None:
 
             def rank_values(pair: Pair, group: str) -> np.ndarray:

@@ -39,6 +39,7 @@ FALSE_DISCOVERIES = (
     best=0.0,
     definition="Number of predicted DE genes of a condition that has no real one; NaN for other conditions",
     reference=REFERENCE,
+    of_mistakes=True,
 )
 @of_tests("equal_tests")
 def false_calls(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
@@ -55,6 +56,7 @@ def false_calls(pred: CountTests, real: CountTests, counted: np.ndarray) -> floa
     best=0.0,
     definition="de_false_calls over the number of tested genes",
     reference=REFERENCE,
+    of_mistakes=True,
     default=False,
 )
 @of_tests("equal_tests")
@@ -73,6 +75,7 @@ def false_share(pred: CountTests, real: CountTests, counted: np.ndarray) -> floa
     best=0.0,
     definition="1 if any gene is called in a condition that has no real DE gene, else 0; NaN for other conditions",
     reference=REFERENCE,
+    of_mistakes=True,
     default=False,
 )
 @of_tests("equal_tests")
@@ -91,6 +94,7 @@ def false_any(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
     definition="Share of the predicted DE genes that are no real ones; 0 if none are predicted (see de_silent), NaN "
     "for conditions without a real DE gene",
     reference=REFERENCE,
+    of_mistakes=True,
 )
 @of_tests("equal_tests")
 def false_discovery_rate(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:

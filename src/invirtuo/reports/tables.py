@@ -40,11 +40,17 @@ class Column:
     definition: str = ""
     n: int = 0
     drf: float = np.nan  # dynamic range fraction, if it is known
+    of_mistakes: bool = False  # a prediction that says nothing is perfect
 
     @property
     def is_weak(self) -> bool:
         """Whether the metric can hardly tell a replicate of the experiment from an answer that knows nothing."""
         return self.drf < WEAK
+
+    @property
+    def crowns(self) -> str | None:
+        """Which values win; None if a good value alone says nothing."""
+        return None if self.is_weak or self.of_mistakes else self.direction
 
     @property
     def arrow(self) -> str:
@@ -133,8 +139,7 @@ def score_table(
     wins: dict[str, list[str]] = {name: [] for name in means.index if name != floor}
     ties = []
     for column in columns:
-        direction = None if column.is_weak else column.direction
-        marks[column.name], winners = _marks(means[column.name].drop(floor, errors="ignore"), direction)
+        marks[column.name], winners = _marks(means[column.name].drop(floor, errors="ignore"), column.crowns)
         if len(winners) == 1:
             wins[winners[0]].append(column.label)
         elif winners:
@@ -178,7 +183,7 @@ def _mean_ranks(means: pd.DataFrame, columns: list[Column]) -> dict[str, float]:
     """Mean over the metrics of the rank of each model, no value last."""
     ranks = []
     for column in columns:
-        if column.direction:
+        if column.crowns:
             ranks.append(means[column.name].rank(ascending=column.direction == "lower", na_option="bottom"))
     return pd.concat(ranks, axis=1).mean(axis=1).to_dict() if ranks else {}
 
@@ -221,7 +226,7 @@ def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict[str, 
         rows = []
         for condition, values in wide.iloc[:MAX_CONDITIONS].iterrows():
             floor = [row.name for row in table.rows if row.kind == "floor" and row.cells]
-            marks, _ = _marks(values.drop(floor), None if column.is_weak else column.direction)
+            marks, _ = _marks(values.drop(floor), column.crowns)
             cells = [Cell(number(values[model]), marks.get(model, "")) for model in models]
             rows.append(Row(str(condition), "", cells))
         left_out = max(len(wide) - MAX_CONDITIONS, 0)
@@ -254,7 +259,8 @@ def _columns(scores: pd.DataFrame) -> list[Column]:
         direction = given.get(name) or getattr(record, "direction", None)
         label = getattr(record, "label", name)
         definition = getattr(record, "definition", "")
-        columns.append(Column(name, label, direction, definition, int(counted.get(name, 0))))
+        of_mistakes = getattr(record, "of_mistakes", False)
+        columns.append(Column(name, label, direction, definition, int(counted.get(name, 0)), of_mistakes=of_mistakes))
     return columns
 
 
