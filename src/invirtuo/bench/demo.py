@@ -37,8 +37,9 @@ NOTES = (
     "These parts were chosen by looking at the two conditions shown here, so the page flatters the main row; the "
     "documentation of the models has a test on other cell types.",
     "The paper's own network, a U-Net, is not shown: it needs more training than a demo has time for.",
-    "linear_additive is fitted by gradient descent, the other baselines in closed form. 'shift' adds the mean effect "
-    "to single control cells, the profile predicts one vector for all cells.",
+    "linear_additive is fitted by gradient descent, the other baselines in closed form. 'shift-cells' adds the mean "
+    "effect to single control cells, 'move-cells' moves them to the same mean and keeps their zeros, fold_change "
+    "multiplies them; the profile predicts one vector for all cells.",
     "One perturbation only: rank metrics carry no meaning here and are left out.",
 )
 
