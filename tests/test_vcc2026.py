@@ -183,6 +183,21 @@ def test_own_genes_do_not_count_and_may_be_declared(caplog):
     assert metrics.vcc2026(PRED, REAL, DESIGN, target_genes={"*": None}).attrs["panel"]
 
 
+@pytest.mark.parametrize("rows", [1, 100, 10**6])
+def test_files_are_read_condition_by_condition(tmp_path, monkeypatch, rows):
+    """Files on disk, few of whose cells are in memory at a time, give the same values."""
+    monkeypatch.setattr(counts, "CELLS_AT_ONCE", rows)
+    paths = [tmp_path / name for name in ("pred.h5ad", "real.h5ad")]
+    for path, cells in zip(paths, (PRED, REAL), strict=True):
+        cells.write_h5ad(path)
+    backed = [anndata.read_h5ad(path, backed="r") for path in paths]
+    expected = metrics.challenge_score(PRED, REAL, DESIGN, n_splits=2, target_genes="parts", **OPTIONS)
+    found = metrics.challenge_score(*backed, DESIGN, n_splits=2, target_genes="parts", **OPTIONS)
+    pd.testing.assert_frame_equal(found, expected)
+    table = metrics.vcc2026(*map(str, paths), DESIGN, target_genes="parts", **OPTIONS)
+    pd.testing.assert_frame_equal(table, pd.DataFrame(expected.attrs["scores"]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

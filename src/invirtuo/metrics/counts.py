@@ -15,7 +15,7 @@ from numpy.polynomial.chebyshev import Chebyshev
 from scipy import sparse, stats
 
 from invirtuo.metrics.core import view
-from invirtuo.metrics.wilcoxon import AT_ONCE, rank_sum
+from invirtuo.metrics.wilcoxon import rank_sum
 
 if TYPE_CHECKING:
     from invirtuo.metrics.cells import Side
@@ -27,6 +27,7 @@ LEVEL = 0.05  # significance of the adjusted p-value
 MILLION = 1e6
 MIN_CPM = 5.0  # mean counts per million of the control cells above which a gene is tested
 EPSILON = 1e-9  # added to mean counts per million before a fold change
+CELLS_AT_ONCE = 8192  # of several conditions that are tested together
 FEW_CELLS = 64  # of so few cells every value left out is looked at
 MOST_PAIRS = 2  # of a count and a depth, over the number of values
 MOST_COUNTS = 1000  # of a gene in a cell that are looked up in a table
@@ -114,12 +115,24 @@ def _tests_of_group(pair: Pair, side: Side, group: str, *, equal: bool) -> dict[
     def compute() -> dict[str, CountTests]:
         control = pair.control_count_matrix(side, group)
         found: dict[str, CountTests] = {}
-        for start in range(0, len(pair.names(group)), AT_ONCE):
-            names = pair.names(group)[start : start + AT_ONCE]
+        for names in _batches({name: pair.n_cells(side, name) for name in pair.names(group)}):
             found.update(zip(names, _tests([counts_of(name) for name in names], control), strict=True))
         return found
 
     return pair.once(side, ("equal tests" if equal else "count tests", group), compute)
+
+
+def _batches(sizes: dict[str, int]) -> list[list[str]]:
+    """Conditions that are in memory together, in their order: few enough cells, or one condition."""
+    batches: list[list[str]] = []
+    n_cells = 0
+    for name, size in sizes.items():
+        if not batches or n_cells + size > CELLS_AT_ONCE:
+            batches.append([])
+            n_cells = 0
+        batches[-1].append(name)
+        n_cells += size
+    return batches
 
 
 def of_tests(
