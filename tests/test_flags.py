@@ -84,3 +84,14 @@ def test_no_attack_beats_the_mean_response_unseen():
         scaled = metrics.anchored(metrics.vcc2026(made, REAL, DESIGN, **options), baseline, replicate)
         scores[name] = scaled.loc["average", "score"] if not flags(made) else -np.inf
     assert pd.Series(scores).max() < 0.02
+
+
+def test_evaluate_says_what_is_suspect(tmp_path, run):
+    spoilt = ATTACKS["collapsed"](Prediction(perturbed(HONEST["twin"]), CONTROLS, "gene"))
+    for name, cells in (("spoilt", spoilt), ("honest", HONEST["twin"]), ("real", REAL)):
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    columns = ["--perturbation", "gene", "--control", "control", "--scale", "counts", "--out", tmp_path / "scores.csv"]
+    code, out, _ = run("evaluate", tmp_path / "spoilt.h5ad", tmp_path / "real.h5ad", *columns)
+    assert code == 0 and "suspect: cells are alike in 5 of 5 conditions" in out
+    code, out, _ = run("evaluate", tmp_path / "honest.h5ad", tmp_path / "real.h5ad", *columns)
+    assert code == 0 and "suspect" not in out and "de_fdr" in out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -44,24 +44,30 @@ def evaluate(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Score predicted cells against real cells; writes a tidy CSV."""
+    """Score predicted cells against real cells; writes a tidy CSV, and says what is suspect about the cells."""
     import invirtuo
     from invirtuo.cells.files import writing
     from invirtuo.cells.source import opened
+    from invirtuo.metrics import Pair, choose, score
     from invirtuo.metrics.cells import of_side
+    from invirtuo.metrics.flags import flags_of
 
     layers = _layers(layer)
     real_cells = opened(real, small_in_memory=True, layer=of_side(layers, "real"))
     design = invirtuo.Design.from_adata(
         real_cells.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
     )
-    names = metrics.split(",") if metrics else None
-    options = {"n_pcs": n_pcs, "controls": controls, "scale": scale, "layer": layers}
-    scores = invirtuo.evaluate(pred, real_cells, design, names, **options)
+    chosen = choose(metrics.split(",") if metrics else None, design)
+    options: dict[str, Any] = {"n_pcs": n_pcs, "controls": controls, "scale": scale, "layer": layers}
+    pair = Pair(pred, real_cells, design, **options)
+    scores = score(pair, chosen)
     with writing(out) as path:
         scores.to_csv(path, index=False)
     if not quiet:
         print_scores(scores.assign(model=pred.stem))
+        # the tests that flags need are there, if metrics were not chosen
+        for text in flags_of(pair)["text"] if metrics is None and perturbation else ():
+            typer.echo(f"suspect: {text}")
 
 
 def score(
