@@ -49,7 +49,7 @@ def panels(table: pd.DataFrame) -> tuple[str, int, str]:
         grid[i][0].set_ylabel(str(condition).replace("|", "\n"), fontsize=9)
 
     for j, model in enumerate(columns):
-        grid[0][j].set_title(str(model), fontsize=10, fontweight="bold")
+        grid[0][j].set_title(_title(model), fontsize=10, fontweight="bold")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9, markerscale=4)
     left_out = [(len(conditions) - len(rows), "conditions"), (len(models) - len(columns), "models")]
@@ -123,7 +123,7 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
             grid[2][j].hist(share, bins, weights=weights, histtype="stepfilled", color=color, alpha=0.6)
         grid[0][j].set(xscale="log", yscale="log")
         grid[1][j].set(xscale="log")
-        grid[0][j].set_title(str(model), fontsize=10, fontweight="bold")
+        grid[0][j].set_title(_title(model), fontsize=10, fontweight="bold")
         for row, name in zip(grid, ("mean of a gene", "mean of a gene", "share of empty genes"), strict=True):
             row[j].set_xlabel(name, fontsize=8)
             _clean(row[j])
@@ -154,6 +154,11 @@ def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
 def _spread(cells: pd.DataFrame) -> float:
     """Larger standard deviation of both components."""
     return float(cells[["pc1", "pc2"]].std().max())
+
+
+def _title(model: object) -> str:
+    """Name of a model above its column; the preset on a line of its own, so that neighbours do not touch."""
+    return str(model).replace(":", ":\n")
 
 
 def _clean(ax: Axes) -> None:
