@@ -140,7 +140,7 @@ def test_each_condition_is_tested_once(monkeypatch):
     assert sizes == [4, 4]
     score(pair.against(screen(2)), "cell_eval")
     assert sizes == [4, 4, 4]  # the real side is not tested again
-    monkeypatch.setattr(wilcoxon, "AT_ONCE", 3)
+    monkeypatch.setattr(wilcoxon, "CELLS_AT_ONCE", 100)
     pd.testing.assert_frame_equal(values(evaluate(PRED, REAL, DESIGN, "cell_eval")), table)
     assert sizes[3:] == [3, 1, 3, 1]
 

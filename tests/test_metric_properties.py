@@ -120,7 +120,7 @@ def test_size_of_blocks(rows, pairs, values):
         patch.setattr(distribution, "PAIRS", pairs)
         patch.setattr(distribution, "CACHED_CELLS", values)
         patch.setattr(generation, "PAIRS", pairs)
-        patch.setattr(wilcoxon, "AT_ONCE", 1 + rows % 4)
+        patch.setattr(wilcoxon, "CELLS_AT_ONCE", 1 + rows)
         same(table(PRED, REAL), reference())
 
 

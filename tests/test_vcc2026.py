@@ -9,7 +9,7 @@ import pytest
 from scipy import sparse, stats
 
 from invirtuo import Design, metrics
-from invirtuo.metrics import counts
+from invirtuo.metrics import counts, wilcoxon
 from invirtuo.metrics.counts import bulk
 
 GENES = [*"ABC", *(f"G{i:02d}" for i in range(57))]
@@ -186,7 +186,7 @@ def test_own_genes_do_not_count_and_may_be_declared(caplog):
 @pytest.mark.parametrize("rows", [1, 100, 10**6])
 def test_files_are_read_condition_by_condition(tmp_path, monkeypatch, rows):
     """Files on disk, few of whose cells are in memory at a time, give the same values."""
-    monkeypatch.setattr(counts, "CELLS_AT_ONCE", rows)
+    monkeypatch.setattr(wilcoxon, "CELLS_AT_ONCE", rows)
     paths = [tmp_path / name for name in ("pred.h5ad", "real.h5ad")]
     for path, cells in zip(paths, (PRED, REAL), strict=True):
         cells.write_h5ad(path)

@@ -165,11 +165,9 @@ def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], dict[str, list[di
         adata, design, split = cell.task.load(fold, data_dir=cell.data_dir)
         clock.restart()
         if cell.entry.model == FLOOR:
-            tables.append(_floor(cell, adata, design, split))
-            real = adata[(split == cell.part).to_numpy()].copy()
-            metrics = cell.metrics or cell.task.metrics
-            table = discrimination(real, design, metrics, n_pcs=cell.task.n_pcs, seed=cell.seed)
-            notes["discrimination"] += table.assign(fold=fold).to_dict("records")
+            table, known = _floor(cell, adata, design, split)
+            tables.append(table)
+            notes["discrimination"] += known.assign(fold=fold).to_dict("records")
             clock.add("score")
         else:
             table, n_parameters, suspect = _fold(cell, fold, adata, design, split, clock)
@@ -214,14 +212,16 @@ def _fold(
     return pd.concat(tables), sum(p.numel() for p in model.parameters()), flags
 
 
-def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> pd.DataFrame:
-    """Scores of halves of the real cells of held-out conditions against each other."""
+def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of halves of the real cells of held-out conditions, and how well the metrics discriminate on them."""
     from invirtuo.metrics import noise_floor
 
     real = adata[(split == cell.part).to_numpy()].copy()
     trained = set(design.names(adata.obs[(split == "train").to_numpy()]))
-    table = noise_floor(real, design, cell.metrics or cell.task.metrics, n_pcs=cell.task.n_pcs, seed=cell.seed)
-    return table[~table["condition"].isin(trained)].assign(model=FLOOR)
+    metrics, n_pcs = cell.metrics or cell.task.metrics, cell.task.n_pcs
+    table = noise_floor(real, design, metrics, n_pcs=n_pcs, seed=cell.seed)
+    known = discrimination(real, design, metrics, n_pcs=n_pcs, seed=cell.seed)
+    return table[~table["condition"].isin(trained)].assign(model=FLOOR), known
 
 
 def as_json(scores: pd.DataFrame) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from scipy import sparse
 
 from invirtuo.errors import preview
 from invirtuo.metrics.attached import Attached
-from invirtuo.metrics.cells import common_scale, of_side, read_cells
+from invirtuo.metrics.cells import Cells, read_cells, read_scaled
 from invirtuo.metrics.core import METRICS, CountOptions, Pair
-from invirtuo.metrics.counts import mean_of
+from invirtuo.metrics.counts import control_mean_counts
 from invirtuo.metrics.real_side import fingerprint, kept_table, with_real_side
 from invirtuo.metrics.scores import choose, score, summarize
 from invirtuo.metrics.vcc2026 import (
@@ -27,6 +27,7 @@ from invirtuo.metrics.vcc2026 import (
     official,
     panels,
     read_counts,
+    read_real_counts,
     require_targets,
 )
 
@@ -101,12 +102,12 @@ def challenge_score(
     scores = official(with_real_side(pair, folder))
 
     def baseline() -> pd.DataFrame:
-        cells = mean_response(real, design, emission=emission, seed=seed, target_genes=target_genes, scale=truth.scale)
-        found, _ = read_counts(cells, real, design, scale=truth.scale, fractional=True)
-        return official(pair.against(found))
+        cells = mean_response(truth, design, emission=emission, seed=seed, target_genes=target_genes)
+        found = read_cells("pred", cells, design, genes=truth.genes)
+        return official(pair.against(found.with_scale(truth.scale)))
 
     def divided() -> pd.DataFrame:
-        return replicates(real, design, n_splits=n_splits, scale=truth.scale, **options)
+        return replicates(truth, design, n_splits=n_splits, **options)
 
     base = kept_table(folder, f"baseline-{emission}-{seed}", baseline)
     table = anchored(scores, base, kept_table(folder, f"replicates-{n_splits}", divided))
@@ -115,7 +116,7 @@ def challenge_score(
 
 
 def mean_response(
-    real: AnyCells,
+    real: AnyCells | Cells,
     design: Design,
     *,
     emission: Literal["dispersed", "tile"] = "dispersed",
@@ -162,7 +163,7 @@ def mean_response(
 
     if emission not in ("dispersed", "tile"):
         raise ValueError(f"emission must be 'dispersed' or 'tile'; found {emission!r}")
-    cells, _ = read_counts(real, real, design, scale=scale, fractional=True)
+    cells = read_real_counts(real, design, scale=scale, fractional=True)
     pair = Pair(cells, cells, design, counts=CountOptions(target_genes=target_genes))
     rng = np.random.default_rng(seed)
     blocks, labels = [], []
@@ -170,7 +171,7 @@ def mean_response(
         names = sorted(pair.names(group), key=lambda name: str(pair.conditions.at[name, "_label"]))
         response = _response(pair, names, group)
         control = pair.control_count_matrix("real", group)
-        control_mean = mean_of(control)
+        control_mean = control_mean_counts(pair, group)
         factors = np.divide(response, control_mean, out=np.zeros_like(response), where=control_mean > 0)
         for name in names:
             n = pair.n_cells("real", name)
@@ -193,10 +194,8 @@ def mean_response(
 
 def _response(pair: Pair, names: Sequence[str], group: str) -> np.ndarray:
     """(g,) mean over perturbations of their mean counts, without those that target the gene."""
-    means = np.stack([mean_of(pair.count_matrix("real", name)) for name in names])
-    counted = np.ones_like(means, dtype=bool)
-    for i, name in enumerate(names):
-        counted[i, pair.own_genes(name)] = False
+    means = np.stack([pair.see("mean_counts", "real", name) for name in names])
+    counted = np.stack([pair.counted_genes(name) for name in names])
     if not counted.any(axis=0).all():
         always = pair.genes[~counted.any(axis=0)]
         raise ValueError(f"group {group!r}: every perturbation targets {preview(always)}; no response is left")
@@ -204,7 +203,7 @@ def _response(pair: Pair, names: Sequence[str], group: str) -> np.ndarray:
 
 
 def replicates(
-    real: AnyCells,
+    real: AnyCells | Cells,
     design: Design,
     metrics: Sequence[str] | str | None = "vcc2026",
     *,
@@ -249,11 +248,10 @@ def replicates(
     is_official = metrics == "vcc2026"
     stated = scale or ("counts" if is_official else "log1p")
     counts = CountOptions(bulk_target_sum, target_genes)
-    if is_official:
-        cells, _ = read_counts(real, real, design, scale=stated)
+    if is_official or isinstance(real, Cells):
+        cells = read_real_counts(real, design, scale=stated)
     else:
-        read = read_cells("real", real, design, layer=of_side(layer, "real"))
-        cells = read.on_scale(common_scale(stated, read))
+        cells = read_scaled(real, design, stated, layer)
     whole = Pair(cells, cells, design, counts=counts)
 
     tables = []
@@ -274,8 +272,7 @@ def _error_over_all_genes(halves: Pair, whole: Pair, group: str) -> float:
     errors = []
     for name in halves.names(group):
         truth = whole.see("count_tests", "real", name)
-        gate = truth.significant.copy()
-        gate[whole.own_genes(name)] = False
+        gate = truth.significant & whole.counted_genes(name)
         if gate.sum() >= MIN_GENES:
             pred, real = (halves.see("count_tests", side, name) for side in ("pred", "real"))
             difference = np.where(pred.tested, pred.lfc, 0.0) - np.where(real.tested, real.lfc, 0.0)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from invirtuo.errors import preview
 from invirtuo.metrics.attached import Attached
-from invirtuo.metrics.core import METRICS, CountOptions, Metric, Pair
+from invirtuo.metrics.core import METRICS, CountOptions, Metric
 from invirtuo.metrics.halves import (
     ALL_CELLS,
     ALL_MEAN,
@@ -125,7 +125,9 @@ def calibration(
     for name, kinds in controls.items():
         for kind in kinds:
             wanted.setdefault(kind, []).append(name)
-    scored = {kind: _scored(divided.prediction(kind), names) for kind, names in wanted.items()}
+    scored = {}
+    for kind, names in wanted.items():
+        scored[kind] = values_of(divided.prediction(kind), {name: records[name] for name in names})
 
     tables = []
     for name, (positive, negative) in controls.items():
@@ -227,13 +229,3 @@ def _with_best(names: Sequence[str]) -> dict[str, Metric]:
             "metrics=['mse', 'pearson_delta']"
         )
     return records
-
-
-def _scored(pair: Pair, names: Sequence[str]) -> pd.DataFrame:
-    """Conditions by metrics."""
-    # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
-    columns = {}
-    for name in sorted(names, key=lambda name: not name.endswith("_rank")):
-        columns[name] = np.concatenate([values_of(METRICS[name], pair, group) for group in pair.groups])
-    conditions = [name for group in pair.groups for name in pair.names(group)]
-    return pd.DataFrame(columns, index=conditions)

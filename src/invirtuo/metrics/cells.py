@@ -318,6 +318,12 @@ def common_scale(scale: Scale, *sides: Cells) -> Literal["log1p", "counts"]:
     return "counts" if "counts" in found.values() else "log1p"
 
 
+def read_scaled(real: AnyCells, design: Design, scale: Scale, layer: Layer) -> Cells:
+    """The real file on the stated scale."""
+    cells = read_cells("real", real, design, layer=of_side(layer, "real"))
+    return cells.on_scale(common_scale(scale, cells))
+
+
 def compare_levels(pred: Cells, real: Cells) -> None:
     """Refuse two files of log values that were surely made in different ways, and say so where it only seems so.
 

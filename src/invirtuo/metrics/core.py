@@ -23,7 +23,17 @@ import numpy as np
 from scipy import sparse
 
 from invirtuo.errors import preview
-from invirtuo.metrics.cells import Cells, Layer, Scale, Side, common_scale, compare_levels, of_side, read_cells
+from invirtuo.metrics.cells import (
+    Cells,
+    Layer,
+    Scale,
+    Side,
+    common_scale,
+    compare_levels,
+    of_side,
+    read_cells,
+    read_scaled,
+)
 from invirtuo.metrics.rank import ranks
 from invirtuo.metrics.streamed import Streamed
 
@@ -323,7 +333,7 @@ class Pair:
         layer: Layer = None,
     ) -> Pair:
         """Two disjoint random halves of each real condition, as prediction and truth; the controls are not divided."""
-        scaled = _scaled(real, design, scale, layer)
+        scaled = read_scaled(real, design, scale, layer)
         single = {name: "only one cell" for name, rows in scaled.rows.items() if len(rows) < 2}
         if len(single) == len(scaled.rows):
             raise ValueError(
@@ -358,7 +368,7 @@ class Pair:
 
         Unlike :meth:`halves`, each side is compared with its own half of the controls; an odd cell is left out.
         """
-        scaled = real if isinstance(real, Cells) else _scaled(real, design, scale, layer)
+        scaled = real if isinstance(real, Cells) else read_scaled(real, design, scale, layer)
         pieces, single = scaled.equal_pieces(np.random.default_rng(seed))
         if all(name in single for name in scaled.rows):
             raise ValueError("real: no condition has two or more cells to divide")
@@ -455,7 +465,15 @@ class Pair:
 
     def own_genes(self, condition: str) -> np.ndarray:
         """Positions of the genes that a perturbation acts on by itself, see :class:`CountOptions`."""
-        return np.flatnonzero(np.isin(self.genes, list(self.targets(condition))))
+        return np.flatnonzero(~self.counted_genes(condition))
+
+    def counted_genes(self, condition: str) -> np.ndarray:
+        """(g,) whether a gene counts: it is none that the perturbation acts on by itself."""
+
+        def compute() -> np.ndarray:
+            return ~np.isin(self.genes, list(self.targets(condition)))
+
+        return self.once("real", ("counted genes", condition), compute)
 
     def targets(self, condition: str) -> set[str]:
         """Names of the genes that a perturbation may target, measured or not; empty if it is known to have none."""
@@ -586,12 +604,6 @@ def _sides(pred: AnyCells, real: AnyCells, design: Design, scale: Scale, layer: 
     pred_cells = read_cells("pred", pred, design, genes=real_cells.genes, layer=of_side(layer, "pred"))
     stated = common_scale(scale, real_cells, pred_cells)
     return pred_cells.on_scale(stated), real_cells.on_scale(stated)
-
-
-def _scaled(real: AnyCells, design: Design, scale: Scale, layer: Layer) -> Cells:
-    """One file on the stated scale."""
-    cells = read_cells("real", real, design, layer=of_side(layer, "real"))
-    return cells.on_scale(common_scale(scale, cells))
 
 
 @dataclass(frozen=True)

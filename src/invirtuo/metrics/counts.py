@@ -15,7 +15,7 @@ from numpy.polynomial.chebyshev import Chebyshev
 from scipy import sparse, stats
 
 from invirtuo.metrics.core import view
-from invirtuo.metrics.wilcoxon import rank_sum
+from invirtuo.metrics.wilcoxon import LEVEL, batches, rank_sum
 
 if TYPE_CHECKING:
     from invirtuo.metrics.cells import Side
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "mean_of", "of_tests"]
 
-LEVEL = 0.05  # significance of the adjusted p-value
 MILLION = 1e6
 MIN_CPM = 5.0  # mean counts per million of the control cells above which a gene is tested
 EPSILON = 1e-9  # added to mean counts per million before a fold change
-CELLS_AT_ONCE = 8192  # of several conditions that are tested together
 FEW_CELLS = 64  # of so few cells every value left out is looked at
 MOST_PAIRS = 2  # of a count and a depth, over the number of values
 MOST_COUNTS = 1000  # of a gene in a cell that are looked up in a table
@@ -88,6 +86,18 @@ def control_bulk(pair: Pair, side: Side, group: str) -> Bulk:
     return pair.once_of_control(side, ("bulk", group), compute)
 
 
+@view("mean_counts")
+def mean_counts_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(g,) mean counts of the cells of a condition."""
+    return mean_of(pair.count_matrix(side, condition))
+
+
+def control_mean_counts(pair: Pair, group: str) -> np.ndarray:
+    """(g,) mean counts of the real control cells."""
+    key = ("mean counts", group)
+    return pair.once_of_control("real", key, lambda: mean_of(pair.control_count_matrix("real", group)))
+
+
 @view("count_tests")
 def count_tests_view(pair: Pair, side: Side, condition: str) -> CountTests:
     """Table of tests, made together with those of the other scored conditions of the group."""
@@ -115,24 +125,11 @@ def _tests_of_group(pair: Pair, side: Side, group: str, *, equal: bool) -> dict[
     def compute() -> dict[str, CountTests]:
         control = pair.control_count_matrix(side, group)
         found: dict[str, CountTests] = {}
-        for names in _batches({name: pair.n_cells(side, name) for name in pair.names(group)}):
+        for names in batches(pair, side, pair.names(group)):
             found.update(zip(names, _tests([counts_of(name) for name in names], control), strict=True))
         return found
 
     return pair.once(side, ("equal tests" if equal else "count tests", group), compute)
-
-
-def _batches(sizes: dict[str, int]) -> list[list[str]]:
-    """Conditions that are in memory together, in their order: few enough cells, or one condition."""
-    batches: list[list[str]] = []
-    n_cells = 0
-    for name, size in sizes.items():
-        if not batches or n_cells + size > CELLS_AT_ONCE:
-            batches.append([])
-            n_cells = 0
-        batches[-1].append(name)
-        n_cells += size
-    return batches
 
 
 def of_tests(
@@ -148,9 +145,8 @@ def of_tests(
         def values(pair: Pair, group: str) -> np.ndarray:
             scores = []
             for name in pair.names(group):
-                counted = np.ones(len(pair.genes), dtype=bool)
-                counted[pair.own_genes(name)] = False
-                scores.append(compare(pair.see(on, "pred", name), pair.see(on, "real", name), counted))
+                pred, real = (pair.see(on, side, name) for side in ("pred", "real"))
+                scores.append(compare(pred, real, pair.counted_genes(name)))
             return np.array(scores, dtype=float)
 
         return values

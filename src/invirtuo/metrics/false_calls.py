@@ -6,7 +6,8 @@ a floor below which no rate falls: hold the scores against those of halves (`noi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,103 +22,94 @@ if TYPE_CHECKING:
     from invirtuo.metrics.cells import Scale
     from invirtuo.metrics.core import TargetGenes
 
-__all__ = ["FALSE_DISCOVERIES", "calls", "false_discoveries"]
+__all__ = ["FALSE_DISCOVERIES", "MEASURES", "calls", "false_discoveries", "measures"]
 
 REFERENCE = "Ours; which genes a biologist would follow in vain"
 ALLOWED = 0.1  # false discovery rate up to which one walks down a ranking
-FALSE_DISCOVERIES = (
-    *("de_false_calls", "de_false_share", "de_false_any"),
-    *("de_fdr", "de_recall_active", "de_recall_at_fdr", "de_silent"),
-)
 
 
-@metric(
-    "de_false_calls",
-    label="False DE genes",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
-    definition="Number of predicted DE genes of a condition that has no real one; NaN for other conditions",
-    reference=REFERENCE,
-    of_mistakes=True,
-)
-@of_tests("equal_tests")
-def false_calls(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
-    """Genes called in an inert condition."""
-    n_real, n_pred, _ = _numbers(pred, real, counted)
-    return n_pred if n_real == 0 else np.nan
+class _Measure(NamedTuple):
+    """What a reader must know of a column of :func:`measures`."""
+
+    label: str
+    definition: str
+    range: tuple[float, float] = (0.0, 1.0)
+    direction: Literal["lower", "higher"] = "lower"
+    default: bool = False
+    of_mistakes: bool = True
 
 
-@metric(
-    "de_false_share",
-    label="False DE share",
-    direction="lower",
-    range=(0.0, 1.0),
-    best=0.0,
-    definition="de_false_calls over the number of tested genes",
-    reference=REFERENCE,
-    of_mistakes=True,
-    default=False,
-)
-@of_tests("equal_tests")
-def false_share(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
-    """Share of the tested genes that is called in an inert condition."""
-    n_real, n_pred, _ = _numbers(pred, real, counted)
-    n_tested = (pred.tested & counted).sum()
-    return n_pred / n_tested if n_real == 0 and n_tested else np.nan
+MEASURES = {
+    "de_false_calls": _Measure(
+        "False DE genes",
+        "Number of predicted DE genes of a condition that has no real one; NaN for other conditions",
+        range=(0.0, np.inf),
+        default=True,
+    ),
+    "de_false_share": _Measure("False DE share", "de_false_calls over the number of tested genes"),
+    "de_false_any": _Measure(
+        "False DE at all",
+        "1 if any gene is called in a condition that has no real DE gene, else 0; NaN for other conditions",
+    ),
+    "de_fdr": _Measure(
+        "DE FDR",
+        "Share of the predicted DE genes that are no real ones; 0 if none are predicted (see de_silent), NaN for "
+        "conditions without a real DE gene",
+        default=True,
+    ),
+    "de_recall_active": _Measure(
+        "DE recall (counts)",
+        "Share of the real DE genes that are predicted DE genes, tests on counts; NaN without real DE genes",
+        direction="higher",
+        of_mistakes=False,
+    ),
+    "de_silent": _Measure(
+        "DE silent",
+        "1 if no gene is predicted in a condition with real DE genes, else 0; NaN without real DE genes",
+        of_mistakes=False,
+    ),
+}
+FALSE_DISCOVERIES = (*list(MEASURES)[:-1], "de_recall_at_fdr", "de_silent")
 
 
-@metric(
-    "de_false_any",
-    label="False DE at all",
-    direction="lower",
-    range=(0.0, 1.0),
-    best=0.0,
-    definition="1 if any gene is called in a condition that has no real DE gene, else 0; NaN for other conditions",
-    reference=REFERENCE,
-    of_mistakes=True,
-    default=False,
-)
-@of_tests("equal_tests")
-def false_any(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
-    """Whether a gene is called in an inert condition."""
-    n_real, n_pred, _ = _numbers(pred, real, counted)
-    return float(n_pred > 0) if n_real == 0 else np.nan
+def calls(pair: Pair) -> pd.DataFrame:
+    """Numbers of genes by condition: `n_tested`, `n_real`, `n_pred`, `n_both`; index `condition`."""
+    return pair.once("pred", ("calls",), lambda: _calls(pair))
 
 
-@metric(
-    "de_fdr",
-    label="DE FDR",
-    direction="lower",
-    range=(0.0, 1.0),
-    best=0.0,
-    definition="Share of the predicted DE genes that are no real ones; 0 if none are predicted (see de_silent), NaN "
-    "for conditions without a real DE gene",
-    reference=REFERENCE,
-    of_mistakes=True,
-)
-@of_tests("equal_tests")
-def false_discovery_rate(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
-    """False among the called genes of an active condition."""
-    n_real, n_pred, n_both = _numbers(pred, real, counted)
-    return (n_pred - n_both) / max(n_pred, 1) if n_real else np.nan
+def _calls(pair: Pair) -> pd.DataFrame:
+    rows = {}
+    for name in pair.conditions.index:
+        pred, real = (pair.see("equal_tests", side, name) for side in ("pred", "real"))
+        counted = pair.counted_genes(name)
+        truth, called = real.significant & counted, pred.significant & counted
+        rows[name] = [int(genes.sum()) for genes in (pred.tested & counted, truth, called, truth & called)]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["n_tested", "n_real", "n_pred", "n_both"])
+    return table.rename_axis("condition")
 
 
-@metric(
-    "de_recall_active",
-    label="DE recall (counts)",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
-    definition="Share of the real DE genes that are predicted DE genes, tests on counts; NaN without real DE genes",
-    reference=REFERENCE,
-    default=False,
-)
-@of_tests("equal_tests")
-def recall_active(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
-    """Share of the real DE genes of an active condition that are called."""
-    n_real, _, n_both = _numbers(pred, real, counted)
-    return n_both / n_real if n_real else np.nan
+def measures(table: pd.DataFrame) -> pd.DataFrame:
+    """What the numbers of :func:`calls` say of each condition, a column for each of `MEASURES`; NaN where undefined."""
+    inert, active = table["n_real"] == 0, table["n_real"] > 0
+    n_pred, n_both = table["n_pred"], table["n_both"]
+    found = pd.DataFrame(index=table.index)
+    found["de_false_calls"] = n_pred.where(inert)
+    found["de_false_share"] = (n_pred / table["n_tested"]).where(inert)
+    found["de_false_any"] = (n_pred > 0).astype(float).where(inert)
+    found["de_fdr"] = ((n_pred - n_both) / n_pred.clip(lower=1)).where(active)
+    found["de_recall_active"] = (n_both / table["n_real"]).where(active)
+    found["de_silent"] = (n_pred == 0).astype(float).where(active)
+    return found
+
+
+def _of_group(pair: Pair, group: str, *, name: str) -> np.ndarray:
+    """(P,) values of a measure."""
+    return np.asarray(measures(calls(pair)).loc[pair.names(group), name], dtype=float)
+
+
+for _name, _measure in MEASURES.items():
+    _best = float(_measure.direction == "higher")
+    metric(_name, best=_best, reference=REFERENCE, **_measure._asdict())(partial(_of_group, name=_name))
 
 
 @metric(
@@ -148,41 +140,6 @@ def recall_at_fdr(pred: CountTests, real: CountTests, counted: np.ndarray) -> fl
     return float(found[allowed].max(initial=0) / truth.sum())
 
 
-@metric(
-    "de_silent",
-    label="DE silent",
-    direction="lower",
-    range=(0.0, 1.0),
-    best=0.0,
-    definition="1 if no gene is predicted in a condition with real DE genes, else 0; NaN without real DE genes",
-    reference=REFERENCE,
-    default=False,
-)
-@of_tests("equal_tests")
-def silent(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
-    """Whether nothing is called in an active condition."""
-    n_real, n_pred, _ = _numbers(pred, real, counted)
-    return float(n_pred == 0) if n_real else np.nan
-
-
-def _numbers(pred: CountTests, real: CountTests, counted: np.ndarray) -> tuple[int, int, int]:
-    """Real, predicted and common DE genes."""
-    truth, called = real.significant & counted, pred.significant & counted
-    return int(truth.sum()), int(called.sum()), int((truth & called).sum())
-
-
-def calls(pair: Pair) -> pd.DataFrame:
-    """Numbers of genes by condition: `n_tested`, `n_real`, `n_pred`, `n_both`; index `condition`."""
-    rows = {}
-    for name in pair.conditions.index:
-        pred, real = (pair.see("equal_tests", side, name) for side in ("pred", "real"))
-        counted = np.ones(len(pair.genes), dtype=bool)
-        counted[pair.own_genes(name)] = False
-        rows[name] = (int((pred.tested & counted).sum()), *_numbers(pred, real, counted))
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["n_tested", "n_real", "n_pred", "n_both"])
-    return table.rename_axis("condition")
-
-
 def false_discoveries(
     pred: AnyCells,
     real: AnyCells,
@@ -211,20 +168,21 @@ def false_discoveries(
     """
     pair = Pair(pred, real, design, controls=controls, scale=scale, counts=CountOptions(target_genes=target_genes))
     table = calls(pair)
-    inert, active = table[table["n_real"] == 0], table[table["n_real"] > 0]
-    false = active["n_pred"] - active["n_both"]
+    found = measures(table)
+    active = table[table["n_real"] > 0]
     n_calls = active["n_pred"].sum()
+    means = found.mean()
     summary = {
-        "n_inert": len(inert),
+        "n_inert": len(table) - len(active),
         "n_active": len(active),
-        "false_calls_mean": inert["n_pred"].mean(),
-        "false_calls_median": inert["n_pred"].median(),
-        "false_call_share": (inert["n_pred"] / inert["n_tested"]).mean(),
-        "inert_with_any_call": (inert["n_pred"] > 0).mean(),
-        "fdr": (false / active["n_pred"].clip(lower=1)).mean(),
-        "fdr_pooled": false.sum() / n_calls if n_calls else np.nan,
-        "recall": (active["n_both"] / active["n_real"]).mean(),
-        "n_active_without_call": int((active["n_pred"] == 0).sum()),
+        "false_calls_mean": means["de_false_calls"],
+        "false_calls_median": found["de_false_calls"].median(),
+        "false_call_share": means["de_false_share"],
+        "inert_with_any_call": means["de_false_any"],
+        "fdr": means["de_fdr"],
+        "fdr_pooled": 1 - active["n_both"].sum() / n_calls if n_calls else np.nan,
+        "recall": means["de_recall_active"],
+        "n_active_without_call": int(found["de_silent"].sum()),
     }
     result = pd.Series(summary, name="value").rename_axis("measure")
     result.attrs["calls"] = Attached(table)

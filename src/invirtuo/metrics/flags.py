@@ -5,23 +5,21 @@ A flag is a fact in words, not a verdict: a baseline of one profile for all cell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
 from invirtuo.metrics.core import CountOptions, Pair
-from invirtuo.metrics.counts import MIN_CPM, mean_of
-from invirtuo.metrics.false_calls import calls
+from invirtuo.metrics.counts import MIN_CPM, control_mean_counts
+from invirtuo.metrics.false_calls import calls, measures
+from invirtuo.metrics.vcc2026 import MIN_GENES
 
 if TYPE_CHECKING:
-    from scipy import sparse
-
     from invirtuo.cells.source import AnyCells
     from invirtuo.design import Design
-    from invirtuo.metrics.cells import Scale, Side
+    from invirtuo.metrics.cells import Scale
     from invirtuo.metrics.core import TargetGenes
 
 __all__ = ["FLAGS", "flags", "flags_of"]
@@ -32,41 +30,6 @@ SPREAD = 0.1  # variance over that of the real cells below which cells are all a
 FALSE_SHARE = 0.1  # of the tested genes, called where nothing changes
 STRONG = 1.5  # fold changes over the real ones
 ALIKE = 0.1  # differences between perturbations over what the scatter of the cells makes likely
-
-
-@dataclass(frozen=True)
-class _Condition:
-    """Mean counts of a condition on both sides, and what they are compared with."""
-
-    pair: Pair
-    name: str
-
-    def mean(self, side: Side | Literal["control"]) -> np.ndarray:
-        """(g,) mean counts of the predicted, the real or the control cells."""
-        if side == "control":
-            key = ("mean counts", self.group)
-            return self.pair.once_of_control("real", key, lambda: mean_of(self._control()))
-        return self.pair.once(side, ("mean counts", self.name), lambda: mean_of(self._counts(side)))
-
-    def _counts(self, side: Side) -> sparse.csr_array:
-        return self.pair.count_matrix(side, self.name)
-
-    def _control(self) -> sparse.csr_array:
-        return self.pair.control_count_matrix("real", self.group)
-
-    @property
-    def group(self) -> str:
-        return self.pair.group_of(self.name)
-
-    def share(self, side: Side | Literal["control"], genes: np.ndarray) -> float:
-        """Share of the counts of "pred", "real" or "control" cells that fall on some genes."""
-        mean = self.mean(side)
-        return float(mean[genes].sum() / max(mean.sum(), 1e-12))
-
-    def differs(self, genes: np.ndarray) -> bool:
-        """Whether the predicted cells have much more or less of some genes than the real and the control cells."""
-        known = max(self.share("real", genes), self.share("control", genes))
-        return self.share("pred", genes) > FACTOR * known + 0.005
 
 
 SIDES: tuple[Literal["pred"], Literal["real"]] = ("pred", "real")
@@ -115,9 +78,17 @@ def flags_of(pair: Pair, *, leave_out: Sequence[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["flag", "text"])
 
 
-def _conditions(pair: Pair) -> Iterator[_Condition]:
-    for name in pair.conditions.index:
-        yield _Condition(pair, name)
+def _differs(pair: Pair, name: str, genes: np.ndarray) -> bool:
+    """Whether the predicted cells have much more of some genes than the real and the control cells."""
+    means = [pair.see("mean_counts", side, name) for side in SIDES]
+    means.append(control_mean_counts(pair, pair.group_of(name)))
+    share, *known = (_share(mean, genes) for mean in means)
+    return share > FACTOR * max(known) + 0.005
+
+
+def _share(mean: np.ndarray, genes: np.ndarray) -> float:
+    """Share of mean counts (g,) that falls on some genes."""
+    return float(mean[genes].sum() / max(mean.sum(), 1e-12))
 
 
 def _often(values: list[bool]) -> bool:
@@ -146,7 +117,7 @@ def few_cells(pair: Pair) -> str:
 @_flag
 def empty_cells(pair: Pair) -> str:
     """Conditions of which no cell has a count."""
-    empty = [not one.mean("pred").any() for one in _conditions(pair)]
+    empty = [not pair.see("mean_counts", "pred", name).any() for name in pair.conditions.index]
     return f"no cell has any expression in {sum(empty)} of {len(empty)} conditions" if any(empty) else ""
 
 
@@ -154,8 +125,8 @@ def empty_cells(pair: Pair) -> str:
 def other_depth(pair: Pair) -> str:
     """Another number of counts per cell: deeper cells call more genes. Not seen in log-normalised values."""
     ratios = []
-    for one in _conditions(pair):
-        depth, real = (one.mean(side).sum() for side in SIDES)
+    for name in pair.conditions.index:
+        depth, real = (pair.see("mean_counts", side, name).sum() for side in SIDES)
         ratios.append(float(depth / max(real, 1e-12)))
     ratio = float(np.median(ratios))
     return "" if 1 / FACTOR < ratio < FACTOR else f"cells have {ratio:.2g} times the counts of real ones"
@@ -165,10 +136,10 @@ def other_depth(pair: Pair) -> str:
 def false_calls(pair: Pair) -> str:
     """Many genes called where nothing changes, or far more than are real."""
     table = calls(pair)
-    inert, active = table[table["n_real"] == 0], table[table["n_real"] > 0]
-    share = float((inert["n_pred"] / inert["n_tested"].clip(lower=1)).mean()) if len(inert) else 0.0
-    if share > FALSE_SHARE:
-        return f"{share:.0%} of the tested genes are called in {len(inert)} conditions without a real DE gene"
+    shares = measures(table)["de_false_share"].dropna()
+    if shares.mean() > FALSE_SHARE:
+        return f"{shares.mean():.0%} of the tested genes are called in {len(shares)} conditions without a real DE gene"
+    active = table[table["n_real"] > 0]
     called, real = active["n_pred"].sum(), active["n_real"].sum()
     is_far = called > 3 * real and called > FALSE_SHARE * active["n_tested"].sum()
     return f"{called / real:.1f} times as many genes are called as are real" if is_far else ""
@@ -180,9 +151,8 @@ def amplified(pair: Pair) -> str:
     ratios = []
     for name in pair.conditions.index:
         pred, real = (pair.see("count_tests", side, name) for side in SIDES)
-        genes = real.significant & pred.tested
-        genes[pair.own_genes(name)] = False
-        if genes.sum() >= 10:
+        genes = real.significant & pred.tested & pair.counted_genes(name)
+        if genes.sum() >= MIN_GENES:
             size, real_size = (np.median(np.abs(tests.lfc[genes])) for tests in (pred, real))
             ratios.append(float(size / real_size))
     ratio = float(np.median(ratios)) if ratios else 1.0
@@ -193,22 +163,24 @@ def amplified(pair: Pair) -> str:
 def silent_genes(pair: Pair) -> str:
     """Counts in genes that are too rare in the control cells to be tested."""
     odd = []
-    for one in _conditions(pair):
-        control = one.mean("control")
+    for name in pair.conditions.index:
+        control = control_mean_counts(pair, pair.group_of(name))
         silent = control * 1e6 <= MIN_CPM * max(control.sum(), 1e-12)
-        odd.append(bool(silent.any()) and one.differs(silent))
+        odd.append(bool(silent.any()) and _differs(pair, name, silent))
     return "genes that control cells do not express have far more counts than in real cells" if _often(odd) else ""
 
 
 @_flag
 def genes_of_others(pair: Pair) -> str:
     """Counts in the genes that other perturbations target: other effects move away."""
-    own = {name: set(pair.own_genes(name)) for name in pair.conditions.index}
     odd = []
-    for one in _conditions(pair):
-        others = set().union(*(own[name] for name in pair.names(one.group))) - own[one.name]
-        if others:
-            odd.append(one.differs(np.array(sorted(others))))
+    for group in pair.groups:
+        names = pair.names(group)
+        targeted = ~np.all([pair.counted_genes(name) for name in names], axis=0)
+        for name in names:
+            others = targeted & pair.counted_genes(name)
+            if others.any():
+                odd.append(_differs(pair, name, others))
     return "the genes that other perturbations target have far more counts than in real cells" if _often(odd) else ""
 
 
@@ -216,12 +188,12 @@ def genes_of_others(pair: Pair) -> str:
 def own_gene_scatter(pair: Pair) -> str:
     """Scatter in the targeted gene, which no error counts."""
     odd = []
-    for one in _conditions(pair):
-        genes = pair.own_genes(one.name)
+    for name in pair.conditions.index:
+        genes = pair.own_genes(name)
         if len(genes):
-            moments = [pair.moments(side, one.name) for side in SIDES]
+            moments = [pair.moments(side, name) for side in SIDES]
             scatter, real = (variance[genes].sum() for _, variance, _ in moments)
-            _, control, _ = pair.control_moments("real", one.group)
+            _, control, _ = pair.control_moments("real", pair.group_of(name))
             odd.append(bool(scatter > 2 * FACTOR * max(real, control[genes].sum(), 1e-6)))
     return "targeted genes scatter far more than in real cells" if _often(odd) else ""
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from invirtuo.errors import whole_number
-from invirtuo.metrics.cells import Cells, common_scale, of_side, read_cells
+from invirtuo.metrics.cells import Cells, read_scaled
 from invirtuo.metrics.core import CountOptions, Pair
 from invirtuo.metrics.others import Others, Tests, keep_others, others_of, welch
 from invirtuo.metrics.wilcoxon import rank_sum
@@ -177,8 +177,7 @@ def halves(
         raise ValueError(f"test must be 't-test' or 'rank-sum'; found {test!r}")
     if design.perturbation is None:
         raise ValueError("calibration sets perturbations against each other, and the design names no perturbation")
-    read = read_cells("real", real, design, layer=of_side(layer, "real"))
-    cells = read.on_scale(common_scale(scale, read))
+    cells = read_scaled(real, design, scale, layer)
     small = _too_small(cells, min_cells)
 
     # the order of the draws is that of scPertEval

@@ -14,6 +14,7 @@ from scipy import stats
 from invirtuo.metrics.core import metric
 from invirtuo.metrics.mean import mse, pearson
 from invirtuo.metrics.rank import ranks
+from invirtuo.metrics.wilcoxon import LEVEL
 
 if TYPE_CHECKING:
     from invirtuo.metrics.core import Moments, Pair
@@ -30,7 +31,6 @@ __all__ = [
     "welch",
 ]
 
-LEVEL = 0.05  # significance of the adjusted p-value
 CONSTANT = 1e-12  # variance over mean square that is rounding
 SCPERTEVAL = "scPertEval 0.2"
 DIVERSITY = "Mejia et al. 2025, Diversity by Design, arXiv:2506.22641; scPertEval 0.2"
@@ -119,8 +119,8 @@ def others_of(pair: Pair, condition: str, *, min_cells: int = 1) -> Others:
 
 def keep_others(pair: Pair, condition: str, others: Others, tests: Tests) -> None:
     """Let metrics of a pair see these others, whose cells need not be those of its real side."""
-    pair.once("real", ("others", condition), lambda: others)
-    pair.once("real", ("tests against others", condition), lambda: tests)
+    pair.keep("real", ("others", condition), others)
+    pair.keep("real", ("tests against others", condition), tests)
 
 
 def _sums(pair: Pair, names: list[str], min_cells: int) -> _Sums:

@@ -15,7 +15,7 @@ from invirtuo.metrics.false_calls import FALSE_DISCOVERIES
 from invirtuo.metrics.vcc2026 import VCC2026
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from invirtuo.cells.source import AnyCells
     from invirtuo.design import Design
@@ -195,15 +195,10 @@ def ceiling(
 def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFrame:
     """The table of :func:`evaluate` for a Pair that is already made."""
     chosen = choose(metrics, pair.design)
-    values = {}
-
-    # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
-    for name in sorted(chosen, key=lambda name: not name.endswith("_rank")):
-        values[name] = np.concatenate([values_of(METRICS[name], pair, group) for group in pair.groups])
 
     # one row per condition and metric, conditions by name, metrics as asked for
-    conditions = [condition for group in pair.groups for condition in pair.names(group)]
-    table = pd.DataFrame({"condition": conditions, **values}).melt("condition", var_name="metric")
+    values = values_of(pair, {name: METRICS[name] for name in chosen})
+    table = values.rename_axis("condition").reset_index().melt("condition", var_name="metric")
     table["metric"] = pd.Categorical(table["metric"], categories=chosen)
     table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
     result = _with_labels(table, pair)
@@ -217,7 +212,17 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     return result
 
 
-def values_of(record: Metric, pair: Pair, group: str) -> np.ndarray:
+def values_of(pair: Pair, records: Mapping[str, Metric]) -> pd.DataFrame:
+    """Conditions by metrics, group by group; NaN where a metric means nothing."""
+    columns = {}
+    # a rank needs the whole matrix of its metric, whose diagonal then serves the metric itself
+    for name in sorted(records, key=lambda name: not name.endswith("_rank")):
+        columns[name] = np.concatenate([_values(records[name], pair, group) for group in pair.groups])
+    conditions = [condition for group in pair.groups for condition in pair.names(group)]
+    return pd.DataFrame(columns, index=conditions)
+
+
+def _values(record: Metric, pair: Pair, group: str) -> np.ndarray:
     """(P,) values of a metric in a group; NaN where it means nothing."""
     n_conditions = len(pair.names(group))
     if record.relative and n_conditions < 2:

@@ -25,6 +25,7 @@ from invirtuo.metrics.halves import (
     rank_sum_tests,
 )
 from invirtuo.metrics.others import SCPERTEVAL, Tests, others_of, r2_weighted, tests_of, weighted_mse, weights, welch
+from invirtuo.metrics.scores import values_of
 
 if TYPE_CHECKING:
     from invirtuo.cells.source import AnyCells
@@ -160,7 +161,7 @@ def _table(name: str, divided: Halves, options: Options) -> pd.DataFrame:
         lower = protocol.compare == "mse"
         values = partial(_values, protocol=protocol, options=options)
         record = _record(name, "lower" if lower else "higher", 0.0 if lower else 1.0, values)
-    positive, negative = (_scored(divided.prediction(control), record) for control in controls)
+    positive, negative = (values_of(divided.prediction(control), {name: record})[name] for control in controls)
     return calibrated(divided, record, positive, negative, controls)
 
 
@@ -176,11 +177,6 @@ def _record(
 
 def _nothing(pair: Pair, group: str) -> np.ndarray:
     return np.full(len(pair.names(group)), np.nan)
-
-
-def _scored(pair: Pair, record: Metric) -> pd.Series:
-    values = np.concatenate([record.values(pair, group) for group in pair.groups])
-    return pd.Series(values, [name for group in pair.groups for name in pair.names(group)])
 
 
 def _values(pair: Pair, group: str, *, protocol: Protocol, options: Options) -> np.ndarray:

@@ -32,6 +32,7 @@ __all__ = [
     "official",
     "panels",
     "read_counts",
+    "read_real_counts",
     "require_targets",
     "vcc2026",
 ]
@@ -134,6 +135,16 @@ def read_counts(
     _require_same("genes", set(guess.source.genes), set(truth.source.genes))
     _require_same("perturbations", set(guess.rows), set(truth.rows))
     return _checked(guess, stated, fractional=fractional), _checked(truth, stated, fractional=fractional)
+
+
+def read_real_counts(
+    real: AnyCells | Cells, design: Design, *, scale: Scale = "counts", fractional: bool = False
+) -> Cells:
+    """The real file with counts, checked alike; one that is read already is not read again."""
+    if isinstance(real, Cells):
+        return real
+    cells = read_cells("real", real, design)
+    return _checked(cells, common_scale(scale, cells), fractional=fractional)
 
 
 def _require_same(kind: str, of_pred: set[str], of_real: set[str]) -> None:
@@ -239,9 +250,7 @@ def _rows(pair: Pair, group: str, columns: dict[str, np.ndarray]) -> pd.DataFram
 def pds_cosine_panel(pair: Pair, group: str) -> np.ndarray:
     """Perturbation discrimination of a group, (P,): 0.5 for no effect; 1 if there is one perturbation only."""
     names = pair.names(group)
-    counted = np.ones(len(pair.genes), dtype=bool)
-    for name in names:
-        counted[pair.own_genes(name)] = False
+    counted = np.all([pair.counted_genes(name) for name in names], axis=0)
     if not counted.any():
         raise ValueError(f"group {group!r}: every gene is the target of a perturbation; none is left to compare")
     real, pred = (_effects(pair, side, group)[:, counted] for side in ("real", "pred"))
@@ -288,14 +297,11 @@ def expression_errors(pair: Pair, group: str) -> tuple[np.ndarray, np.ndarray]:
     group at most what the predictions differ between perturbations: scatter of cells that cancels in the sum gains
     nothing.
     """
-    names = pair.names(group)
     control = control_bulk(pair, "real", group)
     real, pred = (list(pair.view("bulk", side, group)) for side in ("real", "pred"))
     profiles = np.stack([found.profile for found in pred])
     truth = np.stack([found.profile for found in real])
-    counted = np.ones_like(profiles, dtype=bool)
-    for i, name in enumerate(names):
-        counted[i, pair.own_genes(name)] = False
+    counted = np.stack([pair.counted_genes(name) for name in pair.names(group)])
     n_genes = counted.sum(axis=1)
 
     # what each prediction claims as noise, at most what all of them have to give

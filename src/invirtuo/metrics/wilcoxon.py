@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 LEVEL = 0.05  # significance of the adjusted p-value
-AT_ONCE = 64  # conditions tested in one call
+CELLS_AT_ONCE = 8192  # of several conditions that are tested in one call
 
 
 class DETable(NamedTuple):
@@ -84,13 +84,26 @@ def wilcoxon_view(pair: Pair, side: Side, condition: str) -> DETable:
     group = pair.group_of(condition)
     known: dict[str, tuple[np.ndarray, np.ndarray]] = pair.once(side, ("rank sum", group), dict)
     missing = [name for name in pair.names(group) if name not in known]
-    for start in range(0, len(missing), AT_ONCE):
-        names = missing[start : start + AT_ONCE]
+    for names in batches(pair, side, missing):
         found = rank_sum([pair.stored(side, name) for name in names], pair.stored_control(side, group))
         known.update(zip(names, zip(*found, strict=True), strict=True))
     p_value, statistic = known[condition]
     lfc = log2_fold_change(pair.moments(side, condition)[0], pair.control_moments(side, group)[0])
     return DETable(lfc, p_value, statistic, stats.false_discovery_control(p_value))
+
+
+def batches(pair: Pair, side: Side, names: Sequence[str]) -> list[list[str]]:
+    """Conditions that are tested together, in their order: few enough cells to be in memory, or one condition."""
+    found: list[list[str]] = []
+    n_cells = 0
+    for name in names:
+        size = pair.n_cells(side, name)
+        if not found or n_cells + size > CELLS_AT_ONCE:
+            found.append([])
+            n_cells = 0
+        found[-1].append(name)
+        n_cells += size
+    return found
 
 
 def rank_sum(groups: Sequence[AnyMatrix], control: AnyMatrix) -> tuple[np.ndarray, np.ndarray]:

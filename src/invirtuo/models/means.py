@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -204,11 +205,20 @@ class MagnitudeOnly(PerturbationMean):
 
     name = "magnitude_only"
 
+    def _keep(self, dataset: CellDataset, training: Pseudobulk) -> None:
+        super()._keep(dataset, training)
+        self.__dict__.pop("_everybody", None)  # of an earlier fit
+
+    @cached_property
+    def _everybody(self) -> Tensor:
+        """(g,), plain mean of the effects of all training perturbations."""
+        rows = self.perturbations[(self.perturbations != 0).any(1)].unique(dim=0)
+        return torch.stack([super(MagnitudeOnly, self).effect(row) for row in rows]).mean(0)
+
     def effect(self, multi_hot: Tensor) -> Tensor:
         """(g,), the mean response at the strength of one perturbation (p,) multi-hot."""
         own = super().effect(multi_hot)
-        rows = self.perturbations[(self.perturbations != 0).any(1)].unique(dim=0)
-        everybody = torch.stack([super(MagnitudeOnly, self).effect(row) for row in rows]).mean(0)
+        everybody = self._everybody.to(own)
         return everybody * (own * everybody).sum() / everybody.square().sum().clamp_min(1e-12)
 
 
@@ -225,10 +235,6 @@ class FoldChange(_MeanEffects):
 
     name = "fold_change"
     Config = FoldChangeConfig
-
-    def build(self) -> None:
-        super().build()
-        self.deterministic = False
 
     def prepare(self, dataset: CellDataset) -> None:
         self._keep(dataset, dataset.pseudobulk("train", linear=True))

@@ -113,17 +113,19 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def read_flags(path: Path) -> pd.DataFrame:
     """What is suspect about predicted cells; no row if the file is not there."""
-    table = _optional(path, ("model", "flag", "text"), ("task",), ())
-    if table is None:
-        return pd.DataFrame(columns=["task", "model", "flag", "text"])
-    return table.assign(task=table["task"].fillna("").astype(str))
+    return _by_task(path, ("model", "flag", "text"), ())
 
 
 def read_discrimination(path: Path) -> pd.DataFrame:
     """Dynamic range fraction of metrics; no row if the file is not there."""
-    table = _optional(path, ("metric",), ("task",), ("drf",))
+    return _by_task(path, ("metric",), ("drf",))
+
+
+def _by_task(path: Path, labels: tuple[str, ...], numbers: tuple[str, ...]) -> pd.DataFrame:
+    """A table with a column `task`, empty text if there is one task alone; no row if the file is not there."""
+    table = _optional(path, labels, ("task",), numbers)
     if table is None:
-        return pd.DataFrame(columns=["task", "metric", "drf"])
+        return pd.DataFrame(columns=["task", *labels, *numbers])
     return table.assign(task=table["task"].fillna("").astype(str))
 
 
