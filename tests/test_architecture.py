@@ -78,7 +78,6 @@ EXCEPTIONS = {  # full statements by file; records and calls that hand many argu
     "invirtuo.metrics.false_calls": 1,
     "invirtuo.metrics.wilcoxon": 3,
     "invirtuo.models.means": 1,
-    "invirtuo.models.primeflow.genewise": 3,  # its form is measured
     "invirtuo.models.primeflow.velocity": 2,
     "invirtuo.models.sams_vae": 1,
     "invirtuo.models.sparse_ode.field": 1,

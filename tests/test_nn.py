@@ -17,6 +17,7 @@ from invirtuo.cells.pseudobulk import Pseudobulk
 from invirtuo.models.primeflow.anchor import PseudobulkAnchor
 from invirtuo.models.primeflow.genewise import GenewiseVelocity
 from invirtuo.models.primeflow.norm import group_norm_silu
+from invirtuo.models.primeflow.shared import shared_network
 from invirtuo.models.primeflow.unet import Attention, GroupNormAct, UNet1d
 from invirtuo.nn import MLP, ConditionEncoder, ModulatedBlock, sinusoids
 from invirtuo.nn.moved import with_mean
@@ -613,12 +614,43 @@ def random_genewise(**options) -> GenewiseVelocity:
 
 @pytest.mark.parametrize("genes", [None, torch.tensor([7, 0, 299])])
 def test_genewise_in_tiles_is_the_same_network(genes, monkeypatch):
-    monkeypatch.setattr("invirtuo.models.primeflow.genewise.TILE", 1000)
+    monkeypatch.setattr("invirtuo.models.primeflow.shared.TILE", 1000)
     network, generator = random_genewise(), torch.Generator().manual_seed(1)
     x, e, f = (torch.randn(*shape, generator=generator) for shape in ((20, 300), (20, 16), (20, 300, 2)))
     with torch.no_grad():
         tiled = network(x, x, e, f, genes)
-    torch.testing.assert_close(tiled, network(x, x, e, f, genes).detach(), atol=1e-5, rtol=1e-5)
+    plain = network(x.clone().requires_grad_(), x, e, f, genes)
+    torch.testing.assert_close(tiled, plain.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "tolerance"),
+    [(torch.float64, 10.0, 1e-12), (torch.bfloat16, 1.0, 0.03), (torch.bfloat16, 1e4, 0.03)],
+)
+def test_tiles_have_the_derivatives_of_the_plain_network(dtype, scale, tolerance, monkeypatch):
+    monkeypatch.setattr("invirtuo.models.primeflow.shared.TILE", 1000)
+    generator, n, m, w, k, r = torch.Generator().manual_seed(2), 25, 300, 16, 8, 3
+    values = torch.randn(n, m, generator=generator)
+    shapes = [(n, m, r), (n, w), (n, w, w), (n, w), (w, k + r), (w,), (m, w), (m, w)]
+    inputs = [0.3 * torch.randn(*shape, generator=generator) for shape in shapes]
+    wanted = torch.randn(n, m, generator=generator).to(dtype)
+
+    def derivatives(values, dtype):
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        out = shared_network(values, *given, scale=scale)
+        return [out.detach(), *torch.autograd.grad((out * wanted.to(dtype)).sum(), given)]
+
+    tiled, plain = derivatives(values, dtype), derivatives(values.clone().requires_grad_(), torch.float64)
+    for one, other in zip(tiled, plain, strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_values_that_are_not_finite_pass_through_the_tiles():
+    inputs = [torch.ones(shape, dtype=torch.bfloat16) for shape in ((4, 9, 2), (4, 6), (4, 6, 6), (4, 6), (6, 10))]
+    genes = [torch.ones(shape, dtype=torch.bfloat16) for shape in ((6,), (9, 6), (9, 6))]
+    values = torch.zeros(4, 9).index_fill(1, torch.tensor([3]), float("nan"))
+    out = shared_network(values, *inputs, *genes, scale=1.0)
+    assert out.isnan().all(dim=0).tolist() == [j == 3 for j in range(9)]
 
 
 @pytest.mark.parametrize("value_scale", [1.0, 10.0, 100.0])
