@@ -106,6 +106,46 @@ def assert_equal(first: dict, second: dict) -> None:
         assert torch.equal(value, second[key]), key
 
 
+# ---- plateaus --------------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_falls_where_validations_stall_and_warms_up_first(cells, plan, split, mean, tmp_path):
+    """With a rate at which Adam only shakes, 15 validations in a row bring nothing, and the rate falls to a fifth."""
+    spy = Spy()
+    shaky = {"lr": 2.0, "betas": (0.0, 0.9), "ema": 0.0, "clip": 0.0}
+    config = replace(CONFIG, steps=60, schedule="val_plateau", warmup=4, val_every=1, **shaky)
+    fitted = mean.fit(cells, split, config, folder=tmp_path, callbacks=[spy])
+    np.testing.assert_allclose(spy.rates[:5], [0.5, 1.0, 1.5, 2.0, 2.0])
+
+    # by hand: lowest loss so far, counted from the first validation on
+    rate, best, waited = 2.0, math.inf, 0
+    losses = fitted.history.set_index("step")["val_total"]
+    for step, loss in losses.items():
+        if step > 4:
+            assert spy.rates[int(step) - 1] == pytest.approx(rate), step
+        best, waited = (loss, 0) if loss < best * (1 - 1e-4) else (best, waited + 1)
+        if waited > 15:
+            rate, waited = rate / 5, 0
+    assert rate < 2.0
+
+    # a fit that was stopped goes on with the same rates
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyError):
+        Mean(plan, cells.var_names).fit(
+            cells, split, replace(config, checkpoint_every=10), folder=stopped, callbacks=[Spy(fail_at=35)]
+        )
+    again = Mean(plan, cells.var_names).fit(
+        cells, split, replace(config, checkpoint_every=10), folder=stopped, resume=True
+    )
+    assert_equal(weights(fitted), weights(again))
+
+
+@pytest.mark.parametrize("setting", [{"schedule": "val_plateau"}, {"patience": 3}])
+def test_settings_that_wait_for_validations_warn_where_there_are_none(cells, mean, setting, caplog):
+    mean.fit(cells, config=replace(CONFIG, steps=2, **setting))
+    assert "it will do nothing" in caplog.text and next(iter(setting)) in caplog.text
+
+
 # ---- FitConfig -------------------------------------------------------------------------------------------------------
 
 

@@ -317,11 +317,12 @@ TINY_SAMS = iv.models.SAMSVAE.Config(3, 6, 2, 1, 1, 0.0, mask_prior=0.2)
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("covariates", [True, False])
-def test_sams_vae_by_hand(masked, covariates):
+@pytest.mark.parametrize(("covariates", "joint"), [(True, False), (False, False), (False, True)])
+def test_sams_vae_by_hand(masked, covariates, joint):
     """Parameters, and every term of the loss with the same draws."""
     adata = make(PAIRS)
-    config = replace(TINY_SAMS, masked=masked, encode_covariates=covariates, decode_covariates=covariates)
+    options = {"masked": masked, "joint_effects": joint}
+    config = replace(TINY_SAMS, encode_covariates=covariates, decode_covariates=covariates, **options)
     model = iv.models.SAMSVAE(plan_of(adata), GENES, config)
     model.prepare(iv.CellDataset(adata, model.design))
     assert model.n_trained.tolist() == [192, 256, 192, 256]  # cells of A, alone and in pairs
@@ -336,17 +337,23 @@ def test_sams_vae_by_hand(masked, covariates):
     torch.manual_seed(5)
     losses = model.loss(batch)
     torch.manual_seed(5)
-    if masked:
-        uniform = torch.rand(4, 3)
-        relaxed = torch.sigmoid((model.mask_logits + torch.logit(uniform)) / 0.5)
-        mask = (relaxed > 0.5).float()
-        mean, log_variance = by_hand(model.effect, torch.cat([mask, torch.eye(4)], 1)).chunk(2, 1)
-        shifts = mask * (mean + (log_variance / 2).exp() * torch.randn(4, 3))
-    else:
-        shifts = by_hand(model.effect, torch.cat([torch.ones(4, 3), torch.eye(4)], 1))
-    context = [F.one_hot(batch.condition.covariates["context"], 2).float()] if covariates else []
+
+    # a mask for each perturbation, an effect for each perturbation of each cell
     labels = batch.condition.perturbation
-    z_p = torch.stack([sum((shifts[p] for p in torch.nonzero(row).flatten()), torch.zeros(3)) for row in labels])
+    mask = torch.ones(4, 3)
+    if masked:
+        relaxed = torch.sigmoid((model.mask_logits + torch.logit(torch.rand(4, 3))) / 0.5)
+        mask = (relaxed > 0.5).float()
+    pairs = [(i, p) for i in range(100) for p in range(4) if labels[i, p]]
+    seen = torch.stack([labels[i] if joint else torch.eye(4)[p] for i, p in pairs])
+    effect = by_hand(model.effect, torch.cat([mask[[p for _, p in pairs]], seen], 1))
+    if masked:
+        mean, log_variance = effect.chunk(2, 1)
+        effect = mean + (log_variance / 2).exp() * torch.randn(len(pairs), 3)
+    z_p = torch.zeros(100, 3)
+    for (i, p), own in zip(pairs, effect, strict=True):
+        z_p[i] = z_p[i] + mask[p] * own
+    context = [F.one_hot(batch.condition.covariates["context"], 2).float()] if covariates else []
     m, v = by_hand(model.encoder, torch.cat([batch.target, *context, z_p], 1)).chunk(2, 1)
     z = m + (v / 2).exp() * torch.randn(100, 3)
     expected = F.softplus(by_hand(model.decoder, torch.cat([z + z_p, *context], 1)))
@@ -358,9 +365,9 @@ def test_sams_vae_by_hand(masked, covariates):
     if masked:
         weight = labels.sum(0) / torch.tensor([192, 256, 192, 256]) / 100
         kl = torch.distributions.kl_divergence
-        effect = kl(normal(mean, (log_variance / 2).exp()), normal(torch.zeros(4, 3), torch.ones(4, 3)))
+        of_effects = kl(normal(mean, (log_variance / 2).exp()), normal(torch.zeros(1, 3), torch.ones(1, 3))).sum(1)
         bernoulli = torch.distributions.Bernoulli
-        terms["effect_kl"] = (weight * effect.sum(1)).sum()
+        terms["effect_kl"] = (of_effects / torch.tensor([192, 256, 192, 256])[[p for _, p in pairs]]).sum() / 100
         terms["mask_kl"] = (
             weight * kl(bernoulli(logits=model.mask_logits), bernoulli(torch.full((4, 3), 0.2))).sum(1)
         ).sum()
@@ -413,6 +420,13 @@ def test_sams_vae_predictions():
         expected = F.softplus(model.decoder(z + z_p))
         torch.testing.assert_close(model.sample(batch, torch.Generator(), NO_SAMPLING), expected)
         assert model.needs_source == (basal != "prior")
+
+    # cells of one condition have effects of their own, in the mask that they share
+    model.config = replace(config, noise=True)
+    with torch.no_grad():
+        model.mask_logits.fill_(9.0)
+        shifts, _ = model._shifts(plan.encode(ask(*[("x", "A")] * 5)).perturbation)
+    assert len(shifts.unique(dim=0)) == 5
     with pytest.raises(ValueError, match="basal is 'none'"):
         iv.models.SAMSVAE.Config(basal="none")
     with pytest.raises(ValueError, match="mask_prior is 1"):
@@ -521,8 +535,38 @@ def test_published_presets(name, preset):
     found = iv.models.MODELS[name].PRESETS[preset]
     assert tuple(getattr(found.config, field) for field in FIELDS[name]) == values
     assert (found.fit.lr, found.fit.weight_decay, found.fit.batch_size) == (lr, weight_decay, batch_size)
-    assert found.fit.keep == "best" and found.fit.schedule == "constant" and found.fit.ema == 0
+    assert found.fit.keep == "best" and found.fit.schedule == "val_plateau" and found.fit.ema == 0
     assert found.fit.patience == 50 and found.fit.steps / found.fit.val_every == pytest.approx(500, rel=0.21)
+
+
+@pytest.mark.parametrize("preset", ["norman19", "srivatsan20", "jiang24"])
+def test_linear_additive_trains_as_long_as_its_siblings(preset):
+    """The same steps, validations and stopping as the latent additive model, whose data and epochs are the same."""
+    own, sibling = (model.PRESETS[preset].fit for model in (iv.models.LinearAdditive, iv.models.LatentAdditive))
+    assert replace(own, lr=1.0, weight_decay=0.0) == replace(sibling, lr=1.0, weight_decay=0.0)
+
+
+def test_every_network_of_cpa_has_its_dropout(cells):
+    config = iv.models.CPA.Config(n_latent=4, width=8, dropout=0.3, adversary_width=8)
+    model = iv.models.CPA(plan_of(cells), GENES, config)
+    for part in (model.encoder, model.perturbation, model.decoder, *model.covariates.values(), *model.adversary):
+        found = [module.p for module in part.modules() if isinstance(module, torch.nn.Dropout)]
+        assert found and set(found) == {0.3}
+
+
+def test_classifiers_saved_without_dropout_are_taken(cells):
+    """Without dropout a block has three layers in place of four, so that weights were saved under lower numbers."""
+    config = iv.models.CPA.Config(n_latent=4, width=8, adversary_width=8, dropout=0.0)
+    old = iv.models.CPA(plan_of(cells), GENES, config)
+    new = iv.models.CPA(plan_of(cells), GENES, replace(config, dropout=0.2))
+    kept = {k: v for k, v in old.state_dict().items() if k.startswith("adversary")}
+    rest = {k: v for k, v in new.state_dict().items() if not k.startswith("adversary")}
+    new.load_state_dict(kept | rest)
+    z = torch.randn(5, 4)
+    for one, other in zip(old.eval().adversary, new.eval().adversary, strict=True):
+        assert torch.equal(one(z), other(z))
+    with pytest.raises(RuntimeError, match="adversary"):
+        new.load_state_dict(rest)
 
 
 @pytest.mark.parametrize("preset", WARMUP_EPOCHS)

@@ -77,7 +77,7 @@ class Settings:
     3
     >>> FitConfig(schedule="linear")
     Traceback (most recent call last):
-    ValueError: FitConfig.schedule is 'linear'; expected one of cosine, constant, plateau
+    ValueError: FitConfig.schedule is 'linear'; expected one of cosine, constant, plateau, val_plateau
     """
 
     PREFIX: ClassVar[str] = ""  # of the names of fields in messages

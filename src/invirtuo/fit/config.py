@@ -26,9 +26,10 @@ class FitConfig(Settings):
     betas: tuple[float, float] = setting(
         (0.9, 0.999), "decay of the averages of gradients and of their squares", ge=0, lt=1
     )
-    schedule: Literal["cosine", "constant", "plateau"] = setting(
+    schedule: Literal["cosine", "constant", "plateau", "val_plateau"] = setting(
         "cosine",
-        'course of the learning rate: "cosine" falls to 0 at the last step, "plateau" halves if the loss stalls',
+        'course of the learning rate: "cosine" falls to 0 at the last step, "plateau" halves after 20 steps without a '
+        'lower loss, "val_plateau" falls to a fifth after 15 validations without a lower one',
     )
     warmup: int = setting(100, "steps of linear warm-up", ge=0)
     clip: float = setting(5.0, "largest global gradient norm; 0 leaves gradients alone", ge=0)

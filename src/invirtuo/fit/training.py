@@ -51,6 +51,12 @@ class Training:
         self._collected: dict[str, Tensor] = {}
         self._losses: dict[str, Tensor] = {}
 
+        # settings that nothing will act on
+        idle = {"patience": config.patience > 0, "schedule='val_plateau'": config.schedule == "val_plateau"}
+        named = [name for name, is_set in idle.items() if is_set]
+        if named and not (config.val_every and len(dataset.rows("val"))):
+            logger.warning("FitConfig has %s, and there are no validations: it will do nothing", " and ".join(named))
+
     def begin(self, mesh: DeviceMesh | None = None) -> None:
         """Make averaged weights and optimiser, in the state of the checkpoint; with a mesh, sharded over its devices.
 
@@ -65,7 +71,7 @@ class Training:
             self.trained = sharded(self.trained, mesh)
             self.averaged = self.averaged and sharded(self.averaged, mesh)
         self.optimizer = _optimizer(self.model, config)
-        self.plateau = _plateau(self.optimizer) if config.schedule == "plateau" else None
+        self.plateau = _plateau(self.optimizer, config.schedule)
         if self._checkpoint is not None:
             self._load(self._checkpoint)
             self._checkpoint = None
@@ -87,7 +93,7 @@ class Training:
 
     def loss(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         """Losses of one batch, with the noise of its number among the batches of all devices."""
-        if self.plateau is None:
+        if self.plateau is None or self.step < self.config.warmup:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step)
 
@@ -116,7 +122,7 @@ class Training:
         self.step += 1
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.model.proximal_step(self.lr)
-        if self.plateau is not None:
+        if self.plateau is not None and config.schedule == "plateau":
             mean_losses = mean_over_devices(self._losses)
             self.plateau.step(float(mean_losses["total"]))
         if self.average is not None:
@@ -129,6 +135,8 @@ class Training:
         losses = {}
         if validates:
             losses = broadcast(self._validate(device) if main or self.is_sharded else {})
+            if losses and self.plateau is not None and config.schedule == "val_plateau":
+                self.plateau.step(losses["total"])
             if losses and self._improves(losses["total"]) and folder is not None:
                 self._save_best(folder / BEST, main)
         if validates or last or self.step % 20 == 0 or self.step == 1:
@@ -270,10 +278,14 @@ def _optimizer(model: Trainable, config: FitConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
-    """Halves the learning rate after 20 steps without a new lowest loss, as the public code of PathReg does."""
+def _plateau(optimizer: torch.optim.Optimizer, schedule: str) -> torch.optim.lr_scheduler.ReduceLROnPlateau | None:
+    """Lowers the learning rate where the loss of a step ("plateau") or of a validation ("val_plateau") stalls."""
+    if not schedule.endswith("plateau"):
+        return None
     kind = torch.optim.lr_scheduler.ReduceLROnPlateau
-    return kind(optimizer, factor=0.5, patience=20, threshold=1e-6, min_lr=1e-16, eps=0.0)
+    if schedule == "val_plateau":  # as PerturBench
+        return kind(optimizer, factor=0.2, patience=15)
+    return kind(optimizer, factor=0.5, patience=20, threshold=1e-6, min_lr=1e-16, eps=0.0)  # as PathReg's public code
 
 
 @torch.no_grad()

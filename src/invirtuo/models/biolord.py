@@ -11,7 +11,7 @@ To predict, control cells are encoded, with noise, and decoded with the wanted p
 Differs: `code_penalty` adds the squared norm of the cell's code, mean over cells, to the loss. That is where Biolord's
 paper puts its penalty; PerturBench has it on the covariate embeddings instead, whose published weight leaves nothing of
 them. Without it the code holds everything, and labels need not be learned.
-Differs: constant or cosine learning rate in place of one lowered on plateaus; epochs are steps here.
+Differs: epochs are steps here, at the number of training cells of the published data.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Config(Settings):
 
 _FIT = FitConfig(
     batch_size=1000,
-    schedule="constant",
+    schedule="val_plateau",
     warmup=0,
     ema=0.0,
     clip=0.0,

@@ -22,6 +22,7 @@ Differs: the validation loss is squared error and KL, without the adversary, whi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Config(Settings):
     noise: bool = setting(True, "draw the latent vector of control cells; off takes its mean")
 
 
-_FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
+_FIT = FitConfig(batch_size=4000, schedule="val_plateau", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
 _BEST = "PerturBench, best of 60 trials"
 _PAPER = Config(control_class=False)
 _DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
@@ -177,7 +178,17 @@ class CPA(PerturbationModel):
             n_classes = [p + config.control_class]
             n_classes += [k for _, k in self._varying]
             for k in n_classes:
-                self.adversary.append(NormMLP(z, config.adversary_width, k, config.adversary_layers))
+                self.adversary.append(NormMLP(z, config.adversary_width, k, config.adversary_layers, dropout))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take classifiers that were saved when they had no dropout, whose layers had other numbers."""
+        for i, classifier in enumerate(self.adversary):
+            stem = f"{prefix}adversary.{i}."
+            saved = sorted((k for k in state_dict if k.startswith(stem)), key=_layer)
+            weights = [state_dict.pop(key) for key in saved]
+            wanted = sorted(classifier.state_dict(prefix=stem), key=_layer)
+            state_dict.update(zip(wanted if len(wanted) == len(saved) else saved, weights, strict=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def _varying(self) -> list[tuple[int, int]]:
@@ -261,3 +272,9 @@ class CPA(PerturbationModel):
         varying = [codes[i] for i, _ in self._varying]
         of_covariates = [F.cross_entropy(y, code) for y, code in zip(logits[1:], varying, strict=True)]
         return of_perturbation + sum(of_covariates)
+
+
+def _layer(key: str) -> tuple[int, str]:
+    """Number of the layer and name of a weight, by which weights stand in the order of the network."""
+    *_, number, name = key.split(".")
+    return int(number), name

@@ -5,8 +5,7 @@ same covariates. Control cell and perturbation are encoded into one latent space
 
     z = MLP([x_control, covariates]) + MLP(perturbation),  prediction = softplus(MLP([z, covariates]))
 
-Differs: the reference lowers its learning rate on plateaus of the validation loss; here it is constant (presets of the
-paper) or falls as a half cosine (default). Epochs of the reference are steps here, at its number of training cells.
+Differs: epochs are steps here, at the number of training cells of the published data.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Config(Settings):
     softplus: bool = setting(True, "keep predictions positive, as published")
 
 
-_FIT = FitConfig(batch_size=4000, schedule="constant", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
+_FIT = FitConfig(batch_size=4000, schedule="val_plateau", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)
 _BEST = "PerturBench, best of 60 trials"
 
 _NORMAN = Config(4352, 512, 1, 0.1)

@@ -6,9 +6,10 @@ shifts few latent dimensions, those of its mask m_p, by its effect e_p, and shif
     m_p ~ Bernoulli(sigmoid(logits_p)),  e_p ~ N(MLP([m_p, one-hot of p])),  z_p = sum over the cell's p of m_p e_p
     z_basal ~ N(MLP([x, covariates, z_p])),  prediction = softplus(MLP([z_basal + z_p, covariates]))
 
-Masks are drawn once per perturbation and batch, hard in the forward and relaxed in the backward direction. Loss, mean
-over the cells of a batch: squared error (summed over genes) + log q(z_basal) - log N(z_basal; 0, I), plus, for each
-perturbation, (its cells in the batch / its training cells) (KL(e_p | N(0, I)) + KL(m_p | Bernoulli(prior))) / n.
+Masks are drawn once per perturbation and batch, hard in the forward and relaxed in the backward direction; effects once
+per cell. Loss, mean over the cells of a batch: squared error (summed over genes) + log q(z_basal)
+- log N(z_basal; 0, I), plus, for each perturbation p of the cell, (KL(e_p | N(0, I)) + KL(m_p | Bernoulli(prior))) /
+training cells of p.
 
 The simple form, SAMS-VAE (S) of PerturBench, has no masks (all ones), takes the mean of e_p, and draws z_basal from
 N(0, I) to predict; the terms of masks and effects are not in its loss.
@@ -16,7 +17,9 @@ N(0, I) to predict; the terms of masks and effects are not in its loss.
 Differs: to predict, the default encodes control cells with their own shift, which is none, and then adds that of the
 wanted perturbation. The reference encodes them with the wanted shift (`basal="target"`, in its presets): the encoder
 then explains part of the shift away. `basal` is free in both forms.
-Differs: constant or cosine learning rate in place of one lowered on plateaus; epochs are steps here.
+Differs: the default gives the encoder of effects one perturbation at a time, as Bereket and Karaletsos do, so that
+effects add up. In PerturBench, and in its presets here, it sees all perturbations of the cell (`joint_effects`).
+Differs: epochs are steps here, at the number of training cells of the published data.
 """
 
 from __future__ import annotations
@@ -54,6 +57,9 @@ class Config(Settings):
     masked: bool = setting(True, "masks of effects; off: effects are their means (SAMS-VAE (S))")
     mask_prior: float = setting(0.3, "prior probability that a perturbation acts on a latent dimension", gt=0, lt=1)
     temperature: float = setting(0.5, "temperature of the relaxed masks", gt=0)
+    joint_effects: bool = setting(
+        False, "the encoder of effects sees all perturbations of a cell, as published; off: one at a time, additive"
+    )
     encode_covariates: bool = setting(False, "covariate one-hots beside the cell")
     decode_covariates: bool = setting(False, "covariate one-hots beside the latent vector")
     basal: Literal["factual", "target", "prior"] = setting(
@@ -68,7 +74,7 @@ FIRST_LOGIT = -1.0
 _FIT = FitConfig(
     batch_size=256,
     precision="fp32",
-    schedule="constant",
+    schedule="val_plateau",
     warmup=0,
     ema=0.0,
     clip=0.0,
@@ -77,26 +83,59 @@ _FIT = FitConfig(
 )
 _BEST = "PerturBench, best of 60 trials"
 _SIMPLE = Config(masked=False, basal="prior")
+_PAPER = Config(joint_effects=True)
 _DEFAULT_FIT = FitConfig(steps=1200, batch_size=256, ema=0.99)
+_SIMPLE_DEFAULT = replace(_SIMPLE, encode_covariates=True, decode_covariates=True)
 _MASKED_FIT = replace(_DEFAULT_FIT, lr=1e-2)  # mask logits begin at -1 and must cross 0 in few steps
 
-_NORMAN = Config(128, 3584, 1, 3, 2, 0.4, mask_prior=0.1138, basal="target")
+_NORMAN = replace(
+    _PAPER,
+    n_latent=128,
+    width=3584,
+    layers_basal=1,
+    layers_effect=3,
+    layers_decoder=2,
+    dropout=0.4,
+    mask_prior=0.1138,
+    basal="target",
+)
 _NORMAN_FIT = replace(_FIT, steps=125_000, val_every=250, lr=3.026e-5, weight_decay=4.245e-9)
-_SRIVATSAN = Config(64, 1536, 4, 2, 1, 0.3, mask_prior=0.01149, basal="target")
+_SRIVATSAN = replace(
+    _PAPER,
+    n_latent=64,
+    width=1536,
+    layers_basal=4,
+    layers_effect=2,
+    layers_decoder=1,
+    dropout=0.3,
+    mask_prior=0.01149,
+    basal="target",
+)
 _SRIVATSAN_FIT = replace(_FIT, steps=235_000, val_every=470, lr=4.002e-4, weight_decay=1.749e-6)
-_JIANG = Config(
-    64, 3328, 3, 5, 3, 0.5, mask_prior=0.2068, encode_covariates=True, decode_covariates=True, basal="prior"
+_JIANG = replace(
+    _PAPER,
+    n_latent=64,
+    width=3328,
+    layers_basal=3,
+    layers_effect=5,
+    layers_decoder=3,
+    dropout=0.5,
+    mask_prior=0.2068,
+    encode_covariates=True,
+    decode_covariates=True,
+    basal="prior",
 )
 _JIANG_FIT = replace(_FIT, steps=1_828_000, val_every=4570, lr=7.595e-6, weight_decay=1.592e-8)
 
-_SIMPLE_NORMAN = replace(_SIMPLE, width=2048, layers_basal=1, layers_effect=1, layers_decoder=3, dropout=0.3)
+_SIMPLE_PAPER = replace(_SIMPLE, joint_effects=True)
+_SIMPLE_NORMAN = replace(_SIMPLE_PAPER, width=2048, layers_basal=1, layers_effect=1, layers_decoder=3, dropout=0.3)
 _SIMPLE_NORMAN_FIT = replace(_FIT, steps=125_000, val_every=250, lr=1.598e-5, weight_decay=6.556e-5)
-_SIMPLE_COVARIATES = replace(_SIMPLE, encode_covariates=True, decode_covariates=True)
+_WITH_COVARIATES = replace(_SIMPLE_PAPER, encode_covariates=True, decode_covariates=True)
 _SIMPLE_SRIVATSAN = replace(
-    _SIMPLE_COVARIATES, width=2560, layers_basal=4, layers_effect=2, layers_decoder=3, dropout=0.4
+    _WITH_COVARIATES, width=2560, layers_basal=4, layers_effect=2, layers_decoder=3, dropout=0.4
 )
 _SIMPLE_SRIVATSAN_FIT = replace(_FIT, steps=235_000, val_every=470, lr=3.418e-4, weight_decay=6.944e-8)
-_SIMPLE_JIANG = replace(_SIMPLE_COVARIATES, width=1536, layers_basal=5, layers_effect=2, layers_decoder=3, dropout=0.6)
+_SIMPLE_JIANG = replace(_WITH_COVARIATES, width=1536, layers_basal=5, layers_effect=2, layers_decoder=3, dropout=0.6)
 _SIMPLE_JIANG_FIT = replace(_FIT, steps=1_828_000, val_every=4570, lr=3.892e-4, weight_decay=9.994e-7)
 
 
@@ -112,7 +151,7 @@ class SAMSVAE(PerturbationModel):
     Config = Config
     PRESETS = {
         "default": Preset(Config(), _MASKED_FIT, "ours"),
-        "simple": Preset(_SIMPLE_COVARIATES, _DEFAULT_FIT, "ours; SAMS-VAE (S) of PerturBench"),
+        "simple": Preset(_SIMPLE_DEFAULT, _DEFAULT_FIT, "ours; SAMS-VAE (S) of PerturBench"),
         "norman19": Preset(_NORMAN, _NORMAN_FIT, _BEST),
         "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, _BEST),
         "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
@@ -145,8 +184,7 @@ class SAMSVAE(PerturbationModel):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The negative evidence bound: squared error and the KL terms of basal vectors, effects and masks."""
         # reconstruction from basal vector and shift
-        shifts, global_kl = self._shifts()
-        z_p = batch.condition.perturbation @ shifts
+        z_p, prior_terms = self._shifts(batch.condition.perturbation)
         mean, log_variance = self._encode(batch.target, batch.condition, z_p)
         z = gaussian_sample(mean, log_variance)
         squared = (self._decode(z + z_p, batch.condition) - batch.target).square().sum(1).mean()
@@ -156,23 +194,21 @@ class SAMSVAE(PerturbationModel):
         basal_kl = (0.5 * z.square() - 0.5 * ((z - mean) / sd).square() - sd.log()).sum(1).mean()
         losses = {"total": squared + basal_kl, "squared_error": squared, "basal_kl": basal_kl}
 
-        # terms of a perturbation count once in an epoch, shared by its cells
-        if self.config.masked:
-            weight = (batch.condition.perturbation != 0).sum(0) / self.n_trained / len(batch)
-            for name, kl in global_kl.items():
-                losses[name] = (weight * kl).sum()
-                losses["total"] = losses["total"] + losses[name]
+        for name, value in prior_terms.items():
+            losses[name] = value / len(batch)
+            losses["total"] = losses["total"] + losses[name]
         return losses
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """Shift basal vectors of control cells, or of the prior, by the perturbation, and decode, (n, g)."""
         n, device = len(batch), self.n_trained.device
         p, d = len(self.n_trained), self.config.n_latent
+        perturbation = batch.condition.perturbation
         uniform = torch.rand(p, d, generator=generator).to(device)
-        effect_noise = torch.randn(p, d, generator=generator).to(device) * self.config.noise
+        effect_noise = torch.randn(int(perturbation.count_nonzero()), d, generator=generator).to(device)
         basal_noise = torch.randn(n, d, generator=generator).to(device) * self.config.noise
-        shifts, _ = self._shifts(uniform if self.config.noise else None, effect_noise)
-        z_p = batch.condition.perturbation @ shifts
+        masks = self._masks(uniform if self.config.noise else None)
+        z_p, _ = self._shifts(perturbation, masks, effect_noise * self.config.noise)
         return in_batches(self._perturbed, config.batch_size, batch, z_p, basal_noise)
 
     def _perturbed(self, batch: Batch, z_p: Tensor, z: Tensor) -> Tensor:
@@ -189,24 +225,48 @@ class SAMSVAE(PerturbationModel):
     def _ones(self) -> Tensor:
         return torch.ones(len(self.n_trained), self.config.n_latent, device=self.n_trained.device)
 
-    def _shifts(self, uniform: Tensor | None = None, normal: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Shifts m_p e_p (p, d), and the KL terms (p,) of effects and masks."""
-        identity = torch.eye(len(self.n_trained), device=self.n_trained.device)
-        if not self.config.masked:
-            return self.effect(torch.cat([self._ones(), identity], dim=1)), {}
+    def _masks(self, uniform: Tensor | None) -> Tensor:
+        """(p, d), 0 or 1, of uniform noise; without noise the likelier of the two."""
+        if self.mask_logits is None:
+            return self._ones()
+        return _hard_mask(self.mask_logits, uniform, self.config.temperature)
 
-        # masks, then effects given the masks
-        logits = self.mask_logits
-        if uniform is None and normal is None:  # training and validation
-            uniform = torch.rand_like(logits)
-        mask = _hard_mask(logits, uniform, self.config.temperature)
-        mean, log_variance = self.effect(torch.cat([mask, identity], dim=1)).chunk(2, dim=1)
-        effect = gaussian_sample(mean, log_variance, normal)
-        kl = {
-            "effect_kl": gaussian_kl(mean, log_variance),
-            "mask_kl": bernoulli_kl(logits, self.config.mask_prior).sum(1),
-        }
-        return mask * effect, kl
+    def _shifts(
+        self, perturbation: Tensor, masks: Tensor | None = None, normal: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shift z_p (n, d) of every cell, and the prior terms of effects and masks, summed over the cells.
+
+        Parameters
+        ----------
+        perturbation
+            (n, p), multi-hot.
+        masks
+            (p, d); drawn if None.
+        normal
+            (k, d), noise of the effects of the k perturbations of all cells, cell by cell; drawn if None.
+        """
+        if masks is None:
+            masks = self._masks(torch.rand_like(self._ones()) if self.config.masked else None)
+
+        # effects, one row for each perturbation of each cell
+        cell, which = perturbation.nonzero(as_tuple=True)
+        seen = perturbation[cell] if self.config.joint_effects else F.one_hot(which, perturbation.shape[1])
+        effect = self.effect(torch.cat([masks[which], seen.to(masks.dtype)], dim=1))
+        terms = {}
+        if self.config.masked:
+            mean, log_variance = effect.chunk(2, dim=1)
+            effect = gaussian_sample(mean, log_variance, normal)
+            # terms of a perturbation count once in an epoch, shared by its cells
+            share = 1 / self.n_trained[which]
+            mask_kl = bernoulli_kl(self.mask_logits, self.config.mask_prior).sum(1)
+            terms = {
+                "effect_kl": (share * gaussian_kl(mean, log_variance)).sum(),
+                "mask_kl": (share * mask_kl[which]).sum(),
+            }
+
+        own = perturbation[cell, which][:, None] * masks[which] * effect
+        shifts = own.new_zeros(len(perturbation), own.shape[1]).index_add(0, cell, own)
+        return shifts, terms
 
     def _encode(self, x: Tensor, condition: Condition, z_p: Tensor) -> tuple[Tensor, Tensor]:
         blocks = one_hots(condition, self.levels) if self.config.encode_covariates else []
