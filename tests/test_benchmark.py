@@ -23,6 +23,7 @@ from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
 from invirtuo.bench.cell import Cell, compute, launch
 from invirtuo.bench.entry import as_entry
 from invirtuo.bench.run import chosen_entries
+from invirtuo.models import MODELS
 from invirtuo.splits import hold_out
 
 KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
@@ -262,6 +263,40 @@ def test_a_search_resumes_and_ends_with_the_same_best(task, tmp_path):
         tune(entry, task, 3, tmp_path / "parts", search={"fit.lr": (1e-4, 1e-2)})
 
 
+@pytest.mark.parametrize(
+    ("config", "search"),
+    [({"penalty": 0.0}, None), ({"penalty": 0.0, "width": 8}, {"penalty": (1e-6, 1.0), "width": [16, 32]})],
+)
+def test_the_first_trial_is_the_entry_itself_whatever_the_ranges(same_process, task, tmp_path, config, search):
+    pytest.importorskip("optuna", reason="needs optuna")
+    entry = Entry("b", "biolord", config, {"steps": 2, "batch_size": 32, "val_every": 2, "lr": 3e-7})
+    best = tune(entry, task, 1, tmp_path, search=search)
+    assert best.settings() == entry.settings()
+
+
+def test_entries_beside_each_other_draw_different_settings(same_process, task, tmp_path):
+    pytest.importorskip("optuna", reason="needs optuna")
+    rates = {}
+    for label in ("one", "other"):
+        entry = Entry(label, "linear_additive", None, {"steps": 2, "batch_size": 32, "val_every": 2})
+        tune(entry, task, 3, tmp_path / label)
+        rates[label] = pd.read_csv(tmp_path / label / "trials.csv")["fit.lr"].tolist()
+    assert rates["one"][0] == rates["other"][0]
+    assert not set(rates["one"][1:]) & set(rates["other"][1:])
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS.values() if model.SEARCH], ids=lambda model: model.name)
+def test_searches_hold_the_published_settings(model):
+    from invirtuo.bench.tune import _settings, _space
+
+    for preset in model.PRESETS:
+        entry = Entry("row", model.name, preset)
+        own = _settings(entry)
+        for name, choice in _space(entry, None).items():
+            fits = own[name] in choice if isinstance(choice, list) else choice[0] <= own[name] <= choice[1]
+            assert fits or own[name] <= 0, (preset, name)  # a weight of 0 has no place on a log scale
+
+
 def test_a_search_looks_at_the_entry_alone_not_at_its_variants(same_process, task, tmp_path):
     pytest.importorskip("optuna", reason="needs optuna")
     values = []
@@ -279,6 +314,9 @@ def test_bad_searches(same_process, task, tmp_path):
         tune("linear_additive", task, 1, tmp_path, search={"colour": [1]})
     with pytest.raises(ValueError, match="unknown metrics"):
         tune("linear_additive", task, 1, tmp_path, objective={"nothing": 1.0})
+    for choice in ((1, 1), (1, 2, 3), [], 3):
+        with pytest.raises(ValueError, match="expected .low, high. or a list"):
+            tune("linear_additive", task, 1, tmp_path, search={"fit.lr": choice})
     with pytest.raises(ValueError, match="nothing to search"):
         tune("no_change", task, 1, tmp_path)
     worst = Entry("linear", "linear_additive", None, {"steps": 3, "lr": 1e30, "batch_size": 32})

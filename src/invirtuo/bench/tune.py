@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import warnings
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from invirtuo.bench.entry import Entry, as_entry
 from invirtuo.bench.run import one_task, resumable, shared_plan, write_table
 from invirtuo.bench.task import Task
 from invirtuo.cells.files import writing
-from invirtuo.fit import FitConfig
 from invirtuo.metrics import METRICS
 from invirtuo.models import MODELS
 
@@ -61,7 +61,7 @@ def tune(
         Name in ``bench.TASKS`` or a :class:`Task`; its validation conditions are predicted and scored.
     trials
         Number of trials that end, with or without a value; those of earlier runs in `out` count. The first is the
-        entry's own setting.
+        entry's own setting, whatever the ranges; the draws of the others depend on `seed` and the entry's label.
     out
         Folder for ``study.log`` (all trials, for Optuna), ``trials.csv`` and ``best.json``, an entry that `benchmark`
         takes.
@@ -70,7 +70,8 @@ def tune(
         need a negative weight.
     search
         Field of the model's Config, or ``fit.`` and a field of FitConfig, to (low, high) or a list of choices; None
-        takes the ``SEARCH`` of the model. Two floats are searched on a log scale if both are above 0.
+        takes the ``SEARCH`` of the model, as much wider as the entry's own values need. Two numbers are searched on a
+        log scale if both are above 0.
     seed
         Of the search and of the fits.
     threads, data_dir, progress
@@ -118,14 +119,22 @@ def tune(
     shared["data_dir"] = None if data_dir is None else str(Path(data_dir).resolve())
     with resumable(out):
         for number in _numbers(len(_ended(study)), trials, progress):
-            study.sampler = _sampler(seed + number, {} if number else _own(entry, space))
+            # the first trial is the entry itself, also where a range cannot hold its value
+            fixed = {} if number else _own(entry, space)
+            study.sampler = _sampler(_draw_seed(seed, entry, number), fixed)
             trial = study.ask()
-            values = {name: _suggest(trial, name, choice) for name, choice in space.items()}
+            searched = space if number else fixed
+            values = {name: _suggest(trial, name, space[name]) for name in searched}
             candidate = replace(_candidate(entry, values), variants={})
             cell = Cell(chosen, candidate, seed, **shared)
             _tell(study, trial, launch(cell), objective)
             _write(out, entry, study)
     return _best(entry, study)
+
+
+def _draw_seed(seed: int, entry: Entry, number: int) -> int:
+    """Seed of the draws of a trial: entries that are searched beside each other draw different settings."""
+    return zlib.crc32(f"{seed} {entry.label} {number}".encode())
 
 
 def _sampler(seed: int, fixed: dict[str, Any]) -> BaseSampler:
@@ -142,15 +151,29 @@ def _sampler(seed: int, fixed: dict[str, Any]) -> BaseSampler:
 
 def _own(entry: Entry, space: Mapping[str, Any]) -> dict[str, Any]:
     """The entry's own values of what is searched, where the search could draw them."""
-    config, fit = map(asdict, entry.settings())
-    own = config | {f"fit.{name}": value for name, value in fit.items()}
     found = {}
-    for name, choice in space.items():
-        value = own[name]
+    for name, value in _settings(entry).items():
+        choice = space.get(name, [])
         can_be_drawn = value in choice if isinstance(choice, list) else choice[0] <= value <= choice[1]
         if can_be_drawn:
             found[name] = value
     return found
+
+
+def _settings(entry: Entry) -> dict[str, Any]:
+    """All fields of the entry by the names under which they are searched."""
+    config, fit = map(asdict, entry.settings())
+    return config | {f"fit.{name}": value for name, value in fit.items()}
+
+
+def _widened(choice: Any, value: Any) -> Any:
+    """A range or a list of choices that holds the value too; a log scale stays one."""
+    if isinstance(choice, list):
+        return choice if value in choice else [*choice, value]
+    low, high = choice
+    if low > 0 >= value:
+        return choice
+    return min(low, value), max(high, value)
 
 
 def _ended(study: Study) -> list[FrozenTrial]:
@@ -196,14 +219,17 @@ def _tell(study: Study, trial: Trial, record: Record, objective: Mapping[str, fl
 def _space(entry: Entry, search: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is searched, checked."""
     model = MODELS[entry.model]
-    space = dict(model.SEARCH if search is None else search)
+    own = _settings(entry)
+    space = dict(search) if search is not None else {k: _widened(v, own[k]) for k, v in model.SEARCH.items()}
     if not space:
         raise ValueError(f"{entry.model} has nothing to search; name fields with search= or choose another model")
-    known = {field.name for field in fields(model.Config)}
-    known |= {f"fit.{field.name}" for field in fields(FitConfig)}
-    unknown = sorted(set(space) - known)
+    unknown = sorted(set(space) - set(own))
     if unknown:
-        raise ValueError(f"cannot search {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        raise ValueError(f"cannot search {', '.join(unknown)}; known: {', '.join(sorted(own))}")
+    for name, choice in space.items():
+        is_range = isinstance(choice, tuple) and len(choice) == 2 and choice[0] < choice[1]
+        if not is_range and not (isinstance(choice, list) and choice):
+            raise ValueError(f"search of {name} is {choice!r}; expected (low, high) or a list of choices")
     return space
 
 
@@ -212,7 +238,7 @@ def _suggest(trial: Trial, name: str, choice: Any) -> Any:
         return trial.suggest_categorical(name, choice)
     low, high = choice
     if isinstance(low, int) and isinstance(high, int):
-        return trial.suggest_int(name, low, high)
+        return trial.suggest_int(name, low, high, log=low > 0)
     return trial.suggest_float(name, low, high, log=low > 0)
 
 

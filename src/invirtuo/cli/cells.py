@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from invirtuo.cli.options import (
     Control,
     Covariate,
     Device,
+    FitSet,
     HoldOut,
     HoldOutVal,
     OutCells,
@@ -24,6 +24,7 @@ from invirtuo.cli.options import (
     Quiet,
     Run,
     Separator,
+    Set,
     Solver,
     Split,
     Steps,
@@ -35,16 +36,9 @@ from invirtuo.cli.options import (
     read_conditions,
     read_csv,
     split_of,
+    with_fields,
 )
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="field=value of the model's Config; `invirtuo list models NAME` lists them."),
-]
-FitSet = Annotated[
-    list[str] | None,
-    typer.Option(help="field=value of the FitConfig; `invirtuo list models NAME --fit` lists them."),
-]
 RoundTrip = Annotated[int | None, typer.Option(help="Steps of the solver; 50 if not given.")]
 
 
@@ -93,10 +87,10 @@ def fit(
     # the preset with the fields that are set
     base = MODELS[model](design, adata.var_names, preset)
     listing = f"invirtuo list models {model}"
-    chosen = _with_fields(base.config, set_, listing)
+    chosen = with_fields(base.config, set_, listing)
     fitted = MODELS[model](design, adata.var_names, chosen) if set_ else base
     fit_set = [*(fit_set or []), *(["progress=false"] if quiet else [])]
-    config = _with_fields(base.fit_config, fit_set, f"{listing} --fit")
+    config = with_fields(base.fit_config, fit_set, f"{listing} --fit")
 
     # a fit that ended is not fitted again
     checkpoints = out / "checkpoints"
@@ -368,22 +362,3 @@ def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in pairs("--guidance", given).items()}
     except ValueError as error:
         raise ValueError(f"--guidance {' '.join(given)}: {error}; expected a number, or attribute=number") from error
-
-
-def _with_fields(config: Any, assignments: list[str] | None, listing: str) -> Any:
-    """A Config with fields replaced by ``field=value``; `listing` is the command that explains them."""
-    # values are JSON, or else text
-    known = {field.name for field in dataclasses.fields(config)}
-    changes = {}
-    for text in assignments or []:
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"cannot set {text!r}; expected field=value with a field that `{listing}` lists")
-        try:
-            changes[name] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[name] = value
-    try:
-        return dataclasses.replace(config, **changes)
-    except ValueError as error:
-        raise ValueError(f"{error}; `{listing}` explains the settings") from error

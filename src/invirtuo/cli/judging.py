@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,17 +13,20 @@ from invirtuo.cli.options import (
     Conditions,
     Control,
     Covariate,
+    FitSet,
     Out,
     OutFolder,
     Perturbation,
     Quiet,
     Separator,
+    Set,
     model_with,
     pairs,
     print_rows,
     print_scores,
     read_conditions,
     read_csv,
+    with_fields,
     writable_file,
 )
 
@@ -280,6 +284,12 @@ def tune(
     objective: Annotated[
         str, typer.Option(help="metric=weight joined by commas; the sum is minimised.")
     ] = "rmse_mean=1,rmse_mean_rank=0.1",
+    search: Annotated[
+        list[str] | None,
+        typer.Option(help="field=LOW:HIGH or field=A,B,C, like fit.lr=1e-6:1e-2; in place of what the model searches."),
+    ] = None,
+    set_: Set = None,
+    fit_set: FitSet = None,
     seed: Annotated[int, typer.Option(help="Of the search and of the fits.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of each fit.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with data files.")] = None,
@@ -287,13 +297,24 @@ def tune(
 ) -> None:
     """Choose hyperparameters on the validation conditions of a task; goes on where it was stopped."""
     from invirtuo import bench
+    from invirtuo.bench.entry import as_entry
+
+    # the entry, with fields replaced
+    entry = as_entry(model)
+    config, fit = entry.settings()
+    listing = f"invirtuo list models {entry.model}"
+    if set_:
+        entry = replace(entry, config=with_fields(config, set_, listing))
+    if fit_set:
+        entry = replace(entry, fit=with_fields(fit, fit_set, f"{listing} --fit"))
 
     best = bench.tune(
-        model,
+        entry,
         task,
         trials,
         out,
         objective=_weights(objective),
+        search=dict(map(_searched, search)) if search else None,
         seed=seed,
         threads=threads,
         data_dir=data_dir,
@@ -329,6 +350,20 @@ def _weights(text: str) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--objective: {part!r}; expected metric=weight, for example rmse_mean=1") from None
     return weights
+
+
+def _searched(text: str) -> tuple[str, Any]:
+    """``fit.lr=1e-6:1e-2`` or ``width=[128, 256]`` as a field and its range or choices."""
+    name, _, value = text.partition("=")
+    try:
+        if ":" in value:
+            low, high = (json.loads(bound) for bound in value.split(":"))
+            return name, (low, high)
+        return name, json.loads(f"[{value}]")
+    except ValueError:
+        raise ValueError(
+            f"--search: {text!r}; expected field=LOW:HIGH or field=A,B,C with text in quotes, like fit.lr=1e-6:1e-2"
+        ) from None
 
 
 def _layers(given: list[str] | None) -> str | dict[str, str] | None:

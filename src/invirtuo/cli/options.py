@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -46,6 +48,14 @@ def writable_folder(path: Path | None) -> Path | None:
     return path
 
 
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="field=value of the model's Config; `invirtuo list models NAME` lists them."),
+]
+FitSet = Annotated[
+    list[str] | None,
+    typer.Option(help="field=value of the FitConfig; `invirtuo list models NAME --fit` lists them."),
+]
 Covariate = Annotated[list[str] | None, typer.Option(help="Covariate column of obs; may be given several times.")]
 Perturbation = Annotated[
     str | None,
@@ -281,3 +291,22 @@ def model_with(run: Path, verb: str) -> Any:
         able = [name for name, kind in MODELS.items() if hasattr(kind, verb)]
         raise ValueError(f"{run} holds {model.name}, which cannot {verb}; models that can: {', '.join(able)}")
     return model
+
+
+def with_fields(config: Any, assignments: list[str] | None, listing: str) -> Any:
+    """A Config with fields replaced by ``field=value``; `listing` is the command that explains them."""
+    # values are JSON, or else text
+    known = {field.name for field in dataclasses.fields(config)}
+    changes = {}
+    for text in assignments or []:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"cannot set {text!r}; expected field=value with a field that `{listing}` lists")
+        try:
+            changes[name] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[name] = value
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise ValueError(f"{error}; `{listing}` explains the settings") from error

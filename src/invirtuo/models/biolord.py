@@ -83,8 +83,8 @@ class Biolord(PerturbationModel):
         "srivatsan20": Preset(_PAPER, replace(_FIT, steps=60_000, val_every=120), _BEST),
     }
     SEARCH = {
-        "fit.lr": (1e-4, 1e-2),
-        "width": [128, 256, 512],
+        "fit.lr": (1e-6, 1e-2),
+        "width": (128, 1024),
         "code_penalty": (0.1, 100.0),
         "penalty": (1e-6, 1.0),
     }

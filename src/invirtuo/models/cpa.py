@@ -152,8 +152,8 @@ class CPA(PerturbationModel):
         "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
     }
     SEARCH = {
-        "fit.lr": (1e-4, 1e-2),
-        "width": [128, 256, 512],
+        "fit.lr": (1e-6, 1e-2),
+        "width": (128, 1024),
         "kl_weight": (0.1, 20.0),
         "adversary_weight": (0.1, 100.0),
     }

@@ -68,7 +68,7 @@ class DecoderOnly(PerturbationModel):
         "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, _BEST),
         "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
     }
-    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_layers": (0, 3), "fit.weight_decay": (1e-9, 1e-3)}
+    SEARCH = {"fit.lr": (1e-6, 1e-2), "width": (128, 1024), "n_layers": (0, 3), "fit.weight_decay": (1e-9, 1e-3)}
     takes_features = True
     deterministic = True
 

@@ -149,8 +149,8 @@ class FMPCA(PerturbationModel):
         "ot-norman19": Preset(_OT_NORMAN, _NORMAN_FIT, "tables 15, 17"),
     }
     SEARCH = {
-        "fit.lr": (1e-4, 1e-2),
-        "hidden_dim": [256, 512, 1024],
+        "fit.lr": (1e-6, 1e-2),
+        "hidden_dim": (256, 1024),
         "n_pcs": [20, 50, 100],
         "prob_unconditional": [0.0, 0.1, 0.2, 0.4],
     }

@@ -70,7 +70,7 @@ class LatentAdditive(PerturbationModel):
         "srivatsan20": Preset(_SRIVATSAN, _SRIVATSAN_FIT, _BEST),
         "jiang24": Preset(_JIANG, _JIANG_FIT, _BEST),
     }
-    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_latent": [16, 64, 128], "dropout": [0.0, 0.1, 0.3]}
+    SEARCH = {"fit.lr": (1e-6, 1e-2), "width": (128, 1024), "n_latent": [16, 64, 128], "dropout": [0.0, 0.1, 0.3]}
     sampler = "pairs"
     needs_source = True
     takes_features = True

@@ -159,7 +159,7 @@ class SAMSVAE(PerturbationModel):
         "simple-srivatsan20": Preset(_SIMPLE_SRIVATSAN, _SIMPLE_SRIVATSAN_FIT, _BEST),
         "simple-jiang24": Preset(_SIMPLE_JIANG, _SIMPLE_JIANG_FIT, _BEST),
     }
-    SEARCH = {"fit.lr": (1e-4, 1e-2), "width": [128, 256, 512], "n_latent": [16, 32, 64], "mask_prior": (0.01, 0.3)}
+    SEARCH = {"fit.lr": (1e-6, 1e-2), "width": (128, 1024), "n_latent": [16, 32, 64], "mask_prior": (0.01, 0.3)}
     needs_source = True
 
     def build(self) -> None:

@@ -74,7 +74,7 @@ class Model(Trainable):
     name: ClassVar[str]
     Config: ClassVar[type]
     PRESETS: ClassVar[Mapping[str, Preset]] = {}
-    SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-4, 1e-2)}  # what `bench.tune` varies, and between which values
+    SEARCH: ClassVar[Mapping[str, Any]] = {"fit.lr": (1e-6, 1e-2)}  # what `bench.tune` varies, and between which values
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     Sampling: ClassVar[type[NoSampling]] = NoSampling  # options of drawing cells from it
     takes_features: ClassVar[bool] = False  # whether it predicts unseen perturbations from features of the Design
