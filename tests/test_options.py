@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from small_models import CASES, CFGEN, FIT, call, equal, experiment, fitted, kind_of, verbs
@@ -27,6 +28,7 @@ OTHER: dict[str, object] = {
     "precision": "bf16",
     "batch_size": 7,
     "clamp_min": 50.0,
+    "zeros": "threshold",
     "steps": 3,
     "solver": "euler",
     "guidance": 2.0,
@@ -84,6 +86,47 @@ def test_an_option_acts_or_is_an_error(case):
                 option == "seed" and (getattr(fitted(case), "deterministic", False) or verb == "forecast")
             )
             assert option in NEARLY or same == keeps, (verb, option)
+
+
+PREDICTING = [case for case in CASES if "zeros" in {f.name for f in fields(kind_of(case).Sampling)}]
+
+
+@pytest.mark.parametrize("case", PREDICTING)
+def test_zeros_are_those_of_cells(case, tmp_path):
+    """Below half the smallest value there is nothing; moved control cells have the mean of what the model draws."""
+    model = fitted(case)
+    cells, design, split = experiment(kind_of(case))
+    if model.keeps_zeros:
+        with pytest.raises(
+            ValueError, match=f"zeros is 'threshold', and {model.name} draws cells with zeros by itself"
+        ):
+            call(case, "predict", zeros="threshold")
+        return
+    train = cells[(split == "train").to_numpy()]
+    limit = float(train.X[train.X > 0].min()) / 2
+    drawn, cut = (call(case, "predict", zeros=zeros).X for zeros in (None, "threshold"))
+    np.testing.assert_array_equal(cut, np.where(drawn < limit, 0.0, drawn).astype(np.float32))
+    if not model.needs_source:
+        with pytest.raises(ValueError, match="does not start from control cells; try 'threshold'"):
+            call(case, "predict", zeros="moved")
+        return
+
+    moved = call(case, "predict", zeros="moved")
+    label = design.names(moved.obs)
+    assert moved.X.min() >= 0 and not ((moved.X > 0) & (moved.X < limit / 5)).any()
+    for name in label.unique():
+        rows = (label == name).to_numpy()
+        wanted, found = np.maximum(drawn[rows].mean(0), 0), moved.X[rows].mean(0)
+        # values are stretched five-fold at most, and where controls have no positive value there is nothing to move
+        assert np.median(np.abs(found - wanted)) < 0.05
+
+    # a model that was saved knows its smallest value, one from before does not
+    model.save(tmp_path / "run")
+    again = iv.load(tmp_path / "run")
+    np.testing.assert_array_equal(call(case, "predict", model=again, zeros="moved").X, moved.X)
+    del again.card["smallest"]
+    with pytest.raises(ValueError, match="fitted before it could be asked for; fit it again"):
+        call(case, "predict", model=again, zeros="moved")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -126,6 +126,9 @@ def predict(
     seed: int = 0,
     controls: Annotated[Path | None, typer.Option(help="h5ad with control cells to start from.")] = None,
     clamp_min: Annotated[float | None, typer.Option(help="Raise values below this to it.")] = None,
+    zeros: Annotated[
+        str | None, typer.Option(help="How values become cells with zeros: threshold, or moved control cells.")
+    ] = None,
     effect_level: Annotated[
         float | None,
         typer.Option(help="Also give effects with intervals that cover this share of genes, for example 0.9."),
@@ -143,6 +146,7 @@ def predict(
         solver=solver,
         controls=controls,
         clamp_min=clamp_min,
+        zeros=zeros,
         effect_level=effect_level,
         n_jobs=n_jobs,
         device=device,

@@ -84,6 +84,7 @@ class NoChange(PerturbationModel):
     Config = NoChangeConfig
     SEARCH = {}
     needs_source = True
+    keeps_zeros = True
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The control cells (n, g)."""
@@ -99,6 +100,7 @@ class _ConditionMeans(PerturbationModel):
     def build(self) -> None:
         self.mode = getattr(self.config, "mode", "")
         self.deterministic = self.mode == "profile"
+        self.keeps_zeros = self.keeps_zeros or self.mode == "move_cells"
         if self.mode == "move_cells":
             self.register_buffer("smallest", torch.zeros(()))  # value above 0 in training
         g, p = len(self.genes), len(self.design.perturbations)
@@ -235,6 +237,7 @@ class FoldChange(_MeanEffects):
 
     name = "fold_change"
     Config = FoldChangeConfig
+    keeps_zeros = True
 
     def prepare(self, dataset: CellDataset) -> None:
         self._keep(dataset, dataset.pseudobulk("train", linear=True))

@@ -5,9 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["moved", "with_mean"]
+__all__ = ["moved", "with_mean", "with_zeros"]
 
 LARGEST = 5.0  # factor by which positive values may be stretched or shrunk
+
+
+def with_zeros(
+    x: Tensor, way: str | None, controls: Tensor | None, smallest: float, generator: torch.Generator
+) -> Tensor:
+    """What a continuous model has drawn, as cells with zeros.
+
+    Parameters
+    ----------
+    x
+        (n, g), drawn.
+    way
+        "threshold" sets values below `smallest` to 0; "moved" moves `controls` to the mean of `x` (:func:`moved`); None
+        leaves them.
+    controls
+        (n, g), measured control cells.
+    smallest
+        Values below are zeros.
+    generator
+        Of :func:`moved`.
+
+    Returns
+    -------
+    (n, g)
+    """
+    if way == "threshold":
+        return torch.where(x < smallest, 0.0, x)
+    if way == "moved":
+        return moved(controls, x.mean(0) - controls.mean(0), smallest, generator)
+    return x
 
 
 def moved(cells: Tensor, effect: Tensor, smallest: float, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from invirtuo import fit
 from invirtuo.batch import Batch
 from invirtuo.errors import preview, whole_number
+from invirtuo.nn.moved import with_zeros
 from invirtuo.verbs.controls import ControlCells
 from invirtuo.verbs.sampling import SampleConfig
 from invirtuo.workers import n_workers, over_ray
@@ -99,6 +100,7 @@ class Request:
     pool: Mapping[str, ControlCells]
     device: str | None = None
     first: int = 0  # number of the first condition
+    smallest: float = 0.0  # positive value of the training cells, where `config.zeros` asks for it
 
     def __len__(self) -> int:
         """Give the number of conditions."""
@@ -141,6 +143,7 @@ def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCell
                 x = model.sample(batch.to(device), generator, config).float().cpu()
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"{model.name} draws NaN or infinite values for {name}; fit it again with a lower lr")
+            x = with_zeros(x, config.zeros, batch.source, request.smallest / 2, generator)
             if config.clamp_min is not None:
                 x = x.clamp_min(config.clamp_min)
             yield request.first + i, x.numpy()

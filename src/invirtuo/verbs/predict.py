@@ -42,6 +42,7 @@ class PerturbationModel(Model):
     Sampling: ClassVar[type[NoSampling]] = SampleConfig
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
     deterministic: bool = False  # whether every seed gives the same cells; `build` may choose
+    keeps_zeros: bool = False  # whether cells have zeros as they are drawn; `build` may choose
 
     _controls: dict[str, ControlCells]
     _observed_means: ObservedMeans | None
@@ -137,6 +138,7 @@ class PerturbationModel(Model):
         n_cells = whole_number("n_cells", n_cells)
         seed = whole_number("seed", seed, 0)
         config = self._sampling(options)
+        smallest = self._smallest(config.zeros)
 
         # what to draw, with which model
         if isinstance(controls, str | Path):
@@ -144,7 +146,7 @@ class PerturbationModel(Model):
         model = self if controls is None else self.with_controls(controls)
         table = model.wanted(conditions)
         calibration = None if effect_level is None else model._calibration(effect_level, controls)
-        request = Request(table, n_cells, seed, config, model._pool(controls), device)
+        request = Request(table, n_cells, seed, config, model._pool(controls), device, smallest=smallest)
 
         # cells are drawn when they are written; effects need their means
         cells: Iterable[tuple[int, np.ndarray]] = drawn(model, request, engine, n_jobs)
@@ -175,6 +177,20 @@ class PerturbationModel(Model):
         x = filled(np.empty(shape, np.float32), cells, n_cells)
         varm = None if calibration is None else calibration.intervals(request, means)
         return anndata.AnnData(x, obs=obs, var=var, uns=uns, varm=varm)
+
+    def _smallest(self, zeros: str | None) -> float:
+        """Smallest positive training value, where an option asks for zeros that the model can have."""
+        if zeros is None:
+            return 0.0
+        if self.keeps_zeros:
+            raise ValueError(f"zeros is {zeros!r}, and {self.name} draws cells with zeros by itself; leave zeros out")
+        if zeros == "moved" and not self.needs_source:
+            raise ValueError(f"zeros is 'moved', and {self.name} does not start from control cells; try 'threshold'")
+        if "smallest" not in self.card:
+            raise ValueError(
+                f"zeros is {zeros!r}, and this model was fitted before it could be asked for; fit it again"
+            )
+        return float(self.card["smallest"])
 
     def _calibration(self, level: float, controls: AnnData | None) -> Calibration:
         """Calibration of the intervals of effects; with further control cells, for groups that the fit did not see."""
@@ -252,6 +268,7 @@ class PerturbationModel(Model):
         """Keep control cells to start from, and means of them and of the conditions held out for validation."""
         design = self.design
         self._controls = control_pool(dataset) if self.needs_source else {}
+        self.card["smallest"] = dataset.smallest("train")
 
         # controls, and conditions held out as a whole, of all cells that are not for testing
         table, condition = design.unique_conditions(dataset.obs)

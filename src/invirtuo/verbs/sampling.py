@@ -48,6 +48,12 @@ class SampleConfig(NoSampling):
         256, "cells in the network at once, of models of sets at least one set; the cells do not depend on it", ge=1
     )
     clamp_min: float | None = setting(None, "raise values below this to it (0 for expression); None leaves them")
+    zeros: Literal["threshold", "moved"] | None = setting(
+        None,
+        'how values of a continuous model become cells with zeros. "threshold": below half the smallest positive '
+        'training value they are 0. "moved": control cells of the covariates, moved to the mean that the model gives, '
+        "with their zeros kept, for models that start from control cells. None: as the model draws them",
+    )
 
 
 @dataclass(frozen=True)

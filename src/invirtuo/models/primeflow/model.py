@@ -192,6 +192,7 @@ class PRiMeFlow(PerturbationModel):
         config, design = self.config, self.design
         levels = tuple(len(level) for level in design.covariates.values())
         sizes = Sizes(len(self.genes), design.code_width, levels, int(design.time is not None))
+        self.keeps_zeros = config.hurdle
         self.velocity = VELOCITIES[config.velocity](config, sizes)
         self.register_buffer("gene_mean", torch.zeros(sizes.n_genes))
         self.register_buffer("gene_sd", torch.ones(sizes.n_genes))
