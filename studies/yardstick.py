@@ -37,6 +37,9 @@ TRAINED = (
     Entry("ST", "state_transition", None, {"steps": 500}),
     Entry("fm_pca", "fm_pca", None, {"steps": 1500}),
     Entry("cpa", "cpa"),
+    Entry("ST:moved", "state_transition", None, {"steps": 500}, {"zeros": "moved"}),
+    Entry("fm_pca:threshold", "fm_pca", None, {"steps": 1500}, {"zeros": "threshold"}),
+    Entry("cpa:moved", "cpa", None, None, {"zeros": "moved"}),
 )
 ENTRIES = {entry.label: entry for entry in (*CLOSED, *TRAINED)}
 FLOOR = "noise_floor"
@@ -92,7 +95,7 @@ def predicted(out: Path, entry: Entry, name: str, fold: int, seed: int, data_dir
     model, fit = entry.make(design, adata.var_names)
     with spent() as cost:
         model.fit(adata, split=split, config=replace(fit, seed=seed, progress=False))
-        cells = model.predict("test", n_cells=task.n_cells, seed=seed)
+        cells = model.predict("test", n_cells=task.n_cells, seed=seed, **entry.predict)
     cells.uns["cost"] = cost
     file.parent.mkdir(parents=True, exist_ok=True)
     with writing(file) as unfinished:
