@@ -22,7 +22,7 @@ __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
 VALIDATION = "NK cell"  # its response sets the width of intervals
-STEPS, LINEAR_STEPS = 900, 1200  # optimiser steps per `MINUTES`
+STEPS, LINEAR_STEPS = 900, 400  # optimiser steps per `MINUTES`
 CELLS = 128  # cells of a step
 CONFIG = PRiMeFlow.Config(cell_width=256, n_context=4)  # a smaller network, trained for longer
 MINUTES = 2.0
@@ -88,7 +88,7 @@ def demo(
         return replace(preset.fit, steps=max(int(steps * minutes / MINUTES), 2), seed=seed, progress=progress)
 
     fit = replace(training(PRiMeFlow.PRESETS["default"], STEPS), batch_size=CELLS)
-    linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=1e-2, schedule="cosine")
+    linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=3e-2, schedule="cosine")
 
     # the model, and the baselines it must beat
     entries = [
