@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from invirtuo import Design
-from invirtuo.metrics import METRICS, axes, cells, distances, distribution, evaluate, generation, wilcoxon
+from invirtuo.metrics import METRICS, cells, distribution, evaluate, generation, wilcoxon
+from invirtuo.metrics.numerics import axes, distances
 
 few = settings(max_examples=5, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)

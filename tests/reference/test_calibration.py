@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from invirtuo import Design, metrics
-from invirtuo.metrics.halves import INTERPOLATED, halves
-from invirtuo.metrics.others import tests_of as real_tests
+from invirtuo.metrics.measures.others import tests_of as real_tests
+from invirtuo.metrics.trust.halves import INTERPOLATED, halves
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "yardstick2026" / "calibration"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden files are not at {GOLDEN}")

@@ -25,7 +25,7 @@ from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import check_writable, write_h5ad, writing
 from invirtuo.errors import preview
 from invirtuo.metrics import Pair, noise_floor, score
-from invirtuo.metrics.axes import principal_axes
+from invirtuo.metrics.numerics.axes import principal_axes
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ def evaluate(
     from invirtuo.cells.source import opened
     from invirtuo.metrics import Pair, choose, score
     from invirtuo.metrics.cells import of_side
-    from invirtuo.metrics.flags import flags_of
+    from invirtuo.metrics.trust.flags import flags_of
 
     layers = _layers(layer)
     real_cells = opened(real, small_in_memory=True, layer=of_side(layers, "real"))

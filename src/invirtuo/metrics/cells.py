@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,9 @@ from scipy import sparse
 from invirtuo.cells.checks import SCORE_COLUMNS
 from invirtuo.cells.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
 from invirtuo.cells.values import AnyMatrix, Values, canonical_csr, log_normalised, look, require_same_scale
+from invirtuo.design import Design
 from invirtuo.errors import preview, require_column
-from invirtuo.metrics.streamed import BLOCK, Streamed
-
-if TYPE_CHECKING:
-    from invirtuo.design import Design
+from invirtuo.metrics.numerics.streamed import BLOCK, Streamed
 
 __all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "compare_levels", "of_side", "per_10k", "read_cells"]
 

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.design import Design
 from invirtuo.errors import preview
-from invirtuo.metrics import de, mean
-from invirtuo.metrics.core import METRICS, Metric, Pair
-from invirtuo.metrics.false_calls import FALSE_DISCOVERIES
-from invirtuo.metrics.vcc2026 import VCC2026
+from invirtuo.metrics.cells import Layer, Scale
+from invirtuo.metrics.measures import de, mean
+from invirtuo.metrics.measures.false_calls import FALSE_DISCOVERIES
+from invirtuo.metrics.measures.vcc2026 import VCC2026
+from invirtuo.metrics.pair import Pair
+from invirtuo.metrics.registry import METRICS, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Layer, Scale
 
 __all__ = ["PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize", "values_of"]
 

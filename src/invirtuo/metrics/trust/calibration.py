@@ -8,15 +8,20 @@ perfect prediction the positive one goes, BDS how often it wins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.metrics.attached import Attached
-from invirtuo.metrics.core import METRICS, CountOptions, Metric
-from invirtuo.metrics.halves import (
+from invirtuo.metrics.cells import Layer, Scale
+from invirtuo.metrics.pair import CountOptions, TargetGenes
+from invirtuo.metrics.registry import METRICS, Metric
+from invirtuo.metrics.scores import choose, values_of
+from invirtuo.metrics.trust.halves import (
     ALL_CELLS,
     ALL_MEAN,
     CONTROL_MEAN,
@@ -27,13 +32,6 @@ from invirtuo.metrics.halves import (
     Halves,
     halves,
 )
-from invirtuo.metrics.scores import choose, values_of
-
-if TYPE_CHECKING:
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Layer, Scale
-    from invirtuo.metrics.core import TargetGenes
 
 __all__ = ["calibrated", "calibration", "controls_of", "drf", "summary"]
 

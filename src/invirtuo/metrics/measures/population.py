@@ -5,18 +5,14 @@ Means and principal components hardly tell cells whose genes were drawn one by o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy import sparse, stats
 
-from invirtuo.metrics.core import metric, view
-from invirtuo.metrics.streamed import Streamed
-
-if TYPE_CHECKING:
-    from invirtuo.cells.values import AnyMatrix
-    from invirtuo.metrics.cells import Side
-    from invirtuo.metrics.core import Pair
+from invirtuo.cells.values import AnyMatrix
+from invirtuo.metrics.cells import Side
+from invirtuo.metrics.numerics.streamed import Streamed
+from invirtuo.metrics.pair import Pair, view
+from invirtuo.metrics.registry import metric
 
 __all__ = ["c2st", "correlation_error", "rmse_logvar", "zeros_distance"]
 

@@ -6,16 +6,13 @@ import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import linalg
 
-from invirtuo.metrics.streamed import Streamed
-
-if TYPE_CHECKING:
-    from invirtuo.cells.values import AnyMatrix
+from invirtuo.cells.values import AnyMatrix
+from invirtuo.metrics.numerics.streamed import Streamed
 
 __all__ = ["principal_axes", "projected"]
 

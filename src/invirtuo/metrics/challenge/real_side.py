@@ -12,9 +12,9 @@ import pandas as pd
 
 from invirtuo.cells.files import writing
 from invirtuo.metrics.cells import Cells
-from invirtuo.metrics.core import Pair
-from invirtuo.metrics.counts import Bulk, CountTests, control_bulk
-from invirtuo.metrics.streamed import BLOCK
+from invirtuo.metrics.measures.counts import Bulk, CountTests, control_bulk
+from invirtuo.metrics.numerics.streamed import BLOCK
+from invirtuo.metrics.pair import Pair
 
 __all__ = ["fingerprint", "kept_table", "with_real_side"]
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from invirtuo.metrics.core import metric
-from invirtuo.metrics.mean import CELL_EVAL
+from invirtuo.metrics.measures.mean import CELL_EVAL
+from invirtuo.metrics.pair import Pair
+from invirtuo.metrics.registry import metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from invirtuo.metrics.core import Pair
 
 __all__ = ["discrimination", "of_group"]
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.design import Design
 from invirtuo.errors import preview
-from invirtuo.metrics.cells import Cells, common_scale, compare_levels, read_cells
-from invirtuo.metrics.streamed import BLOCK, Streamed
-
-if TYPE_CHECKING:
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Scale
+from invirtuo.metrics.cells import Cells, Scale, common_scale, compare_levels, read_cells
+from invirtuo.metrics.numerics.streamed import BLOCK, Streamed
 
 __all__ = ["phenotype"]
 

@@ -6,21 +6,18 @@ A flag is a fact in words, not a verdict: a baseline of one profile for all cell
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from invirtuo.metrics.core import CountOptions, Pair
-from invirtuo.metrics.counts import MIN_CPM, control_mean_counts
-from invirtuo.metrics.false_calls import calls, measures
-from invirtuo.metrics.vcc2026 import MIN_GENES
-
-if TYPE_CHECKING:
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Scale
-    from invirtuo.metrics.core import TargetGenes
+from invirtuo.cells.source import AnyCells
+from invirtuo.design import Design
+from invirtuo.metrics.cells import Scale
+from invirtuo.metrics.measures.counts import MIN_CPM, control_mean_counts
+from invirtuo.metrics.measures.false_calls import calls, measures
+from invirtuo.metrics.measures.vcc2026 import MIN_GENES
+from invirtuo.metrics.pair import CountOptions, Pair, TargetGenes
 
 __all__ = ["FLAGS", "flags", "flags_of"]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from invirtuo.metrics.core import metric, view
-from invirtuo.metrics.mean import PERTURBENCH
+from invirtuo.metrics.cells import Side
+from invirtuo.metrics.measures.mean import PERTURBENCH
+from invirtuo.metrics.pair import Moments, Pair, view
+from invirtuo.metrics.registry import metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from invirtuo.metrics.cells import Side
-    from invirtuo.metrics.core import Moments, Pair
 
 __all__ = ["p_values", "signed_log_p", "t_scores", "top_degs", "top_k_recall"]
 

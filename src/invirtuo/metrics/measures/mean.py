@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
-from invirtuo.metrics.core import metric, view
+from invirtuo.cells.values import AnyMatrix
+from invirtuo.metrics.cells import Side
+from invirtuo.metrics.pair import Moments, Pair, view
+from invirtuo.metrics.registry import metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from invirtuo.cells.values import AnyMatrix
-    from invirtuo.metrics.cells import Side
-    from invirtuo.metrics.core import Moments, Pair
 
 __all__ = [
     "coefficient_of_variation",

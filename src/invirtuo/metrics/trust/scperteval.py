@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.design import Design
 from invirtuo.errors import whole_number, with_likely
-from invirtuo.metrics.calibration import calibrated, summary
-from invirtuo.metrics.core import METRICS, Metric, Pair
-from invirtuo.metrics.halves import (
+from invirtuo.metrics.cells import Layer, Scale
+from invirtuo.metrics.measures.others import (
+    SCPERTEVAL,
+    Tests,
+    others_of,
+    r2_weighted,
+    tests_of,
+    weighted_mse,
+    weights,
+    welch,
+)
+from invirtuo.metrics.pair import Pair
+from invirtuo.metrics.registry import METRICS, Metric
+from invirtuo.metrics.scores import values_of
+from invirtuo.metrics.trust.calibration import calibrated, summary
+from invirtuo.metrics.trust.halves import (
     ALL_MEAN,
     CONTROL_MEAN,
     DUPLICATE,
@@ -24,13 +39,6 @@ from invirtuo.metrics.halves import (
     halves,
     rank_sum_tests,
 )
-from invirtuo.metrics.others import SCPERTEVAL, Tests, others_of, r2_weighted, tests_of, weighted_mse, weights, welch
-from invirtuo.metrics.scores import values_of
-
-if TYPE_CHECKING:
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Layer, Scale
 
 __all__ = ["PROTOCOLS", "scperteval", "weighted_pearson"]
 

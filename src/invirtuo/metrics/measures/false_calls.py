@@ -7,20 +7,18 @@ a floor below which no rate falls: hold the scores against those of halves (`noi
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.design import Design
 from invirtuo.metrics.attached import Attached
-from invirtuo.metrics.core import CountOptions, Pair, metric
-from invirtuo.metrics.counts import CountTests, of_tests
-
-if TYPE_CHECKING:
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Scale
-    from invirtuo.metrics.core import TargetGenes
+from invirtuo.metrics.cells import Scale
+from invirtuo.metrics.measures.counts import CountTests, of_tests
+from invirtuo.metrics.pair import CountOptions, Pair, TargetGenes
+from invirtuo.metrics.registry import metric
 
 __all__ = ["FALSE_DISCOVERIES", "MEASURES", "calls", "false_discoveries", "measures"]
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from invirtuo.metrics.axes import principal_axes
-from invirtuo.metrics.core import metric, view
-from invirtuo.metrics.distances import FLOOR, PAIRS, Cloud, between, cloud, products
-from invirtuo.metrics.mean import CELL_EVAL, PERTURBENCH, pearson
-
-if TYPE_CHECKING:
-    from invirtuo.metrics.cells import Side
-    from invirtuo.metrics.core import Pair
+from invirtuo.metrics.cells import Side
+from invirtuo.metrics.measures.mean import CELL_EVAL, PERTURBENCH, pearson
+from invirtuo.metrics.numerics.axes import principal_axes
+from invirtuo.metrics.numerics.distances import FLOOR, PAIRS, Cloud, between, cloud, products
+from invirtuo.metrics.pair import Pair, view
+from invirtuo.metrics.registry import metric
 
 __all__ = [
     "axes_of_all",

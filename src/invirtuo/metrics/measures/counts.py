@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.polynomial.chebyshev import Chebyshev
 from scipy import sparse, stats
 
-from invirtuo.metrics.core import view
-from invirtuo.metrics.wilcoxon import LEVEL, batches, rank_sum
-
-if TYPE_CHECKING:
-    from invirtuo.metrics.cells import Side
-    from invirtuo.metrics.core import Pair
+from invirtuo.metrics.cells import Side
+from invirtuo.metrics.measures.wilcoxon import LEVEL, batches, rank_sum
+from invirtuo.metrics.pair import Pair, view
 
 __all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "mean_of", "of_tests"]
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
-if TYPE_CHECKING:
-    from invirtuo.cells.values import AnyMatrix
+from invirtuo.cells.values import AnyMatrix
 
 __all__ = ["BLOCK", "Streamed"]
 

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 
 from invirtuo.errors import preview, whole_number
-from invirtuo.metrics.rank import ranks
+from invirtuo.metrics.numerics.rank import ranks
 
 __all__ = ["hit_recall", "hits_from_effects", "retrieval"]
 

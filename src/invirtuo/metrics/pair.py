@@ -1,15 +1,9 @@
-"""Pair and the registry of metrics: how predicted cells are set against real ones, condition by condition.
+"""Pair: predicted cells beside real ones, condition by condition, and the views that metrics take of them.
 
-It knows files and conditions, not models. A metric sees one *view* of each condition (its mean, its log fold change,
-its cells, ...). Views and metrics are plain functions with a decorator::
+It knows files and conditions, not models. A view is a plain function with a decorator::
 
     @view("mean")                                       # what can be seen of the cells of one condition
     def mean_view(pair, side, condition): ...
-
-    @metric("rmse_mean", on="mean", ranked=True, ...)   # compares two such views
-    def rmse(pred, real): ...
-
-A metric over all conditions of a covariate group at once leaves `on` out and takes ``(pair, group)``.
 """
 
 from __future__ import annotations
@@ -17,11 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from scipy import sparse
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.cells.values import AnyMatrix
+from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.metrics.cells import (
     Cells,
@@ -34,97 +31,22 @@ from invirtuo.metrics.cells import (
     read_cells,
     read_scaled,
 )
-from invirtuo.metrics.rank import ranks
-from invirtuo.metrics.streamed import Streamed
+from invirtuo.metrics.numerics.streamed import Streamed
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.cells.values import AnyMatrix
-    from invirtuo.design import Design
-
-__all__ = ["METRICS", "VIEWS", "CountOptions", "Metric", "Pair", "TargetGenes", "metric", "view"]
+__all__ = ["VIEWS", "CountOptions", "Moments", "Pair", "TargetGenes", "view"]
 
 logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Value = TypeVar("Value")
 View: TypeAlias = "Callable[[Pair, Side, str], Any]"  # of (pair, side, condition); metrics on it know what it gives
-Compare: TypeAlias = Callable[[Any, Any], Any]  # two such views to a number
-CompareAll: TypeAlias = "Callable[[Sequence[Any], Sequence[Any]], ArrayLike]"  # P and P views to (P, P)
 Moments: TypeAlias = tuple[np.ndarray, np.ndarray, int]  # mean (g,), variance (g,) with n - 1, number of cells
 Key: TypeAlias = tuple[str, ...]
 TargetGenes: TypeAlias = Mapping[str, str | None] | Literal["parts"]
 
-
-@dataclass(frozen=True)
-class CountOptions:
-    """How metrics on counts take pseudobulks and which gene a perturbation acts on by itself.
-
-    Parameters
-    ----------
-    target_sum
-        Counts to which a pseudobulk is brought before the logarithm.
-    target_genes
-        Label to the gene that it targets, None for no measured gene; the label "*" stands for all that are not named.
-        Labels without an entry are looked up among the genes. "parts": the parts of a combination are looked up.
-    """
-
-    target_sum: float = 50_000.0
-    target_genes: TargetGenes | None = None
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric and what a reader of its numbers must know.
-
-    Parameters
-    ----------
-    name
-        Column value in the tidy table.
-    label
-        Name for tables and figures.
-    direction
-        "lower" or "higher": which values are better. None for what describes the data and judges nothing.
-    range
-        Smallest and largest possible value.
-    best
-        Value of a perfect prediction; NaN where there is none.
-    definition
-        One line.
-    reference
-        Paper or code that published the definition.
-    values
-        Takes (pair, group), returns (P,): one value for each condition of the covariate group.
-    default
-        Whether `evaluate` computes it when no metrics are named.
-    relative
-        Whether it ranks a prediction among those of other perturbations; NaN in groups with one perturbation.
-    of_means
-        Whether it sees nothing of a prediction but the mean over cells of each condition.
-    of_mistakes
-        Whether it counts mistakes alone, so that a prediction without any effect is perfect: read it beside others.
-    """
-
-    name: str
-    label: str
-    direction: Literal["lower", "higher"] | None
-    range: tuple[float, float]
-    best: float
-    definition: str
-    reference: str
-    values: Callable[[Pair, str], np.ndarray]
-    default: bool = True
-    relative: bool = False
-    of_means: bool = False
-    of_mistakes: bool = False
-
-
-METRICS: dict[str, Metric] = {}
 VIEWS: dict[str, View] = {}
+OF_MEANS: set[str] = set()  # views that see nothing but means
 _UNCACHED: set[str] = set()
-_OF_MEANS: set[str] = set()
 
 
 def view(name: str, *, cached: bool = True, of_means: bool = False) -> Callable[[Function], Function]:
@@ -145,112 +67,27 @@ def view(name: str, *, cached: bool = True, of_means: bool = False) -> Callable[
         if not cached:
             _UNCACHED.add(name)
         if of_means:
-            _OF_MEANS.add(name)
-        return function
-
-    return register
-
-
-def metric(
-    name: str,
-    *,
-    label: str,
-    direction: Literal["lower", "higher"] | None,
-    range: tuple[float, float],
-    best: float,
-    definition: str,
-    reference: str,
-    on: str | None = None,
-    pairwise: CompareAll | None = None,
-    ranked: bool = False,
-    default: bool = True,
-    relative: bool = False,
-    of_means: bool | None = None,
-    of_mistakes: bool = False,
-) -> Callable[[Function], Function]:
-    """Register a plain function as a metric; the function itself is returned unchanged.
-
-    Parameters
-    ----------
-    name, label, direction, range, best, definition, reference, default, relative, of_mistakes
-        See :class:`Metric`.
-    of_means
-        Likewise; None: as the view that it compares.
-    on
-        The view that the function compares: it takes (pred, real) and returns a float. None: the function takes
-        (pair, group) and returns one value for each condition of the group.
-    pairwise
-        Takes two sequences of P views, returns (P, P): predictions in rows, real data in columns. A faster way to what
-        the function gives for each pair; a value off the diagonal may be rough where it cannot change the rank of the
-        real condition.
-    ranked
-        Also register ``<name>_rank``: the rank of a prediction among those of its group, see `invirtuo.metrics.rank`.
-    """
-
-    def register(function: Function) -> Function:
-        if ranked and (on is None or direction is None):
-            raise ValueError(f"metric {name!r}: ranked=True needs a view to compare and a direction; name both")
-
-        # values condition by condition; a rank needs those of all pairs
-        compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
-        values = function if on is None else compare.values
-        sees_means = on in _OF_MEANS if of_means is None else of_means
-        told = (name, label, direction, range, best, definition, reference)
-        METRICS[name] = Metric(*told, values, default, relative, sees_means, of_mistakes)
-        if ranked and direction is not None:
-
-            def rank_values(pair: Pair, group: str) -> np.ndarray:
-                return ranks(compare.matrix(pair, group), direction)
-
-            METRICS[f"{name}_rank"] = Metric(
-                name=f"{name}_rank",
-                label=f"{label} rank",
-                direction="lower",
-                range=(0.0, 1.0),
-                best=0.0,
-                definition=f"Share of the other predictions of the group closer to the real condition by {label}",
-                reference=reference,
-                values=rank_values,
-                default=default,
-                relative=True,
-                of_means=sees_means,
-            )
+            OF_MEANS.add(name)
         return function
 
     return register
 
 
 @dataclass(frozen=True)
-class _Comparison:
-    """Values of a function on a view: for each condition, or for all pairs of a group."""
+class CountOptions:
+    """How metrics on counts take pseudobulks and which gene a perturbation acts on by itself.
 
-    name: str
-    on: str
-    function: Compare
-    pairwise: CompareAll
+    Parameters
+    ----------
+    target_sum
+        Counts to which a pseudobulk is brought before the logarithm.
+    target_genes
+        Label to the gene that it targets, None for no measured gene; the label "*" stands for all that are not named.
+        Labels without an entry are looked up among the genes. "parts": the parts of a combination are looked up.
+    """
 
-    def matrix(self, pair: Pair, group: str) -> np.ndarray:
-        views = pair.view(self.on, "pred", group), pair.view(self.on, "real", group)
-        key = ("matrix", self.name, group)
-        return pair.once("pred", key, lambda: np.asarray(self.pairwise(*views), dtype=float))
-
-    def values(self, pair: Pair, group: str) -> np.ndarray:
-        if pair.has("pred", ("matrix", self.name, group)):
-            return np.diagonal(self.matrix(pair, group))
-        views = zip(pair.view(self.on, "pred", group), pair.view(self.on, "real", group), strict=True)
-        return np.array([float(self.function(pred, real)) for pred, real in views])
-
-
-def _each_pair(function: Compare) -> CompareAll:
-    """The function on all pairs, one by one."""
-
-    def matrix(preds: Sequence[Any], reals: Sequence[Any]) -> list[list[float]]:
-        rows = []
-        for pred in preds:
-            rows.append([float(function(pred, real)) for real in reals])
-        return rows
-
-    return matrix
+    target_sum: float = 50_000.0
+    target_genes: TargetGenes | None = None
 
 
 class Pair:

@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 
-from invirtuo.metrics.core import metric, view
-from invirtuo.metrics.mean import CELL_EVAL, pearson
+from invirtuo.cells.values import AnyMatrix
+from invirtuo.metrics.cells import Side
+from invirtuo.metrics.measures.mean import CELL_EVAL, pearson
+from invirtuo.metrics.pair import Pair, view
+from invirtuo.metrics.registry import metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from invirtuo.cells.values import AnyMatrix
-    from invirtuo.metrics.cells import Side
-    from invirtuo.metrics.core import Pair
 
 __all__ = [
     "DETable",

@@ -6,18 +6,16 @@ perturbations of its covariate group, scored or not; where there are none, the c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from invirtuo.metrics.core import metric
-from invirtuo.metrics.mean import mse, pearson
-from invirtuo.metrics.rank import ranks
-from invirtuo.metrics.wilcoxon import LEVEL
-
-if TYPE_CHECKING:
-    from invirtuo.metrics.core import Moments, Pair
+from invirtuo.metrics.measures.mean import mse, pearson
+from invirtuo.metrics.measures.wilcoxon import LEVEL
+from invirtuo.metrics.numerics.rank import ranks
+from invirtuo.metrics.pair import Moments, Pair
+from invirtuo.metrics.registry import metric
 
 __all__ = [
     "Others",

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.errors import preview
-from invirtuo.metrics.core import METRICS
+from invirtuo.metrics.registry import METRICS
 
 __all__ = ["relative", "score_against"]
 

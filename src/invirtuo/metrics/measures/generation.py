@@ -8,18 +8,15 @@ change (`Pair.seeded_order`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from invirtuo.metrics.axes import projected
-from invirtuo.metrics.core import metric, view
-from invirtuo.metrics.distribution import axes_of_all
-
-if TYPE_CHECKING:
-    from invirtuo.metrics.cells import Side
-    from invirtuo.metrics.core import Pair
+from invirtuo.metrics.cells import Side
+from invirtuo.metrics.measures.distribution import axes_of_all
+from invirtuo.metrics.numerics.axes import projected
+from invirtuo.metrics.pair import Pair, view
+from invirtuo.metrics.registry import metric
 
 __all__ = [
     "knn_coverage",

@@ -6,22 +6,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from scipy import stats
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.cells.values import AnyMatrix
+from invirtuo.design import Design
 from invirtuo.errors import whole_number
-from invirtuo.metrics.cells import Cells, read_scaled
-from invirtuo.metrics.core import CountOptions, Pair
-from invirtuo.metrics.others import Others, Tests, keep_others, others_of, welch
-from invirtuo.metrics.wilcoxon import rank_sum
-
-if TYPE_CHECKING:
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.cells.values import AnyMatrix
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Layer, Scale
+from invirtuo.metrics.cells import Cells, Layer, Scale, read_scaled
+from invirtuo.metrics.measures.others import Others, Tests, keep_others, others_of, welch
+from invirtuo.metrics.measures.wilcoxon import rank_sum
+from invirtuo.metrics.pair import CountOptions, Pair
 
 __all__ = ["Halves", "Test", "halves", "rank_sum_tests"]
 
