@@ -391,6 +391,10 @@ class Pair:
             return VIEWS[name](self, side, condition)
         return self.once(side, ("view", name, condition), lambda: VIEWS[name](self, side, condition))
 
+    def both(self, name: str, condition: str) -> tuple[Any, Any]:
+        """The named view of one condition, predicted and real."""
+        return self.see(name, "pred", condition), self.see(name, "real", condition)
+
     def once(self, side: Side, key: Key, compute: Callable[[], Value]) -> Value:
         """The value kept under a key; computed when it is first asked for.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from invirtuo.metrics.pair import OF_MEANS, Pair
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["METRICS", "Metric", "metric"]
+__all__ = ["CORRELATION", "ERROR", "METRICS", "SHARE", "Metric", "each_condition", "metric"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Compare: TypeAlias = Callable[[Any, Any], Any]  # two such views to a number
@@ -77,6 +78,11 @@ class Metric:
 
 METRICS: dict[str, Metric] = {}
 
+# kinds of values that many metrics have, to hand to :func:`metric`
+SHARE: dict[str, Any] = {"direction": "higher", "range": (0.0, 1.0), "best": 1.0}
+CORRELATION: dict[str, Any] = {"direction": "higher", "range": (-1.0, 1.0), "best": 1.0}
+ERROR: dict[str, Any] = {"direction": "lower", "range": (0.0, np.inf), "best": 0.0}
+
 
 def metric(
     name: str,
@@ -122,26 +128,16 @@ def metric(
         compare = _Comparison(name, on or "", function, pairwise or _each_pair(function))
         values = function if on is None else compare.values
         sees_means = on in OF_MEANS if of_means is None else of_means
-        told = (name, label, direction, range, best, definition, reference)
-        METRICS[name] = Metric(*told, values, default, relative, sees_means, of_mistakes)
+        facts = (name, label, direction, range, best, definition, reference)
+        METRICS[name] = Metric(*facts, values, default, relative, sees_means, of_mistakes)
         if ranked and direction is not None:
 
             def rank_values(pair: Pair, group: str) -> np.ndarray:
                 return ranks(compare.matrix(pair, group), direction)
 
-            METRICS[f"{name}_rank"] = Metric(
-                name=f"{name}_rank",
-                label=f"{label} rank",
-                direction="lower",
-                range=(0.0, 1.0),
-                best=0.0,
-                definition=f"Share of the other predictions of the group closer to the real condition by {label}",
-                reference=reference,
-                values=rank_values,
-                default=default,
-                relative=True,
-                of_means=sees_means,
-            )
+            meaning = f"Share of the other predictions of the group closer to the real condition by {label}"
+            facts = (f"{name}_rank", f"{label} rank", "lower", (0.0, 1.0), 0.0, meaning, reference)
+            METRICS[f"{name}_rank"] = Metric(*facts, rank_values, default, relative=True, of_means=sees_means)
         return function
 
     return register
@@ -178,3 +174,13 @@ def _each_pair(function: Compare) -> CompareAll:
         return rows
 
     return matrix
+
+
+def each_condition(function: Callable[[Pair, str], float]) -> Callable[[Pair, str], np.ndarray]:
+    """Make a metric of a group, (P,), from a function of (pair, condition)."""
+
+    @wraps(function)
+    def values(pair: Pair, group: str) -> np.ndarray:
+        return np.array([function(pair, name) for name in pair.names(group)], dtype=float)
+
+    return values

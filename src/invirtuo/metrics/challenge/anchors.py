@@ -184,7 +184,7 @@ def _error_over_all_genes(halves: Pair, whole: Pair, group: str) -> float:
         truth = whole.see("count_tests", "real", name)
         gate = truth.significant & whole.counted_genes(name)
         if gate.sum() >= MIN_GENES:
-            pred, real = (halves.see("count_tests", side, name) for side in ("pred", "real"))
+            pred, real = halves.both("count_tests", name)
             difference = np.where(pred.tested, pred.lfc, 0.0) - np.where(real.tested, real.lfc, 0.0)
             errors.append(np.abs(difference[gate]).sum() / np.abs(truth.lfc[gate]).sum())
     return float(np.mean(errors)) if errors else np.nan

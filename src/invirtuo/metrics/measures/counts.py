@@ -17,6 +17,7 @@ from scipy import sparse, stats
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.wilcoxon import LEVEL, batches, rank_sum
 from invirtuo.metrics.pair import Pair, view
+from invirtuo.metrics.registry import each_condition
 
 __all__ = ["Bulk", "CountTests", "bulk", "control_bulk", "mean_of", "of_tests"]
 
@@ -139,14 +140,10 @@ def of_tests(
 
     def make(compare: Callable[[CountTests, CountTests, np.ndarray], float]) -> Callable[[Pair, str], np.ndarray]:
         @wraps(compare)
-        def values(pair: Pair, group: str) -> np.ndarray:
-            scores = []
-            for name in pair.names(group):
-                pred, real = (pair.see(on, side, name) for side in ("pred", "real"))
-                scores.append(compare(pred, real, pair.counted_genes(name)))
-            return np.array(scores, dtype=float)
+        def of_condition(pair: Pair, name: str) -> float:
+            return compare(*pair.both(on, name), pair.counted_genes(name))
 
-        return values
+        return each_condition(of_condition)
 
     return make
 

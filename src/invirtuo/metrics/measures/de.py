@@ -12,7 +12,7 @@ import numpy as np
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.mean import PERTURBENCH
 from invirtuo.metrics.pair import Moments, Pair, view
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import SHARE, metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +62,7 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
 @metric(
     "deg_recall",
     label="DEG recall",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of the 50 genes with the largest absolute t-score that are among the 50 of the prediction",
     reference=PERTURBENCH,
     on="scores",
@@ -74,9 +72,7 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
 @metric(
     "deg_recall_floor",
     label="DEG recall (floor)",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="deg_recall of t-scores in which each gene varies at least as much among the perturbed cells as among "
     "the control cells, on both sides: predictions without variance keep their scores",
     reference="A variant of deg_recall for predictions with little or no variance",
@@ -86,9 +82,7 @@ def _recall_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
 @metric(
     "deg_recall_lfc",
     label="DEG recall (logFC)",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of the 50 genes with the largest absolute log fold change that are among the 50 of the "
     "prediction; unlike deg_recall it does not depend on the variance of the predicted cells",
     reference="A variant of deg_recall for predictions without variance",

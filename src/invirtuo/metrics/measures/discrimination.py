@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 
 from invirtuo.metrics.measures.mean import CELL_EVAL
 from invirtuo.metrics.pair import Pair
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import CORRELATION, SHARE, metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,9 +134,7 @@ for _distance, _label in _LABELS.items():
     metric(
         f"pds_{_distance}",
         label=f"PDS {_label}",
-        direction="higher",
-        range=(0.0, 1.0),
-        best=1.0,
+        **SHARE,
         definition=f"1 minus the share of the P real effects of the group closer ({_label}) to the predicted effect "
         "than its own, target genes left out; depends on P",
         reference=CELL_EVAL,
@@ -147,9 +145,7 @@ for _distance, _label in _LABELS.items():
     metric(
         f"pds_norm_{_distance}",
         label=f"PDS norm {_label}",
-        direction="higher",
-        range=(-1.0, 1.0),
-        best=1.0,
+        **CORRELATION,
         definition=f"pds_{_distance} brought to the range -1 to 1, 1 - 2 r / P with r real effects closer than its "
         "own; 1 / P is expected of a guess",
         reference=STATE,

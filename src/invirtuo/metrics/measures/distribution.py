@@ -13,7 +13,7 @@ from invirtuo.metrics.measures.mean import CELL_EVAL, PERTURBENCH, pearson
 from invirtuo.metrics.numerics.axes import principal_axes
 from invirtuo.metrics.numerics.distances import FLOOR, PAIRS, Cloud, between, cloud, products
 from invirtuo.metrics.pair import Pair, view
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import CORRELATION, ERROR, metric
 
 __all__ = [
     "axes_of_all",
@@ -198,9 +198,7 @@ _MMD = (
 @metric(
     "mmd_gex",
     label="MMD GEX",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition=_MMD.format(space="in gene space"),
     reference=PERTURBENCH,
     on="cells",
@@ -210,9 +208,7 @@ _MMD = (
 @metric(
     "mmd_pca",
     label="MMD PCA",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition=_MMD.format(space="on the principal components of all real cells"),
     reference=PERTURBENCH,
     on="pca",
@@ -287,9 +283,7 @@ def energy_distance(pred: np.ndarray, real: np.ndarray) -> float:
 @metric(
     "edistance_pearson",
     label="E-distance Pearson",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Pearson correlation over the perturbations of a group of the predicted and real energy distance to the "
     "control; one value per group, repeated for each of its conditions; NaN for fewer than two or equal distances",
     reference=CELL_EVAL,

@@ -18,7 +18,7 @@ from invirtuo.metrics.attached import Attached
 from invirtuo.metrics.cells import Scale
 from invirtuo.metrics.measures.counts import CountTests, of_tests
 from invirtuo.metrics.pair import CountOptions, Pair, TargetGenes
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import SHARE, metric
 
 __all__ = ["FALSE_DISCOVERIES", "MEASURES", "calls", "false_discoveries", "measures"]
 
@@ -78,7 +78,7 @@ def calls(pair: Pair) -> pd.DataFrame:
 def _calls(pair: Pair) -> pd.DataFrame:
     rows = {}
     for name in pair.conditions.index:
-        pred, real = (pair.see("equal_tests", side, name) for side in ("pred", "real"))
+        pred, real = pair.both("equal_tests", name)
         counted = pair.counted_genes(name)
         truth, called = real.significant & counted, pred.significant & counted
         rows[name] = [int(genes.sum()) for genes in (pred.tested & counted, truth, called, truth & called)]
@@ -113,9 +113,7 @@ for _name, _measure in MEASURES.items():
 @metric(
     "de_recall_at_fdr",
     label="DE recall at FDR .1",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Largest share of the real DE genes among the first genes of the predicted order (rising p, then "
     "falling absolute fold change) of which at most 10 % are false; NaN without real DE genes",
     reference=REFERENCE,

@@ -16,7 +16,7 @@ from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.distribution import axes_of_all
 from invirtuo.metrics.numerics.axes import projected
 from invirtuo.metrics.pair import Pair, view
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import ERROR, SHARE, metric
 
 __all__ = [
     "knn_coverage",
@@ -161,9 +161,7 @@ def mmd_linear(pred: np.ndarray, real: np.ndarray) -> float:
 @metric(
     "wasserstein2",
     label="Wasserstein-2",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Root of the smallest mean squared distance between predicted and real cells paired by optimal "
     "transport, on principal components; depends on the numbers of cells",
     reference=CFGEN,
@@ -178,9 +176,7 @@ def wasserstein2(pred: np.ndarray, real: np.ndarray) -> float:
 @metric(
     "wasserstein2_disjoint",
     label="Wasserstein-2 disjoint",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="wasserstein2 of as many predicted as real cells, a random half of the real cells of the condition, on "
     "principal components of the other halves and the controls; depends on the numbers of cells",
     reference="A variant of wasserstein2 that the cells scored do not favour",
@@ -201,9 +197,7 @@ def wasserstein1(pred: np.ndarray, real: np.ndarray) -> float:
 @metric(
     "knn_recall",
     label="kNN recall",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of real cells nearer to a predicted cell than that cell's 10th predicted neighbour (L1, "
     "standardised principal components): is all that is real covered?",
     reference=PRDC,
@@ -218,9 +212,7 @@ def knn_recall(pred: np.ndarray, real: np.ndarray, *, k: int = 10) -> float:
 @metric(
     "knn_precision",
     label="kNN precision",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of predicted cells nearer to a real cell than that cell's 10th real neighbour (L1, standardised "
     "principal components): is what is predicted real?",
     reference=PRDC,

@@ -13,7 +13,7 @@ from scipy import sparse
 from invirtuo.cells.values import AnyMatrix
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.pair import Moments, Pair, view
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import CORRELATION, ERROR, metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,9 +115,7 @@ def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
 @metric(
     "rmse_var",
     label="RMSE variation",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Root mean squared difference over genes of the coefficient of variation (standard deviation over mean) "
     "of log1p expression",
     reference=PERTURBENCH,
@@ -151,9 +149,7 @@ def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
 @metric(
     "rmse_mean",
     label="RMSE mean",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Root mean squared difference over genes of the mean log1p expression",
     reference=PERTURBENCH,
     on="mean",
@@ -169,9 +165,7 @@ def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "cosine_pca",
     label="Cosine PCA",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Cosine of the angle between predicted and real mean on the principal components of all real cells",
     reference=PERTURBENCH,
     on="pca_average",
@@ -182,9 +176,7 @@ def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "cosine_logfc_linear",
     label="Cosine logFC linear",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Cosine of the angle between predicted and real log fold change of mean expression, the logarithm of "
     "the data undone before taking means",
     reference="A variant of cosine_logfc; PerturBench takes means of log1p values",
@@ -194,9 +186,7 @@ def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "cosine_logfc",
     label="Cosine logFC",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Cosine of the angle between predicted and real log fold change against the control",
     reference=PERTURBENCH,
     on="logfc",
@@ -212,9 +202,7 @@ def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "mse_delta",
     label="MSE delta",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Mean squared difference over genes of the predicted and the real difference of mean log1p expression "
     "to the control",
     reference=CELL_EVAL,
@@ -224,9 +212,7 @@ def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "mse",
     label="MSE",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Mean squared difference over genes of the mean log1p expression",
     reference=CELL_EVAL,
     on="mean",
@@ -241,9 +227,7 @@ def mse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "mae_delta",
     label="MAE delta",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Mean absolute difference over genes of the predicted and the real difference of mean log1p expression "
     "to the control",
     reference=CELL_EVAL,
@@ -253,9 +237,7 @@ def mse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "mae",
     label="MAE",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Mean absolute difference over genes of the mean log1p expression",
     reference=CELL_EVAL,
     on="mean",
@@ -270,9 +252,7 @@ def mae(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "pearson_delta",
     label="Pearson delta",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Pearson correlation over genes of the predicted and the real difference of mean log1p expression to "
     "the control; NaN for no effect",
     reference=CELL_EVAL,

@@ -15,7 +15,7 @@ from invirtuo.metrics.measures.mean import mse, pearson
 from invirtuo.metrics.measures.wilcoxon import LEVEL
 from invirtuo.metrics.numerics.rank import ranks
 from invirtuo.metrics.pair import Moments, Pair
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import CORRELATION, ERROR, SHARE, each_condition, metric
 
 __all__ = [
     "Others",
@@ -206,22 +206,18 @@ def r2_weighted(pred: np.ndarray, real: np.ndarray, weight: np.ndarray) -> float
 @metric(
     "wmse",
     label="Weighted MSE",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Squared difference of the mean log1p expression, genes weighted by the square of their t-score (real "
     "cells against those of the other perturbations of the group) brought to the range 0 to 1",
     reference=DIVERSITY,
     default=False,
     of_means=True,
 )
-def wmse(pair: Pair, group: str) -> np.ndarray:
-    """:func:`weighted_mse` of the means of a group, (P,)."""
-    values = []
-    for name in pair.names(group):
-        pred, real = (pair.see("mean", side, name) for side in ("pred", "real"))
-        values.append(weighted_mse(pred, real, weights(tests_of(pair, name).statistic)))
-    return np.array(values)
+@each_condition
+def wmse(pair: Pair, name: str) -> float:
+    """:func:`weighted_mse` of the means."""
+    pred, real = pair.both("mean", name)
+    return weighted_mse(pred, real, weights(tests_of(pair, name).statistic))
 
 
 @metric(
@@ -236,90 +232,75 @@ def wmse(pair: Pair, group: str) -> np.ndarray:
     default=False,
     of_means=True,
 )
-def r2_weighted_of_group(pair: Pair, group: str) -> np.ndarray:
-    """:func:`r2_weighted` of what perturbations do beyond the mean of the others, (P,)."""
-    values = []
-    for name in pair.names(group):
-        centre = others_of(pair, name).mean
-        pred, real = (pair.see("mean", side, name) - centre for side in ("pred", "real"))
-        values.append(r2_weighted(pred, real, weights(tests_of(pair, name).statistic)))
-    return np.array(values)
+@each_condition
+def r2_weighted_of_condition(pair: Pair, name: str) -> float:
+    """:func:`r2_weighted` of what a perturbation does beyond the mean of the others."""
+    centre = others_of(pair, name).mean
+    pred, real = pair.both("mean", name)
+    return r2_weighted(pred - centre, real - centre, weights(tests_of(pair, name).statistic))
 
 
 @metric(
     "mse_degs",
     label="MSE of DE genes",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Mean squared difference of the mean log1p expression over the genes in which the real cells differ "
     "from those of the other perturbations of the group (Welch test, adjusted p below 0.05); NaN without such genes",
     reference=SCPERTEVAL,
     default=False,
     of_means=True,
 )
-def mse_degs(pair: Pair, group: str) -> np.ndarray:
-    """Mean squared difference over the genes that set a perturbation apart, (P,)."""
-    values = []
-    for name in pair.names(group):
-        genes = tests_of(pair, name).significant
-        pred, real = (pair.see("mean", side, name)[genes] for side in ("pred", "real"))
-        values.append(float(mse(pred, real)) if genes.any() else np.nan)
-    return np.array(values)
+@each_condition
+def mse_degs(pair: Pair, name: str) -> float:
+    """Mean squared difference over the genes that set a perturbation apart."""
+    genes = tests_of(pair, name).significant
+    pred, real = pair.both("mean", name)
+    return float(mse(pred[genes], real[genes])) if genes.any() else np.nan
 
 
 @metric(
     "pearson_degs",
     label="Pearson of DE genes",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Pearson correlation of the predicted and the real difference of mean log1p expression to the control "
     "over the genes of mse_degs; NaN for fewer than two",
     reference=SCPERTEVAL,
     default=False,
     of_means=True,
 )
-def pearson_degs(pair: Pair, group: str) -> np.ndarray:
-    """Pearson correlation of effects over the genes that set a perturbation apart, (P,)."""
-    values = []
-    for name in pair.names(group):
-        genes = tests_of(pair, name).significant
-        pred, real = (pair.see("effect", side, name)[genes] for side in ("pred", "real"))
-        values.append(float(pearson(pred, real)) if genes.sum() > 1 else np.nan)
-    return np.array(values)
+@each_condition
+def pearson_degs(pair: Pair, name: str) -> float:
+    """Pearson correlation of effects over the genes that set a perturbation apart."""
+    genes = tests_of(pair, name).significant
+    pred, real = pair.both("effect", name)
+    return float(pearson(pred[genes], real[genes])) if genes.sum() > 1 else np.nan
 
 
 @metric(
     "pearson_perturbed_mean",
     label="Pearson delta (perturbed mean)",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Pearson correlation over genes of the predicted and the real mean log1p expression, minus the mean of "
     "the other real perturbations of the group on both sides; NaN without others",
     reference=SYSTEMA,
     default=False,
     of_means=True,
 )
-def pearson_perturbed_mean(pair: Pair, group: str) -> np.ndarray:
-    """Pearson correlation of what a perturbation does beyond the mean of the others, (P,)."""
-    if len(pair.all_names("real", group)) < 2:
-        return np.full(len(pair.names(group)), np.nan)
-    values = []
-    for name in pair.names(group):
-        centre = others_of(pair, name)
-        pred, real = (pair.see("mean", side, name) - centre.mean for side in ("pred", "real"))
-        values.append(np.nan if centre.are_controls else float(pearson(pred, real)))
-    return np.array(values)
+@each_condition
+def pearson_perturbed_mean(pair: Pair, name: str) -> float:
+    """Pearson correlation of what a perturbation does beyond the mean of the others."""
+    is_alone = len(pair.all_names("real", pair.group_of(name))) < 2
+    if is_alone or others_of(pair, name).are_controls:
+        return np.nan
+    centre = others_of(pair, name).mean
+    pred, real = pair.both("mean", name)
+    return float(pearson(pred - centre, real - centre))
 
 
 @metric(
     "centroid_accuracy",
     label="Centroid accuracy",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of the other real means of the group that are farther (Euclidean) from the predicted mean than "
     "its own; ties count half",
     reference=SYSTEMA,
@@ -334,7 +315,8 @@ def centroid_accuracy(pair: Pair, group: str) -> np.ndarray:
     """
     from scipy.spatial.distance import cdist
 
-    preds, reals = (np.stack(list(pair.view("mean", side, group))) for side in ("pred", "real"))
+    preds = np.stack(list(pair.view("mean", "pred", group)))
+    reals = np.stack(list(pair.view("mean", "real", group)))
     centre = reals.mean(axis=0)
     distances = cdist(preds - centre, reals - centre)
     return 1 - ranks(distances, "lower", by="pred")

@@ -12,7 +12,7 @@ from invirtuo.cells.values import AnyMatrix
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.numerics.streamed import Streamed
 from invirtuo.metrics.pair import Pair, view
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import ERROR, metric
 
 __all__ = ["c2st", "correlation_error", "rmse_logvar", "zeros_distance"]
 
@@ -97,9 +97,7 @@ def zeros_distance(pred: np.ndarray, real: np.ndarray) -> float:
 @metric(
     "rmse_logvar",
     label="RMSE log variance",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Root mean squared difference over genes of the decimal logarithm of the variance over cells of log1p "
     "expression, variances below 0.001 counting as that; NaN for a single cell",
     reference=OURS,

@@ -12,7 +12,7 @@ import numpy as np
 
 from invirtuo.metrics.measures.counts import CountTests, control_bulk, of_tests
 from invirtuo.metrics.pair import Pair
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import ERROR, SHARE, metric
 
 __all__ = ["MIN_GENES", "OFFICIAL", "VCC2026", "expression_errors"]
 
@@ -34,9 +34,7 @@ VCC2026 = tuple(OFFICIAL)
 @metric(
     "pds_cosine_panel",
     label="PDS cosine (2026)",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="1 minus the share of the other real effects of the group closer (cosine) to the predicted effect than "
     "its own, effects of log pseudobulks of counts, without the genes that any perturbation of the group targets; ties "
     "count half",
@@ -126,9 +124,7 @@ def _spread(profiles: np.ndarray, counted: np.ndarray, n_genes: np.ndarray) -> f
 @metric(
     "de_wilcoxon_direction_fidelity_yield_raw",
     label="DE direction fidelity",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Predicted DE genes whose fold change has the real sign, over the larger of the numbers of predicted "
     "and real DE genes; NaN if there are none of both",
     reference=REFERENCE,
@@ -147,9 +143,7 @@ def direction_fidelity(pred: CountTests, real: CountTests, counted: np.ndarray) 
 @metric(
     "de_wilcoxon_direction_reach_raw",
     label="DE direction reach",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of the real DE genes that one can walk down, the predicted strongest first, with 90 % of the "
     "signs right; NaN without real DE genes",
     reference=REFERENCE,
@@ -173,9 +167,7 @@ def direction_reach(pred: CountTests, real: CountTests, counted: np.ndarray) -> 
 @metric(
     "de_wilcoxon_sig_jaccard",
     label="DE Jaccard",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="DE genes of both sides over DE genes of either; 1 if there are none",
     reference=REFERENCE,
     default=False,
@@ -191,9 +183,7 @@ def significant_jaccard(pred: CountTests, real: CountTests, counted: np.ndarray)
 @metric(
     "de_wilcoxon_lfc_nmae",
     label="DE LFC error",
-    direction="lower",
-    range=(0.0, np.inf),
-    best=0.0,
+    **ERROR,
     definition="Absolute error of the predicted log2 fold changes over the absolute real ones, summed over the real DE "
     "genes; NaN for fewer than 10",
     reference=REFERENCE,

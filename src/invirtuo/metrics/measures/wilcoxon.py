@@ -18,7 +18,7 @@ from invirtuo.cells.values import AnyMatrix
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.mean import CELL_EVAL, pearson
 from invirtuo.metrics.pair import Pair, view
-from invirtuo.metrics.registry import metric
+from invirtuo.metrics.registry import CORRELATION, SHARE, metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -209,9 +209,7 @@ for _k in (None, 50, 100, 200, 500):
     metric(
         f"de_overlap_{_k or 'n'}",
         label=f"DE overlap {_k or 'N'}",
-        direction="higher",
-        range=(0.0, 1.0),
-        best=1.0,
+        **SHARE,
         definition=f"Share of the real DE genes ({_which}, strongest first) among as many of the prediction, by "
         "rank-sum test; 0 without real DE genes",
         reference=CELL_EVAL,
@@ -222,9 +220,7 @@ for _k in (None, 50, 100, 200, 500):
     metric(
         f"de_precision_{_k or 'n'}",
         label=f"DE precision {_k or 'N'}",
-        direction="higher",
-        range=(0.0, 1.0),
-        best=1.0,
+        **SHARE,
         definition=f"Share of the predicted DE genes ({_which}, strongest first) that are among as many of the "
         "strongest real DE genes; 0 without predicted DE genes",
         reference=CELL_EVAL,
@@ -252,9 +248,7 @@ for _side, _whose in _WHOSE.items():
 @metric(
     "de_direction_match",
     label="DE direction match",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of the real DE genes whose predicted fold change has the same sign; NaN without real DE genes",
     reference=CELL_EVAL,
     on="wilcoxon",
@@ -268,9 +262,7 @@ def de_direction_match(pred: DETable, real: DETable) -> float:
 @metric(
     "de_recall",
     label="DE recall",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Share of the real DE genes that are DE genes of the prediction; NaN without real DE genes",
     reference=CELL_EVAL,
     on="wilcoxon",
@@ -284,9 +276,7 @@ def de_recall(pred: DETable, real: DETable) -> float:
 @metric(
     "de_spearman_lfc",
     label="DE Spearman LFC",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Spearman correlation of predicted and real fold change over the real DE genes; NaN for fewer than two",
     reference=CELL_EVAL,
     on="wilcoxon",
@@ -300,9 +290,7 @@ def de_spearman_lfc(pred: DETable, real: DETable) -> float:
 @metric(
     "de_spearman_lfc_finite",
     label="DE Spearman LFC (finite)",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="de_spearman_lfc over the real DE genes whose fold changes are finite on both sides, that is expressed "
     "in perturbed and control cells",
     reference="A variant of de_spearman_lfc; genes absent from one group all tie at an infinite fold change there",
@@ -318,9 +306,7 @@ def de_spearman_lfc_finite(pred: DETable, real: DETable) -> float:
 @metric(
     "de_pr_auc",
     label="DE PR AUC",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="Average precision of the predicted adjusted p-values for the real DE genes; NaN if none or all are DE",
     reference=CELL_EVAL,
     on="wilcoxon",
@@ -336,9 +322,7 @@ def de_pr_auc(pred: DETable, real: DETable) -> float:
 @metric(
     "de_roc_auc",
     label="DE ROC AUC",
-    direction="higher",
-    range=(0.0, 1.0),
-    best=1.0,
+    **SHARE,
     definition="ROC area of the predicted adjusted p-values for the real DE genes; NaN if none or all are DE",
     reference=CELL_EVAL,
     on="wilcoxon",
@@ -354,9 +338,7 @@ def de_roc_auc(pred: DETable, real: DETable) -> float:
 @metric(
     "de_spearman_size",
     label="DE Spearman size",
-    direction="higher",
-    range=(-1.0, 1.0),
-    best=1.0,
+    **CORRELATION,
     definition="Spearman correlation over the perturbations of a group of the predicted and real numbers of DE genes; "
     "one value per group, repeated for each of its conditions",
     reference=CELL_EVAL,

@@ -28,8 +28,6 @@ FALSE_SHARE = 0.1  # of the tested genes, called where nothing changes
 STRONG = 1.5  # fold changes over the real ones
 ALIKE = 0.1  # differences between perturbations over what the scatter of the cells makes likely
 
-
-SIDES: tuple[Literal["pred"], Literal["real"]] = ("pred", "real")
 NO_CONTROL = {"no_spread", "few_cells", "empty_cells", "other_depth"}  # flags that need no control cells
 FLAGS: dict[str, Callable[[Pair], str]] = {}  # name to what gives the text, empty where there is nothing to say
 
@@ -77,10 +75,10 @@ def flags_of(pair: Pair, *, leave_out: Sequence[str] = ()) -> pd.DataFrame:
 
 def _differs(pair: Pair, name: str, genes: np.ndarray) -> bool:
     """Whether the predicted cells have much more of some genes than the real and the control cells."""
-    means = [pair.see("mean_counts", side, name) for side in SIDES]
-    means.append(control_mean_counts(pair, pair.group_of(name)))
-    share, *known = (_share(mean, genes) for mean in means)
-    return share > FACTOR * max(known) + 0.005
+    pred, real = pair.both("mean_counts", name)
+    control = control_mean_counts(pair, pair.group_of(name))
+    known = max(_share(real, genes), _share(control, genes))
+    return _share(pred, genes) > FACTOR * known + 0.005
 
 
 def _share(mean: np.ndarray, genes: np.ndarray) -> float:
@@ -97,8 +95,8 @@ def no_spread(pair: Pair) -> str:
     """Cells of a condition are alike: tests see differences that no cells have."""
     ratios = []
     for name in pair.conditions.index:
-        variance, real = (np.nan_to_num(pair.moments(side, name)[1]).sum() for side in SIDES)
-        ratios.append(float(variance / real) if real > 0 else 1.0)
+        pred, real = (np.nan_to_num(variance).sum() for variance in pair.both("variance", name))
+        ratios.append(float(pred / real) if real > 0 else 1.0)
     n_alike = int((np.array(ratios) < SPREAD).sum())
     text = f"cells are alike in {n_alike} of {len(ratios)} conditions (variance below a tenth of that of real cells)"
     return text if n_alike else ""
@@ -123,8 +121,8 @@ def other_depth(pair: Pair) -> str:
     """Another number of counts per cell: deeper cells call more genes. Not seen in log-normalised values."""
     ratios = []
     for name in pair.conditions.index:
-        depth, real = (pair.see("mean_counts", side, name).sum() for side in SIDES)
-        ratios.append(float(depth / max(real, 1e-12)))
+        pred, real = pair.both("mean_counts", name)
+        ratios.append(float(pred.sum() / max(real.sum(), 1e-12)))
     ratio = float(np.median(ratios))
     return "" if 1 / FACTOR < ratio < FACTOR else f"cells have {ratio:.2g} times the counts of real ones"
 
@@ -147,7 +145,7 @@ def amplified(pair: Pair) -> str:
     """Fold changes larger than the real ones: directions and ranks get easier."""
     ratios = []
     for name in pair.conditions.index:
-        pred, real = (pair.see("count_tests", side, name) for side in SIDES)
+        pred, real = pair.both("count_tests", name)
         genes = real.significant & pred.tested & pair.counted_genes(name)
         if genes.sum() >= MIN_GENES:
             size, real_size = (np.median(np.abs(tests.lfc[genes])) for tests in (pred, real))
@@ -188,10 +186,9 @@ def own_gene_scatter(pair: Pair) -> str:
     for name in pair.conditions.index:
         genes = pair.own_genes(name)
         if len(genes):
-            moments = [pair.moments(side, name) for side in SIDES]
-            scatter, real = (variance[genes].sum() for _, variance, _ in moments)
+            pred, real = (variance[genes].sum() for variance in pair.both("variance", name))
             _, control, _ = pair.control_moments("real", pair.group_of(name))
-            odd.append(bool(scatter > 2 * FACTOR * max(real, control[genes].sum(), 1e-6)))
+            odd.append(bool(pred > 2 * FACTOR * max(real, control[genes].sum(), 1e-6)))
     return "targeted genes scatter far more than in real cells" if _often(odd) else ""
 
 

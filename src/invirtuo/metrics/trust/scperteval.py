@@ -24,7 +24,7 @@ from invirtuo.metrics.measures.others import (
     welch,
 )
 from invirtuo.metrics.pair import Pair
-from invirtuo.metrics.registry import METRICS, Metric
+from invirtuo.metrics.registry import METRICS, Metric, each_condition
 from invirtuo.metrics.scores import values_of
 from invirtuo.metrics.trust.calibration import calibrated, summary
 from invirtuo.metrics.trust.halves import (
@@ -167,7 +167,7 @@ def _table(name: str, divided: Halves, options: Options) -> pd.DataFrame:
         protocol = MEANS[name]
         controls = (INTERPOLATED, CONTROL_MEAN if protocol.origin == "others" else OTHER_MEAN)
         lower = protocol.compare == "mse"
-        values = partial(_values, protocol=protocol, options=options)
+        values = each_condition(partial(_value, protocol=protocol, options=options))
         record = _record(name, "lower" if lower else "higher", 0.0 if lower else 1.0, values)
     positive, negative = (values_of(divided.prediction(control), {name: record})[name] for control in controls)
     return calibrated(divided, record, positive, negative, controls)
@@ -187,19 +187,15 @@ def _nothing(pair: Pair, group: str) -> np.ndarray:
     return np.full(len(pair.names(group)), np.nan)
 
 
-def _values(pair: Pair, group: str, *, protocol: Protocol, options: Options) -> np.ndarray:
-    """(P,) scores of a group."""
+def _value(pair: Pair, name: str, *, protocol: Protocol, options: Options) -> float:
+    """Score of a condition."""
     compare: dict[str, Compare] = {"mse": weighted_mse, "pearson": weighted_pearson, "r2": r2_weighted}
-    scores = []
-    for name in pair.names(group):
-        weight = _weights(tests_of(pair, name), protocol.genes, options)
-        if weight is None:
-            scores.append(np.nan)
-            continue
-        pred, real = (pair.see("mean", side, name) for side in ("pred", "real"))
-        origin = _origin(pair, name, protocol.origin)
-        scores.append(compare[protocol.compare](pred - origin, real - origin, weight))
-    return np.array(scores)
+    weight = _weights(tests_of(pair, name), protocol.genes, options)
+    if weight is None:
+        return np.nan
+    pred, real = pair.both("mean", name)
+    origin = _origin(pair, name, protocol.origin)
+    return compare[protocol.compare](pred - origin, real - origin, weight)
 
 
 def _origin(pair: Pair, name: str, origin: Origin) -> np.ndarray:
