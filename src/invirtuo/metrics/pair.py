@@ -11,10 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
-from scipy import sparse
 
 from invirtuo.cells.source import AnyCells
 from invirtuo.cells.values import AnyMatrix
@@ -31,7 +30,10 @@ from invirtuo.metrics.cells import (
     read_cells,
     read_scaled,
 )
-from invirtuo.metrics.numerics.streamed import Streamed
+from invirtuo.metrics.numerics.streamed import Streamed, dense, moments
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 __all__ = ["VIEWS", "CountOptions", "Moments", "Pair", "TargetGenes", "view"]
 
@@ -280,11 +282,11 @@ class Pair:
 
     def cells(self, side: Side, condition: str) -> np.ndarray:
         """(n, g) dense log1p expression of the cells of a condition, genes in alphabetical order."""
-        return _dense(self.stored(side, condition))
+        return dense(self.stored(side, condition))
 
     def control_cells(self, side: Side, group: str) -> np.ndarray:
         """(n, g) dense log1p expression of the control cells that this side is compared with."""
-        return _dense(self.stored_control(side, group))
+        return dense(self.stored_control(side, group))
 
     def stored(self, side: Side, condition: str) -> AnyMatrix:
         """Like `cells`, CSR or dense as the file holds them."""
@@ -328,13 +330,13 @@ class Pair:
     def moments(self, side: Side, condition: str) -> Moments:
         """Mean (g,), variance (g,) with n - 1 (NaN for one cell), and number of cells of a condition."""
         cells = self._cells[side]
-        return self.once(side, ("moments", condition), lambda: _moments(cells.matrix_of(cells.rows[condition])))
+        return self.once(side, ("moments", condition), lambda: moments(cells.matrix_of(cells.rows[condition])))
 
     def control_moments(self, side: Side, group: str) -> Moments:
         """Like `moments`, of the control cells that this side is compared with."""
         cells, rows = self._controls(side, group)
         key = ("moments of control", group)
-        return self.once(self._control_side[side], key, lambda: _moments(cells.matrix_of(rows)))
+        return self.once(self._control_side[side], key, lambda: moments(cells.matrix_of(rows)))
 
     def once_of_control(self, side: Side, key: Key, compute: Callable[[], Value]) -> Value:
         """Like `once`, of something that depends on the control cells that this side is compared with."""
@@ -461,25 +463,3 @@ class _Views(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.pair.see(self.name, self.side, self.conditions[index])
-
-
-def _dense(block: AnyMatrix) -> np.ndarray:
-    dense: np.ndarray = block.toarray() if sparse.issparse(block) else block
-    return dense
-
-
-def _moments(block: AnyMatrix | Streamed) -> Moments:
-    """Mean and variance of each gene by two passes, also for CSR without making it dense, and for cells on disk."""
-    if isinstance(block, Streamed):
-        return block.moments()
-    n, g = block.shape
-    if sparse.issparse(block):
-        # stored values first, then the zeros that are not stored
-        mean = np.bincount(block.indices, weights=block.data, minlength=g) / n
-        squares = np.bincount(block.indices, weights=np.square(block.data - mean[block.indices]), minlength=g)
-        squares = squares + (n - np.bincount(block.indices, minlength=g)) * np.square(mean)
-    else:
-        mean = block.mean(axis=0, dtype=np.float64)
-        squares = np.square(block - mean).sum(axis=0)
-    variance = squares / (n - 1) if n > 1 else np.full(g, np.nan)
-    return mean, variance, n

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from invirtuo.cells.source import AnyCells
 from invirtuo.design import Design
 from invirtuo.errors import preview
-from invirtuo.metrics.cells import Cells, Scale, common_scale, compare_levels, read_cells
-from invirtuo.metrics.numerics.streamed import BLOCK, Streamed
+from invirtuo.metrics.cells import Cells, Scale, common_scale, compare_levels, labels_of, read_cells
+from invirtuo.metrics.numerics.streamed import BLOCK, dense, mean_of_genes
 
 __all__ = ["phenotype"]
 
@@ -87,10 +86,7 @@ def phenotype(
             f"no control cells (label {design.control!r}) of {preview(lacking)}; pass the cells that hold them as "
             "controls="
         )
-    labels = table[[column for column in design.columns if column != design.perturbation]]
-    result = labels.reset_index(drop=True)
-    result.insert(0, "condition", table.index)
-    result.insert(1, "perturbation", table[design.perturbation].to_numpy())
+    result = labels_of(table, design)
     result["pheno"] = name
     result["value"] = [measure(own, own.rows[condition]) for condition in table.index]
     result["control"] = table["_group"].map(of_control).to_numpy()
@@ -143,10 +139,7 @@ def _places(cells: Cells, names: Sequence[str]) -> np.ndarray:
 
 def _weighted_mean(weights: np.ndarray) -> Callable[[Cells, np.ndarray], float]:
     def measure(cells: Cells, rows: np.ndarray) -> float:
-        block = cells.matrix_of(rows)
-        if isinstance(block, Streamed):
-            return float(block.mean() @ weights)
-        return float(np.asarray(block.mean(axis=0, dtype=np.float64)).ravel() @ weights)
+        return float(mean_of_genes(cells.matrix_of(rows)) @ weights)
 
     return measure
 
@@ -165,8 +158,7 @@ def _probability(cells: Cells, classifier: Any, label: Any) -> Callable[[Cells, 
     def measure(file: Cells, rows: np.ndarray) -> float:
         total = 0.0
         for start in range(0, len(rows), BLOCK):
-            block = file.read(rows[start : start + BLOCK])[:, places]
-            values = block.toarray() if sparse.issparse(block) else block
+            values = dense(file.read(rows[start : start + BLOCK])[:, places])
             features = values if names is None else pd.DataFrame(values, columns=names)
             total += float(classifier.predict_proba(features)[:, classes.index(label)].sum())
         return total / len(rows)

@@ -12,7 +12,7 @@ from invirtuo.cells.source import AnyCells
 from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.metrics.attached import Attached
-from invirtuo.metrics.cells import Cells, Scale, common_scale, read_cells
+from invirtuo.metrics.cells import Cells, Scale, common_scale, labels_of, read_cells
 from invirtuo.metrics.measures.vcc2026 import OFFICIAL, expression_errors
 from invirtuo.metrics.pair import CountOptions, Pair, TargetGenes
 from invirtuo.metrics.registry import METRICS
@@ -201,12 +201,7 @@ def panels(table: pd.DataFrame) -> pd.DataFrame:
 
 def _rows(pair: Pair, group: str, columns: dict[str, np.ndarray]) -> pd.DataFrame:
     """Tidy rows of a context; values that do not exist have none."""
-    labels = pair.conditions.loc[pair.names(group)]
-    design = pair.design
-    wide = pd.DataFrame({"condition": labels.index, "perturbation": labels["_label"].to_numpy()})
-    for name in design.columns:
-        if name != design.perturbation:
-            wide[name] = labels[name].to_numpy()
+    wide = labels_of(pair.conditions.loc[pair.names(group)], pair.design, as_written=True)
     keys = list(wide.columns)
     tidy = wide.assign(**columns).melt(keys, var_name="metric").sort_values("condition", kind="stable")
     return tidy[(tidy["metric"] != LFC_ERROR) | tidy["value"].notna()]

@@ -10,7 +10,7 @@ from scipy import sparse, stats
 
 from invirtuo.cells.values import AnyMatrix
 from invirtuo.metrics.cells import Side
-from invirtuo.metrics.numerics.streamed import Streamed
+from invirtuo.metrics.numerics.streamed import Streamed, mean_of_genes, squared
 from invirtuo.metrics.pair import Pair, view
 from invirtuo.metrics.registry import ERROR, metric
 
@@ -147,10 +147,5 @@ def c2st(pred: np.ndarray, real: np.ndarray) -> float:
 
 def _most_variable(cells: AnyMatrix | Streamed) -> np.ndarray:
     """Positions of the genes with the largest variance over all real cells, sorted."""
-    if isinstance(cells, Streamed):
-        variance = cells.squared().mean() - cells.mean() ** 2
-    else:
-        mean = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
-        square = cells.multiply(cells) if sparse.issparse(cells) else np.square(cells)
-        variance = np.asarray(square.mean(axis=0, dtype=np.float64)).ravel() - mean**2
+    variance = mean_of_genes(squared(cells)) - mean_of_genes(cells) ** 2
     return np.sort(np.argsort(-variance, kind="stable")[:N_VARIABLE])

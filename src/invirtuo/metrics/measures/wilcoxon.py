@@ -17,6 +17,7 @@ from scipy import sparse, stats
 from invirtuo.cells.values import AnyMatrix
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.mean import CELL_EVAL, pearson
+from invirtuo.metrics.numerics.streamed import dense
 from invirtuo.metrics.pair import Pair, view
 from invirtuo.metrics.registry import CORRELATION, SHARE, metric
 
@@ -391,8 +392,7 @@ def _stack(blocks: Sequence[AnyMatrix]) -> AnyMatrix:
     """Blocks of cells in float32: sparse if all are and no value is negative; the sparse test takes 0 for the least."""
     if all(sparse.issparse(block) and block.data.min(initial=0) >= 0 for block in blocks):
         return sparse.csc_array(sparse.vstack(blocks, format="csr"), dtype=np.float32)  # gene by gene is faster
-    dense = [block.toarray() if sparse.issparse(block) else block for block in blocks]
-    return np.concatenate(dense, dtype=np.float32, casting="same_kind")
+    return np.concatenate([dense(block) for block in blocks], dtype=np.float32, casting="same_kind")
 
 
 @contextlib.contextmanager

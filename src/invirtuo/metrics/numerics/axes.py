@@ -12,7 +12,7 @@ import torch
 from scipy import linalg
 
 from invirtuo.cells.values import AnyMatrix
-from invirtuo.metrics.numerics.streamed import Streamed
+from invirtuo.metrics.numerics.streamed import Streamed, dense, mean_of_genes
 
 __all__ = ["principal_axes", "projected"]
 
@@ -44,10 +44,7 @@ def principal_axes(cells: AnyMatrix | Streamed, n_pcs: int) -> tuple[np.ndarray,
     d = min(n_pcs, n - 1, g - 1)
     if d < 1:
         raise ValueError(f"n_pcs={n_pcs}: expected one component or more; real has {n} cells and {g} genes")
-    if isinstance(cells, Streamed):
-        centre = cells.mean()
-    else:
-        centre = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
+    centre = mean_of_genes(cells)
 
     # the cheapest of three exact ways
     if g <= FEW:
@@ -76,7 +73,7 @@ def _axes_of_few_genes(cells: AnyMatrix | Streamed, centre: np.ndarray, d: int) 
     scatter = np.zeros((g, g))
     for start in range(0, n, BLOCK):
         block = cells[start : start + BLOCK]
-        shifted = _dense(block) - centre
+        shifted = dense(block) - centre
         scatter += shifted.T @ shifted
     variances, axes = linalg.eigh(scatter, subset_by_index=[g - d, g - 1])
     return variances[::-1], axes[:, ::-1]
@@ -84,7 +81,7 @@ def _axes_of_few_genes(cells: AnyMatrix | Streamed, centre: np.ndarray, d: int) 
 
 def _axes_of_few_cells(cells: AnyMatrix | Streamed, centre: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
     """By the eigenvectors of the products of cells (n, n)."""
-    shifted = _dense(cells) - centre
+    shifted = dense(cells) - centre
     n = len(shifted)
     variances, weights = linalg.eigh(shifted @ shifted.T, subset_by_index=[n - d, n - 1])
     axes, _ = linalg.qr(shifted.T @ weights[:, ::-1], mode="economic")
@@ -138,10 +135,6 @@ def _scatter_of(cells: AnyMatrix | Streamed, centre: np.ndarray, block: np.ndarr
     along = cells @ block - centre @ block
     scatter = cells.T @ along - np.outer(centre, along.sum(axis=0))
     return scatter
-
-
-def _dense(cells: AnyMatrix | Streamed) -> np.ndarray:
-    return cells if isinstance(cells, np.ndarray) else cells.toarray()
 
 
 def _orthogonal_to(basis: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

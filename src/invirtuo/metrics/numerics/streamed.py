@@ -1,4 +1,4 @@
-"""A file of cells as a matrix of which a few rows are in memory at a time."""
+"""Cells as a matrix, dense, sparse, or a file of which a few rows are in memory at a time; moments of their genes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import sparse
 
 from invirtuo.cells.values import AnyMatrix
 
-__all__ = ["BLOCK", "Streamed"]
+__all__ = ["BLOCK", "Streamed", "dense", "mean_of_genes", "moments", "squared"]
 
 BLOCK = 4096  # cells in memory at a time
 
@@ -47,18 +47,7 @@ class Streamed:
 
     def toarray(self) -> np.ndarray:
         """(n, g) dense."""
-        block = self.read(self.rows)
-        dense: np.ndarray = block.toarray() if sparse.issparse(block) else block
-        return dense
-
-    def squared(self) -> Streamed:
-        """The same cells, every value squared."""
-
-        def read(rows: np.ndarray) -> AnyMatrix:
-            block = self.read(rows)
-            return block.multiply(block).tocsr() if sparse.issparse(block) else np.square(block)
-
-        return Streamed(read, self.rows, self.shape[1])
+        return dense(self.read(self.rows))
 
     def mean(self) -> np.ndarray:
         """(g,) mean of each gene in float64; of sparse values summed in their own precision, as SciPy does."""
@@ -93,6 +82,42 @@ class Streamed:
         squares += implied * np.square(mean)
         variance = squares / (n - 1) if n > 1 else np.full(g, np.nan)
         return mean, variance, n
+
+
+def dense(cells: AnyMatrix | Streamed) -> np.ndarray:
+    """(n, g) dense."""
+    return cells if isinstance(cells, np.ndarray) else cells.toarray()
+
+
+def squared(cells: AnyMatrix | Streamed) -> AnyMatrix | Streamed:
+    """The same cells, every value squared."""
+    if isinstance(cells, Streamed):
+        return Streamed(lambda rows: squared(cells.read(rows)), cells.rows, cells.shape[1])
+    return cells.multiply(cells).tocsr() if sparse.issparse(cells) else np.square(cells)
+
+
+def mean_of_genes(cells: AnyMatrix | Streamed) -> np.ndarray:
+    """(g,) mean of each gene in float64."""
+    if isinstance(cells, Streamed):
+        return cells.mean()
+    return np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel()
+
+
+def moments(cells: AnyMatrix | Streamed) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean and variance of each gene by two passes, also for CSR without making it dense, and for cells on disk."""
+    if isinstance(cells, Streamed):
+        return cells.moments()
+    n, g = cells.shape
+    if sparse.issparse(cells):
+        # stored values first, then the zeros that are not stored
+        mean = np.bincount(cells.indices, weights=cells.data, minlength=g) / n
+        squares = np.bincount(cells.indices, weights=np.square(cells.data - mean[cells.indices]), minlength=g)
+        squares = squares + (n - np.bincount(cells.indices, minlength=g)) * np.square(mean)
+    else:
+        mean = cells.mean(axis=0, dtype=np.float64)
+        squares = np.square(cells - mean).sum(axis=0)
+    variance = squares / (n - 1) if n > 1 else np.full(g, np.nan)
+    return mean, variance, n
 
 
 def _added(total: np.ndarray, block: AnyMatrix) -> np.ndarray:

@@ -18,6 +18,7 @@ from invirtuo.errors import whole_number
 from invirtuo.metrics.cells import Cells, Layer, Scale, read_scaled
 from invirtuo.metrics.measures.others import Others, Tests, keep_others, others_of, welch
 from invirtuo.metrics.measures.wilcoxon import rank_sum
+from invirtuo.metrics.numerics.streamed import mean_of_genes
 from invirtuo.metrics.pair import CountOptions, Pair
 
 __all__ = ["Halves", "Test", "halves", "rank_sum_tests"]
@@ -121,8 +122,7 @@ class Halves:
 
     def _other_mean(self, name: str) -> np.ndarray:
         if self.others[name].are_controls:
-            drawn = self.cells.read(self._other_cells[name])
-            return np.asarray(drawn.mean(axis=0, dtype=np.float64)).ravel()
+            return mean_of_genes(self.cells.read(self._other_cells[name]))
         return self.others[name].mean
 
     def _all_mean(self, name: str) -> np.ndarray:
