@@ -85,10 +85,6 @@ EXCEPTIONS = {  # full statements by file; records and calls that hand many argu
     "invirtuo.cli.judging": 4,
     "invirtuo.fit.loop": 1,
     "invirtuo.fit.training": 1,
-    "invirtuo.metrics.measures.discrimination": 2,
-    "invirtuo.metrics.measures.false_calls": 1,
-    "invirtuo.metrics.measures.wilcoxon": 3,
-    "invirtuo.metrics.registry": 1,
     "invirtuo.models.means": 1,
     "invirtuo.models.primeflow.genewise": 3,  # its form is measured
     "invirtuo.models.primeflow.velocity": 2,

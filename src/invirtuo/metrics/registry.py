@@ -23,7 +23,7 @@ from invirtuo.metrics.pair import OF_MEANS, Pair
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["CORRELATION", "ERROR", "METRICS", "SHARE", "Metric", "each_condition", "metric"]
+__all__ = ["CORRELATION", "DESCRIPTION", "ERROR", "METRICS", "SHARE", "Metric", "each_condition", "metric"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Compare: TypeAlias = Callable[[Any, Any], Any]  # two such views to a number
@@ -82,6 +82,7 @@ METRICS: dict[str, Metric] = {}
 SHARE: dict[str, Any] = {"direction": "higher", "range": (0.0, 1.0), "best": 1.0}
 CORRELATION: dict[str, Any] = {"direction": "higher", "range": (-1.0, 1.0), "best": 1.0}
 ERROR: dict[str, Any] = {"direction": "lower", "range": (0.0, np.inf), "best": 0.0}
+DESCRIPTION: dict[str, Any] = {"direction": None, "range": (0.0, np.inf), "best": np.nan}
 
 
 def metric(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from invirtuo.cells.checks import labels
 from invirtuo.errors import preview
 from invirtuo.metrics.cells import per_10k
 from invirtuo.metrics.numerics.axes import principal_axes, projected
+from invirtuo.metrics.numerics.distances import blocks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["copying"]
 
 NEAR = 0.05  # share of real cells that counts as near by
-ROWS = 1024  # cells whose distances are computed together
 
 
 def copying(
@@ -91,19 +90,11 @@ def copying(
 def nearest(cells: np.ndarray, others: np.ndarray, *, itself: np.ndarray | None = None) -> np.ndarray:
     """(n,) distance of each cell (n, d) to the nearest of others (m, d), without the row `itself` (n,) of these."""
     found = np.full(len(cells), np.inf)
-    for rows, block in _distances(cells, others):
+    for rows, block in blocks(cells, others):
         if itself is not None:
             block[np.arange(len(block)), itself[rows]] = np.inf
         found[rows] = block.min(axis=1)
     return found
-
-
-def _distances(cells: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    from scipy.spatial.distance import cdist
-
-    for start in range(0, len(cells), ROWS):
-        rows = slice(start, min(start + ROWS, len(cells)))
-        yield rows, cdist(cells[rows], others)
 
 
 def _compared(made: np.ndarray, real: np.ndarray) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from invirtuo.metrics.measures.mean import CELL_EVAL
+from invirtuo.metrics.measures.mean import CELL_EVAL, ratio
 from invirtuo.metrics.pair import Pair
 from invirtuo.metrics.registry import CORRELATION, SHARE, metric
 
@@ -88,9 +88,7 @@ def _distances(pred: np.ndarray, reals: np.ndarray, distance: Distance) -> np.nd
     if distance != "cosine":
         distances: np.ndarray = cdist(pred[None], reals, {"l1": "cityblock", "l2": "euclidean"}[distance])[0]
         return distances
-    norms = np.linalg.norm(reals, axis=1) * np.linalg.norm(pred)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(norms == 0, np.nan, 1 - reals @ pred / norms)
+    return 1 - ratio(reals @ pred, np.linalg.norm(reals, axis=1) * np.linalg.norm(pred))
 
 
 def of_group(
@@ -131,7 +129,7 @@ def of_group(
 _LABELS: dict[Distance, str] = {"l1": "L1", "l2": "L2", "cosine": "cosine"}
 
 for _distance, _label in _LABELS.items():
-    metric(
+    _register = metric(
         f"pds_{_distance}",
         label=f"PDS {_label}",
         **SHARE,
@@ -141,8 +139,9 @@ for _distance, _label in _LABELS.items():
         default=False,
         relative=True,
         of_means=True,
-    )(partial(of_group, distance=_distance))
-    metric(
+    )
+    _register(partial(of_group, distance=_distance))
+    _register = metric(
         f"pds_norm_{_distance}",
         label=f"PDS norm {_label}",
         **CORRELATION,
@@ -152,4 +151,5 @@ for _distance, _label in _LABELS.items():
         default=False,
         relative=True,
         of_means=True,
-    )(partial(of_group, distance=_distance, normalised=True))
+    )
+    _register(partial(of_group, distance=_distance, normalised=True))

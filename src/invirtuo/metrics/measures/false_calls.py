@@ -168,18 +168,17 @@ def false_discoveries(
     active = table[table["n_real"] > 0]
     n_calls = active["n_pred"].sum()
     means = found.mean()
-    summary = {
-        "n_inert": len(table) - len(active),
-        "n_active": len(active),
-        "false_calls_mean": means["de_false_calls"],
-        "false_calls_median": found["de_false_calls"].median(),
-        "false_call_share": means["de_false_share"],
-        "inert_with_any_call": means["de_false_any"],
-        "fdr": means["de_fdr"],
-        "fdr_pooled": 1 - active["n_both"].sum() / n_calls if n_calls else np.nan,
-        "recall": means["de_recall_active"],
-        "n_active_without_call": int(found["de_silent"].sum()),
-    }
+    summary: dict[str, float] = {"n_inert": len(table) - len(active), "n_active": len(active)}
+    # inert conditions
+    summary["false_calls_mean"] = means["de_false_calls"]
+    summary["false_calls_median"] = found["de_false_calls"].median()
+    summary["false_call_share"] = means["de_false_share"]
+    summary["inert_with_any_call"] = means["de_false_any"]
+    # active ones
+    summary["fdr"] = means["de_fdr"]
+    summary["fdr_pooled"] = 1 - active["n_both"].sum() / n_calls if n_calls else np.nan
+    summary["recall"] = means["de_recall_active"]
+    summary["n_active_without_call"] = int(found["de_silent"].sum())
     result = pd.Series(summary, name="value").rename_axis("measure")
     result.attrs["calls"] = Attached(table)
     return result

@@ -7,7 +7,7 @@ change (`Pair.seeded_order`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -15,6 +15,7 @@ from scipy.spatial.distance import cdist
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.distribution import axes_of_all
 from invirtuo.metrics.numerics.axes import projected
+from invirtuo.metrics.numerics.distances import blocks
 from invirtuo.metrics.pair import Pair, view
 from invirtuo.metrics.registry import ERROR, SHARE, metric
 
@@ -37,7 +38,6 @@ CFGEN = "Palma et al. 2025, CFGen, arXiv:2407.11734"
 CELLFLOW = "Palma et al. 2023, cellFlow; code of Tong et al. 2024, arXiv:2302.00482"
 PRDC = "Naeem et al. 2020, arXiv:2002.09797; Kynkaanniemi et al. 2019, arXiv:1904.06991; cellFlow, k = 10"
 SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
-PAIRS = 1 << 22  # cell pairs held at a time: 32 MB
 VANISHED = 700.0  # exp(-700) is the last that float64 can hold; pairs further apart are not asked for
 MANY = 4096  # cells from which the median distance is taken
 MOST_PIVOTS = 10**9  # never reached: transport between 14,000 and 1,000 cells takes seconds
@@ -270,7 +270,7 @@ def transport_cost(cost: np.ndarray) -> float:
 def _kernel_mean(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float]) -> float:
     """Mean over all pairs of the sum of Gaussian kernels."""
     total = 0.0
-    for block in _distance_blocks(x, y, "sqeuclidean"):
+    for _, block in blocks(x, y, "sqeuclidean"):
         # exp is slow: pairs whose kernel is 0 in float64 are left out
         furthest = block.max()
         for sigma in sigmas:
@@ -303,23 +303,18 @@ def _median_distance(cells: np.ndarray) -> float:
 
 def _balls_around(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """How many balls of centres hold each point, and whether each ball holds a point."""
-    k = min(k, len(centres) - 1)
-    blocks = _distance_blocks(centres, centres, "cityblock")
-    radius = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])
     # a ball reaches to the k-th neighbour of its centre
-    counts = []
+    k = min(k, len(centres) - 1)
+    radius = np.empty(len(centres))
+    for rows, block in blocks(centres, centres, "cityblock"):
+        radius[rows] = np.partition(block, k, axis=1)[:, k]
+    counts = np.empty(len(points), dtype=int)
     filled = np.zeros(len(centres), dtype=bool)
-    for block in _distance_blocks(points, centres, "cityblock"):
+    for rows, block in blocks(points, centres, "cityblock"):
         inside = block < radius
-        counts.append(inside.sum(axis=1))
+        counts[rows] = inside.sum(axis=1)
         filled |= inside.any(axis=0)
-    return np.concatenate(counts), filled
-
-
-def _distance_blocks(x: np.ndarray, y: np.ndarray, kind: str) -> Iterator[np.ndarray]:
-    rows = max(1, PAIRS // len(y))
-    for start in range(0, len(x), rows):
-        yield cdist(x[start : start + rows], y, kind)
+    return counts, filled
 
 
 def _spread(pair: Pair) -> np.ndarray:

@@ -13,7 +13,7 @@ from scipy import sparse
 from invirtuo.cells.values import AnyMatrix
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.pair import Moments, Pair, view
-from invirtuo.metrics.registry import CORRELATION, ERROR, metric
+from invirtuo.metrics.registry import CORRELATION, DESCRIPTION, ERROR, metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,7 @@ __all__ = [
     "pearson",
     "r2_ref",
     "r2_score",
+    "ratio",
     "rmse",
     "scaled_mean",
     "variance_ratio",
@@ -109,7 +110,7 @@ def _cosine_matrix(preds: Sequence[np.ndarray], reals: Sequence[np.ndarray]) -> 
     x = np.stack(list(preds))
     y = np.stack(list(reals))
     norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(y, axis=1)
-    return _ratio(x @ y.T, norms)
+    return ratio(x @ y.T, norms)
 
 
 @metric(
@@ -196,7 +197,7 @@ def rmse(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 def cosine(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Cosine similarity, (..., g) against (..., g); NaN where a vector is zero."""
     norms = np.linalg.norm(pred, axis=-1) * np.linalg.norm(real, axis=-1)
-    return _ratio((pred * real).sum(axis=-1), norms)
+    return ratio((pred * real).sum(axis=-1), norms)
 
 
 @metric(
@@ -283,7 +284,7 @@ def r2_score(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
     A constant `pred` gives 1 if `real` equals it and 0 otherwise, as in scikit-learn.
     """
     residual = np.square(pred - real).sum(axis=-1)
-    unexplained = _ratio(residual, np.square(_centred(pred)).sum(axis=-1))
+    unexplained = ratio(residual, np.square(_centred(pred)).sum(axis=-1))
     constant = np.where(residual == 0, 1.0, 0.0)
     return np.where(np.isnan(unexplained), constant, 1.0 - unexplained)
 
@@ -307,9 +308,7 @@ def r2_ref(pred: np.ndarray, real: np.ndarray) -> np.ndarray:
 @metric(
     "variance_ratio",
     label="Variance ratio",
-    direction=None,
-    range=(0.0, np.inf),
-    best=np.nan,
+    **DESCRIPTION,
     definition="Variance over cells, summed over genes, of the prediction over that of the real cells: below 1 cells "
     "are too alike, above 1 too different; NaN for a single cell; a description, not a score",
     reference="Ours; whether a model misses the spread of cells, the question of PRiMeFlow",
@@ -400,7 +399,7 @@ def _centred(x: np.ndarray) -> np.ndarray:
     return centred
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient; NaN where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(denominator == 0, np.nan, np.true_divide(numerator, denominator))

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from invirtuo.metrics.measures.counts import CountTests, control_bulk, of_tests
+from invirtuo.metrics.measures.mean import ratio
 from invirtuo.metrics.pair import Pair
 from invirtuo.metrics.registry import ERROR, SHARE, metric
 
@@ -52,9 +53,8 @@ def pds_cosine_panel(pair: Pair, group: str) -> np.ndarray:
 
     # distance of every prediction (row) to every real effect; 1 from or to no effect
     norms = np.outer(np.linalg.norm(pred, axis=1), np.linalg.norm(real, axis=1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = np.where(norms > 0, 1 - pred @ real.T / norms, 1.0)
-    distance = np.clip(distance, 0.0, 2.0)
+    cosine = np.where(norms > 0, ratio(pred @ real.T, norms), 0.0)
+    distance = np.clip(1 - cosine, 0.0, 2.0)
     own = np.diagonal(distance)[:, None]
     closer = (distance < own).sum(axis=1) + ((distance == own).sum(axis=1) - 1) / 2
     return np.asarray(1 - closer / max(len(names) - 1, 1))

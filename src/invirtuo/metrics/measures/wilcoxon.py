@@ -19,14 +19,15 @@ from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.mean import CELL_EVAL, pearson
 from invirtuo.metrics.numerics.streamed import dense
 from invirtuo.metrics.pair import Pair, view
-from invirtuo.metrics.registry import CORRELATION, SHARE, metric
+from invirtuo.metrics.registry import CORRELATION, DESCRIPTION, SHARE, metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 
 __all__ = [
     "DETable",
+    "area",
     "de_direction_match",
     "de_overlap",
     "de_pr_auc",
@@ -207,7 +208,7 @@ def _number(pred: DETable, real: DETable, side: Side) -> float:
 
 for _k in (None, 50, 100, 200, 500):
     _which = "all" if _k is None else f"up to {_k}"
-    metric(
+    _register = metric(
         f"de_overlap_{_k or 'n'}",
         label=f"DE overlap {_k or 'N'}",
         **SHARE,
@@ -216,9 +217,9 @@ for _k in (None, 50, 100, 200, 500):
         reference=CELL_EVAL,
         on="wilcoxon",
         default=False,
-    )(partial(de_overlap, k=_k))
-
-    metric(
+    )
+    _register(partial(de_overlap, k=_k))
+    _register = metric(
         f"de_precision_{_k or 'n'}",
         label=f"DE precision {_k or 'N'}",
         **SHARE,
@@ -227,23 +228,23 @@ for _k in (None, 50, 100, 200, 500):
         reference=CELL_EVAL,
         on="wilcoxon",
         default=False,
-    )(partial(de_precision, k=_k))
+    )
+    _register(partial(de_precision, k=_k))
 
 
 _WHOSE: dict[Side, str] = {"real": "the real data", "pred": "the prediction"}
 
 for _side, _whose in _WHOSE.items():
-    metric(
+    _register = metric(
         f"de_nsig_{_side}",
         label=f"DE genes {_side}",
-        direction=None,
-        range=(0.0, np.inf),
-        best=np.nan,
+        **DESCRIPTION,
         definition=f"Number of DE genes of {_whose}, adjusted p below 0.05; a description, not a score",
         reference=CELL_EVAL,
         on="wilcoxon",
         default=False,
-    )(partial(_number, side=_side))
+    )
+    _register(partial(_number, side=_side))
 
 
 @metric(
@@ -315,9 +316,7 @@ def de_spearman_lfc_finite(pred: DETable, real: DETable) -> float:
 )
 def de_pr_auc(pred: DETable, real: DETable) -> float:
     """Average precision over all genes, real DE genes as labels, ``-log10(clip(fdr, 1e-10, 1))`` as score."""
-    from sklearn.metrics import average_precision_score
-
-    return _area(average_precision_score, pred, real)
+    return area("pr", real.significant, -np.log10(np.clip(pred.fdr, 1e-10, 1.0)))
 
 
 @metric(
@@ -331,9 +330,7 @@ def de_pr_auc(pred: DETable, real: DETable) -> float:
 )
 def de_roc_auc(pred: DETable, real: DETable) -> float:
     """Area under the ROC curve, labels and score as in :func:`de_pr_auc`."""
-    from sklearn.metrics import roc_auc_score
-
-    return _area(roc_auc_score, pred, real)
+    return area("roc", real.significant, -np.log10(np.clip(pred.fdr, 1e-10, 1.0)))
 
 
 @metric(
@@ -373,11 +370,13 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(pearson(stats.rankdata(x), stats.rankdata(y))) if len(x) > 1 else np.nan
 
 
-def _area(area: Callable[[np.ndarray, np.ndarray], float], pred: DETable, real: DETable) -> float:
-    labels = real.significant
+def area(curve: Literal["pr", "roc"], labels: np.ndarray, score: np.ndarray) -> float:
+    """Area under the precision-recall (average precision) or the ROC curve, (g,) and (g,); NaN if all labels agree."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     if labels.all() or not labels.any():
         return np.nan
-    return float(area(labels, -np.log10(np.clip(pred.fdr, 1e-10, 1.0))))
+    return float(average_precision_score(labels, score) if curve == "pr" else roc_auc_score(labels, score))
 
 
 def _shared(real: np.ndarray, pred: np.ndarray, n: int) -> float:

@@ -1,18 +1,29 @@
-"""Mean Euclidean distance between populations of cells, in bounded memory and to rounding."""
+"""Distances between populations of cells in bounded memory: all pairs in blocks, and Euclidean means to rounding."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["FLOOR", "Cloud", "between", "cloud", "mean_distance", "products"]
+__all__ = ["FLOOR", "PAIRS", "Cloud", "between", "blocks", "cloud", "mean_distance", "products"]
 
 FLOOR = 1e-8  # smallest squared distance, as published
 PAIRS = 1 << 22  # cell pairs held at a time: 32 MB in float64
 CLOSE = 0.01  # squared distance over squared norms, below which rounding of float32 products shows
 SUBTRACTED = 512  # close pairs of cells subtracted at a time
+
+
+def blocks(x: np.ndarray, y: np.ndarray, kind: str = "euclidean") -> Iterator[tuple[slice, np.ndarray]]:
+    """Distances of SciPy's `cdist` between (n, d) and (m, d): some rows after the other, and which these are."""
+    from scipy.spatial.distance import cdist
+
+    n_rows = max(1, PAIRS // len(y))
+    for start in range(0, len(x), n_rows):
+        rows = slice(start, min(start + n_rows, len(x)))
+        yield rows, cdist(x[rows], y, kind)
 
 
 class Cloud(NamedTuple):

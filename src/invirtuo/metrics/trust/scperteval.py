@@ -23,6 +23,7 @@ from invirtuo.metrics.measures.others import (
     weights,
     welch,
 )
+from invirtuo.metrics.measures.wilcoxon import area
 from invirtuo.metrics.pair import Pair
 from invirtuo.metrics.registry import METRICS, Metric, each_condition
 from invirtuo.metrics.scores import values_of
@@ -249,16 +250,11 @@ def _others_against_control(divided: Halves, condition: str) -> Tests:
 
 def _recovery(name: str, truth: Tests, found: Tests, options: Options) -> float:
     """How well a ranking of genes finds the DE genes, or the strongest genes, of the truth."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
-    score, wanted = np.abs(found.statistic), truth.significant
+    score = np.abs(found.statistic)
     if name == "de_overlap_k":
         if options.k >= len(score):
             return np.nan
         best = np.argsort(-score, kind="stable")[: options.k]
         strongest = np.argsort(-np.abs(truth.statistic), kind="stable")[: options.k]
         return len(np.intersect1d(best, strongest)) / options.k
-    if wanted.all() or not wanted.any():
-        return np.nan
-    area = average_precision_score if name == "de_auprc" else roc_auc_score
-    return float(area(wanted, score))
+    return area("pr" if name == "de_auprc" else "roc", truth.significant, score)
