@@ -120,7 +120,9 @@ def score(
         table.to_csv(path)
     if not quiet:
         shown = table[["score", "user", "baseline", "replicate", "replicate_sd"]]
-        rows = [(name, *(f"{value:.3f}" for value in row)) for name, row in shown.iterrows()]
+        rows = []
+        for name, row in shown.iterrows():
+            rows.append((name, *(f"{value:.3f}" for value in row)))
         print_rows(rows, header=("metric", *shown.columns))
         for name, reason in table["reason"].dropna().items():
             if reason:
@@ -168,12 +170,14 @@ def effects(
     from invirtuo.reports.effects import plot_effects
 
     models = [model_with(folder, "predict") for folder in run]
+    wanted = read_conditions(conditions)
+    measured = read_conditions(calibration or ["val"])
     table = effects_(
         models,
         read_h5ad(data),
-        read_conditions(conditions),
+        wanted,
         level=level or None,
-        calibration=read_conditions(calibration or ["val"]),
+        calibration=measured,
         n_cells=n_cells,
         seed=seed,
     )
@@ -212,12 +216,13 @@ def judge(
     real_cells = read_h5ad(real)
     design = Design.from_adata(real_cells, perturbation=perturbation, control=control, covariates=covariate or [])
     origins = {name: read_h5ad(path) for name, path in pairs("--generated", generated).items()}
+    names = metrics.split(",")
     scores = judge_(
         origins,
         real_cells,
         design,
         out,
-        metrics=metrics.split(","),
+        metrics=names,
         n_pcs=n_pcs,
         min_cells=min_cells,
         max_cells=max_cells or None,
@@ -249,6 +254,7 @@ def benchmark(
     """Fit and score models on tasks with several seeds; goes on where it was stopped."""
     from invirtuo import bench
 
+    names = metrics.split(",") if metrics else None
     scores = bench.benchmark(
         tasks,
         model,
@@ -256,7 +262,7 @@ def benchmark(
         out,
         engine,  # type: ignore[arg-type]
         baselines=baselines,
-        metrics=metrics.split(",") if metrics else None,
+        metrics=names,
         n_jobs=n_jobs,
         threads=threads,
         data_dir=data_dir,

@@ -422,7 +422,8 @@ def _two_sided(genes: Tensor, y: Tensor, codes: Tensor, config: RidgeConfig) -> 
     if config.solver == "exact":  # G^T G K E^T E + lambda K = G^T Y E, diagonal in both eigenbases
         a, u = torch.linalg.eigh(left)
         c, v = torch.linalg.eigh(right)
-        return u @ ((u.T @ cross @ v) / (a[:, None] * c + config.penalty)) @ v.T
+        rotated = (u.T @ cross @ v) / (a[:, None] * c + config.penalty)
+        return u @ rotated @ v.T
     left = left + config.penalty * torch.eye(len(left), dtype=left.dtype)
     right = right + config.penalty * torch.eye(len(right), dtype=right.dtype)
     return torch.linalg.solve(left, torch.linalg.solve(right, cross.T).T)

@@ -396,11 +396,9 @@ class LatentFlow(CountGenerator):
         new.obsm["X_invirtuo"] = latent.numpy()
         if output is not None:
             new.layers["corrected"] = self._decoded_layer(adata, latent, size, other, output, seed)
-        new.uns["invirtuo"] = self._made_by("correct") | {
-            "batch": batch,
-            "reference": self.design.covariates[batch][target],
-            "collapse": _collapse(z, corrected, _classes(own)),
-        }
+        facts = {"batch": batch, "reference": self.design.covariates[batch][target]}
+        collapse = _collapse(z, corrected, _classes(own))
+        new.uns["invirtuo"] = self._made_by("correct") | facts | {"collapse": collapse}
         return new
 
     @takes_options(sampling=SolverSampling)

@@ -342,7 +342,8 @@ class SparseODE(GeneNetwork):
         x0 = x0 + self._noise(x0)
         way = self.integrate(x0, labels, shots.horizon, gates=gates)
         x = way.at(shots.times).permute(1, 2, 0, 3)  # (m, n, b, g)
-        weight = data.weight[shots.rows] * data.boost[:, shots.rows, None] * shots.counts[..., None]
+        weight = data.weight[shots.rows] * data.boost[:, shots.rows, None]
+        weight = weight * shots.counts[..., None]
         error = weight * (x - data.value[shots.rows]).square()
         return error.sum(dim=(1, 2, 3)) / (shots.counts.sum() * x.shape[-1])
 
@@ -460,12 +461,10 @@ class SparseODE(GeneNetwork):
             path = full
         closed = (path < 1e-5).float()
         weights = torch.cat([w.flatten() for w in self.field.full(gates)])
-        return {
-            "features": float(closed.mean()),
-            "weights": float((weights.abs() < 1e-5).float().mean()),
-            "spurious": float(closed[:, torch.from_numpy(other)].mean()) if other.any() else float("nan"),
-            "open_inputs": float((1 - closed).sum(dim=1).mean()),
-        }
+        found = {"features": closed.mean(), "weights": (weights.abs() < 1e-5).float().mean()}
+        found["spurious"] = closed[:, torch.from_numpy(other)].mean()  # NaN without other edges
+        found["open_inputs"] = (1 - closed).sum(dim=1).mean()
+        return {name: float(value) for name, value in found.items()}
 
     def load_pathreg(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take weights that the public code of PathReg saved: ``1.odefunc.output.{0,2,3}.{weights,qz_loga,bias}``."""
