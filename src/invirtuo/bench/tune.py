@@ -94,6 +94,7 @@ def tune(
     except ImportError as error:
         raise ValueError("tune needs the package optuna: pip install 'invirtuo[tune]'") from error
 
+    # the search is checked before a study is opened
     seed = int(seed)
     entry, chosen = as_entry(model), one_task(task)
     unknown = [name for name in objective if name not in METRICS]

@@ -119,6 +119,7 @@ def score(
     with writing(out) as path:
         table.to_csv(path)
     if not quiet:
+        # scores beside their anchors, then what a reader must be warned of
         shown = table[["score", "user", "baseline", "replicate", "replicate_sd"]]
         rows = []
         for name, row in shown.iterrows():

@@ -140,6 +140,8 @@ class Pair:
             pred, real = _sides(pred, real, design, scale, layer)
         if not pred.is_same_file(real):
             compare_levels(pred, real)
+
+        # what is asked for, and what is computed once
         self.design = design
         self.n_pcs = n_pcs
         self.counts = counts

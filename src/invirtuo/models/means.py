@@ -138,6 +138,8 @@ class _MeanEffects(_ConditionMeans):
         """(g,), mean effect of one perturbation (p,) multi-hot."""
         if not multi_hot.any():
             return torch.zeros_like(self.means[0])
+
+        # the mean over the contexts that trained on it, each beside its own control
         rows = (self.perturbations == multi_hot).all(1)
         contexts = dict.fromkeys(map(tuple, self.covariates[rows].tolist()))
         deltas = []

@@ -72,11 +72,15 @@ class Forecaster(Model):
             )
         if config.lineage and config.lineage != "lineage" and config.lineage not in design.covariates:
             raise ValueError(f"lineage is {config.lineage!r}; the design has {preview(design.covariates) or 'none'}")
+
+        # how cells become courses, and which label tells courses apart
         self.preparation = PREPARATIONS[config.prepare](config.n_bins, config.min_cells)
         self.lineage = config.lineage if config.lineage in design.covariates else None
         self.levels = design.covariates[self.lineage] if self.lineage else ()
         self.alike = self.lineage or ("lineage" if "lineage" in design.covariates else None)  # for simple forecasts
         self.signed = config.space == "any"
+
+        # what a fit keeps of the training courses, saved with the weights
         g = len(self.genes)
         self.register_buffer("course_values", torch.zeros(0, g))
         self.register_buffer("course_time", torch.zeros(0, dtype=torch.float64))

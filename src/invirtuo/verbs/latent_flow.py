@@ -391,6 +391,7 @@ class LatentFlow(CountGenerator):
                 noise = self._solved(reversed_time(backward), z[rows].to(chosen), config)
                 corrected[rows] = self._solved(forward, noise, config).cpu()
 
+        # what comes back: latent cells, counts if asked for, and how much more alike the cells became
         new = adata.copy()
         latent = corrected * self.latent_sd + self.latent_mean
         new.obsm["X_invirtuo"] = latent.numpy()

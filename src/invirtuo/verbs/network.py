@@ -194,6 +194,7 @@ def intervene(
     """Hold genes at values (data space) from the first state on, and compare with the undisturbed forecast."""
     import anndata
 
+    # from the starts of the training courses, or from given cells
     columns = _columns(model, genes)
     if cells is None:
         courses = model.training_courses()

@@ -72,6 +72,8 @@ def copying(
     cells = {name: projected(x, centre, axes) for name, x in logged.items()}
     label = {name: adata.obs[by].astype(str).to_numpy() for name, adata in sides.items()}
     distance = {name: nearest(x, cells["training"]) for name, x in cells.items() if name != "training"}
+
+    # class by class, beside real cells that nobody learned from
     rows = []
     for name in sorted(set(label["generated"])):
         made = distance["generated"][label["generated"] == name]

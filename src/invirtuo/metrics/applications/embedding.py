@@ -122,6 +122,8 @@ def _scores(
     )
     if predicted is not None:
         z_test, y_test = predicted
+
+    # of few training cells none can be spared to stop early
     early = len(z_train) >= 10 * len(np.unique(labels))
     batch_size = min(200, 1 + len(z_train) // 10)
     network = MLPClassifier((256,), max_iter=50, early_stopping=early, random_state=seed, batch_size=batch_size)

@@ -97,10 +97,13 @@ def hit_recall(
     if not labels["hit"].isin([0, 1]).all():
         raise ValueError(f"truth: hit must be 0 or 1; found {preview(sorted(labels['hit'].unique()))}")
     predictions = _tidy("scores", scores, ["hit_score", "qv"], "hit_score (large for a hit) or qv (small for a hit)")
+
+    # pairs of both tables, ranked by the prediction and by what it is compared with
     merged = labels.merge(predictions, on=KEYS, how="outer", indicator=True)
     pairs = _in_both(merged)
     rankings = _rankings(pairs, scores, magnitude)
 
+    # every phenotype under every ranking and rule
     rows: list[dict[str, Any]] = []
     for pheno, all_hits in labels.groupby("pheno", sort=True)["hit"].sum().items():
         part = pairs[pairs["pheno"] == pheno]
@@ -115,6 +118,8 @@ def hit_recall(
                 found += [_prospective(hit, part["qv"].to_numpy(), t, int(all_hits)) for t in rates]
             for row in found:
                 rows.append({"pheno": pheno, "ranking": ranking, **row, **facts})
+
+    # pairs that could not be ranked are listed
     columns = ["pheno", "ranking", "rule", "target", "recall", "realised", "n_selected", "n", "n_hits"]
     table = pd.DataFrame(rows, columns=[*columns, "n_unscored_hits"])
     for side, name in (("left_only", "only_in_truth"), ("right_only", "only_in_scores")):
@@ -219,6 +224,8 @@ def _at_rates(
     rng = np.random.default_rng(seed)
     is_tied = len(np.unique(score)) < len(score)
     place = np.arange(1, len(hit) + 1)
+
+    # in every order the largest k within each rate
     selected: list[list[tuple[int, float]]] = [[] for _ in rates]
     for _ in range(n_orders if is_tied else 1):
         shuffled = rng.permutation(len(hit))
@@ -229,6 +236,7 @@ def _at_rates(
             k = int(allowed[-1]) + 1 if len(allowed) else 0
             results.append((k, float(found[k - 1]) if k else 0.0))
 
+    # means over orders; the realised rate over those that select anything
     rows = []
     for results, rate in zip(selected, rates, strict=True):
         sizes, hits = np.array(results, dtype=float).T

@@ -73,12 +73,15 @@ def phenotype(
         raise ValueError(f"give one of genes, signature and classifier; found {' and '.join(given) or 'none'}")
     if design.perturbation is None:
         raise ValueError("phenotype compares with control cells, and the design names no perturbation")
+
+    # the cells, those among which their controls stand, and what is measured
     own, reference = _both_files(cells, controls, design, scale)
     if classifier is not None:
         measure = _probability(own, classifier, label)
     else:
         measure = _weighted_mean(_gene_weights(own, genes, signature))
 
+    # an effect is the difference to the control cells of the group
     of_control = {group: measure(reference, rows) for group, rows in reference.controls.items()}
     table = own.table.loc[sorted(own.rows)]
     if lacking := sorted(set(table["_group"]) - set(of_control)):

@@ -76,6 +76,8 @@ def mean_response(
     cells = read_real_counts(real, design, scale=scale, fractional=True)
     pair = Pair(cells, cells, design, counts=CountOptions(target_genes=target_genes))
     rng = np.random.default_rng(seed)
+
+    # the order of labels decides which control cells are drawn for whom
     blocks, labels = [], []
     for group in pair.groups:
         names = sorted(pair.names(group), key=lambda name: str(pair.conditions.at[name, "_label"]))
@@ -84,6 +86,7 @@ def mean_response(
         control_mean = control_mean_counts(pair, group)
         factors = np.divide(response, control_mean, out=np.zeros_like(response), where=control_mean > 0)
         for name in names:
+            # as many cells as are real: all alike, or scattered as control cells are
             n = pair.n_cells("real", name)
             if emission == "tile":
                 blocks.append(sparse.csr_array(np.tile(response, (n, 1)).astype(np.float32)))

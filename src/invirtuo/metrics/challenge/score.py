@@ -151,12 +151,16 @@ def anchored(scores: Scores, baseline: Scores, replicate: Scores | Sequence[Scor
         table["replicate"] = ends.mean()
         table["replicate_sd"] = ends.std(ddof=0) if len(splits) > 1 else np.nan
         tables[context] = _scored(table.astype(float))
+
+    # of several contexts the mean, trusted if each of them is
     result = next(iter(tables.values())).copy()
     if len(tables) > 1:
         numbers = result.select_dtypes("number").columns
         result[numbers] = np.mean([table[numbers] for table in tables.values()], axis=0)
         result["trusted"] = np.all([table["trusted"] for table in tables.values()], axis=0)
     result.insert(5, "n_splits", len(splits))
+
+    # the mean over metrics, context by context
     average = {context: table["score"].mean() for context, table in tables.items()}
     result.loc["average", "score"] = np.mean(list(average.values()))
     contexts = pd.DataFrame({context: table["score"] for context, table in tables.items()}).T

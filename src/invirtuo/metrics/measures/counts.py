@@ -278,12 +278,16 @@ def _ranked(blocks: list[sparse.csr_array]) -> list[sparse.csr_array]:
         places[known] = place + 1
         ranked = places[pair]
     else:
+        # few repeat: every count by itself
         values = np.log1p(counts / np.repeat(depths / MILLION, per_cell))
         distinct, place = np.unique(values, return_inverse=True)
         ranked = (place + 1).astype(np.float32)
+
+    # the test sees float32, which holds no larger whole numbers one by one
     if len(distinct) >= 2**24:
         raise ValueError(f"expected fewer than {2**24} different values; found {len(distinct)}; score fewer cells")
 
+    # back into the blocks that the places came from
     ends = np.cumsum([block.nnz for block in blocks])[:-1]
     found = []
     for block, own in zip(blocks, np.split(ranked, ends), strict=True):

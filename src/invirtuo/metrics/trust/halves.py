@@ -188,6 +188,7 @@ def halves(
         truth[name] = np.sort(shuffled[:n])
         duplicate[name] = np.sort(shuffled[n:])
 
+    # the duplicate predicts the truth; what is known of the others comes from all cells
     pred, rest = cells.restricted(duplicate), cells.restricted(truth)
     pair = Pair(pred, rest, design, n_pcs=n_pcs, counts=counts or CountOptions())
     whole = Pair(cells, cells, design)

@@ -486,9 +486,12 @@ def _weights(parts: Sequence[Course]) -> np.ndarray:
 
 def _pieces(parts: Sequence[Course], level: int) -> _Shots:
     """Pieces of 2^-level of the longest course, from the first row in each on."""
+    # half as long with every level, but no shorter than a gap between bins
     total = max(c.time[-1] - c.time[0] for c in parts)
     gap = max(np.diff(c.time).max() for c in parts)
     horizon = min(max(total / 2**level, 1.001 * gap), total)
+
+    # a shot starts where a piece begins and meets the bins within the horizon
     first, rows, times, begin = [], [], [], 0
     for part in parts:
         last = max(int(np.ceil(total / horizon - 1e-6)) - 1, 0)
@@ -501,6 +504,8 @@ def _pieces(parts: Sequence[Course], level: int) -> _Shots:
                 rows.append(begin + met)
                 times.append(np.minimum(later[met], horizon))
         begin += len(part.time)
+
+    # shots of equal width
     width = max(map(len, rows))
     padded = [np.pad(r, (0, width - len(r)), mode="edge") for r in rows]
     moments = [np.pad(t, (0, width - len(t)), mode="edge") for t in times]

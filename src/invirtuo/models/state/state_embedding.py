@@ -269,6 +269,7 @@ class StateEmbedding(Model):
         if table.shape[1] != self.config.gene_width:
             raise ValueError(f"vectors in {source} have {table.shape[1]} numbers; set gene_width={table.shape[1]}")
 
+        # genes without a vector cannot be read
         found = np.isfinite(table).all(axis=1)
         if not found.any():
             raise ValueError(
