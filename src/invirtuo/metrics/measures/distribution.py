@@ -230,9 +230,7 @@ def half_energy(pred: np.ndarray, real: np.ndarray) -> float:
     ----------
     Szekely and Rizzo 2013, doi:10.1016/j.jspi.2013.03.018; Wu et al. 2024, arXiv:2408.10609.
     """
-    centre = real.mean(axis=0, dtype=np.float64)
-    x = cloud(pred, centre)
-    y = cloud(real, centre)
+    x, y = _clouds(pred, real)
     return between(x, y) - between(x, x) / 2 - between(y, y) / 2
 
 
@@ -274,9 +272,7 @@ def energy_distance(pred: np.ndarray, real: np.ndarray) -> float:
     pred, real
         (n, d) and (m, d) cells.
     """
-    centre = real.mean(axis=0, dtype=np.float64)
-    x = cloud(pred, centre)
-    y = cloud(real, centre)
+    x, y = _clouds(pred, real)
     return 2 * between(x, y) - _without_self(x) - _without_self(y)
 
 
@@ -317,6 +313,12 @@ def distance_correlation(pred: np.ndarray, real: np.ndarray, *, rounding: float 
     """Pearson correlation of distances, (P,) against (P,); NaN where a side is constant up to relative rounding."""
     constant = any(np.ptp(side) <= rounding * np.abs(side).max() for side in (pred, real))
     return np.nan if constant else float(pearson(pred, real))
+
+
+def _clouds(pred: np.ndarray, real: np.ndarray) -> tuple[Cloud, Cloud]:
+    """Both populations around the mean of the real one."""
+    centre = real.mean(axis=0, dtype=np.float64)
+    return cloud(pred, centre), cloud(real, centre)
 
 
 def _without_self(x: Cloud) -> float:

@@ -6,7 +6,7 @@ perturbations of its covariate group, scored or not; where there are none, the c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 CONSTANT = 1e-12  # variance over mean square that is rounding
+MEANS: dict[str, Any] = {"default": False, "of_means": True}  # metrics that see means alone
 SCPERTEVAL = "scPertEval 0.2"
 DIVERSITY = "Mejia et al. 2025, Diversity by Design, arXiv:2506.22641; scPertEval 0.2"
 SYSTEMA = "Viñas Torné et al. 2025, Systema, doi:10.1038/s41587-025-02777-8; scPertEval 0.2"
@@ -210,8 +211,7 @@ def r2_weighted(pred: np.ndarray, real: np.ndarray, weight: np.ndarray) -> float
     definition="Squared difference of the mean log1p expression, genes weighted by the square of their t-score (real "
     "cells against those of the other perturbations of the group) brought to the range 0 to 1",
     reference=DIVERSITY,
-    default=False,
-    of_means=True,
+    **MEANS,
 )
 @each_condition
 def wmse(pair: Pair, name: str) -> float:
@@ -229,8 +229,7 @@ def wmse(pair: Pair, name: str) -> float:
     definition="Coefficient of determination of the real mean log1p expression, minus the mean of the other real "
     "perturbations of the group, by the predicted one, genes weighted as in wmse; at most 0 for the mean of the others",
     reference=DIVERSITY,
-    default=False,
-    of_means=True,
+    **MEANS,
 )
 @each_condition
 def r2_weighted_of_condition(pair: Pair, name: str) -> float:
@@ -247,8 +246,7 @@ def r2_weighted_of_condition(pair: Pair, name: str) -> float:
     definition="Mean squared difference of the mean log1p expression over the genes in which the real cells differ "
     "from those of the other perturbations of the group (Welch test, adjusted p below 0.05); NaN without such genes",
     reference=SCPERTEVAL,
-    default=False,
-    of_means=True,
+    **MEANS,
 )
 @each_condition
 def mse_degs(pair: Pair, name: str) -> float:
@@ -265,8 +263,7 @@ def mse_degs(pair: Pair, name: str) -> float:
     definition="Pearson correlation of the predicted and the real difference of mean log1p expression to the control "
     "over the genes of mse_degs; NaN for fewer than two",
     reference=SCPERTEVAL,
-    default=False,
-    of_means=True,
+    **MEANS,
 )
 @each_condition
 def pearson_degs(pair: Pair, name: str) -> float:
@@ -283,8 +280,7 @@ def pearson_degs(pair: Pair, name: str) -> float:
     definition="Pearson correlation over genes of the predicted and the real mean log1p expression, minus the mean of "
     "the other real perturbations of the group on both sides; NaN without others",
     reference=SYSTEMA,
-    default=False,
-    of_means=True,
+    **MEANS,
 )
 @each_condition
 def pearson_perturbed_mean(pair: Pair, name: str) -> float:
@@ -304,9 +300,8 @@ def pearson_perturbed_mean(pair: Pair, name: str) -> float:
     definition="Share of the other real means of the group that are farther (Euclidean) from the predicted mean than "
     "its own; ties count half",
     reference=SYSTEMA,
-    default=False,
     relative=True,
-    of_means=True,
+    **MEANS,
 )
 def centroid_accuracy(pair: Pair, group: str) -> np.ndarray:
     """One minus the place of the own real mean by its distance from the prediction, (P,).

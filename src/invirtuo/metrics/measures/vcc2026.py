@@ -6,7 +6,7 @@ ones. Genes that a perturbation targets do not count.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from invirtuo.metrics.registry import ERROR, SHARE, metric
 
 __all__ = ["MIN_GENES", "OFFICIAL", "VCC2026", "expression_errors"]
 
-REFERENCE = "Virtual Cell Challenge 2026; cell-eval2 0.20"
+CHALLENGE: dict[str, Any] = {"reference": "Virtual Cell Challenge 2026; cell-eval2 0.20", "default": False}
 MIN_GENES = 10  # real DE genes below which errors of fold changes are not taken
 PURITY = 0.9  # share of right signs that a ranking must keep
 
@@ -39,8 +39,7 @@ VCC2026 = tuple(OFFICIAL)
     definition="1 minus the share of the other real effects of the group closer (cosine) to the predicted effect than "
     "its own, effects of log pseudobulks of counts, without the genes that any perturbation of the group targets; ties "
     "count half",
-    reference=REFERENCE,
-    default=False,
+    **CHALLENGE,
     relative=True,
 )
 def pds_cosine_panel(pair: Pair, group: str) -> np.ndarray:
@@ -75,8 +74,7 @@ def _effects(pair: Pair, side: Literal["pred", "real"], group: str) -> np.ndarra
     definition="Squared error of the log pseudobulk of counts over the squared distance of the real one from the "
     "control, both summed over the perturbations of the group and without the noise of few cells; below 0 where a "
     "prediction is closer than noise allows",
-    reference=REFERENCE,
-    default=False,
+    **CHALLENGE,
 )
 def expression_error(pair: Pair, group: str) -> np.ndarray:
     """Error of each perturbation over the mean distance of all, (P,), so that its mean is the published ratio."""
@@ -127,8 +125,7 @@ def _spread(profiles: np.ndarray, counted: np.ndarray, n_genes: np.ndarray) -> f
     **SHARE,
     definition="Predicted DE genes whose fold change has the real sign, over the larger of the numbers of predicted "
     "and real DE genes; NaN if there are none of both",
-    reference=REFERENCE,
-    default=False,
+    **CHALLENGE,
 )
 @of_tests()
 def direction_fidelity(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
@@ -146,8 +143,7 @@ def direction_fidelity(pred: CountTests, real: CountTests, counted: np.ndarray) 
     **SHARE,
     definition="Share of the real DE genes that one can walk down, the predicted strongest first, with 90 % of the "
     "signs right; NaN without real DE genes",
-    reference=REFERENCE,
-    default=False,
+    **CHALLENGE,
 )
 @of_tests()
 def direction_reach(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
@@ -169,8 +165,7 @@ def direction_reach(pred: CountTests, real: CountTests, counted: np.ndarray) -> 
     label="DE Jaccard",
     **SHARE,
     definition="DE genes of both sides over DE genes of either; 1 if there are none",
-    reference=REFERENCE,
-    default=False,
+    **CHALLENGE,
 )
 @of_tests()
 def significant_jaccard(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:
@@ -186,8 +181,7 @@ def significant_jaccard(pred: CountTests, real: CountTests, counted: np.ndarray)
     **ERROR,
     definition="Absolute error of the predicted log2 fold changes over the absolute real ones, summed over the real DE "
     "genes; NaN for fewer than 10",
-    reference=REFERENCE,
-    default=False,
+    **CHALLENGE,
 )
 @of_tests()
 def lfc_error(pred: CountTests, real: CountTests, counted: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,6 +44,11 @@ __all__ = [
 
 LEVEL = 0.05  # significance of the adjusted p-value
 CELLS_AT_ONCE = 8192  # of several conditions that are tested in one call
+RANK_SUM: dict[str, Any] = {
+    "reference": CELL_EVAL,
+    "on": "wilcoxon",
+    "default": False,
+}  # metrics on two tables of tests
 
 
 class DETable(NamedTuple):
@@ -214,9 +219,7 @@ for _k in (None, 50, 100, 200, 500):
         **SHARE,
         definition=f"Share of the real DE genes ({_which}, strongest first) among as many of the prediction, by "
         "rank-sum test; 0 without real DE genes",
-        reference=CELL_EVAL,
-        on="wilcoxon",
-        default=False,
+        **RANK_SUM,
     )
     _register(partial(de_overlap, k=_k))
     _register = metric(
@@ -225,9 +228,7 @@ for _k in (None, 50, 100, 200, 500):
         **SHARE,
         definition=f"Share of the predicted DE genes ({_which}, strongest first) that are among as many of the "
         "strongest real DE genes; 0 without predicted DE genes",
-        reference=CELL_EVAL,
-        on="wilcoxon",
-        default=False,
+        **RANK_SUM,
     )
     _register(partial(de_precision, k=_k))
 
@@ -240,9 +241,7 @@ for _side, _whose in _WHOSE.items():
         label=f"DE genes {_side}",
         **DESCRIPTION,
         definition=f"Number of DE genes of {_whose}, adjusted p below 0.05; a description, not a score",
-        reference=CELL_EVAL,
-        on="wilcoxon",
-        default=False,
+        **RANK_SUM,
     )
     _register(partial(_number, side=_side))
 
@@ -252,9 +251,7 @@ for _side, _whose in _WHOSE.items():
     label="DE direction match",
     **SHARE,
     definition="Share of the real DE genes whose predicted fold change has the same sign; NaN without real DE genes",
-    reference=CELL_EVAL,
-    on="wilcoxon",
-    default=False,
+    **RANK_SUM,
 )
 def de_direction_match(pred: DETable, real: DETable) -> float:
     """Share of the real DE genes with equal sign of the LFC; NaN without real DE genes."""
@@ -266,9 +263,7 @@ def de_direction_match(pred: DETable, real: DETable) -> float:
     label="DE recall",
     **SHARE,
     definition="Share of the real DE genes that are DE genes of the prediction; NaN without real DE genes",
-    reference=CELL_EVAL,
-    on="wilcoxon",
-    default=False,
+    **RANK_SUM,
 )
 def de_recall(pred: DETable, real: DETable) -> float:
     """Share of the real DE genes that are predicted DE genes; NaN without real DE genes."""
@@ -280,9 +275,7 @@ def de_recall(pred: DETable, real: DETable) -> float:
     label="DE Spearman LFC",
     **CORRELATION,
     definition="Spearman correlation of predicted and real fold change over the real DE genes; NaN for fewer than two",
-    reference=CELL_EVAL,
-    on="wilcoxon",
-    default=False,
+    **RANK_SUM,
 )
 def de_spearman_lfc(pred: DETable, real: DETable) -> float:
     """Spearman correlation of the LFC over the real DE genes; NaN for fewer than two or a constant side."""
@@ -310,9 +303,7 @@ def de_spearman_lfc_finite(pred: DETable, real: DETable) -> float:
     label="DE PR AUC",
     **SHARE,
     definition="Average precision of the predicted adjusted p-values for the real DE genes; NaN if none or all are DE",
-    reference=CELL_EVAL,
-    on="wilcoxon",
-    default=False,
+    **RANK_SUM,
 )
 def de_pr_auc(pred: DETable, real: DETable) -> float:
     """Average precision over all genes, real DE genes as labels, ``-log10(clip(fdr, 1e-10, 1))`` as score."""
@@ -324,9 +315,7 @@ def de_pr_auc(pred: DETable, real: DETable) -> float:
     label="DE ROC AUC",
     **SHARE,
     definition="ROC area of the predicted adjusted p-values for the real DE genes; NaN if none or all are DE",
-    reference=CELL_EVAL,
-    on="wilcoxon",
-    default=False,
+    **RANK_SUM,
 )
 def de_roc_auc(pred: DETable, real: DETable) -> float:
     """Area under the ROC curve, labels and score as in :func:`de_pr_auc`."""

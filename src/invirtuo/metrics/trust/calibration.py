@@ -21,17 +21,7 @@ from invirtuo.metrics.cells import Layer, Scale
 from invirtuo.metrics.pair import CountOptions, TargetGenes
 from invirtuo.metrics.registry import METRICS, Metric
 from invirtuo.metrics.scores import choose, values_of
-from invirtuo.metrics.trust.halves import (
-    ALL_CELLS,
-    ALL_MEAN,
-    CONTROL_MEAN,
-    DUPLICATE,
-    INTERPOLATED,
-    OTHER_CELLS,
-    OTHER_MEAN,
-    Halves,
-    halves,
-)
+from invirtuo.metrics.trust.halves import Control, Halves, halves
 
 __all__ = ["calibrated", "calibration", "controls_of", "drf", "summary"]
 
@@ -173,10 +163,10 @@ def drf(
 def controls_of(record: Metric) -> tuple[str, str]:
     """Names of the positive and the negative control for a metric."""
     if record.relative:
-        return (INTERPOLATED, ALL_MEAN) if record.of_means else (DUPLICATE, ALL_CELLS)
+        return (Control.INTERPOLATED, Control.ALL_MEAN) if record.of_means else (Control.DUPLICATE, Control.ALL_CELLS)
     if record.of_means:
-        return INTERPOLATED, CONTROL_MEAN if record.name in FROM_OTHERS else OTHER_MEAN
-    return DUPLICATE, OTHER_CELLS
+        return Control.INTERPOLATED, Control.CONTROL_MEAN if record.name in FROM_OTHERS else Control.OTHER_MEAN
+    return Control.DUPLICATE, Control.OTHER_CELLS
 
 
 def calibrated(

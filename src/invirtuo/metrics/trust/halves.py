@@ -21,21 +21,25 @@ from invirtuo.metrics.measures.wilcoxon import rank_sum
 from invirtuo.metrics.numerics.streamed import mean_of_genes
 from invirtuo.metrics.pair import CountOptions, Pair
 
-__all__ = ["Halves", "Test", "halves", "rank_sum_tests"]
+__all__ = ["Control", "Halves", "Test", "halves", "rank_sum_tests"]
 
 logger = logging.getLogger(__name__)
 
 Rows: TypeAlias = dict[str, np.ndarray]
 Test: TypeAlias = Literal["t-test", "rank-sum"]
 
-DUPLICATE = "other half of the cells"
-INTERPOLATED = "interpolated duplicate"
-OTHER_CELLS = "cells of the other perturbations"
-OTHER_MEAN = "mean of the other perturbations"
-ALL_CELLS = "cells of all perturbations"
-ALL_MEAN = "mean of all perturbations"
-CONTROL_MEAN = "mean of the control cells"
-CONTROL_CELLS = "control cells"  # in place of other perturbations where there are none
+
+class Control:
+    """Names of what is scored against the truth."""
+
+    DUPLICATE = "other half of the cells"
+    INTERPOLATED = "interpolated duplicate"
+    OTHER_CELLS = "cells of the other perturbations"
+    OTHER_MEAN = "mean of the other perturbations"
+    ALL_CELLS = "cells of all perturbations"
+    ALL_MEAN = "mean of all perturbations"
+    CONTROL_MEAN = "mean of the control cells"
+    CONTROL_CELLS = "control cells"  # in place of other perturbations where there are none
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,19 +78,23 @@ class Halves:
 
     def prediction(self, control: str) -> Pair:
         """A control, by its name, as prediction of the first halves."""
-        if control == DUPLICATE:
+        if control == Control.DUPLICATE:
             return self.duplicate
-        if control in (OTHER_CELLS, ALL_CELLS):
-            rows = self._other_cells if control == OTHER_CELLS else self._all_cells
+        if control in (Control.OTHER_CELLS, Control.ALL_CELLS):
+            rows = self._other_cells if control == Control.OTHER_CELLS else self._all_cells
             return self.duplicate.against(self.cells.restricted(rows))
-        means = {INTERPOLATED: self._interpolated, OTHER_MEAN: self._other_mean, ALL_MEAN: self._all_mean}
+        means = {
+            Control.INTERPOLATED: self._interpolated,
+            Control.OTHER_MEAN: self._other_mean,
+            Control.ALL_MEAN: self._all_mean,
+        }
         of_condition = means.get(control, self._control_mean)
         return self.duplicate.against_means({name: of_condition(name) for name in self.truth_rows})
 
     def name_of(self, control: str, condition: str) -> str:
         """Name of a control of one condition: without other perturbations control cells stand in their place."""
         is_alone = self.others[condition].are_controls
-        return CONTROL_CELLS if is_alone and control in (OTHER_CELLS, OTHER_MEAN) else control
+        return Control.CONTROL_CELLS if is_alone and control in (Control.OTHER_CELLS, Control.OTHER_MEAN) else control
 
     @cached_property
     def _other_cells(self) -> Rows:

@@ -28,18 +28,7 @@ from invirtuo.metrics.pair import Pair
 from invirtuo.metrics.registry import METRICS, Metric, each_condition
 from invirtuo.metrics.scores import values_of
 from invirtuo.metrics.trust.calibration import calibrated, summary
-from invirtuo.metrics.trust.halves import (
-    ALL_MEAN,
-    CONTROL_MEAN,
-    DUPLICATE,
-    INTERPOLATED,
-    OTHER_CELLS,
-    OTHER_MEAN,
-    Halves,
-    Test,
-    halves,
-    rank_sum_tests,
-)
+from invirtuo.metrics.trust.halves import Control, Halves, Test, halves, rank_sum_tests
 
 __all__ = ["PROTOCOLS", "scperteval", "weighted_pearson"]
 
@@ -156,17 +145,17 @@ def scperteval(
 def _table(name: str, divided: Halves, options: Options) -> pd.DataFrame:
     """Scores of both controls in one protocol."""
     if name in TESTS:
-        controls = (DUPLICATE, OTHER_CELLS)
+        controls = (Control.DUPLICATE, Control.OTHER_CELLS)
         record = _record(name, "higher", 1.0, _nothing)
         found = _scores_of_tests(name, divided, options)
         return calibrated(divided, record, found["positive"], found["negative"], controls)
     if name in RANKS:
-        controls = (INTERPOLATED, ALL_MEAN)
+        controls = (Control.INTERPOLATED, Control.ALL_MEAN)
         published = METRICS[RANKS[name]]
         record = _record(name, published.direction, published.best, published.values)
     else:
         protocol = MEANS[name]
-        controls = (INTERPOLATED, CONTROL_MEAN if protocol.origin == "others" else OTHER_MEAN)
+        controls = (Control.INTERPOLATED, Control.CONTROL_MEAN if protocol.origin == "others" else Control.OTHER_MEAN)
         lower = protocol.compare == "mse"
         values = each_condition(partial(_value, protocol=protocol, options=options))
         record = _record(name, "lower" if lower else "higher", 0.0 if lower else 1.0, values)
