@@ -17,8 +17,8 @@ import invirtuo as iv
 from invirtuo.bench import integration_scores
 from invirtuo.bench.comparators import embeddings
 from invirtuo.cells.files import writing
-from invirtuo.metrics.axes import principal_axes
 from invirtuo.metrics.cells import per_10k
+from invirtuo.metrics.numerics.axes import principal_axes
 from studies.harness import Rows, Tables, fit, spent, study
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 
 import invirtuo as iv
 from invirtuo.flow import trajectory
-from invirtuo.metrics import network
+from invirtuo.metrics.applications import network
 from invirtuo.models.sparse_ode.field import SharedField
 from invirtuo.models.sparse_ode.systems import simulate
 from invirtuo.reports import dynamics as pictures

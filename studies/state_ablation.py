@@ -18,7 +18,7 @@ import pandas as pd
 from anndata import AnnData
 
 import invirtuo as iv
-from invirtuo.metrics.distribution import energy_distance
+from invirtuo.metrics.measures.distribution import energy_distance
 from studies.harness import Tables, filled, spent, study
 
 N_UNSEEN, N_CELLS = 30, 64

@@ -23,8 +23,8 @@ from invirtuo.bench import (
     rare_recall,
     trivial_answers,
 )
+from invirtuo.metrics.applications.copies import copying, nearest
 from invirtuo.metrics.cells import per_10k
-from invirtuo.metrics.copies import copying, nearest
 from invirtuo.verbs.masking import mask_entries
 
 

@@ -9,9 +9,9 @@ from sklearn.metrics import r2_score
 
 from invirtuo import Design
 from invirtuo.metrics import METRICS, Pair, calibration, evaluate, metric, others, scperteval
-from invirtuo.metrics.calibration import controls_of, drf
-from invirtuo.metrics.halves import halves
-from invirtuo.metrics.scperteval import PROTOCOLS
+from invirtuo.metrics.trust.calibration import controls_of, drf
+from invirtuo.metrics.trust.halves import halves
+from invirtuo.metrics.trust.scperteval import PROTOCOLS
 
 N_GENES = 60
 

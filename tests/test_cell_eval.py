@@ -20,10 +20,10 @@ from invirtuo.metrics import (
     summarize,
     wilcoxon,
 )
-from invirtuo.metrics.baseline import relative
-from invirtuo.metrics.discrimination import discrimination
-from invirtuo.metrics.distribution import distance_correlation
-from invirtuo.metrics.wilcoxon import DETable, de_overlap, de_precision, log2_fold_change, rank_sum
+from invirtuo.metrics.challenge.baseline import relative
+from invirtuo.metrics.measures.discrimination import discrimination
+from invirtuo.metrics.measures.distribution import distance_correlation
+from invirtuo.metrics.measures.wilcoxon import DETable, de_overlap, de_precision, log2_fold_change, rank_sum
 
 LABELS = ("control", "G01", "G02", "G03+G04", "other")
 GENES = [f"G{i:02d}" for i in range(40)]

@@ -11,7 +11,7 @@ from anndata import AnnData
 import invirtuo as iv
 from invirtuo.cells import courses
 from invirtuo.flow import trajectory
-from invirtuo.metrics import network
+from invirtuo.metrics.applications import network
 from invirtuo.models import sparse_ode
 from invirtuo.verbs import naive_forecasts
 

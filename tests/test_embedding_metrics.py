@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from invirtuo.metrics.embedding import label_scores
+from invirtuo.metrics.applications.embedding import label_scores
 
 
 def blobs(distance: float, n: int = 400, kinds: int = 2):

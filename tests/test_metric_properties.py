@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from invirtuo import Design
-from invirtuo.metrics import METRICS, axes, cells, distances, distribution, evaluate, generation, wilcoxon
+from invirtuo.metrics import METRICS, cells, distribution, evaluate, wilcoxon
+from invirtuo.metrics.numerics import axes, distances
 
 few = settings(max_examples=5, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)
@@ -119,7 +120,6 @@ def test_size_of_blocks(rows, pairs, values):
         patch.setattr(distances, "PAIRS", pairs)
         patch.setattr(distribution, "PAIRS", pairs)
         patch.setattr(distribution, "CACHED_CELLS", values)
-        patch.setattr(generation, "PAIRS", pairs)
         patch.setattr(wilcoxon, "CELLS_AT_ONCE", 1 + rows)
         same(table(PRED, REAL), reference())
 

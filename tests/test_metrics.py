@@ -18,9 +18,7 @@ from invirtuo.metrics import (
     PROFILES,
     Pair,
     ceiling,
-    core,
     de,
-    distances,
     distribution,
     evaluate,
     generation,
@@ -32,7 +30,9 @@ from invirtuo.metrics import (
     score,
     summarize,
 )
-from invirtuo.metrics import axes as principal
+from invirtuo.metrics import pair as pairs
+from invirtuo.metrics.numerics import axes as principal
+from invirtuo.metrics.numerics import distances
 
 N_GENES = 70
 LABELS = ("control", "A", "B", "A+B", "C")
@@ -699,8 +699,8 @@ def test_another_prediction_against_the_same_real_data(monkeypatch, reference):
     first = Pair(cells(seed=4), REAL, DESIGN, n_pcs=10)
     score(first, ALL)
     calls = []
-    original = core._moments
-    monkeypatch.setattr(core, "_moments", lambda block: calls.append(1) or original(block))
+    original = pairs.moments
+    monkeypatch.setattr(pairs, "moments", lambda block: calls.append(1) or original(block))
     monkeypatch.setattr(distribution, "principal_axes", None)  # not needed again
     pd.testing.assert_frame_equal(values(score(first.against(PRED), ALL)), reference)
     assert len(calls) == 8  # the predicted side only
@@ -708,8 +708,8 @@ def test_another_prediction_against_the_same_real_data(monkeypatch, reference):
 
 def test_score_of_a_pair_computes_shared_parts_once(monkeypatch):
     calls = []
-    original = core._moments
-    monkeypatch.setattr(core, "_moments", lambda block: calls.append(1) or original(block))
+    original = pairs.moments
+    monkeypatch.setattr(pairs, "moments", lambda block: calls.append(1) or original(block))
     pair = Pair(PRED, REAL, DESIGN, n_pcs=10)
     score(pair)
     assert len(calls) == 2 * 8 + 2  # each condition on both sides, and the controls of each group

@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 
 import invirtuo as iv
-from invirtuo.metrics import network
+from invirtuo.metrics.applications import network
 from invirtuo.models import sparse_ode
 from invirtuo.models.sparse_ode import gates as sparsity
 from invirtuo.models.sparse_ode.field import SharedField, TargetField

@@ -16,7 +16,7 @@ import invirtuo as iv
 from invirtuo.batch import Batch
 from invirtuo.cells.samplers import Layout, MappedSets
 from invirtuo.fit import FitConfig
-from invirtuo.metrics.distribution import energy_distance
+from invirtuo.metrics.measures.distribution import energy_distance
 from invirtuo.models.state.attention import SetTransformer, pad, windows
 from invirtuo.models.state.energy import energy_loss
 from invirtuo.verbs.sampling import SampleConfig

@@ -9,8 +9,8 @@ import pytest
 from scipy import sparse, stats
 
 from invirtuo import Design, metrics
-from invirtuo.metrics import counts, wilcoxon
-from invirtuo.metrics.counts import bulk
+from invirtuo.metrics.measures import counts, wilcoxon
+from invirtuo.metrics.measures.counts import bulk
 
 GENES = [*"ABC", *(f"G{i:02d}" for i in range(57))]
 TARGET_SUM = 500.0

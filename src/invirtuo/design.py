@@ -140,6 +140,8 @@ class Design:
             separator=separator,
             unknown=unknown,
         )
+
+        # levels of every column, as the data have them
         table = columns.tidy(obs)
         observed = columns._parts_in(table)
         vectors = {} if features is None else _vectors(features, observed)

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from invirtuo import Design, metrics
-from invirtuo.metrics.halves import INTERPOLATED, halves
-from invirtuo.metrics.others import tests_of as real_tests
+from invirtuo.metrics.measures.others import tests_of as real_tests
+from invirtuo.metrics.trust.halves import Control, halves
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "yardstick2026" / "calibration"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden files are not at {GOLDEN}")
@@ -61,7 +61,7 @@ def test_halves_and_interpolated_duplicate(data):
 
     with np.load(GOLDEN / f"{data}_interpolated.npz", allow_pickle=True) as file:
         genes = pd.Index(divided.duplicate.genes).get_indexer(file["genes"])
-        control = divided.prediction(INTERPOLATED)
+        control = divided.prediction(Control.INTERPOLATED)
         for i, condition in enumerate(file["perturbations"]):
             truth, duplicate = real_tests(divided.duplicate, condition), divided.tests[condition]
             # variances are differences of float32 numbers there

@@ -10,8 +10,8 @@ import pytest
 
 from invirtuo import Design
 from invirtuo.metrics import PROFILES, Pair, ceiling, evaluate, score, summarize
-from invirtuo.metrics.baseline import relative
-from invirtuo.metrics.wilcoxon import DETable, de_overlap, de_precision
+from invirtuo.metrics.challenge.baseline import relative
+from invirtuo.metrics.measures.wilcoxon import DETable, de_overlap, de_precision
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "cell_eval"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden files are not at {GOLDEN}")

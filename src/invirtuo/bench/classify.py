@@ -11,8 +11,8 @@ from scipy import sparse
 
 from invirtuo.cells.checks import labels
 from invirtuo.errors import preview
-from invirtuo.metrics.axes import principal_axes, projected
 from invirtuo.metrics.cells import per_10k
+from invirtuo.metrics.numerics.axes import principal_axes, projected
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -25,7 +25,7 @@ from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import check_writable, write_h5ad, writing
 from invirtuo.errors import preview
 from invirtuo.metrics import Pair, noise_floor, score
-from invirtuo.metrics.axes import principal_axes
+from invirtuo.metrics.numerics.axes import principal_axes
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
@@ -103,11 +103,9 @@ def compare(
     real = adata[(split == part).to_numpy()].copy()
 
     # rows that an earlier call computed are read
-    plan = {
-        "data": CellDataset(adata, design, split).fingerprint(),
-        "split": hashlib.sha256("|".join(split).encode()).hexdigest()[:16],
-        "asked": [part, metrics, n_cells, n_pcs, seed, version("invirtuo")],
-    }
+    split_hash = hashlib.sha256("|".join(split).encode()).hexdigest()[:16]
+    asked = [part, metrics, n_cells, n_pcs, seed, version("invirtuo")]
+    plan = {"data": CellDataset(adata, design, split).fingerprint(), "split": split_hash, "asked": asked}
     rows = [_Row(out, entry, plan) for entry in entries]
     for row in rows:
         row.check(overwrite=overwrite)

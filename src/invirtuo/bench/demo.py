@@ -96,6 +96,8 @@ def demo(
         Entry("linear_additive", "linear_additive", None, linear_fit),
         *BASELINES,
     ]
+
+    # what the report says of the data
     held_out_text = (
         f"held out: the response of {' and '.join(HELD_OUT)} (for validation: {VALIDATION}); their control cells are "
         "known"

@@ -79,6 +79,7 @@ def effects(
     wanted = _table(models[0], conditions)
     observed.of_control(design, wanted)
 
+    # intervals come from conditions whose effects are known
     known = known_means = None
     if level is not None:
         known = _table(models[0], calibration)

@@ -25,7 +25,7 @@ DISCRIMINATION = ["metric", "drf", "drf_mean", "bds", "n", "n_nan", "positive", 
 
 def flagged(pair: Pair, label: str) -> pd.DataFrame:
     """Flags of the predicted cells of a model, columns `FLAGS`; see :func:`invirtuo.metrics.flags`."""
-    from invirtuo.metrics.flags import flags_of
+    from invirtuo.metrics.trust.flags import flags_of
 
     return flags_of(pair, leave_out=CHOSEN).assign(model=label)[FLAGS]
 

@@ -114,6 +114,7 @@ def judge(
     write_table(out / "cells.csv", _cells(with_real, seed))
     write_table(out / "panels.csv", panels(truth, truth, origins, design, seed))
 
+    # facts for the reader, then the page
     about = {"title": "Do generated cells look real?", **(about or {})}
     facts = {**about, "baselines": ["independent_nb", "training cells"], "seed": seed, "n_pcs": n_pcs}
     facts["cells"] = {name: cells.n_obs for name, cells in with_real.items()}

@@ -327,6 +327,8 @@ def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
 
 def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
     tasks = {cell.task.name: cell.task.title for cell in grid}
+
+    # models under the labels of the tables, metrics with their direction
     entries, directions = {}, {}
     for cell in grid:
         entry = cell.entry

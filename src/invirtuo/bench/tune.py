@@ -95,6 +95,7 @@ def tune(
     except ImportError as error:
         raise ValueError("tune needs the package optuna: pip install 'invirtuo[tune]'") from error
 
+    # the search is checked before a study is opened
     seed = int(seed)
     entry, chosen = as_entry(model), one_task(task)
     unknown = [name for name in objective if name not in METRICS]
@@ -220,7 +221,9 @@ def _space(entry: Entry, search: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is searched, checked."""
     model = MODELS[entry.model]
     own = _settings(entry)
-    space = dict(search) if search is not None else {k: _widened(v, own[k]) for k, v in model.SEARCH.items()}
+    space = dict(search or {})
+    if search is None:
+        space = {name: _widened(choice, own[name]) for name, choice in model.SEARCH.items()}
     if not space:
         raise ValueError(f"{entry.model} has nothing to search; name fields with search= or choose another model")
     unknown = sorted(set(space) - set(own))

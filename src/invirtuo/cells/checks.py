@@ -71,6 +71,8 @@ def check(
         checks.append(("scale", lambda: require_counts(adata)))
     if design is not None:
         checks.append(("design", lambda: design.encode(adata.obs)))
+
+    # every check runs, so that one call names all that is wrong
     rows: list[Finding] = [("note", "shape", f"{adata.n_obs:,} cells x {adata.n_vars:,} genes")]
     for about, test in checks:
         try:

@@ -88,6 +88,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file to write")
+
+    # a stream cannot be renamed: the whole file is sent when it is complete
     if _is_stream(path):
         with tempfile.TemporaryDirectory(prefix="invirtuo-") as folder:
             temporary = Path(folder) / f"part{path.suffix}"
@@ -561,6 +563,8 @@ def _check_sparse(group: h5py.Group, path: Path) -> None:
     has_ends = pointers[0] == 0 and pointers[-1] == len(indices)
     if not has_ends or (np.diff(pointers.astype(np.int64)) < 0).any():
         raise ValueError(f"{where} has an indptr that does not rise from 0 to the {len(indices)} stored values")
+
+    # indices in blocks: they may not fit into memory
     for start in range(0, len(indices), BLOCK):
         block = indices[start : start + BLOCK]
         if block.min() < 0 or block.max() >= n_minor:

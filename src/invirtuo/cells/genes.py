@@ -86,6 +86,8 @@ def variable_genes_of(
     (g,) bool
     """
     # first pass: mean and variance
+
+    # first pass: mean and variance, and the deviation expected of genes with such a mean
     n = 0
     total = np.zeros(())
     square = np.zeros(())

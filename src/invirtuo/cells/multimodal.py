@@ -62,6 +62,8 @@ def join(data: Any, *, rna: str | None = "rna", atac: str = "atac", obs: str | N
     # open or closed
     peaks.sum_duplicates()
     peaks.data = (peaks.data > 0).astype(peaks.dtype)
+
+    # genes first, then peaks, in the order of cells of the first modality
     gene_names = [] if rna is None else [str(name) for name in first.var_names]
     peak_names = [f"{PEAK}{name}" for name in modalities[atac].var_names]
     modality = ["rna"] * len(gene_names) + ["atac"] * len(peak_names)

@@ -234,16 +234,17 @@ def aligned(parts: list[Part]) -> np.ndarray:
     ValueError
         Naming the file and the genes in which it differs.
     """
-    genes = parts[0].genes
+    first = parts[0]
+    genes = first.genes
     for part in parts:
         if not part.genes.is_unique:
             twice = part.genes[part.genes.duplicated()].unique()
             raise ValueError(f"{part.path}: gene names repeat ({preview(twice)}); expected each once")
         if missing := sorted(set(genes) ^ set(part.genes)):
+            names = preview(missing)
             raise ValueError(
-                f"{part.path} has {part.n_vars} genes, {parts[0].path} {parts[0].n_vars}; {len(missing)} are in one of "
-                f"them only: {preview(missing)}. Write the files with the same genes (in any order), for example "
+                f"{part.path} has {part.n_vars} genes, {first.path} {first.n_vars}; {len(missing)} are in one of "
+                f"them only: {names}. Write the files with the same genes (in any order), for example "
                 "adata[:, genes].write_h5ad(...)"
             )
-    names: np.ndarray = genes.to_numpy(dtype=str)
-    return names
+    return np.asarray(genes.to_numpy(dtype=str))

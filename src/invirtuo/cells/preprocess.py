@@ -251,6 +251,8 @@ def knockdown(
         raise ValueError(f"unmeasured is {unmeasured!r}; expected 'drop' or 'keep'")
     if scale == "linear":
         require_log(adata)
+
+    # labels are names of genes; a gene is compared with the controls of its context
     names = pd.Index(adata.var_names if gene_names is None else adata.var[gene_names])
     labels = design.tidy(adata.obs)[design.perturbation].to_numpy()
     is_control = design.is_control(adata.obs)
@@ -274,6 +276,8 @@ def knockdown(
         stay, reason = _knocked_down(gene[cells], level, below, perturbation_below, cell_below, min_cells)
         kept[cells[stay]] = True
         rows.append((context, label, len(cells), int(stay.sum()), reason))
+
+    # what was kept of each perturbation, and why, goes with the cells
     table = pd.DataFrame(rows, columns=["context", "perturbation", "cells", "kept", "reason"])
     if not (table["kept"] > 0).any():
         log.warning("the knock-down filter leaves no perturbation; only the %d control cells remain", is_control.sum())

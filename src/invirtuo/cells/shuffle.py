@@ -89,12 +89,16 @@ def shuffle(
         raise ValueError(
             f"{int((~(depth > 0)).sum())} cells have no counts, or no depth in {size_factor or 'X'}; remove them first"
         )
+
+    # which genes, and on which scale they are written
     genes = store.var_names if n_genes is None else _chosen(store, n_genes, keep or [], split)
     plan = _Plan(store, genes, depth, target_sum if is_counts and not counts else None, compression, seed)
     values = "as given"
     if is_counts:
         values = "counts" if counts else "log1p"
     facts = {"values": values} | provenance(target_sum, size_factor, n_genes, "seurat_v3", split)
+
+    # a folder that is whole, or none
     with making(folder) as temporary:
         manifest = plan.write(temporary, facts)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))

@@ -181,8 +181,9 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Draw cells as counts from a fitted generator, written while they are drawn."""
+    wanted = None if labels is None else read_csv(labels, "--labels")
     options = given(
-        labels=None if labels is None else read_csv(labels, "--labels"),
+        labels=wanted,
         guidance=_guidance(guidance),
         size_factor=size_factor,
         steps=steps,

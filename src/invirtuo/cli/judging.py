@@ -54,7 +54,7 @@ def evaluate(
     from invirtuo.cells.source import opened
     from invirtuo.metrics import Pair, choose, score
     from invirtuo.metrics.cells import of_side
-    from invirtuo.metrics.flags import flags_of
+    from invirtuo.metrics.trust.flags import flags_of
 
     layers = _layers(layer)
     real_cells = opened(real, small_in_memory=True, layer=of_side(layers, "real"))
@@ -123,8 +123,11 @@ def score(
     with writing(out) as path:
         table.to_csv(path)
     if not quiet:
+        # scores beside their anchors, then what a reader must be warned of
         shown = table[["score", "user", "baseline", "replicate", "replicate_sd"]]
-        rows = [(name, *(f"{value:.3f}" for value in row)) for name, row in shown.iterrows()]
+        rows = []
+        for name, row in shown.iterrows():
+            rows.append((name, *(f"{value:.3f}" for value in row)))
         print_rows(rows, header=("metric", *shown.columns))
         for name, reason in table["reason"].dropna().items():
             if reason:
@@ -172,12 +175,14 @@ def effects(
     from invirtuo.reports.effects import plot_effects
 
     models = [model_with(folder, "predict") for folder in run]
+    wanted = read_conditions(conditions)
+    measured = read_conditions(calibration or ["val"])
     table = effects_(
         models,
         read_h5ad(data),
-        read_conditions(conditions),
+        wanted,
         level=level or None,
-        calibration=read_conditions(calibration or ["val"]),
+        calibration=measured,
         n_cells=n_cells,
         seed=seed,
     )
@@ -216,12 +221,13 @@ def judge(
     real_cells = read_h5ad(real)
     design = Design.from_adata(real_cells, perturbation=perturbation, control=control, covariates=covariate or [])
     origins = {name: read_h5ad(path) for name, path in pairs("--generated", generated).items()}
+    names = metrics.split(",")
     scores = judge_(
         origins,
         real_cells,
         design,
         out,
-        metrics=metrics.split(","),
+        metrics=names,
         n_pcs=n_pcs,
         min_cells=min_cells,
         max_cells=max_cells or None,
@@ -253,6 +259,7 @@ def benchmark(
     """Fit and score models on tasks with several seeds; goes on where it was stopped."""
     from invirtuo import bench
 
+    names = metrics.split(",") if metrics else None
     scores = bench.benchmark(
         tasks,
         model,
@@ -260,7 +267,7 @@ def benchmark(
         out,
         engine,  # type: ignore[arg-type]
         baselines=baselines,
-        metrics=metrics.split(",") if metrics else None,
+        metrics=names,
         n_jobs=n_jobs,
         threads=threads,
         data_dir=data_dir,
@@ -308,13 +315,14 @@ def tune(
     if fit_set:
         entry = replace(entry, fit=with_fields(fit, fit_set, f"{listing} --fit"))
 
+    space = dict(map(_searched, search)) if search else None
     best = bench.tune(
         entry,
         task,
         trials,
         out,
         objective=_weights(objective),
-        search=dict(map(_searched, search)) if search else None,
+        search=space,
         seed=seed,
         threads=threads,
         data_dir=data_dir,

@@ -43,6 +43,8 @@ def strategy(model: Trainable, config: FitConfig) -> Any:
         sharded and the model takes proximal steps.
     """
     # on one device, other processes would be other fits
+
+    # processes of a launcher that the config does not count on would each fit alone
     started = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if not several(config):
         if started > 1:

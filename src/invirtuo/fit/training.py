@@ -139,6 +139,8 @@ class Training:
                 self.plateau.step(losses["total"])
             if losses and self._improves(losses["total"]) and folder is not None:
                 self._save_best(folder / BEST, main)
+
+        # the history has the first step, the last, and some between
         if validates or last or self.step % 20 == 0 or self.step == 1:
             self._record(losses)
 
@@ -190,6 +192,8 @@ class Training:
     def save(self, folder: Path) -> None:
         """Write everything that :meth:`restore` needs; if weights are sharded, every device writes its own."""
         # tensors: weights, averages, state of the optimiser, best weights
+
+        # tensors: the model, its average, the optimizer, the best weights
         optimizer = self.optimizer.state_dict()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:

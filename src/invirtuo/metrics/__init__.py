@@ -1,26 +1,29 @@
 """Judging: predicted cells against real cells, from any source.
 
 `METRICS` maps the name of a metric to its record; :func:`evaluate` and :func:`noise_floor` give tidy tables,
-:func:`ceiling` what the cells at hand allow. A metric is added by writing one function under :func:`metric` in one of
-the modules that are imported here.
+:func:`ceiling` what the cells at hand allow. A metric is added by writing one function under :func:`metric` in
+`metrics/measures`.
 """
 
 from __future__ import annotations
 
-from invirtuo.metrics import de, discrimination, distribution, generation, mean, others, population, rank, wilcoxon
-from invirtuo.metrics.anchors import anchored, challenge_score, mean_response, replicates
-from invirtuo.metrics.baseline import score_against
-from invirtuo.metrics.calibration import calibration
-from invirtuo.metrics.copies import copying
-from invirtuo.metrics.core import METRICS, VIEWS, Metric, Pair, metric, view
-from invirtuo.metrics.embedding import label_scores
-from invirtuo.metrics.false_calls import false_discoveries
-from invirtuo.metrics.flags import flags
-from invirtuo.metrics.hits import hit_recall, hits_from_effects, retrieval
-from invirtuo.metrics.phenotypes import phenotype
+from invirtuo.metrics.applications.copies import copying
+from invirtuo.metrics.applications.embedding import label_scores
+from invirtuo.metrics.applications.hits import hit_recall, hits_from_effects, retrieval
+from invirtuo.metrics.applications.phenotypes import phenotype
+from invirtuo.metrics.challenge.anchors import mean_response, replicates
+from invirtuo.metrics.challenge.baseline import score_against
+from invirtuo.metrics.challenge.panel import vcc2026
+from invirtuo.metrics.challenge.score import anchored, challenge_score
+from invirtuo.metrics.measures import de, discrimination, distribution, generation, mean, others, population, wilcoxon
+from invirtuo.metrics.measures.false_calls import false_discoveries
+from invirtuo.metrics.numerics import rank
+from invirtuo.metrics.pair import VIEWS, Pair, view
+from invirtuo.metrics.registry import METRICS, Metric, metric
 from invirtuo.metrics.scores import PROFILES, ceiling, choose, evaluate, noise_floor, score, summarize
-from invirtuo.metrics.scperteval import scperteval
-from invirtuo.metrics.vcc2026 import vcc2026
+from invirtuo.metrics.trust.calibration import calibration
+from invirtuo.metrics.trust.flags import flags
+from invirtuo.metrics.trust.scperteval import scperteval
 
 __all__ = [
     "METRICS",

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -15,13 +15,23 @@ from scipy import sparse
 from invirtuo.cells.checks import SCORE_COLUMNS
 from invirtuo.cells.source import AnyCells, BackedSource, Source, StoreSource, opened, source_of
 from invirtuo.cells.values import AnyMatrix, Values, canonical_csr, log_normalised, look, require_same_scale
+from invirtuo.design import Design
 from invirtuo.errors import preview, require_column
-from invirtuo.metrics.streamed import BLOCK, Streamed
+from invirtuo.metrics.numerics.streamed import BLOCK, Streamed
 
-if TYPE_CHECKING:
-    from invirtuo.design import Design
-
-__all__ = ["Cells", "Layer", "Scale", "Side", "common_scale", "compare_levels", "of_side", "per_10k", "read_cells"]
+__all__ = [
+    "Cells",
+    "Layer",
+    "Scale",
+    "Side",
+    "common_scale",
+    "compare_levels",
+    "labels_of",
+    "of_side",
+    "per_10k",
+    "read_cells",
+    "read_scaled",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -394,6 +404,15 @@ def _rows_by(keys: pd.Series, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Key to the rows that carry it, keys sorted, rows ascending."""
     keys = keys.to_numpy()[rows]
     return {str(key): rows[index] for key, index in sorted(pd.Series(keys).groupby(keys).indices.items())}
+
+
+def labels_of(table: pd.DataFrame, design: Design, *, as_written: bool = False) -> pd.DataFrame:
+    """Columns `condition`, `perturbation` (or its label in the file) and covariates of a table of conditions."""
+    perturbation = "_label" if as_written or design.perturbation is None else design.perturbation
+    labels = table[[name for name in design.columns if name != design.perturbation]].reset_index(drop=True)
+    labels.insert(0, "condition", table.index)
+    labels.insert(1, "perturbation", table[perturbation].to_numpy())
+    return labels
 
 
 def per_10k(counts: AnyMatrix) -> sparse.csr_matrix:

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from invirtuo.cells.source import AnyCells
+from invirtuo.design import Design
 from invirtuo.errors import preview
-from invirtuo.metrics import de, mean
-from invirtuo.metrics.core import METRICS, Metric, Pair
-from invirtuo.metrics.false_calls import FALSE_DISCOVERIES
-from invirtuo.metrics.vcc2026 import VCC2026
+from invirtuo.metrics.cells import Layer, Scale, labels_of
+from invirtuo.metrics.measures import de, mean
+from invirtuo.metrics.measures.false_calls import FALSE_DISCOVERIES
+from invirtuo.metrics.measures.vcc2026 import VCC2026
+from invirtuo.metrics.pair import Pair
+from invirtuo.metrics.registry import METRICS, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from invirtuo.cells.source import AnyCells
-    from invirtuo.design import Design
-    from invirtuo.metrics.cells import Layer, Scale
 
 __all__ = ["PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize", "values_of"]
 
@@ -201,7 +202,11 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     table = values.rename_axis("condition").reset_index().melt("condition", var_name="metric")
     table["metric"] = pd.Categorical(table["metric"], categories=chosen)
     table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
-    result = _with_labels(table, pair)
+    result = labels_of(pair.conditions.loc[table["condition"]], pair.design)
+    result[["metric", "value"]] = table[["metric", "value"]]
+    for side in ("pred", "real"):
+        n_cells = {name: pair.n_cells(side, name) for name in pair.conditions.index}
+        result[f"n_{side}"] = result["condition"].map(n_cells)
 
     # what a reader of the table must know travels with it
     counts, reasons = summarize(result), _reasons(pair, chosen)
@@ -282,20 +287,6 @@ def _absent(scores: pd.DataFrame) -> pd.Series:
         condition_without = no_genes.groupby([scores[key] for key in keys], observed=True).transform("any")
     is_absent = condition_without | (scores["metric"] == "de_direction_match")
     return no_genes | scores["metric"].isin(ABSENT) & is_absent
-
-
-def _with_labels(table: pd.DataFrame, pair: Pair) -> pd.DataFrame:
-    """Add perturbation, covariates (dose, time) and numbers of cells to a table of conditions."""
-    design = pair.design
-    labels = pair.conditions.loc[table["condition"]].reset_index(drop=True)
-    perturbation = "" if design.perturbation is None else labels[design.perturbation]
-    columns = {"condition": table["condition"], "perturbation": perturbation}
-    columns |= {name: labels[name] for name in design.columns if name != design.perturbation}
-    columns |= {name: table[name] for name in ("metric", "value")}
-    for side in ("pred", "real"):
-        n_cells = {name: pair.n_cells(side, name) for name in pair.conditions.index}
-        columns[f"n_{side}"] = table["condition"].map(n_cells)
-    return pd.DataFrame(columns)
 
 
 def choose(metrics: Sequence[str] | str | None, design: Design | None = None) -> list[str]:

@@ -140,6 +140,8 @@ class _MeanEffects(_ConditionMeans):
         """(g,), mean effect of one perturbation (p,) multi-hot."""
         if not multi_hot.any():
             return torch.zeros_like(self.means[0])
+
+        # the mean over the contexts that trained on it, each beside its own control
         rows = (self.perturbations == multi_hot).all(1)
         contexts = dict.fromkeys(map(tuple, self.covariates[rows].tolist()))
         deltas = []
@@ -425,7 +427,8 @@ def _two_sided(genes: Tensor, y: Tensor, codes: Tensor, config: RidgeConfig) -> 
     if config.solver == "exact":  # G^T G K E^T E + lambda K = G^T Y E, diagonal in both eigenbases
         a, u = torch.linalg.eigh(left)
         c, v = torch.linalg.eigh(right)
-        return u @ ((u.T @ cross @ v) / (a[:, None] * c + config.penalty)) @ v.T
+        rotated = (u.T @ cross @ v) / (a[:, None] * c + config.penalty)
+        return u @ rotated @ v.T
     left = left + config.penalty * torch.eye(len(left), dtype=left.dtype)
     right = right + config.penalty * torch.eye(len(right), dtype=right.dtype)
     return torch.linalg.solve(left, torch.linalg.solve(right, cross.T).T)

@@ -191,7 +191,8 @@ class SAMSVAE(PerturbationModel):
 
         # log q(z) - log p(z) at the vectors that were drawn
         sd = (log_variance / 2).exp().clamp_min(1e-8)
-        basal_kl = (0.5 * z.square() - 0.5 * ((z - mean) / sd).square() - sd.log()).sum(1).mean()
+        drawn = (z - mean) / sd
+        basal_kl = (0.5 * z.square() - 0.5 * drawn.square() - sd.log()).sum(1).mean()
         losses = {"total": squared + basal_kl, "squared_error": squared, "basal_kl": basal_kl}
 
         for name, value in prior_terms.items():

@@ -139,6 +139,8 @@ def forest(rows: Sequence[Interval], *, axis: str, lower_is_better: bool | None)
     if lower_is_better is not None:
         x, anchor, text = (NAMES, "start", "← better") if lower_is_better else (WIDTH - 10, "end", "better →")
         elements.append(_text(x, 11, text, "side", anchor))
+
+    # a dot on its interval; words where there is no value
     for i, row in enumerate(rows):
         y = top + 2 + ROW * (i + 0.5)
         elements.append(_row_name(row.name, y))

@@ -42,6 +42,8 @@ def forecast(
     x = pd.DataFrame(np.asarray(predicted.X), columns=predicted.var_names)
     move = x.groupby(names.to_numpy()).agg(np.ptp).max()
     chosen = list(genes) if genes is not None else list(move.sort_values(ascending=False).index[:MAX_GENES])
+
+    # a panel for each gene, a colour for each course: range, mean and observed bins
     axes, figure = _grid(len(chosen))
     for ax, gene in zip(axes, chosen, strict=False):
         column = predicted.var_names.get_loc(gene)
@@ -78,6 +80,8 @@ def network(edges: pd.DataFrame) -> str:
     columns = list(dict.fromkeys(top["target"]))
     figure = _figure(2.0 + 0.24 * len(columns), 1.6 + 0.22 * len(rows))
     ax = figure.subplots()
+
+    # a dot for each edge: its colour is the sign, its size the score, its opacity the consistency
     for sign, color, label in ((1, PREDICTED, "raises"), (-1, REAL, "lowers"), (0, GREY, "either")):
         signed = top[top["sign"] == sign]
         if len(signed):

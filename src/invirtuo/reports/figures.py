@@ -67,6 +67,8 @@ def curves(history: pd.DataFrame) -> str:
     """
     skip = {"step", "model", "seconds", "epoch", "seed", "lr"}
     numbers = [c for c in history.columns if c not in skip and pd.api.types.is_numeric_dtype(history[c])]
+
+    # a panel for each quantity, training and validation together
     panels: dict[str, list[str]] = {}
     for column in numbers:
         panels.setdefault(column.removeprefix("train_").removeprefix("val_"), []).append(column)
@@ -87,6 +89,8 @@ def curves(history: pd.DataFrame) -> str:
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("step", fontsize=9)
         _clean(ax)
+
+    # panels that nothing is left for
     for ax in axes[len(names) :]:
         ax.set_axis_off()
     axes[0].legend(frameon=False, fontsize=8)
@@ -127,6 +131,8 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
         for row, name in zip(grid, ("mean of a gene", "mean of a gene", "share of empty genes"), strict=True):
             row[j].set_xlabel(name, fontsize=8)
             _clean(row[j])
+
+    # labels and legend once for all columns
     for row, name in zip(grid, ("variance", "share of cells without it", "share of cells"), strict=True):
         row[0].set_ylabel(name, fontsize=9)
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -88,6 +88,7 @@ def report(
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
     settings = {key: value for key, value in run.items() if key != "notes"}
 
+    # what the template asks for
     shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle), "version": __version__}
     shown |= {"sections": sections, "benchmark": _benchmark(scores, sections, costs, comparisons)}
     shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}

@@ -155,6 +155,7 @@ def score_table(
         n_wins = len(wins.get(name, ()))
         return _KINDS.index(kinds[name]), -n_wins, mean_rank.get(name, np.inf), name
 
+    # a row each; of a model without scores the reason stands in their place
     rows = []
     for name in sorted(every, key=order):
         cells: list[Cell] = []

@@ -183,6 +183,8 @@ def under_represented(
                 "take zero_shot"
             )
         test |= inside & np.isin(labels, sorted(heldout))
+
+    # what trains in no context can hardly be predicted
     lacking = sorted(set(labels[test]) - set(labels[~test]))
     if lacking:
         logger.warning("held-out perturbations that are trained on in no context: %s", preview(lacking))

@@ -72,11 +72,15 @@ class Forecaster(Model):
             )
         if config.lineage and config.lineage != "lineage" and config.lineage not in design.covariates:
             raise ValueError(f"lineage is {config.lineage!r}; the design has {preview(design.covariates) or 'none'}")
+
+        # how cells become courses, and which label tells courses apart
         self.preparation = PREPARATIONS[config.prepare](config.n_bins, config.min_cells)
         self.lineage = config.lineage if config.lineage in design.covariates else None
         self.levels = design.covariates[self.lineage] if self.lineage else ()
         self.alike = self.lineage or ("lineage" if "lineage" in design.covariates else None)  # for simple forecasts
         self.signed = config.space == "any"
+
+        # what a fit keeps of the training courses, saved with the weights
         g = len(self.genes)
         self.register_buffer("course_values", torch.zeros(0, g))
         self.register_buffer("course_time", torch.zeros(0, dtype=torch.float64))
@@ -166,7 +170,9 @@ class Forecaster(Model):
         """(n, c) one-hot of the lineage; zeros where it is not known to the Design."""
         if self.lineage is None:
             return None
-        codes = [[float(level == each.get(self.lineage)) for level in self.levels] for each in labels]
+        codes = []
+        for each in labels:
+            codes.append([float(level == each.get(self.lineage)) for level in self.levels])
         return torch.tensor(codes)
 
     # ---- solutions -----------------------------------------------------------------------------------------------
@@ -370,7 +376,8 @@ class Forecaster(Model):
     def calibrate(self, parts: Sequence[Course]) -> None:
         """Learn how far bins of these courses lie outside the range of the ensemble."""
         bins = [self.preparation.rows(c) for c in parts]
-        found = self.paths([self.start(c) for c in parts], [c.time for c in bins])
+        starts = [self.start(c) for c in parts]
+        found = self.paths(starts, [c.time for c in bins])
         outside = []
         for members, course in zip(found, bins, strict=True):
             below, above = members.min(0) - course.values, course.values - members.max(0)
@@ -480,11 +487,9 @@ class Forecaster(Model):
 def _errors(x: np.ndarray, course: Course, bins: Course, at: np.ndarray) -> dict[str, float]:
     spread = ((bins.values - bins.values.mean(axis=0)) ** 2).sum()
     miss = (x[at] - bins.values) ** 2
-    return {
-        "mse": float(((x - course.values) ** 2).mean()),
-        "mse_bins": float(miss.mean()),
-        "r2": float(1 - miss.sum() / spread) if spread > 0 else float("nan"),
-    }
+    mse = ((x - course.values) ** 2).mean()
+    r2 = 1 - miss.sum() / spread if spread > 0 else np.nan
+    return {"mse": float(mse), "mse_bins": float(miss.mean()), "r2": float(r2)}
 
 
 def _scaled(times: Sequence[float], low: float, high: float) -> np.ndarray:

@@ -504,9 +504,9 @@ class CountGenerator(Model):
             logger.warning("%s: fewer than %d real cells; generated ones may copy them", preview(few), min_cells)
 
         # cells that are drawn for them
-        labels = np.repeat([*counts], [*counts.values()])
+        labels = pd.DataFrame({by: np.repeat([*counts], [*counts.values()])})
         generated = self.generate(
-            labels=pd.DataFrame({by: labels}),
+            labels=labels,
             prior=prior,
             size_factor=size_factor,
             seed=seed,

@@ -391,16 +391,15 @@ class LatentFlow(CountGenerator):
                 noise = self._solved(reversed_time(backward), z[rows].to(chosen), config)
                 corrected[rows] = self._solved(forward, noise, config).cpu()
 
+        # what comes back: latent cells, counts if asked for, and how much more alike the cells became
         new = adata.copy()
         latent = corrected * self.latent_sd + self.latent_mean
         new.obsm["X_invirtuo"] = latent.numpy()
         if output is not None:
             new.layers["corrected"] = self._decoded_layer(adata, latent, size, other, output, seed)
-        new.uns["invirtuo"] = self._made_by("correct") | {
-            "batch": batch,
-            "reference": self.design.covariates[batch][target],
-            "collapse": _collapse(z, corrected, _classes(own)),
-        }
+        facts = {"batch": batch, "reference": self.design.covariates[batch][target]}
+        collapse = _collapse(z, corrected, _classes(own))
+        new.uns["invirtuo"] = self._made_by("correct") | facts | {"collapse": collapse}
         return new
 
     @takes_options(sampling=SolverSampling)

@@ -233,12 +233,14 @@ class Model(Trainable):
             folders = {stage: Path(folder) / stage for stage in self.stages(config)}
             _check_folder(Path(folder), folders.values(), free=resume or overwrite)
 
+        # the cells, in the space and with the genes of this model
         adata = opened(adata, self.design)
         self._check_space(adata)
         adata = self._with_genes(adata)
         dataset = CellDataset(adata, self.design, split, signed=self.signed, obsm=self.obsm)
         self.check_labels(dataset)
 
+        # a fit that fails leaves the model as it was
         with self._unchanged_on_failure():
             self.card = {}
             self.prepare(dataset)
@@ -252,6 +254,7 @@ class Model(Trainable):
             self.card = saving.card(self.name, dataset, config) | self.facts(dataset)
             self.remember(dataset)
 
+        # nothing is left to go on from
         if not config.keep_checkpoints and fitting.is_main():
             for checkpoints in reversed(folders.values()):
                 fitting.remove(checkpoints)

@@ -169,18 +169,13 @@ def edge_table(model: GeneNetwork, labels: Conditions | None = None, n_edges: in
     source, target = source[order], target[order]
     edges = (source, target)
     genes = np.array(model.genes)
-    return pd.DataFrame(
-        {
-            "regulator": genes[source],
-            "target": genes[target],
-            "score": score[edges],
-            "sign": np.sign(mean[edges]).astype(int),
-            "consistency": np.abs(mean[edges]) / score[edges],
-            "frequency": frequency[edges],
-            "gate": gate[edges],
-            "support": support(model),
-        }
-    )
+    table = pd.DataFrame({"regulator": genes[source], "target": genes[target], "score": score[edges]})
+    table["sign"] = np.sign(mean[edges]).astype(int)
+    table["consistency"] = np.abs(mean[edges]) / score[edges]
+    table["frequency"] = frequency[edges]
+    table["gate"] = gate[edges]
+    table["support"] = support(model)
+    return table
 
 
 def support(model: GeneNetwork) -> str:
@@ -199,6 +194,7 @@ def intervene(
     """Hold genes at values (data space) from the first state on, and compare with the undisturbed forecast."""
     import anndata
 
+    # from the starts of the training courses, or from given cells
     columns = _columns(model, genes)
     if cells is None:
         courses = model.training_courses()

@@ -67,12 +67,9 @@ class ObservedMeans:
         """The same, with those groups of control cells of another that it has not got."""
         new = [i for i, group in enumerate(other.groups) if group not in self.groups]
         new_groups = [other.groups[i] for i in new]
-        return replace(
-            self,
-            groups=(*self.groups, *new_groups),
-            control=np.concatenate([self.control, other.control[new]]),
-            sd=np.concatenate([self.sd, other.sd[new]]),
-        )
+        control = np.concatenate([self.control, other.control[new]])
+        sd = np.concatenate([self.sd, other.sd[new]])
+        return replace(self, groups=(*self.groups, *new_groups), control=control, sd=sd)
 
     def of_control(self, design: Design, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (c, g) of the control cells of each condition of a table.

@@ -41,6 +41,8 @@ def wanted_conditions(conditions: Conditions, model: Fitted) -> pd.DataFrame:
         If a label is unknown or was never seen in training, or the split held out no such conditions.
     """
     # "test" and "val" stand for what the split held out
+
+    # a part of the split stands for the conditions that it held out
     if isinstance(conditions, str):
         held_out = model.card["held_out"]
         if conditions in held_out and not held_out[conditions]:
@@ -66,6 +68,7 @@ def wanted_conditions(conditions: Conditions, model: Fitted) -> pd.DataFrame:
             "(features= of Design.from_adata) predict others"
         )
 
+    # covariates have no features: only levels that were trained on
     for name, levels in model.card["covariates"].items():
         unseen = sorted(set(conditions[name]) - set(levels))
         if unseen:

@@ -101,7 +101,9 @@ class SharedField(nn.Module):
         # layers; Kaiming, fan-out
         m = n_members
         pairs = list(pairwise(widths))
-        self.weight = nn.ParameterList(torch.randn(m, i, o) * (2 / i) ** 0.5 for i, o in pairs)
+        self.weight = nn.ParameterList()
+        for i, o in pairs:
+            self.weight.append(torch.randn(m, i, o) * (2 / i) ** 0.5)
         self.bias = nn.ParameterList(torch.zeros(m, o) for _, o in pairs)
 
         # gates: probability 0.2 of a closed one in the first layer, 0.5 in later ones

@@ -201,7 +201,8 @@ class Penalty(NamedTuple):
 
 
 def _pathreg(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
-    return field.weight_path().mean(dim=(-2, -1)) + 0.1 * field.gate_path(gates).mean(dim=(-2, -1))
+    of_weights = field.weight_path().mean(dim=(-2, -1))
+    return of_weights + 0.1 * field.gate_path(gates).mean(dim=(-2, -1))
 
 
 def _cnode(field: Penalised, gates: Sequence[Tensor]) -> Tensor:

@@ -342,7 +342,8 @@ class SparseODE(GeneNetwork):
         x0 = x0 + self._noise(x0)
         way = self.integrate(x0, labels, shots.horizon, gates=gates)
         x = way.at(shots.times).permute(1, 2, 0, 3)  # (m, n, b, g)
-        weight = data.weight[shots.rows] * data.boost[:, shots.rows, None] * shots.counts[..., None]
+        weight = data.weight[shots.rows] * data.boost[:, shots.rows, None]
+        weight = weight * shots.counts[..., None]
         error = weight * (x - data.value[shots.rows]).square()
         return error.sum(dim=(1, 2, 3)) / (shots.counts.sum() * x.shape[-1])
 
@@ -460,12 +461,10 @@ class SparseODE(GeneNetwork):
             path = full
         closed = (path < 1e-5).float()
         weights = torch.cat([w.flatten() for w in self.field.full(gates)])
-        return {
-            "features": float(closed.mean()),
-            "weights": float((weights.abs() < 1e-5).float().mean()),
-            "spurious": float(closed[:, torch.from_numpy(other)].mean()) if other.any() else float("nan"),
-            "open_inputs": float((1 - closed).sum(dim=1).mean()),
-        }
+        found = {"features": closed.mean(), "weights": (weights.abs() < 1e-5).float().mean()}
+        found["spurious"] = closed[:, torch.from_numpy(other)].mean()  # NaN without other edges
+        found["open_inputs"] = (1 - closed).sum(dim=1).mean()
+        return {name: float(value) for name, value in found.items()}
 
     def load_pathreg(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take weights that the public code of PathReg saved: ``1.odefunc.output.{0,2,3}.{weights,qz_loga,bias}``."""
@@ -487,9 +486,12 @@ def _weights(parts: Sequence[Course]) -> np.ndarray:
 
 def _pieces(parts: Sequence[Course], level: int) -> _Shots:
     """Pieces of 2^-level of the longest course, from the first row in each on."""
+    # half as long with every level, but no shorter than a gap between bins
     total = max(c.time[-1] - c.time[0] for c in parts)
     gap = max(np.diff(c.time).max() for c in parts)
     horizon = min(max(total / 2**level, 1.001 * gap), total)
+
+    # a shot starts where a piece begins and meets the bins within the horizon
     first, rows, times, begin = [], [], [], 0
     for part in parts:
         last = max(int(np.ceil(total / horizon - 1e-6)) - 1, 0)
@@ -502,6 +504,8 @@ def _pieces(parts: Sequence[Course], level: int) -> _Shots:
                 rows.append(begin + met)
                 times.append(np.minimum(later[met], horizon))
         begin += len(part.time)
+
+    # shots of equal width
     width = max(map(len, rows))
     padded = [np.pad(r, (0, width - len(r)), mode="edge") for r in rows]
     moments = [np.pad(t, (0, width - len(t)), mode="edge") for t in times]

@@ -22,8 +22,9 @@ def lorenz96(d: int, rng: np.random.Generator, forcing: float = 8.0) -> Made:
     """dx_i/dt = (x_(i+1) - x_(i-2)) x_(i-1) - x_i + F (Lorenz 1996); parents of i: i-2, i-1, i, i+1."""
 
     def velocity(x: np.ndarray) -> np.ndarray:
-        following, before, second_before = np.roll(x, -1, -1), np.roll(x, 1, -1), np.roll(x, 2, -1)
-        return (following - second_before) * before - x + forcing
+        before = np.roll(x, 1, -1)
+        difference = np.roll(x, -1, -1) - np.roll(x, 2, -1)
+        return difference * before - x + forcing
 
     graph = np.zeros((d, d), dtype=int)
     i = np.arange(d)
@@ -42,7 +43,8 @@ def linear_grn(d: int, rng: np.random.Generator, in_degree: int = 2) -> Made:
     shift = np.linalg.eigvals((weight - np.diag(delta)).T).real.max()
     delta = delta + max(shift + 0.15, 0.0)
     b = rng.uniform(0.2, 1.0, d)
-    return (lambda x: x @ weight - delta * x + b), graph - np.eye(d, dtype=int), _uniform(d, -3, 3)
+    signed = graph - np.eye(d, dtype=int)
+    return (lambda x: x @ weight - delta * x + b), signed, _uniform(d, -3, 3)
 
 
 def hill_grn(d: int, rng: np.random.Generator, in_degree: int = 2, power: int = 2) -> Made:

@@ -115,7 +115,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, genes: Tensor, depth: Tensor) -> Tensor:
         """z (n, d), genes (n, m, h), depth (n,) -> (n, m)."""
         m = genes.shape[1]
-        cells, depths = z[:, None].expand(-1, m, -1), depth[:, None, None].expand(-1, m, 1)
+        cells = z[:, None].expand(-1, m, -1)
+        depths = depth[:, None, None].expand(-1, m, 1)
         x = torch.cat([cells, genes, depths], dim=2)
         for block, norm in zip(self.blocks, self.norms, strict=True):
             x = norm(x + block(x))
@@ -268,6 +269,7 @@ class StateEmbedding(Model):
         if table.shape[1] != self.config.gene_width:
             raise ValueError(f"vectors in {source} have {table.shape[1]} numbers; set gene_width={table.shape[1]}")
 
+        # genes without a vector cannot be read
         found = np.isfinite(table).all(axis=1)
         if not found.any():
             raise ValueError(

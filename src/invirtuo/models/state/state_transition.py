@@ -381,6 +381,7 @@ class StateTransition(PerturbationModel):
         def distance(x: Tensor, y: Tensor) -> Tensor:
             return config.loss_scale * energy_loss(x.unflatten(0, (-1, size)), y.unflatten(0, (-1, size)))
 
+        # in the space of the model, and in genes where that is another one
         per_set = distance(predicted, self.represent(batch.target, batch.embedding))
         losses = {"total": per_set.mean()}
         if self.embedded:

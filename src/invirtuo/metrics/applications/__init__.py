@@ -1,0 +1,1 @@
+"""What predictions are used for: hits of a screen, phenotypes, generated cells, embeddings, networks."""
