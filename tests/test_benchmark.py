@@ -134,6 +134,31 @@ def test_ray_gives_the_same_tables(task, entries, tmp_path):
     assert tables(tmp_path / "local") == tables(tmp_path / "ray")
 
 
+def test_models_start_from_the_controls_that_are_asked_for(same_process, task, tmp_path):
+    """Evaluated controls without change have no effect on genes but noise; training controls differ by theirs."""
+    entries = [Entry("none", "no_change"), Entry("profile", "ridge")]
+    tables = {}
+    for controls in ("train", "evaluated"):
+        folder = tmp_path / controls
+        scores = iv.benchmark(task, entries, 1, folder, controls=controls, baselines=False, metrics=["rmse_mean"])
+        tables[controls] = scores.groupby(["model", "condition"])["value"].mean()
+    adata, design, split = task.load()
+    real = adata[(split == "test").to_numpy()]
+    own = real[design.is_control(real.obs)].copy()
+    model = iv.models.NoChange(design, adata.var_names).fit(adata, split)
+    by_hand = iv.evaluate(model.predict("test", 20, controls=own), real.copy(), design, metrics=["rmse_mean"])
+    by_hand = by_hand.set_index("condition")["value"]
+    for condition, value in tables["evaluated"]["none"].items():
+        if condition in by_hand:
+            assert value == pytest.approx(by_hand[condition])
+    assert (tables["evaluated"]["none"] != tables["train"]["none"]).any()
+    assert tables["evaluated"]["noise_floor"].equals(tables["train"]["noise_floor"])
+    with pytest.raises(ValueError, match="other settings"):
+        iv.benchmark(task, entries, 1, tmp_path / "train", controls="evaluated", baselines=False, metrics=["rmse_mean"])
+    with pytest.raises(ValueError, match="controls is 'real'; expected one of train, evaluated"):
+        iv.benchmark(task, entries, 1, tmp_path / "x", controls="real")
+
+
 def suicide(obs):
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -31,6 +31,7 @@ from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
 from invirtuo.bench.task import Task
 from invirtuo.cells.files import writing
+from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.verbs.sampling import SampleConfig
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ __all__ = ["Cell", "Record", "compute", "failed", "launch", "scores_of"]
 
 Record = dict[str, Any]  # what is kept of a cell: its settings, status, scores and costs, as JSON
 LABELS = ("task", "model", "seed")
+
+
+CONTROLS = ("train", "evaluated")  # parts of a split whose control cells models may start from
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Cell:
     data_dir: str | None = None
     work: str | None = None  # folder for checkpoints
     threads: int = 1
+    controls: Literal["train", "evaluated"] = "train"  # cells that models start from
     # what precision="auto" of an entry means, so that a cell does not depend on its machine
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -66,7 +71,7 @@ class Cell:
 
     def settings(self) -> dict[str, Any]:
         """All settings that the numbers depend on."""
-        return {
+        settings = {
             "task": self.task.describe(),
             "entry": self.entry.describe(),
             "seed": self.seed,
@@ -76,6 +81,7 @@ class Cell:
             "precision": self.precision,
             "version": version("invirtuo"),
         }
+        return settings if self.controls == "train" else settings | {"controls": self.controls}
 
 
 class _Clock:
@@ -197,7 +203,9 @@ def _fold(
 
     # predict and score the entry and its variants, against the same real cells
     real = adata[(split == cell.part).to_numpy()].copy()
-    common = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
+    common: dict[str, Any] = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
+    if cell.controls == "evaluated" and isinstance(model, PerturbationModel) and model.needs_source:
+        common["controls"] = real[design.is_control(real.obs)]
     pair, tables, flags = None, [], []
     for label, options in cell.entry.rows.items():
         options = {**common, **options}

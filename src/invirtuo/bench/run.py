@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from invirtuo.bench.cell import LABELS, Cell, Record, failed, scores_of
+from invirtuo.bench.cell import CONTROLS, LABELS, Cell, Record, failed, scores_of
 from invirtuo.bench.engine import ENGINES
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
 from invirtuo.bench.notes import DISCRIMINATION, FLAGS
@@ -46,6 +46,7 @@ def benchmark(
     engine: Literal["local", "ray"] = "local",
     *,
     baselines: bool = True,
+    controls: Literal["train", "evaluated"] = "train",
     metrics: Sequence[str] | str | None = None,
     n_jobs: int | None = None,
     threads: int | None = None,
@@ -75,6 +76,10 @@ def benchmark(
         "local": processes on this machine, through joblib. "ray": a Ray cluster. Both give the same tables.
     baselines
         Add the simple baselines that are not among the models.
+    controls
+        Control cells from which models start that need some: those of training, or those of the evaluated part of the
+        split, as PerturBench does. Effects are measured from the latter: a model that starts from training controls is
+        rewarded where noise of the evaluated ones, which it shares with the real cells, is larger than the effects.
     metrics
         Metrics or profiles; None: those of each task.
     n_jobs
@@ -100,13 +105,15 @@ def benchmark(
     entries = chosen_entries(models, baselines=baselines)
     wanted = _seeds(seeds)
     names = () if metrics is None else tuple(choose(metrics))
+    if controls not in CONTROLS:
+        raise ValueError(f"controls is {controls!r}; expected one of {', '.join(CONTROLS)}")
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
     out = Path(out)
 
     # every entry on every task that it is for, with every seed
     shared = shared_plan(out, threads)
-    shared |= {"metrics": names, "work": str(out.resolve() / "work")}
+    shared |= {"metrics": names, "controls": controls, "work": str(out.resolve() / "work")}
     shared["data_dir"] = None if data_dir is None else str(Path(data_dir).resolve())
     grid = []
     for task in chosen:

@@ -250,6 +250,9 @@ def benchmark(
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 5,
     engine: Annotated[str, typer.Option(help="local: processes on this machine; ray: a Ray cluster.")] = "local",
     baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
+    controls: Annotated[
+        str, typer.Option(help="Control cells that models start from: train, or evaluated (as PerturBench).")
+    ] = "train",
     metrics: Annotated[str | None, typer.Option(help="Names joined by commas, instead of those of the tasks.")] = None,
     n_jobs: Annotated[int | None, typer.Option(help="Cells computed at a time.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each cell.")] = None,
@@ -267,6 +270,7 @@ def benchmark(
         out,
         engine,  # type: ignore[arg-type]
         baselines=baselines,
+        controls=controls,  # type: ignore[arg-type]
         metrics=names,
         n_jobs=n_jobs,
         threads=threads,
