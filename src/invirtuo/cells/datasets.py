@@ -23,6 +23,7 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.cells.packed import PACKED, plain
 from invirtuo.design import Design
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class _Source:
     covariates: tuple[str, ...] = ()
     size_factor: str | None = None  # obs column with the depth over all genes; None: the sum over the given genes
     counts_layer: str | None = None  # where raw counts are, if not in X
+    other_files: tuple[str, ...] = ()  # names under which others keep the file
+
+    @property
+    def names(self) -> list[str]:
+        """All names that the file may have, packed or not, the published one first."""
+        return [f"{name}{packed}" for name in (self.file, *self.other_files) for packed in ("", PACKED)]
 
 
 KANG = "Kang et al. 2018, Nature Biotechnology, doi:10.1038/nbt.4042; GEO GSE96583, batch 2"
@@ -125,6 +132,7 @@ DATASETS: dict[str, _Source] = {
         "srivatsan20_highest_dose_processed.h5ad", "sci-Plex 3, 188 drugs at 10 uM on three lines",
         f"Srivatsan et al. 2020, Science, doi:10.1126/science.aax6234; {WU}", PERTURBENCH, (178213, 8630),
         perturbation="condition", covariates=("cell_type",), counts_layer="counts",
+        other_files=("sciplex3_processed.h5ad",),
     ),
     "jiang24": _Source(
         "jiang24_processed.h5ad", "218 perturbed genes in six lines under five cytokines",
@@ -148,7 +156,8 @@ def load(
     name
         One of :data:`DATASETS`.
     path
-        File or http(s) address to take it from. What was downloaded is kept in the data folder.
+        File (packed with gzip or not) or http(s) address to take it from. What was downloaded is kept in the data
+        folder.
     data_dir
         Folder with data files; see the module for what is taken without it.
     counts
@@ -171,7 +180,7 @@ def load(
     (13999, 2010)
     """
     source = _source(name)
-    file = _locate(name, source, path, data_dir)
+    file = plain(_locate(name, source, path, data_dir))
     _check_md5(file, source, may_differ=path is not None and not _is_url(path))
     log.info("%s: %s. Cite %s. Terms: %s", name, source.title, source.citation, source.licence)
 
@@ -203,7 +212,7 @@ def describe(*, data_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
         n_cells, n_genes = source.shape
         row: dict[str, Any] = {"title": source.title, "cells": n_cells, "genes": n_genes}
         row |= {"perturbation": source.perturbation or "", "covariates": ", ".join(source.covariates)}
-        row["here"] = _candidate(source, data_dir).is_file()
+        row["here"] = _found(source, data_dir) is not None
         rows[name] = row | {"file": source.file, "licence": source.licence, "citation": source.citation}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "name"
@@ -334,8 +343,15 @@ def _folder(data_dir: str | os.PathLike[str] | None) -> Path:
     return Path(data_dir or os.environ.get("INVIRTUO_DATA") or "data").expanduser()
 
 
-def _candidate(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path:
-    return (PACKAGE_DATA if source.bundled else _folder(data_dir)) / source.file
+def _home(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder in which a file is looked for."""
+    return PACKAGE_DATA if source.bundled else _folder(data_dir)
+
+
+def _found(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The file of a data set under the first of its names that is there."""
+    home = _home(source, data_dir)
+    return next((home / name for name in source.names if (home / name).is_file()), None)
 
 
 def _locate(
@@ -343,14 +359,19 @@ def _locate(
 ) -> Path:
     if path is not None and _is_url(path):
         return _download(str(path), _folder(data_dir) / source.file, source.md5)
-    file = _candidate(source, data_dir) if path is None else Path(path)
-    if not file.is_file():
+    file = _found(source, data_dir) if path is None else Path(path)
+    if file is None or not file.is_file():
+        missing = file or _home(source, data_dir) / source.file
         raise ValueError(
-            f"the file of data set {name!r} is not at {file}. Put {source.file} into that folder, name another folder "
-            "with data_dir= or the environment variable INVIRTUO_DATA, or pass path= with a file or an address. "
-            f"It is described in {source.citation}"
+            f"the file of data set {name!r} is not at {missing}. Put {_one_of(source.names)} into that folder, name "
+            "another folder with data_dir= or the environment variable INVIRTUO_DATA, or pass path= with a file or an "
+            f"address. It is described in {source.citation}"
         )
     return file
+
+
+def _one_of(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]])
 
 
 def _is_url(path: str | os.PathLike[str]) -> bool:
@@ -377,22 +398,22 @@ def _download(url: str, file: Path, md5: str | None) -> Path:
     return file
 
 
-def _md5(file: Path) -> str:
-    with file.open("rb") as handle:
+def _md5(file: str | os.PathLike[str]) -> str:
+    with open(file, "rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _check_md5(file: Path, source: _Source, *, may_differ: bool) -> None:
+def _check_md5(file: str | os.PathLike[str], source: _Source, *, may_differ: bool) -> None:
     if source.md5 is None or (found := _md5(file)) == source.md5:
         return
     if not may_differ:
         raise ValueError(
             f"{file} has md5 {found}; expected {source.md5}. Copy it again, or pass path= to use it anyway"
         )
-    log.warning("%s is not the published file (md5 %s, expected %s); using it as you ask", file, found, source.md5)
+    log.warning("%s is not the published file (md5 %s, expected %s); using it as you ask", str(file), found, source.md5)
 
 
-def _check_content(adata: AnnData, name: str, source: _Source, file: Path) -> None:
+def _check_content(adata: AnnData, name: str, source: _Source, file: str | os.PathLike[str]) -> None:
     """The file has the columns and the counts that a data set of that name has."""
     columns = [c for c in (source.perturbation, *source.covariates, source.size_factor) if c is not None]
     missing = [column for column in columns if column not in adata.obs]
@@ -403,4 +424,4 @@ def _check_content(adata: AnnData, name: str, source: _Source, file: Path) -> No
     if source.counts_layer is not None and source.counts_layer not in adata.layers:
         raise ValueError(f"{file} is not {name!r}: there is no layer {source.counts_layer!r} with raw counts")
     if adata.shape != source.shape:
-        log.warning("%s holds %d cells x %d genes; the published file %d x %d", file, *adata.shape, *source.shape)
+        log.warning("%s holds %d cells x %d genes; the published file %d x %d", str(file), *adata.shape, *source.shape)
