@@ -360,3 +360,35 @@ def test_published_files_give_the_published_tasks(name, tmp_path):
     assert record["status"] == "ok", record["traceback"]
     metrics = {row[record["scores"]["columns"].index("metric")] for row in record["scores"]["rows"]}
     assert {"mmd_gex", "deg_recall_rank"} <= metrics
+
+
+def test_the_published_split_is_taken_where_it_lies(tmp_path, caplog):
+    published_file("jiang24", tmp_path)
+    task = TASKS["jiang24"]
+    adata, design, drawn = task.load(data_dir=tmp_path)
+    assert [record.message for record in caplog.records if "jiang24_split.csv" in record.message] == [
+        f"jiang24: the published split jiang24_split.csv is not in {tmp_path}; the split is drawn by the same rules, "
+        "with other conditions in validation and test"
+    ]
+    cell = Cell(task, Entry("none", "no_change"), 0, data_dir=str(tmp_path))
+    of_drawn = cell.settings()
+
+    # another draw, saved as PerturBench saves it
+    saved = TASKS["jiang24"].splits[0](adata.obs, design, stratum_order=sorted(design.groups(adata.obs).unique())[::-1])
+    assert (saved != drawn).any()
+    saved.to_csv(tmp_path / "jiang24_split.csv", header=False)
+    caplog.clear()
+    _, _, split = task.load(data_dir=tmp_path)
+    assert (split == saved).all() and "jiang24_split.csv" not in caplog.text
+    assert cell.settings()["task"] != of_drawn["task"]
+    assert cell.settings()["task"]["splits"] == of_drawn["task"]["splits"]
+
+    (tmp_path / "jiang24_split.csv").write_text("cell,split\n")
+    with pytest.raises(ValueError, match="jiang24_split.csv: split values must be train, val, test"):
+        task.load(data_dir=tmp_path)
+
+
+def test_a_file_of_one_split_is_for_one_split(task):
+    with pytest.raises(ValueError, match="has 2 splits and a file of one"):
+        replace(task, splits=task.splits * 2, split_file="split.csv")
+    assert "split_file" not in task.describe()

@@ -175,7 +175,7 @@ def test_verbs_take_packed_files(run, packed, toy, tmp_path, temporary):
     assert code == 0, err
     small = ("--set", "hidden_dim=8", "--fit-set", "steps=2", "--fit-set", "val_every=2")
     for model, options in (("no_change", ()), ("fm_pca", (*small, "--memory", "8 MiB"))):
-        code, out, err = run("fit", model, packed, *columns, "--out", tmp_path / model, *options, "--quiet")
+        code, _, err = run("fit", model, packed, *columns, "--out", tmp_path / model, *options, "--quiet")
         assert code == 0, err
     code, _, err = run("check", tmp_path / "none.h5ad.gz")
     assert code == 2 and "does not exist" in err and err.count("\n") == 1

@@ -67,7 +67,7 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """All settings that the numbers depend on."""
         return {
-            "task": self.task.describe(),
+            "task": self.task.describe(self.data_dir),
             "entry": self.entry.describe(),
             "seed": self.seed,
             "part": self.part,

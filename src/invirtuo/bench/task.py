@@ -16,6 +16,7 @@ from invirtuo.cells import datasets, preprocess
 from invirtuo.cells.files import read_h5ad
 from invirtuo.design import Design
 from invirtuo.errors import preview
+from invirtuo.splits import from_csv
 
 if TYPE_CHECKING:
     import os
@@ -70,6 +71,9 @@ class Task:
         Predicted cells per condition.
     n_pcs
         Principal components of metrics in that space.
+    split_file
+        File of the data folder with the published split, which is taken instead of that of `splits` where it is there;
+        without it that is drawn, and a warning says so. Empty: there is none.
 
     Examples
     --------
@@ -92,6 +96,7 @@ class Task:
     metrics: tuple[str, ...] = JUDGED
     n_cells: int = 1000
     n_pcs: int = 30
+    split_file: str = ""
 
     def __post_init__(self) -> None:
         """Refuse names that cannot be file names, and tasks without a split."""
@@ -99,6 +104,8 @@ class Task:
             raise ValueError(f"task name {self.name!r}; expected a short name without spaces and slashes")
         if not self.splits:
             raise ValueError(f"task {self.name!r} has no split; expected one function or more")
+        if self.split_file and len(self.splits) > 1:
+            raise ValueError(f"task {self.name!r} has {len(self.splits)} splits and a file of one; give it one split")
 
     def load(
         self, fold: int = 0, *, data_dir: str | os.PathLike[str] | None = None
@@ -121,19 +128,36 @@ class Task:
         if self.keep is not None:
             adata = adata[self.keep(adata.obs).to_numpy()].copy()
         design = self.design or datasets.design(self.dataset, adata, covariates=self.covariates or None)
-        split = self.splits[fold](adata.obs, design)
+        published = self.published_split(data_dir)
+        if note := self.split_note(data_dir):
+            logger.warning(note)
+        split = self.splits[fold](adata.obs, design) if published is None else from_csv(published, adata.obs)
         if not self.unseen:
             split = _without_unseen(adata.obs, design, split)
         if self.is_normalised:
             return adata, design, split
         return preprocess.normalize(adata, n_genes=self.n_genes, split=split), design, split
 
+    def published_split(self, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+        """The file with the published split, if it lies in the data folder."""
+        file = datasets.folder(data_dir) / self.split_file
+        return file if self.split_file and file.is_file() else None
+
+    def split_note(self, data_dir: str | os.PathLike[str] | None = None) -> str:
+        """What to know of where the split comes from; empty if there is nothing to know."""
+        if not self.split_file or self.published_split(data_dir) is not None:
+            return ""
+        return (
+            f"{self.name}: the published split {self.split_file} is not in {datasets.folder(data_dir)}; the split is "
+            "drawn by the same rules, with other conditions in validation and test"
+        )
+
     @property
     def is_normalised(self) -> bool:
         """Whether X of the source is log1p expression that is used as it is."""
         return self.published or self.dataset not in datasets.DATASETS
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, data_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """All fields that the numbers depend on, as text and numbers; two tasks that differ here are different."""
         facts: dict[str, Any] = {}
         for field in fields(self):
@@ -144,10 +168,15 @@ class Task:
                 value = value.to_json()
             elif callable(value):
                 value = _text(value)
+            if field.name == "split_file" and not value:
+                continue  # as in results of before there were such files, which so stay valid
             facts[field.name] = list(value) if isinstance(value, tuple) else value
         if self.dataset not in datasets.DATASETS and Path(self.dataset).is_file():
             file = Path(self.dataset).stat()
             facts["file"] = _digest(self.dataset, file.st_size, file.st_mtime_ns)
+        if published := self.published_split(data_dir):
+            file = published.stat()
+            facts["split"] = _digest(str(published), file.st_size, file.st_mtime_ns)
         return facts
 
     def _cells(self, data_dir: str | os.PathLike[str] | None) -> AnnData:

@@ -138,6 +138,7 @@ PERTURBENCH = (
         "knock-outs in lines and cytokines in which they were not seen (PerturBench)",
         "jiang24",
         (partial(splits.manual, seed=0, fraction=0.7, groups=JIANG_CONTEXTS),),
+        split_file="jiang24_split.csv",
         published=True,
         metrics=RANKED,
     ),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["DATASETS", "describe", "design", "load", "toy"]
+__all__ = ["DATASETS", "describe", "design", "folder", "load", "toy"]
 
 log = logging.getLogger(__name__)
 
@@ -339,13 +339,14 @@ def _source(name: str) -> _Source:
     return DATASETS[name]
 
 
-def _folder(data_dir: str | os.PathLike[str] | None) -> Path:
+def folder(data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder in which files that do not come with the package are looked for."""
     return Path(data_dir or os.environ.get("INVIRTUO_DATA") or "data").expanduser()
 
 
 def _home(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path:
     """The folder in which a file is looked for."""
-    return PACKAGE_DATA if source.bundled else _folder(data_dir)
+    return PACKAGE_DATA if source.bundled else folder(data_dir)
 
 
 def _found(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -358,7 +359,7 @@ def _locate(
     name: str, source: _Source, path: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str] | None
 ) -> Path:
     if path is not None and _is_url(path):
-        return _download(str(path), _folder(data_dir) / source.file, source.md5)
+        return _download(str(path), folder(data_dir) / source.file, source.md5)
     file = _found(source, data_dir) if path is None else Path(path)
     if file is None or not file.is_file():
         missing = file or _home(source, data_dir) / source.file
