@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from scipy import sparse
 
 import invirtuo as iv
@@ -23,6 +24,7 @@ from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
 from invirtuo.bench.cell import Cell, compute, launch
 from invirtuo.bench.entry import as_entry
 from invirtuo.bench.run import chosen_entries
+from invirtuo.cells.packed import Unpacked
 from invirtuo.splits import hold_out
 
 KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
@@ -345,7 +347,8 @@ def test_published_files_give_the_published_tasks(name, tmp_path):
     adata, design, split = TASKS[name].load(data_dir=tmp_path)
     raw = iv.datasets.load(name, data_dir=tmp_path)
     assert adata.var_names.tolist() == sorted(adata.var_names)
-    np.testing.assert_array_equal(adata.layers["counts"].toarray(), raw.X.toarray())
+    assert not adata.layers and not raw.layers
+    np.testing.assert_allclose(adata.obs["total_counts"], np.asarray(raw.X.sum(axis=1)).ravel())
     assert adata.X.max() < 5 and not np.allclose(adata.X.data, np.round(adata.X.data))
     held = adata.obs[split.isin(["val", "test"]) & ~design.is_control(adata.obs)]
     assert {"val", "test"} <= set(split)
@@ -392,3 +395,63 @@ def test_a_file_of_one_split_is_for_one_split(task):
     with pytest.raises(ValueError, match="has 2 splits and a file of one"):
         replace(task, splits=task.splits * 2, split_file="split.csv")
     assert "split_file" not in task.describe()
+
+
+@pytest.mark.parametrize("wrong", ["missing", "truncated", "column", "layer", "control", "split"])
+def test_wrong_data_are_refused_before_a_process_starts(run, monkeypatch, tmp_path, wrong):
+    published_file("norman19", tmp_path / "data")
+    path = tmp_path / "data" / "norman19_processed.h5ad"
+    adata = read_h5ad(path)
+    if wrong == "missing":
+        path.unlink()
+    elif wrong == "truncated":
+        path.write_bytes(path.read_bytes()[:9000])
+    else:
+        if wrong == "column":
+            del adata.obs["cell_type"]
+        elif wrong == "layer":
+            del adata.layers["counts"]
+        elif wrong == "control":
+            adata = adata[adata.obs["condition"] != "control"].copy()
+        else:
+            adata.obs["condition"] = adata.obs["condition"].str.replace("+", "&")  # nothing to hold out
+        adata.write_h5ad(path)
+    monkeypatch.setattr("invirtuo.bench.engine.launch", lambda cell: pytest.fail("a process starts"))
+    words = {
+        "missing": "norman19_processed.h5ad or norman19_processed.h5ad.gz",
+        "truncated": "is truncated or damaged",
+        "column": "obs lacks cell_type",
+        "layer": "no layer 'counts'",
+        "control": "control",
+        "split": "nothing to test",
+    }
+    out = tmp_path / "out"
+    code, _, err = run("benchmark", "norman19", "--model", "no_change", "--data-dir", tmp_path / "data", "--out", out)
+    assert code == 2
+    assert words[wrong] in err and err.count("\n") == 1, err
+    assert not (out / "cells").exists()
+
+
+def test_packed_data_are_unpacked_once_for_all_cells(monkeypatch, tmp_path):
+    published_file("jiang24", tmp_path / "data")
+    path = tmp_path / "data" / "jiang24_processed.h5ad"
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    read, unpacked = [], []
+    unpack = Unpacked._unpack
+    monkeypatch.setattr(Unpacked, "_unpack", lambda self: (unpacked.append(self), unpack(self))[1])
+
+    def launched(cell):
+        read.append(cell.file)
+        return compute(cell)
+
+    monkeypatch.setattr("invirtuo.bench.engine.launch", launched)
+    task = replace(TASKS["jiang24"], metrics=("rmse_mean",), n_cells=10)
+    scores = iv.benchmark(task, "no_change", 2, tmp_path / "out", baselines=False, data_dir=tmp_path / "data")
+    assert len(scores) and len(read) == 4 and len(set(read)) == 1
+    assert len(unpacked) == 1
+    unpacked.clear()
+    assert not Path(read[0]).exists()
+    iv.benchmark(task, "no_change", 2, tmp_path / "out", baselines=False, data_dir=tmp_path / "elsewhere")
+    assert not unpacked  # all cells are there

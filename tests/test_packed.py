@@ -167,11 +167,11 @@ def test_the_checksum_is_of_what_is_packed(tmp_path, shared, temporary):
 
 def test_verbs_take_packed_files(run, packed, toy, tmp_path, temporary):
     columns = ("--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type")
-    code, out, err = run("check", packed, *columns)
+    code, _, err = run("check", packed, *columns)
     assert code == 0, err
     toy.write_h5ad(tmp_path / "raw.h5ad")
     pack(tmp_path / "raw.h5ad")
-    code, out, err = run("prepare", tmp_path / "raw.h5ad.gz", tmp_path / "prepared.h5ad")
+    code, _, err = run("prepare", tmp_path / "raw.h5ad.gz", tmp_path / "prepared.h5ad")
     assert code == 0, err
     small = ("--set", "hidden_dim=8", "--fit-set", "steps=2", "--fit-set", "val_every=2")
     for model, options in (("no_change", ()), ("fm_pca", (*small, "--memory", "8 MiB"))):

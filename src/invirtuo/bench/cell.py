@@ -54,6 +54,7 @@ class Cell:
     part: str = "test"  # which held-out conditions are predicted and scored
     metrics: tuple[str, ...] = ()  # empty: those of the task
     data_dir: str | None = None
+    file: str | None = None  # where the data of the task were unpacked; None looks for them
     work: str | None = None  # folder for checkpoints
     threads: int = 1
     # what precision="auto" of an entry means, so that a cell does not depend on its machine
@@ -162,7 +163,7 @@ def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], dict[str, list[di
     tables, n_parameters = [], 0
     notes: dict[str, list[dict[str, Any]]] = {"flags": [], "discrimination": []}
     for fold in range(len(cell.task.splits)):
-        adata, design, split = cell.task.load(fold, data_dir=cell.data_dir)
+        adata, design, split = cell.task.load(fold, data_dir=cell.data_dir, file=cell.file)
         clock.restart()
         if cell.entry.model == FLOOR:
             table, known = _floor(cell, adata, design, split)

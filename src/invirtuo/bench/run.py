@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,14 +24,12 @@ from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
 from invirtuo.cells.files import writing
+from invirtuo.cells.packed import Unpacked
 from invirtuo.errors import preview
 from invirtuo.fit import bf16_pays
 from invirtuo.metrics import METRICS, choose
 from invirtuo.models import MODELS
 from invirtuo.reports import report
-
-if TYPE_CHECKING:
-    import os
 
 __all__ = ["benchmark", "chosen_entries", "one_task", "resumable", "shared_plan", "software", "write_table"]
 
@@ -94,7 +94,8 @@ def benchmark(
     Raises
     ------
     ValueError
-        If a name is unknown, or `out` holds cells that were made with other settings.
+        If a name is unknown, the data of a task are missing or not what they should be, or `out` holds cells that were
+        made with other settings.
     """
     chosen = _tasks(tasks)
     entries = chosen_entries(models, baselines=baselines)
@@ -117,6 +118,11 @@ def benchmark(
     # cells that an earlier call computed are read
     records = {cell.name: _read(out, cell) for cell in grid}
     missing = [cell for cell in grid if records[cell.name]["status"] != "ok"]
+    # data that are not what they should be are refused before a process starts; packed ones are unpacked once
+    data = {cell.task.name: cell.task for cell in missing}
+    found = {name: task.look(shared["data_dir"]) for name, task in data.items()}
+    if engine == "local":  # machines of a cluster unpack for themselves
+        missing = [replace(cell, file=_unpacked(found[cell.task.name])) for cell in missing]
     computed = ENGINES[engine](missing, n_jobs) if missing else []
     with resumable(out):
         for cell, record in _track(computed, len(missing), progress):
@@ -239,6 +245,11 @@ def _read(out: Path, cell: Cell) -> Record:
             f"{_short(wanted[name])}. Use another folder, or delete the file"
         )
     return record
+
+
+def _unpacked(file: str | os.PathLike[str]) -> str | None:
+    """Where a packed file was unpacked to."""
+    return os.fspath(file) if isinstance(file, Unpacked) else None
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from invirtuo.cells import datasets, preprocess
-from invirtuo.cells.files import read_h5ad
+from invirtuo.cells.files import is_zarr_folder, read_h5ad
+from invirtuo.cells.one_matrix import contents
+from invirtuo.cells.packed import plain
 from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.splits import from_csv
@@ -108,7 +110,11 @@ class Task:
             raise ValueError(f"task {self.name!r} has {len(self.splits)} splits and a file of one; give it one split")
 
     def load(
-        self, fold: int = 0, *, data_dir: str | os.PathLike[str] | None = None
+        self,
+        fold: int = 0,
+        *,
+        data_dir: str | os.PathLike[str] | None = None,
+        file: str | os.PathLike[str] | None = None,
     ) -> tuple[AnnData, Design, pd.Series]:
         """Cells in log1p space, their Design, and the part of each cell.
 
@@ -118,25 +124,57 @@ class Task:
             Which of the splits.
         data_dir
             Folder with data files, as in `invirtuo.datasets.load`.
+        file
+            The file to take; None looks for it.
 
         Raises
         ------
         ValueError
             If the file is missing or is not what it should be.
         """
-        adata = self._cells(data_dir)
+        adata = self._cells(data_dir, file)
         if self.keep is not None:
             adata = adata[self.keep(adata.obs).to_numpy()].copy()
-        design = self.design or datasets.design(self.dataset, adata, covariates=self.covariates or None)
-        published = self.published_split(data_dir)
-        if note := self.split_note(data_dir):
-            logger.warning(note)
-        split = self.splits[fold](adata.obs, design) if published is None else from_csv(published, adata.obs)
-        if not self.unseen:
-            split = _without_unseen(adata.obs, design, split)
+        design, split = self._roles(adata.obs, fold, data_dir)
         if self.is_normalised:
             return adata, design, split
         return preprocess.normalize(adata, n_genes=self.n_genes, split=split), design, split
+
+    def look(self, data_dir: str | os.PathLike[str] | None = None) -> str | os.PathLike[str]:
+        """Find the data and try all splits on their labels; matrices are not read.
+
+        Returns
+        -------
+        The file; one that is packed is unpacked as long as this is held.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`load`, for whatever is wrong with more than single values.
+        """
+        if self.dataset in datasets.DATASETS:
+            file, found = datasets.look(self.dataset, data_dir=data_dir)
+        elif is_zarr_folder(self.dataset):
+            return self.dataset
+        else:
+            self._check_design()
+            file = plain(self.dataset)
+            found = contents(file)
+        obs = found.obs if self.keep is None else found.obs[self.keep(found.obs).to_numpy()]
+        for fold in range(len(self.splits)):
+            design, split = self._roles(obs, fold, data_dir)
+            if not ((split == "test").to_numpy() & ~design.is_control(obs)).any():
+                raise ValueError(f"task {self.name!r}: there is nothing to test, its split holds out no cell of {file}")
+        return file
+
+    def _roles(self, obs: pd.DataFrame, fold: int, data_dir: str | os.PathLike[str] | None) -> tuple[Design, pd.Series]:
+        """Which columns mean what, and the part of each cell."""
+        design = self.design or datasets.design(self.dataset, obs, covariates=self.covariates or None)
+        published = self.published_split(data_dir)
+        if note := self.split_note(data_dir):
+            logger.warning(note)
+        split = self.splits[fold](obs, design) if published is None else from_csv(published, obs)
+        return design, split if self.unseen else _without_unseen(obs, design, split)
 
     def published_split(self, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
         """The file with the published split, if it lies in the data folder."""
@@ -179,16 +217,18 @@ class Task:
             facts["split"] = _digest(str(published), file.st_size, file.st_mtime_ns)
         return facts
 
-    def _cells(self, data_dir: str | os.PathLike[str] | None) -> AnnData:
+    def _cells(self, data_dir: str | os.PathLike[str] | None, file: str | os.PathLike[str] | None) -> AnnData:
         if self.dataset in datasets.DATASETS:
-            return datasets.load(self.dataset, data_dir=data_dir, counts=not self.published)
+            return datasets.load(self.dataset, file, data_dir=data_dir, counts=not self.published)
+        self._check_design()
+        return read_h5ad(self.dataset if file is None else file)
+
+    def _check_design(self) -> None:
         if self.design is None:
             raise ValueError(
                 f"task {self.name!r}: {self.dataset!r} is not a named data set ({preview(datasets.DATASETS)}); for "
-                "a file "
-                "give design= as well"
+                "a file give design= as well"
             )
-        return read_h5ad(self.dataset)
 
 
 def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.Series:

@@ -23,7 +23,9 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.cells.one_matrix import Contents, contents, read_one_matrix, row_sums
 from invirtuo.cells.packed import PACKED, plain
+from invirtuo.cells.preprocess import TOTAL
 from invirtuo.design import Design
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["DATASETS", "describe", "design", "folder", "load", "toy"]
+__all__ = ["DATASETS", "describe", "design", "folder", "load", "look", "toy"]
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +168,8 @@ def load(
     Returns
     -------
     AnnData with raw counts in X; ``uns["invirtuo"]`` names the data set and the column with the depth of each cell.
-    Genes of the files of PerturBench, whose order is arbitrary, are sorted by name.
+    Of the files of PerturBench, which are large, X, obs and var are read alone; their genes, whose order is arbitrary,
+    are sorted by name, and published expression comes with the depth of the counts in ``obs["total_counts"]``.
 
     Raises
     ------
@@ -180,22 +183,44 @@ def load(
     (13999, 2010)
     """
     source = _source(name)
-    file = plain(_locate(name, source, path, data_dir))
-    _check_md5(file, source, may_differ=path is not None and not _is_url(path))
+    file = _checked(name, path, data_dir)
     log.info("%s: %s. Cite %s. Terms: %s", name, source.title, source.citation, source.licence)
-
-    # one order of genes, and counts or log values in X as asked for
-    adata = read_h5ad(file)
-    _check_content(adata, name, source, file)
     if source.counts_layer is not None:
-        adata = adata[:, sorted(adata.var_names)].copy()
-        if counts:
-            adata.X = adata.layers.pop(source.counts_layer)
-    elif not counts:
-        raise ValueError(f"the file of {name!r} holds raw counts only; load it with counts=True and normalise it")
+        adata = _published(file, name, source, counts=counts)
+    else:
+        adata = read_h5ad(file)
+        _check_content(adata, name, source, file)
+        if not counts:
+            raise ValueError(f"the file of {name!r} holds raw counts only; load it with counts=True and normalise it")
     note = {"dataset": name} | ({"size_factor": source.size_factor} if source.size_factor else {})
     adata.uns["invirtuo"] = note
     return adata
+
+
+def look(
+    name: str, path: str | os.PathLike[str] | None = None, *, data_dir: str | os.PathLike[str] | None = None
+) -> tuple[str | os.PathLike[str], Contents]:
+    """Find the file of a data set and check all of it but its matrices, which are not read.
+
+    Parameters
+    ----------
+    name, path, data_dir
+        As in :func:`load`.
+
+    Returns
+    -------
+    The file (unpacked as long as it is held, if it was packed), and what it holds.
+
+    Raises
+    ------
+    ValueError
+        As :func:`load`.
+    """
+    source = _source(name)
+    file = _checked(name, path, data_dir)
+    found = contents(file)
+    _check_content(found, name, source, file)
+    return file, found
 
 
 def describe(*, data_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
@@ -221,7 +246,7 @@ def describe(*, data_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
 
 def design(
     name: str,
-    adata: AnnData | None = None,
+    adata: AnnData | pd.DataFrame | None = None,
     *,
     covariates: Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
@@ -233,7 +258,7 @@ def design(
     name, data_dir
         As in :func:`load`.
     adata
-        Cells of that data set.
+        Cells of that data set, or their obs.
     covariates
         Columns to take as covariates; None takes those of the data set.
 
@@ -371,6 +396,26 @@ def _locate(
     return file
 
 
+def _checked(
+    name: str, path: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str] | None
+) -> str | os.PathLike[str]:
+    """The file of a data set, unpacked, once its checksum is known to be right."""
+    source = _source(name)
+    file = plain(_locate(name, source, path, data_dir))
+    _check_md5(file, source, may_differ=path is not None and not _is_url(path))
+    return file
+
+
+def _published(file: str | os.PathLike[str], name: str, source: _Source, *, counts: bool) -> AnnData:
+    """Cells of a file of PerturBench, genes by name: counts, or published expression and the depth of its counts."""
+    _check_content(contents(file), name, source, file)
+    layer = f"layers/{source.counts_layer}"
+    adata = read_one_matrix(file, layer if counts else "X", sort_genes=True)
+    if not counts and TOTAL not in adata.obs:
+        adata.obs[TOTAL] = row_sums(file, layer)
+    return adata
+
+
 def _one_of(names: list[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]])
 
@@ -414,7 +459,7 @@ def _check_md5(file: str | os.PathLike[str], source: _Source, *, may_differ: boo
     log.warning("%s is not the published file (md5 %s, expected %s); using it as you ask", str(file), found, source.md5)
 
 
-def _check_content(adata: AnnData, name: str, source: _Source, file: str | os.PathLike[str]) -> None:
+def _check_content(adata: AnnData | Contents, name: str, source: _Source, file: str | os.PathLike[str]) -> None:
     """The file has the columns and the counts that a data set of that name has."""
     columns = [c for c in (source.perturbation, *source.covariates, source.size_factor) if c is not None]
     missing = [column for column in columns if column not in adata.obs]

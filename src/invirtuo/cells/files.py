@@ -35,10 +35,13 @@ __all__ = [
     "bytes_by_row",
     "check_h5ad",
     "check_h5ad_name",
+    "check_sparse",
     "check_writable",
     "is_zarr_folder",
     "making",
+    "plain_text",
     "read_h5ad",
+    "reading",
     "system_error",
     "write_h5ad",
     "writing",
@@ -397,23 +400,36 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     path = plain(path)
     if not is_zarr:
         check_h5ad(path)
-    try:
-        # damage that the check cannot see
+    with reading(path, "zarr folder" if is_zarr else "h5ad file"):
         adata = anndata.io.read_zarr(path) if is_zarr else anndata.io.read_h5ad(path, backed="r" if backed else None)
-    except (*UNREADABLE, anndata._io.specs.registry.IORegistryError) as error:
-        kind = "zarr folder" if is_zarr else "h5ad file"
-        raise ValueError(
-            f"{path} is not a readable {kind}: {_first_line(error)}. Write it again with AnnData"
-        ) from error
     if adata.X is None:
         raise ValueError(
             f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again"
         )
-    adata.obs = _plain_text(adata.obs)
-    adata.var = _plain_text(adata.var)
+    adata.obs = plain_text(adata.obs)
+    adata.var = plain_text(adata.var)
     if isinstance(path, Unpacked) and backed:
         weakref.finalize(adata, path.remove)  # the file is read as long as there are cells
     return adata
+
+
+@contextmanager
+def reading(path: AnyPath, kind: str = "h5ad file") -> Iterator[None]:
+    """Say of damage that no check can see what file it is in.
+
+    Raises
+    ------
+    ValueError
+        For whatever readers raise.
+    """
+    import anndata
+
+    try:
+        yield
+    except (*UNREADABLE, anndata._io.specs.registry.IORegistryError) as error:
+        raise ValueError(
+            f"{path} is not a readable {kind}: {_first_line(error)}. Write it again with AnnData"
+        ) from error
 
 
 def is_zarr_folder(path: str | os.PathLike[str]) -> bool:
@@ -421,7 +437,7 @@ def is_zarr_folder(path: str | os.PathLike[str]) -> bool:
     return any((Path(path) / name).exists() for name in (".zgroup", "zarr.json"))
 
 
-def _plain_text(table: pd.DataFrame) -> pd.DataFrame:
+def plain_text(table: pd.DataFrame) -> pd.DataFrame:
     """Text of the nullable type, which not every AnnData writes, as plain objects; missing values as NaN."""
     import pandas as pd
 
@@ -520,7 +536,7 @@ def _check_group(group: h5py.Group, path: AnyPath, above: tuple[int, ...], value
         elif isinstance(item, h5py.Dataset):
             _check_dataset(item, path, where)
     if values and group.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
-        _check_sparse(group, path)
+        check_sparse(group, path)
 
 
 def _check_dataset(data: h5py.Dataset, path: AnyPath, where: str) -> None:
@@ -551,7 +567,7 @@ def _check_filters(data: h5py.Dataset, where: str) -> None:
             )
 
 
-def _check_sparse(group: h5py.Group, path: AnyPath) -> None:
+def check_sparse(group: h5py.Group, path: AnyPath) -> None:
     """Shape, indptr and indices of a sparse matrix agree; reads indices a block at a time."""
     where = f"{path}: sparse matrix {group.name}"
     if not {"data", "indices", "indptr"} <= set(group) or "shape" not in group.attrs:

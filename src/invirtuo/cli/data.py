@@ -132,7 +132,7 @@ def _splits() -> list[tuple[str, ...]]:
     from invirtuo.splits import SPLITS
 
     written = named_splits()
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, split in SPLITS.items():
         option = f"--split {written[name]}" if name in written else f"--{name.replace('_', '-')}"
         rows.append((name, _first_line(split), option))

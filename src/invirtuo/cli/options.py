@@ -73,8 +73,7 @@ Steps = Annotated[int | None, typer.Option(help="Steps of the solver; the model'
 Split = Annotated[
     str | None,
     typer.Option(
-        help="Name of a split as `invirtuo list splits` writes it, a file.csv, or a file.toml[:DATASET[:CONTEXT COLUMN]] "
-        "of STATE."
+        help="One that `invirtuo list splits` names, a file.csv, or a file.toml[:DATASET[:CONTEXT COLUMN]] of STATE."
     ),
 ]
 HoldOut = Annotated[
