@@ -21,6 +21,7 @@ from invirtuo.bench.engine import ENGINES
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
 from invirtuo.bench.notes import DISCRIMINATION, FLAGS
 from invirtuo.bench.paired import paired_differences
+from invirtuo.bench.published import set_beside
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
 from invirtuo.cells.files import writing
@@ -70,6 +71,7 @@ def benchmark(
     out
         Folder of the results: ``scores.csv`` (one row per task, model, seed, condition and metric), ``summary.csv``
         (mean and standard deviation over seeds), ``comparisons.csv`` (every two models, paired over conditions),
+        ``published.csv`` (of tasks of a paper: its means, ours and the difference),
         ``costs.csv`` (seconds, memory, failures), ``run.json`` and ``report.html``.
     engine
         "local": processes on this machine, through joblib. "ray": a Ray cluster. Both give the same tables.
@@ -283,7 +285,11 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
         raise ValueError(f"no cell was computed; the first said: {records[0]['error']}. See {out / 'costs.csv'}")
     scores = _joined(tables)
     write_table(out / "scores.csv", scores)
-    write_table(out / "summary.csv", _summary(scores))
+    summary = _summary(scores)
+    write_table(out / "summary.csv", summary)
+    published = set_beside(summary)
+    if published["ours"].notna().any():
+        write_table(out / "published.csv", published)
     write_table(out / "flags.csv", _notes(grid, records, "flags", FLAGS))
     write_table(out / "discrimination.csv", _notes(grid, records, "discrimination", DISCRIMINATION))
     write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))

@@ -15,7 +15,7 @@ from invirtuo.cells.files import writing
 from invirtuo.reports import benchmark, folder
 from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
 from invirtuo.reports.figures import as_png, curves, panels, populations
-from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, score_table
+from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, published_table, score_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +45,10 @@ def report(
         ``discrimination.csv`` (``metric``, ``drf``, optionally ``task``; `invirtuo.metrics.calibration`),
         ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``; `invirtuo.metrics.flags`),
         ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
-        ``n_conditions``), and in ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or
-        "higher" is better). With these, or with several tasks, the page also compares models over tasks.
+        ``n_conditions``), ``published.csv`` (``task``, ``model``, ``name``, ``metric``, ``source``, ``published``,
+        ``published_sd``, ``ours``, ``ours_sd``, ``difference``), and in ``run.json`` ``tasks`` (name to description)
+        and ``directions`` (metric to "lower" or "higher" is better). With these, or with several tasks, the page also
+        compares models over tasks.
     out
         The page to write; an existing one is replaced only when the new one is complete.
     title
@@ -84,6 +86,7 @@ def report(
     structure, n_origins = populations(*counted) if counted is not None else ("", 0)
     discrimination = folder.read_discrimination(path / "discrimination.csv")
     sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
+    _set_beside(sections, folder.read_published(path / "published.csv"))
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
     settings = {key: value for key, value in run.items() if key != "notes"}
@@ -132,6 +135,13 @@ def _sections(
         section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
         found.append(section)
     return found
+
+
+def _set_beside(sections: list[dict[str, Any]], published: pd.DataFrame | None) -> None:
+    """What a paper printed for a task goes into its section."""
+    for section in sections:
+        own = published[published["task"] == section["task"]] if published is not None else None
+        section["published"] = published_table(own, section["table"]) if own is not None else None
 
 
 def _flagged(flags: pd.DataFrame) -> list[tuple[str, str]]:
