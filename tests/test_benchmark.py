@@ -518,3 +518,38 @@ def test_a_task_of_no_paper_has_no_such_table(same_process, task, entries, tmp_p
     iv.benchmark(task, entries[1], 1, tmp_path / "out", baselines=False)
     assert not (tmp_path / "out" / "published.csv").exists()
     assert "Beside the paper" not in (tmp_path / "out" / "report.html").read_text()
+
+
+# Cells that are drawn -------------------------------------------------------------------------------------------------
+
+
+def test_chosen_conditions_are_drawn_beside_every_model(task, tmp_path, same_process, caplog):
+    task = replace(task, metrics=("mmd_gex", "mmd_pca", "deg_recall"), figures=("b_cell|A+B", "b_cell|gone"))
+    entries = [Entry(f"none {i}", "no_change") for i in range(8)]
+    out = tmp_path / "out"
+    scores = iv.benchmark(task, entries, 2, out, baselines=False, panels=["paper", "monocyte|A"])
+    assert "not tested here, so not drawn: b_cell|gone" in caplog.text
+    table = pd.read_csv(out / "panels.csv", keep_default_na=False)
+    assert set(table["seed"]) == {0} and set(table["task"]) == {"toy"}
+    assert set(table["condition"]) == {"b_cell|A+B", "monocyte|A"}
+    assert set(table.loc[table["kind"] == "predicted", "model"]) == {entry.label for entry in entries}
+    assert set(table.loc[table["kind"] != "predicted", "model"]) == {""}
+    kept = read_h5ad(next((out / "predicted" / "toy").glob("none_3-*/0.h5ad")))
+    assert kept.n_obs == 2 * task.n_cells
+    assert len(list((out / "predicted").rglob("*.h5ad"))) == 8
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "more models" not in page
+
+    # scores do not depend on what is drawn, and cells that are there are not computed again
+    again = iv.benchmark(task, entries, 2, tmp_path / "plain", baselines=False)
+    pd.testing.assert_frame_equal(scores, again)
+    caplog.clear()
+    iv.benchmark(task, entries, 2, tmp_path / "plain", baselines=False, panels="monocyte|A")
+    assert "nothing to draw of toy/none_0" in caplog.text
+    assert not (tmp_path / "plain" / "panels.csv").exists()
+
+
+def test_a_condition_that_is_not_tested_cannot_be_drawn(task, entries, tmp_path, same_process):
+    with pytest.raises(ValueError, match=r"'monocyte\|a' is no tested condition; found .*did you mean 'monocyte\|A'"):
+        iv.benchmark(task, entries, 1, tmp_path / "out", panels="monocyte|a")
+    assert not (tmp_path / "out" / "cells").exists()

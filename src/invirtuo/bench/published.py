@@ -1,8 +1,8 @@
 """Numbers that a paper printed for tasks, set beside ours.
 
 ``published.csv`` has the means over five seeds of tables 2 to 6 of PRiMeFlow (v1), by our labels of the same models,
-with their standard deviations. Where the text at hand leaves the exponent of a deviation open there is none; what the paper
-does not report, and tables 7 to 9, which that text lacks, are not there.
+with their standard deviations. Where the text at hand leaves the exponent of a deviation open there is none; what the
+paper does not report, and tables 7 to 9, which that text lacks, are not there.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ class Task:
     split_file
         File of the data folder with the published split, which is taken instead of that of `splits` where it is there;
         without it that is drawn, and a warning says so. Empty: there is none.
+    figures
+        Conditions whose cells the paper draws.
 
     Examples
     --------
@@ -99,6 +101,7 @@ class Task:
     n_cells: int = 1000
     n_pcs: int = 30
     split_file: str = ""
+    figures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse names that cannot be file names, and tasks without a split."""
@@ -140,12 +143,13 @@ class Task:
             return adata, design, split
         return preprocess.normalize(adata, n_genes=self.n_genes, split=split), design, split
 
-    def look(self, data_dir: str | os.PathLike[str] | None = None) -> str | os.PathLike[str]:
+    def look(self, data_dir: str | os.PathLike[str] | None = None) -> tuple[str | os.PathLike[str], list[str]]:
         """Find the data and try all splits on their labels; matrices are not read.
 
         Returns
         -------
-        The file; one that is packed is unpacked as long as this is held.
+        The file (one that is packed is unpacked as long as this is held), and the names of the tested conditions; of a
+        zarr folder none.
 
         Raises
         ------
@@ -155,17 +159,20 @@ class Task:
         if self.dataset in datasets.DATASETS:
             file, found = datasets.look(self.dataset, data_dir=data_dir)
         elif is_zarr_folder(self.dataset):
-            return self.dataset
+            return self.dataset, []
         else:
             self._check_design()
             file = plain(self.dataset)
             found = contents(file)
         obs = found.obs if self.keep is None else found.obs[self.keep(found.obs).to_numpy()]
+        tested: list[str] = []
         for fold in range(len(self.splits)):
             design, split = self._roles(obs, fold, data_dir)
-            if not ((split == "test").to_numpy() & ~design.is_control(obs)).any():
+            is_tested = (split == "test").to_numpy() & ~design.is_control(obs)
+            if not is_tested.any():
                 raise ValueError(f"task {self.name!r}: there is nothing to test, its split holds out no cell of {file}")
-        return file
+            tested += design.names(obs[is_tested]).unique().tolist()
+        return file, tested
 
     def _roles(self, obs: pd.DataFrame, fold: int, data_dir: str | os.PathLike[str] | None) -> tuple[Design, pd.Series]:
         """Which columns mean what, and the part of each cell."""
@@ -206,8 +213,8 @@ class Task:
                 value = value.to_json()
             elif callable(value):
                 value = _text(value)
-            if field.name == "split_file" and not value:
-                continue  # as in results of before there were such files, which so stay valid
+            if field.name == "figures" or (field.name == "split_file" and not value):
+                continue  # changes no number; results of before there were such files stay valid
             facts[field.name] = list(value) if isinstance(value, tuple) else value
         if self.dataset not in datasets.DATASETS and Path(self.dataset).is_file():
             file = Path(self.dataset).stat()

@@ -241,6 +241,12 @@ def benchmark(
     engine: Annotated[str, typer.Option(help="local: processes on this machine; ray: a Ray cluster.")] = "local",
     baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
     metrics: Annotated[str | None, typer.Option(help="Names joined by commas, instead of those of the tasks.")] = None,
+    panels: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tested condition to draw (k562|A+B), or paper: those of its figures; may be given several times."
+        ),
+    ] = None,
     n_jobs: Annotated[int | None, typer.Option(help="Cells computed at a time.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each cell.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with data files.")] = None,
@@ -257,6 +263,7 @@ def benchmark(
         engine,  # type: ignore[arg-type]
         baselines=baselines,
         metrics=metrics.split(",") if metrics else None,
+        panels=panels or (),
         n_jobs=n_jobs,
         threads=threads,
         data_dir=data_dir,

@@ -68,7 +68,7 @@ def read_panels(folder: Path) -> pd.DataFrame | None:
     lacking = [name for name in PANEL_COLUMNS[:3] if name not in table]
     if lacking:
         raise ValueError(f"{packed} lacks {', '.join(lacking)}; found {', '.join(map(str, table.columns))}")
-    for column in PANEL_COLUMNS[3:]:
+    for column in (*PANEL_COLUMNS[3:], "task"):
         table[column] = table[column].fillna("").astype(str) if column in table else ""
     return table if (table["kind"] == "predicted").any() else None
 
