@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData, read_h5ad
-from scipy import sparse
+from anndata import read_h5ad
+from published_files import published_file
 
 import invirtuo as iv
 from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
@@ -317,29 +317,6 @@ def test_paired_differences_leave_out_what_one_model_lacks():
     assert table["difference"].tolist() == [-2.0, 2.0]
     assert table["n_conditions"].tolist() == [1, 1]
     assert table[["low", "high"]].isna().all(axis=None)
-
-
-def published_file(name: str, folder: Path) -> None:
-    """A small file in the layout of PerturBench: median-depth log1p in X, raw counts in a layer, genes in any order."""
-    rng = np.random.default_rng(0)
-    singles = [f"G{i}" for i in range(6)]
-    labels = ["control", *singles, *(f"{a}+{b}" for a, b in zip(singles, singles[1:] + singles[:1], strict=True))]
-    states = {
-        "norman19": [("k562", "none")],
-        "srivatsan20": [(line, "none") for line in ("k562", "a549", "mcf7")],
-        "jiang24": [
-            (line, drug) for line in ("k562", "mcf7", "ht29", "hap1", "a549") for drug in ("IFNG", "INS", "TGFB")
-        ],
-    }[name]
-    rows = [(label, *state) for state in states for label in labels for _ in range(12)]
-    counts = rng.poisson(1.5, (len(rows), 30)).astype(np.float32)
-    obs = pd.DataFrame(rows, columns=["condition", "cell_type", "treatment"], index=[f"c{i}" for i in range(len(rows))])
-    depth = counts.sum(1, keepdims=True)
-    x = sparse.csr_matrix(np.log1p(counts / depth * np.median(depth)))
-    var = pd.DataFrame(index=rng.permutation([f"gene{i:02d}" for i in range(30)]))
-    adata = AnnData(x, obs=obs, var=var, layers={"counts": sparse.csr_matrix(counts)})
-    folder.mkdir(exist_ok=True)
-    adata.write_h5ad(folder / iv.datasets.describe().loc[name, "file"])
 
 
 @pytest.mark.parametrize("name", ["norman19", "srivatsan20", "jiang24"])

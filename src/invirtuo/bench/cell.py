@@ -229,8 +229,9 @@ def _points(cell: Cell, real: AnnData, predicted: AnnData, label: str, design: D
         return []
     if cell.kept is not None:
         write_h5ad(own.copy(), Path(cell.kept) / cell.task.name / _file_name(label) / f"{cell.seed}.h5ad")
-    points: list[dict[str, Any]] = tested_points(real, {label: own}, design, cell.drawn, cell.seed).to_dict("records")
-    return points
+    points = tested_points(real, {label: own}, design, cell.drawn, cell.seed)
+    rows: list[dict[str, Any]] = points.to_dict("records")
+    return rows
 
 
 def _floor(
