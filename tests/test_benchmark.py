@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
-from scipy import sparse
+from anndata import read_h5ad
+from published_files import published_file
 
 import invirtuo as iv
 from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
 from invirtuo.bench.cell import Cell, compute, launch
-from invirtuo.bench.entry import as_entry
+from invirtuo.bench.entry import as_entries, as_entry
+from invirtuo.bench.published import published_numbers
 from invirtuo.bench.run import chosen_entries
+from invirtuo.cells.packed import Unpacked
 from invirtuo.models import MODELS
 from invirtuo.splits import hold_out
 
@@ -379,36 +382,14 @@ def test_paired_differences_leave_out_what_one_model_lacks():
     assert table[["low", "high"]].isna().all(axis=None)
 
 
-def published_file(name: str, folder: Path) -> None:
-    """A small file in the layout of PerturBench: median-depth log1p in X, raw counts in a layer, genes in any order."""
-    rng = np.random.default_rng(0)
-    singles = [f"G{i}" for i in range(6)]
-    labels = ["control", *singles, *(f"{a}+{b}" for a, b in zip(singles, singles[1:] + singles[:1], strict=True))]
-    states = {
-        "norman19": [("k562", "none")],
-        "srivatsan20": [(line, "none") for line in ("k562", "a549", "mcf7")],
-        "jiang24": [
-            (line, drug) for line in ("k562", "mcf7", "ht29", "hap1", "a549") for drug in ("IFNG", "INS", "TGFB")
-        ],
-    }[name]
-    rows = [(label, *state) for state in states for label in labels for _ in range(12)]
-    counts = rng.poisson(1.5, (len(rows), 30)).astype(np.float32)
-    obs = pd.DataFrame(rows, columns=["condition", "cell_type", "treatment"], index=[f"c{i}" for i in range(len(rows))])
-    depth = counts.sum(1, keepdims=True)
-    x = sparse.csr_matrix(np.log1p(counts / depth * np.median(depth)))
-    var = pd.DataFrame(index=rng.permutation([f"gene{i:02d}" for i in range(30)]))
-    adata = AnnData(x, obs=obs, var=var, layers={"counts": sparse.csr_matrix(counts)})
-    folder.mkdir(exist_ok=True)
-    adata.write_h5ad(folder / iv.datasets.describe().loc[name, "file"])
-
-
 @pytest.mark.parametrize("name", ["norman19", "srivatsan20", "jiang24"])
 def test_published_files_give_the_published_tasks(name, tmp_path):
     published_file(name, tmp_path)
     adata, design, split = TASKS[name].load(data_dir=tmp_path)
     raw = iv.datasets.load(name, data_dir=tmp_path)
     assert adata.var_names.tolist() == sorted(adata.var_names)
-    np.testing.assert_array_equal(adata.layers["counts"].toarray(), raw.X.toarray())
+    assert not adata.layers and not raw.layers
+    np.testing.assert_allclose(adata.obs["total_counts"], np.asarray(raw.X.sum(axis=1)).ravel())
     assert adata.X.max() < 5 and not np.allclose(adata.X.data, np.round(adata.X.data))
     held = adata.obs[split.isin(["val", "test"]) & ~design.is_control(adata.obs)]
     assert {"val", "test"} <= set(split)
@@ -423,3 +404,192 @@ def test_published_files_give_the_published_tasks(name, tmp_path):
     assert record["status"] == "ok", record["traceback"]
     metrics = {row[record["scores"]["columns"].index("metric")] for row in record["scores"]["rows"]}
     assert {"mmd_gex", "deg_recall_rank"} <= metrics
+
+
+def test_the_published_split_is_taken_where_it_lies(tmp_path, caplog):
+    published_file("jiang24", tmp_path)
+    task = TASKS["jiang24"]
+    adata, design, drawn = task.load(data_dir=tmp_path)
+    assert [record.message for record in caplog.records if "jiang24_split.csv" in record.message] == [
+        f"jiang24: the published split jiang24_split.csv is not in {tmp_path}; the split is drawn by the same rules, "
+        "with other conditions in validation and test"
+    ]
+    cell = Cell(task, Entry("none", "no_change"), 0, data_dir=str(tmp_path))
+    of_drawn = cell.settings()
+
+    # another draw, saved as PerturBench saves it
+    saved = TASKS["jiang24"].splits[0](adata.obs, design, stratum_order=sorted(design.groups(adata.obs).unique())[::-1])
+    assert (saved != drawn).any()
+    saved.to_csv(tmp_path / "jiang24_split.csv", header=False)
+    caplog.clear()
+    _, _, split = task.load(data_dir=tmp_path)
+    assert (split == saved).all() and "jiang24_split.csv" not in caplog.text
+    assert cell.settings()["task"] != of_drawn["task"]
+    assert cell.settings()["task"]["splits"] == of_drawn["task"]["splits"]
+
+    (tmp_path / "jiang24_split.csv").write_text("cell,split\n")
+    with pytest.raises(ValueError, match="jiang24_split.csv: split values must be train, val, test"):
+        task.load(data_dir=tmp_path)
+
+
+def test_a_file_of_one_split_is_for_one_split(task):
+    with pytest.raises(ValueError, match="has 2 splits and a file of one"):
+        replace(task, splits=task.splits * 2, split_file="split.csv")
+    assert "split_file" not in task.describe()
+
+
+@pytest.mark.parametrize("wrong", ["missing", "truncated", "column", "layer", "control", "split"])
+def test_wrong_data_are_refused_before_a_process_starts(run, monkeypatch, tmp_path, wrong):
+    published_file("norman19", tmp_path / "data")
+    path = tmp_path / "data" / "norman19_processed.h5ad"
+    adata = read_h5ad(path)
+    if wrong == "missing":
+        path.unlink()
+    elif wrong == "truncated":
+        path.write_bytes(path.read_bytes()[:9000])
+    else:
+        if wrong == "column":
+            del adata.obs["cell_type"]
+        elif wrong == "layer":
+            del adata.layers["counts"]
+        elif wrong == "control":
+            adata = adata[adata.obs["condition"] != "control"].copy()
+        else:
+            adata.obs["condition"] = adata.obs["condition"].str.replace("+", "&")  # nothing to hold out
+        adata.write_h5ad(path)
+    monkeypatch.setattr("invirtuo.bench.engine.launch", lambda cell: pytest.fail("a process starts"))
+    words = {
+        "missing": "norman19_processed.h5ad or norman19_processed.h5ad.gz",
+        "truncated": "is truncated or damaged",
+        "column": "obs lacks cell_type",
+        "layer": "no layer 'counts'",
+        "control": "control",
+        "split": "nothing to test",
+    }
+    out = tmp_path / "out"
+    code, _, err = run("benchmark", "norman19", "--model", "no_change", "--data-dir", tmp_path / "data", "--out", out)
+    assert code == 2
+    assert words[wrong] in err and err.count("\n") == 1, err
+    assert not (out / "cells").exists()
+
+
+def test_packed_data_are_unpacked_once_for_all_cells(monkeypatch, tmp_path):
+    published_file("jiang24", tmp_path / "data")
+    path = tmp_path / "data" / "jiang24_processed.h5ad"
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    read, unpacked = [], []
+    unpack = Unpacked._unpack
+    monkeypatch.setattr(Unpacked, "_unpack", lambda self: (unpacked.append(self), unpack(self))[1])
+
+    def launched(cell):
+        read.append(cell.file)
+        return compute(cell)
+
+    monkeypatch.setattr("invirtuo.bench.engine.launch", launched)
+    task = replace(TASKS["jiang24"], metrics=("rmse_mean",), n_cells=10)
+    scores = iv.benchmark(task, "no_change", 2, tmp_path / "out", baselines=False, data_dir=tmp_path / "data")
+    assert len(scores) and len(read) == 4 and len(set(read)) == 1
+    assert len(unpacked) == 1
+    unpacked.clear()
+    assert not Path(read[0]).exists()
+    iv.benchmark(task, "no_change", 2, tmp_path / "out", baselines=False, data_dir=tmp_path / "elsewhere")
+    assert not unpacked  # all cells are there
+
+
+# Numbers of a paper ---------------------------------------------------------------------------------------------------
+
+
+PAPER = Path(__file__).parents[1] / "studies" / "paper"
+
+
+@pytest.mark.parametrize("name", ["srivatsan20", "norman19", "jiang24"])
+def test_published_numbers_are_of_rows_and_metrics_that_the_benchmark_has(name):
+    numbers = published_numbers()
+    own = numbers[numbers["task"] == name]
+    rows = {label for entry in as_entries(PAPER / f"{name}.json") for label in entry.rows}
+    assert rows - set(own["model"]) == {"ridge"}  # which is not in the paper
+    # with the settings of table 12 the null condition is never trained, and guidance away from it is refused
+    guided = {"primeflow-mlp, guidance 3", "primeflow-mlp, guidance 5"}
+    assert set(own["model"]) - rows == (set() if name == "norman19" else guided)
+    assert set(own["metric"]) <= set(TASKS[name].metrics)
+    assert not own.duplicated(["model", "metric"]).any()
+    assert own["mean"].notna().all() and (own["source"].str.fullmatch(r"table \d")).all()
+
+
+def test_published_numbers_are_those_of_the_paper():
+    """A few that were read in the tables."""
+    means = published_numbers().set_index(["task", "model", "metric"])[["mean", "sd"]]
+    for key, mean, sd in (
+        (("srivatsan20", "primeflow", "mmd_gex"), 0.13, 4e-3),
+        (("srivatsan20", "biolord", "deg_recall"), 4.7e-5, 1e-4),
+        (("norman19", "primeflow, guidance 3", "deg_recall"), 0.61, 8e-3),
+        (("norman19", "linear_additive", "rmse_mean_rank"), 0.016, 8e-4),
+        (("jiang24", "fm_pca-ot, guidance 5", "rmse_mean"), 0.11, 2e-3),
+        (("jiang24", "decoder_only", "cosine_logfc"), 0.64, np.nan),  # the exponent cannot be read
+    ):
+        np.testing.assert_equal(means.loc[key].to_numpy(), [mean, sd])
+    assert ("norman19", "decoder_only", "deg_recall") not in means.index  # N/A there
+
+
+def test_ours_stand_beside_the_published_numbers(tmp_path, same_process):
+    published_file("norman19", tmp_path / "data")
+    task = replace(TASKS["norman19"], metrics=("rmse_mean", "rmse_mean_rank", "mmd_gex"), n_cells=10)
+    fit = {"steps": 3, "val_every": 3, "batch_size": 16}
+    entries = [Entry("linear_additive", "linear_additive", None, fit), Entry("mine", "no_change")]
+    out = tmp_path / "out"
+    iv.benchmark(task, entries, 2, out, baselines=False, data_dir=tmp_path / "data")
+    table = pd.read_csv(out / "published.csv")
+    assert len(table) == (published_numbers()["task"] == "norman19").sum()
+    met = table[table["ours"].notna()].set_index("metric")
+    assert set(met["model"]) == {"linear_additive"} and set(met.index) == set(task.metrics)
+    summary = pd.read_csv(out / "summary.csv").set_index(["model", "metric"])
+    ours = summary.loc[("linear_additive", "rmse_mean")]
+    assert met.loc["rmse_mean", "published"] == 0.057
+    assert met.loc["rmse_mean", "difference"] == pytest.approx(ours["mean"] - 0.057)
+    assert met.loc["rmse_mean", "n_seeds"] == 2
+    page = (out / "report.html").read_text()
+    assert "Beside the paper" in page and "0.057" in page and "table 3, table 5" in page
+    assert "PRiMeFlow CFG1" not in page  # was not run
+
+
+def test_a_task_of_no_paper_has_no_such_table(same_process, task, entries, tmp_path):
+    iv.benchmark(task, entries[1], 1, tmp_path / "out", baselines=False)
+    assert not (tmp_path / "out" / "published.csv").exists()
+    assert "Beside the paper" not in (tmp_path / "out" / "report.html").read_text()
+
+
+# Cells that are drawn -------------------------------------------------------------------------------------------------
+
+
+def test_chosen_conditions_are_drawn_beside_every_model(task, tmp_path, same_process, caplog):
+    task = replace(task, metrics=("mmd_gex", "mmd_pca", "deg_recall"), figures=("b_cell|A+B", "b_cell|gone"))
+    entries = [Entry(f"none {i}", "no_change") for i in range(8)]
+    out = tmp_path / "out"
+    scores = iv.benchmark(task, entries, 2, out, baselines=False, panels=["paper", "monocyte|A"])
+    assert "not tested here, so not drawn: b_cell|gone" in caplog.text
+    table = pd.read_csv(out / "panels.csv", keep_default_na=False)
+    assert set(table["seed"]) == {0} and set(table["task"]) == {"toy"}
+    assert set(table["condition"]) == {"b_cell|A+B", "monocyte|A"}
+    assert set(table.loc[table["kind"] == "predicted", "model"]) == {entry.label for entry in entries}
+    assert set(table.loc[table["kind"] != "predicted", "model"]) == {""}
+    kept = read_h5ad(next((out / "predicted" / "toy").glob("none_3-*/0.h5ad")))
+    assert kept.n_obs == 2 * task.n_cells
+    assert len(list((out / "predicted").rglob("*.h5ad"))) == 8
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "more models" not in page
+
+    # scores do not depend on what is drawn, and cells that are there are not computed again
+    again = iv.benchmark(task, entries, 2, tmp_path / "plain", baselines=False)
+    pd.testing.assert_frame_equal(scores, again)
+    caplog.clear()
+    iv.benchmark(task, entries, 2, tmp_path / "plain", baselines=False, panels="monocyte|A")
+    assert "nothing to draw of toy/none_0" in caplog.text
+    assert not (tmp_path / "plain" / "panels.csv").exists()
+
+
+def test_a_condition_that_is_not_tested_cannot_be_drawn(task, entries, tmp_path, same_process):
+    with pytest.raises(ValueError, match=r"'monocyte\|a' is no tested condition; found .*did you mean 'monocyte\|A'"):
+        iv.benchmark(task, entries, 1, tmp_path / "out", panels="monocyte|a")
+    assert not (tmp_path / "out" / "cells").exists()

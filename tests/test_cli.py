@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -299,6 +300,33 @@ def test_split_from_a_toml_file(run, files, tmp_path):
     assert code == 0, err
     conditions = pd.DataFrame(iv.load(tmp_path / "run").card["held_out"]["test"])
     assert set(conditions["cell_type"]) == {held_out}
+
+
+def test_every_split_that_is_listed_can_be_asked_for(run, files, tmp_path, monkeypatch):
+    """As the list writes it; what needs groups says so, and which there are."""
+    monkeypatch.setenv("COLUMNS", "300")  # lines of the list are not broken
+    _, out, _ = run("list", "splits")
+    asked = dict(re.findall(r"--split (\w+)(\S*)", " ".join(out.split())))
+    assert {"transfer", "combine", "manual", "under_represented", "zero_shot"} <= set(asked)
+    command = ["fit", "no_change", files / "log.h5ad", *COLUMNS, *FAST, "--out"]
+    for name, written in asked.items():
+        groups = written.replace("GROUP,GROUP", "b_cell,t_cell").replace("GROUP", "b_cell")
+        code, _, err = run(*command, tmp_path / name, "--split", f"{name}{groups}")
+        assert code == 0 or "obs" in err or "expected" in err, (name, err)
+        if written:
+            code, _, err = run(*command, tmp_path / "bare", "--split", name)
+            assert code == 2
+            assert f"expected {name}:GROUP" in err and "here b_cell, monocyte, t_cell" in err
+    held_out = iv.load(tmp_path / "manual").card["held_out"]
+    assert {row["cell_type"] for part in ("val", "test") for row in held_out[part]} == {"b_cell", "t_cell"}
+    for split, message in (
+        ("manual:x", "group 'x' does not occur in obs"),
+        ("combine:b_cell", "expected combine"),
+        ("zero_shot:b_cell,t_cell", "holds out one group, found 2"),
+        ("hold_out", "or use --hold-out"),
+    ):
+        code, _, err = run(*command, tmp_path / "bad", "--split", split)
+        assert code == 2 and message in err, err
 
 
 def test_no_traceback_from_the_shell(tmp_path):

@@ -29,8 +29,9 @@ import pandas as pd
 
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
+from invirtuo.bench.panels import tested_points
 from invirtuo.bench.task import Task
-from invirtuo.cells.files import writing
+from invirtuo.cells.files import write_h5ad, writing
 from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.verbs.sampling import SampleConfig
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "Record", "compute", "failed", "launch", "scores_of"]
 
 Record = dict[str, Any]  # what is kept of a cell: its settings, status, scores and costs, as JSON
+Notes = dict[str, list[dict[str, Any]]]  # rows of tables beside the scores, by kind
 LABELS = ("task", "model", "seed")
 
 
@@ -58,7 +60,10 @@ class Cell:
     part: str = "test"  # which held-out conditions are predicted and scored
     metrics: tuple[str, ...] = ()  # empty: those of the task
     data_dir: str | None = None
+    file: str | None = None  # where the data of the task were unpacked; None looks for them
     work: str | None = None  # folder for checkpoints
+    drawn: tuple[str, ...] = ()  # tested conditions whose cells are kept and drawn
+    kept: str | None = None  # folder for these predicted cells
     threads: int = 1
     controls: Literal["train", "evaluated"] = "train"  # cells that models start from
     # what precision="auto" of an entry means, so that a cell does not depend on its machine
@@ -72,7 +77,7 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """All settings that the numbers depend on."""
         settings = {
-            "task": self.task.describe(),
+            "task": self.task.describe(self.data_dir),
             "entry": self.entry.describe(),
             "seed": self.seed,
             "part": self.part,
@@ -153,6 +158,7 @@ def failed(cell: Cell, error: str, trace: str = "") -> Record:
         "scores": None,
         "flags": [],
         "discrimination": [],
+        "points": [],
     }
 
 
@@ -161,24 +167,26 @@ def scores_of(record: Record) -> pd.DataFrame:
     return pd.DataFrame(record["scores"]["rows"], columns=record["scores"]["columns"])
 
 
-def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Scores of a cell over all its splits; seconds and number of parameters; flags, or how metrics discriminate."""
+def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], Notes]:
+    """Scores of a cell over all its splits; seconds and number of parameters; what is noted and drawn beside them."""
     # a task may have several splits; scores of all of them make a table
     clock = _Clock(cell.entry.rows)
     tables, n_parameters = [], 0
-    notes: dict[str, list[dict[str, Any]]] = {"flags": [], "discrimination": []}
+    notes: Notes = {"flags": [], "discrimination": [], "points": []}
     for fold in range(len(cell.task.splits)):
-        adata, design, split = cell.task.load(fold, data_dir=cell.data_dir)
+        adata, design, split = cell.task.load(fold, data_dir=cell.data_dir, file=cell.file)
         clock.restart()
         if cell.entry.model == FLOOR:
-            table, known = _floor(cell, adata, design, split)
+            table, known, points = _floor(cell, adata, design, split)
             tables.append(table)
             notes["discrimination"] += known.assign(fold=fold).to_dict("records")
+            notes["points"] += points.to_dict("records")
             clock.add("score")
         else:
-            table, n_parameters, suspect = _fold(cell, fold, adata, design, split, clock)
+            table, n_parameters, beside = _fold(cell, fold, adata, design, split, clock)
             tables.append(table)
-            notes["flags"] += suspect
+            for kind, found in beside.items():
+                notes[kind] += found
     table = pd.concat(tables, ignore_index=True).assign(task=cell.task.name, seed=cell.seed)
 
     seconds: dict[str, dict[str, float]] = {}
@@ -189,8 +197,8 @@ def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], dict[str, list[di
 
 def _fold(
     cell: Cell, fold: int, adata: AnnData, design: Design, split: pd.Series, clock: _Clock
-) -> tuple[pd.DataFrame, int, list[dict[str, Any]]]:
-    """Scores of an entry and its variants on one split, the number of parameters, and what is suspect."""
+) -> tuple[pd.DataFrame, int, Notes]:
+    """Scores of an entry and its variants on one split, the number of parameters, what is suspect, cells to draw."""
     from invirtuo.metrics import Pair, score
 
     # fit, going on from the checkpoint of a benchmark that was stopped
@@ -206,22 +214,38 @@ def _fold(
     common: dict[str, Any] = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
     if cell.controls == "evaluated" and isinstance(model, PerturbationModel) and model.needs_source:
         common["controls"] = real[design.is_control(real.obs)]
-    pair, tables, flags = None, [], []
+    pair, tables = None, []
+    notes: Notes = {"flags": [], "points": []}
     for label, options in cell.entry.rows.items():
         options = {**common, **options}
         predicted = model.predict(cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **options)
         clock.add("predict", label)
         pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))
-        flags += flagged(pair, label).assign(fold=fold).to_dict("records")
+        notes["flags"] += flagged(pair, label).assign(fold=fold).to_dict("records")
+        notes["points"] += _points(cell, real, predicted, label, design)
         clock.add("score", label)
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
-    return pd.concat(tables), sum(p.numel() for p in model.parameters()), flags
+    return pd.concat(tables), sum(p.numel() for p in model.parameters()), notes
 
 
-def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of halves of the real cells of held-out conditions, and how well the metrics discriminate on them."""
+def _points(cell: Cell, real: AnnData, predicted: AnnData, label: str, design: Design) -> list[dict[str, Any]]:
+    """Predicted cells on the components of the tested ones; the cells themselves are written down."""
+    own = predicted[design.names(predicted.obs).isin(cell.drawn).to_numpy()] if cell.drawn else predicted[:0]
+    if not own.n_obs:
+        return []
+    if cell.kept is not None:
+        write_h5ad(own.copy(), Path(cell.kept) / cell.task.name / _file_name(label) / f"{cell.seed}.h5ad")
+    points = tested_points(real, {label: own}, design, cell.drawn, cell.seed)
+    rows: list[dict[str, Any]] = points.to_dict("records")
+    return rows
+
+
+def _floor(
+    cell: Cell, adata: AnnData, design: Design, split: pd.Series
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Scores of halves of the real cells of held-out conditions, how metrics discriminate on them, cells to draw."""
     from invirtuo.metrics import noise_floor
 
     real = adata[(split == cell.part).to_numpy()].copy()
@@ -229,7 +253,8 @@ def _floor(cell: Cell, adata: AnnData, design: Design, split: pd.Series) -> tupl
     metrics, n_pcs = cell.metrics or cell.task.metrics, cell.task.n_pcs
     table = noise_floor(real, design, metrics, n_pcs=n_pcs, seed=cell.seed)
     known = discrimination(real, design, metrics, n_pcs=n_pcs, seed=cell.seed)
-    return table[~table["condition"].isin(trained)].assign(model=FLOOR), known
+    points = tested_points(real, {}, design, cell.drawn, cell.seed)
+    return table[~table["condition"].isin(trained)].assign(model=FLOOR), known, points
 
 
 def as_json(scores: pd.DataFrame) -> dict[str, Any]:

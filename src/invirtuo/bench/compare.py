@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from invirtuo.bench.cell import as_json, scores_of
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
+from invirtuo.bench.panels import predicted_points, real_points
 from invirtuo.bench.run import software, write_table
 from invirtuo.bench.task import JUDGED
 from invirtuo.cells.dataset import CellDataset
@@ -35,14 +35,11 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.fit import FitConfig
 
-__all__ = ["compare", "panels"]
+__all__ = ["compare"]
 
 logger = logging.getLogger(__name__)
 
-Axes: TypeAlias = tuple[np.ndarray, np.ndarray]  # (g,) centre and (g, 2) directions
-
 EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
-PANEL_CELLS = 400  # most real, and most predicted, cells of a condition drawn in one panel
 
 
 def compare(
@@ -125,7 +122,7 @@ def compare(
                 write_h5ad(predicted, out / "predicted.h5ad")
             write_table(row.folder / "history.csv", history)
             write_table(row.folder / "flags.csv", flagged(pair, row.entry.label))
-            write_table(row.folder / "panels.csv", _predicted_points(predicted, row.entry.label, design, axes, seed))
+            write_table(row.folder / "panels.csv", predicted_points(predicted, row.entry.label, design, axes, seed))
             row.write(score(pair, metrics).assign(model=row.entry.label), facts)
         done = [scores_of(row.record) for row in rows if row.record]
         write_table(out / "scores.csv", pd.concat(done))
@@ -141,7 +138,7 @@ def compare(
     write_table(out / "discrimination.csv", discrimination(real, design, metrics, n_pcs=n_pcs, seed=seed))
 
     # what the report draws
-    points = [_real_points(adata, real, design, axes, seed)]
+    points = [real_points(adata, real, design, axes, seed)]
     points += [row.table("panels.csv") for row in rows]
     write_table(out / "panels.csv", pd.concat(points, ignore_index=True))
     write_table(out / "flags.csv", pd.concat([row.table("flags.csv") for row in rows], ignore_index=True))
@@ -254,46 +251,3 @@ def _facts(
         "predict seconds": round(predict_seconds, 1),
         "data hash": model.card["data_hash"],
     }
-
-
-def _real_points(adata: AnnData, real: AnnData, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
-    """Real cells on two components: a sample of all as background, and those of every held-out condition."""
-    names = design.names(real.obs)
-    tables = [_projected(adata, axes, seed, kind="background", limit=4 * PANEL_CELLS)]
-    for condition in names[~design.is_control(real.obs)].unique():
-        cells = real[(names == condition).to_numpy()]
-        tables.append(_projected(cells, axes, seed, kind="real", condition=condition))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _predicted_points(predicted: AnnData, label: str, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
-    """Predicted cells on the same two components."""
-    names = design.names(predicted.obs)
-    tables = []
-    for condition in names.unique():
-        cells = predicted[(names == condition).to_numpy()]
-        tables.append(_projected(cells, axes, seed, kind="predicted", condition=condition, model=label))
-    return pd.concat(tables, ignore_index=True)
-
-
-def panels(
-    adata: AnnData, real: AnnData, predictions: Mapping[str, AnnData], design: Design, seed: int
-) -> pd.DataFrame:
-    """Cells on the two leading components of all cells: all (background), real and predicted per condition."""
-    axes = principal_axes(adata.X, 2)
-    tables = [_real_points(adata, real, design, axes, seed)]
-    for label, predicted in predictions.items():
-        tables.append(_predicted_points(predicted, label, design, axes, seed))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _projected(
-    cells: AnnData, axes: Axes, seed: int, *, kind: str, condition: str = "", model: str = "", limit: int = PANEL_CELLS
-) -> pd.DataFrame:
-    """At most `limit` of the cells, drawn by the seed, on two components."""
-    centre, directions = axes
-    rows = np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:limit])
-    x = cells.X[rows]
-    dense = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64)
-    pc1, pc2 = ((dense - centre) @ directions).T.round(4)
-    return pd.DataFrame({"pc1": pc1, "pc2": pc2, "kind": kind, "model": model, "condition": condition})

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.bench.compare import panels
 from invirtuo.bench.entry import FLOOR
+from invirtuo.bench.panels import panels
 from invirtuo.bench.run import software, write_table
 from invirtuo.cells.files import read_h5ad, writing
 from invirtuo.cells.multimodal import PEAK

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,22 +21,22 @@ from invirtuo.bench.engine import ENGINES
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
 from invirtuo.bench.notes import DISCRIMINATION, FLAGS
 from invirtuo.bench.paired import paired_differences
+from invirtuo.bench.published import set_beside
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
 from invirtuo.cells.files import writing
-from invirtuo.errors import preview
+from invirtuo.cells.packed import Unpacked
+from invirtuo.errors import preview, with_likely
 from invirtuo.fit import bf16_pays
 from invirtuo.metrics import METRICS, choose
 from invirtuo.models import MODELS
 from invirtuo.reports import report
 
-if TYPE_CHECKING:
-    import os
-
 __all__ = ["benchmark", "chosen_entries", "one_task", "resumable", "shared_plan", "software", "write_table"]
 
 logger = logging.getLogger(__name__)
 
+FIGURES = "paper"  # stands for the conditions that the paper of a task draws
 COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
 
 
@@ -48,6 +50,7 @@ def benchmark(
     baselines: bool = True,
     controls: Literal["train", "evaluated"] = "train",
     metrics: Sequence[str] | str | None = None,
+    panels: Sequence[str] | str = (),
     n_jobs: int | None = None,
     threads: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
@@ -71,6 +74,7 @@ def benchmark(
     out
         Folder of the results: ``scores.csv`` (one row per task, model, seed, condition and metric), ``summary.csv``
         (mean and standard deviation over seeds), ``comparisons.csv`` (every two models, paired over conditions),
+        ``published.csv`` (of tasks of a paper: its means, ours and the difference), ``panels.csv`` (cells to draw),
         ``costs.csv`` (seconds, memory, failures), ``run.json`` and ``report.html``.
     engine
         "local": processes on this machine, through joblib. "ray": a Ray cluster. Both give the same tables.
@@ -82,6 +86,10 @@ def benchmark(
         rewarded where noise of the evaluated ones, which it shares with the real cells, is larger than the effects.
     metrics
         Metrics or profiles; None: those of each task.
+    panels
+        Tested conditions (names like ``"k562|A+B"``) whose predicted cells of the first seed are kept under
+        ``predicted/`` and drawn beside the real ones in the report, all models with their scores; "paper": those that
+        the paper of a task draws. Cells that an earlier call computed without them are not computed again.
     n_jobs
         Cells computed at a time; None: what the machine has room for.
     threads
@@ -99,7 +107,8 @@ def benchmark(
     Raises
     ------
     ValueError
-        If a name is unknown, or `out` holds cells that were made with other settings.
+        If a name is unknown, the data of a task are missing or not what they should be, or `out` holds cells that were
+        made with other settings.
     """
     chosen = _tasks(tasks)
     entries = chosen_entries(models, baselines=baselines)
@@ -124,6 +133,15 @@ def benchmark(
     # cells that an earlier call computed are read
     records = {cell.name: _read(out, cell) for cell in grid}
     missing = [cell for cell in grid if records[cell.name]["status"] != "ok"]
+    # data that are not what they should be are refused before a process starts; packed ones are unpacked once
+    data = {cell.task.name: cell.task for cell in missing}
+    found = {name: task.look(shared["data_dir"]) for name, task in data.items()}
+    drawn = _drawn([panels] if isinstance(panels, str) else panels, data, {name: found[name][1] for name in found})
+    missing = [_to_compute(cell, found[cell.task.name][0], engine) for cell in missing]
+    if drawn:
+        kept = str(out.resolve() / "predicted")
+        first = wanted[0]
+        missing = [replace(c, drawn=drawn[c.task.name], kept=kept) if c.seed == first else c for c in missing]
     computed = ENGINES[engine](missing, n_jobs) if missing else []
     with resumable(out):
         for cell, record in _track(computed, len(missing), progress):
@@ -132,6 +150,14 @@ def benchmark(
             with writing(_path(out, cell)) as path:
                 path.write_text(json.dumps(record), encoding="utf-8")
             records[cell.name] = record
+    kept_from_before = [cell.name for cell in grid if cell.seed == wanted[0] and not records[cell.name].get("points")]
+    if panels and kept_from_before:
+        logger.warning(
+            "nothing to draw of %s: failed, or computed before without panels; delete these files of %s to compute "
+            "them again",
+            preview(kept_from_before),
+            out / "cells",
+        )
     return _write(out, grid, [records[cell.name] for cell in grid])
 
 
@@ -248,6 +274,37 @@ def _read(out: Path, cell: Cell) -> Record:
     return record
 
 
+def _to_compute(cell: Cell, file: str | os.PathLike[str], engine: str) -> Cell:
+    """The cell, told where its data were unpacked to; machines of a cluster unpack for themselves."""
+    if engine != "local" or not isinstance(file, Unpacked):
+        return cell
+    return replace(cell, file=os.fspath(file))
+
+
+def _drawn(
+    panels: Sequence[str], tasks: Mapping[str, Task], tested: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Conditions that are drawn of each task; nothing if none are."""
+    if not panels:
+        return {}
+    chosen = {}
+    for name, task in tasks.items():
+        absent = [condition for condition in task.figures if condition not in tested[name]]
+        if FIGURES in panels and absent:
+            logger.warning("%s: not tested here, so not drawn: %s", name, preview(absent))
+        asked = [condition for one in panels for condition in (task.figures if one == FIGURES else [one])]
+        chosen[name] = tuple(condition for condition in dict.fromkeys(asked) if condition in tested[name])
+
+    # a name of no task is a mistake
+    known = {condition for conditions in tested.values() for condition in conditions}
+    unknown = [condition for condition in panels if condition != FIGURES and condition not in known]
+    if unknown and tasks:
+        raise ValueError(
+            f"panels: {unknown[0]!r} is no tested condition; found {with_likely(unknown[0], sorted(known))}"
+        )
+    return chosen
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 300 else f"{text[:300]}..."
@@ -279,9 +336,16 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
         raise ValueError(f"no cell was computed; the first said: {records[0]['error']}. See {out / 'costs.csv'}")
     scores = _joined(tables)
     write_table(out / "scores.csv", scores)
-    write_table(out / "summary.csv", _summary(scores))
+    summary = _summary(scores)
+    write_table(out / "summary.csv", summary)
+    published = set_beside(summary)
+    if published["ours"].notna().any():
+        write_table(out / "published.csv", published)
     write_table(out / "flags.csv", _notes(grid, records, "flags", FLAGS))
     write_table(out / "discrimination.csv", _notes(grid, records, "discrimination", DISCRIMINATION))
+    points = _notes(grid, records, "points", ["model", "condition", "kind", "pc1", "pc2"])
+    if len(points):
+        write_table(out / "panels.csv", points.drop(columns="fold"))
     write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from invirtuo.cells import datasets, preprocess
-from invirtuo.cells.files import read_h5ad
+from invirtuo.cells.files import is_zarr_folder, read_h5ad
+from invirtuo.cells.one_matrix import contents
+from invirtuo.cells.packed import plain
 from invirtuo.design import Design
 from invirtuo.errors import preview
+from invirtuo.splits import from_csv
 
 if TYPE_CHECKING:
     import os
@@ -70,6 +73,11 @@ class Task:
         Predicted cells per condition.
     n_pcs
         Principal components of metrics in that space.
+    split_file
+        File of the data folder with the published split, which is taken instead of that of `splits` where it is there;
+        without it that is drawn, and a warning says so. Empty: there is none.
+    figures
+        Conditions whose cells the paper draws.
 
     Examples
     --------
@@ -92,6 +100,8 @@ class Task:
     metrics: tuple[str, ...] = JUDGED
     n_cells: int = 1000
     n_pcs: int = 30
+    split_file: str = ""
+    figures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse names that cannot be file names, and tasks without a split."""
@@ -99,9 +109,15 @@ class Task:
             raise ValueError(f"task name {self.name!r}; expected a short name without spaces and slashes")
         if not self.splits:
             raise ValueError(f"task {self.name!r} has no split; expected one function or more")
+        if self.split_file and len(self.splits) > 1:
+            raise ValueError(f"task {self.name!r} has {len(self.splits)} splits and a file of one; give it one split")
 
     def load(
-        self, fold: int = 0, *, data_dir: str | os.PathLike[str] | None = None
+        self,
+        fold: int = 0,
+        *,
+        data_dir: str | os.PathLike[str] | None = None,
+        file: str | os.PathLike[str] | None = None,
     ) -> tuple[AnnData, Design, pd.Series]:
         """Cells in log1p space, their Design, and the part of each cell.
 
@@ -111,29 +127,82 @@ class Task:
             Which of the splits.
         data_dir
             Folder with data files, as in `invirtuo.datasets.load`.
+        file
+            The file to take; None looks for it.
 
         Raises
         ------
         ValueError
             If the file is missing or is not what it should be.
         """
-        adata = self._cells(data_dir)
+        adata = self._cells(data_dir, file)
         if self.keep is not None:
             adata = adata[self.keep(adata.obs).to_numpy()].copy()
-        design = self.design or datasets.design(self.dataset, adata, covariates=self.covariates or None)
-        split = self.splits[fold](adata.obs, design)
-        if not self.unseen:
-            split = _without_unseen(adata.obs, design, split)
+        design, split = self._roles(adata.obs, fold, data_dir)
         if self.is_normalised:
             return adata, design, split
         return preprocess.normalize(adata, n_genes=self.n_genes, split=split), design, split
+
+    def look(self, data_dir: str | os.PathLike[str] | None = None) -> tuple[str | os.PathLike[str], list[str]]:
+        """Find the data and try all splits on their labels; matrices are not read.
+
+        Returns
+        -------
+        The file (one that is packed is unpacked as long as this is held), and the names of the tested conditions; of a
+        zarr folder none.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`load`, for whatever is wrong with more than single values.
+        """
+        if self.dataset in datasets.DATASETS:
+            file, found = datasets.look(self.dataset, data_dir=data_dir)
+        elif is_zarr_folder(self.dataset):
+            return self.dataset, []
+        else:
+            self._check_design()
+            file = plain(self.dataset)
+            found = contents(file)
+        obs = found.obs if self.keep is None else found.obs[self.keep(found.obs).to_numpy()]
+        tested: list[str] = []
+        for fold in range(len(self.splits)):
+            design, split = self._roles(obs, fold, data_dir)
+            is_tested = (split == "test").to_numpy() & ~design.is_control(obs)
+            if not is_tested.any():
+                raise ValueError(f"task {self.name!r}: there is nothing to test, its split holds out no cell of {file}")
+            tested += design.names(obs[is_tested]).unique().tolist()
+        return file, tested
+
+    def _roles(self, obs: pd.DataFrame, fold: int, data_dir: str | os.PathLike[str] | None) -> tuple[Design, pd.Series]:
+        """Which columns mean what, and the part of each cell."""
+        design = self.design or datasets.design(self.dataset, obs, covariates=self.covariates or None)
+        published = self.published_split(data_dir)
+        if note := self.split_note(data_dir):
+            logger.warning(note)
+        split = self.splits[fold](obs, design) if published is None else from_csv(published, obs)
+        return design, split if self.unseen else _without_unseen(obs, design, split)
+
+    def published_split(self, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+        """The file with the published split, if it lies in the data folder."""
+        file = datasets.folder(data_dir) / self.split_file
+        return file if self.split_file and file.is_file() else None
+
+    def split_note(self, data_dir: str | os.PathLike[str] | None = None) -> str:
+        """What to know of where the split comes from; empty if there is nothing to know."""
+        if not self.split_file or self.published_split(data_dir) is not None:
+            return ""
+        return (
+            f"{self.name}: the published split {self.split_file} is not in {datasets.folder(data_dir)}; the split is "
+            "drawn by the same rules, with other conditions in validation and test"
+        )
 
     @property
     def is_normalised(self) -> bool:
         """Whether X of the source is log1p expression that is used as it is."""
         return self.published or self.dataset not in datasets.DATASETS
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, data_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """All fields that the numbers depend on, as text and numbers; two tasks that differ here are different."""
         facts: dict[str, Any] = {}
         for field in fields(self):
@@ -144,22 +213,29 @@ class Task:
                 value = value.to_json()
             elif callable(value):
                 value = _text(value)
+            if field.name == "figures" or (field.name == "split_file" and not value):
+                continue  # changes no number; results of before there were such files stay valid
             facts[field.name] = list(value) if isinstance(value, tuple) else value
         if self.dataset not in datasets.DATASETS and Path(self.dataset).is_file():
             file = Path(self.dataset).stat()
             facts["file"] = _digest(self.dataset, file.st_size, file.st_mtime_ns)
+        if published := self.published_split(data_dir):
+            file = published.stat()
+            facts["split"] = _digest(str(published), file.st_size, file.st_mtime_ns)
         return facts
 
-    def _cells(self, data_dir: str | os.PathLike[str] | None) -> AnnData:
+    def _cells(self, data_dir: str | os.PathLike[str] | None, file: str | os.PathLike[str] | None) -> AnnData:
         if self.dataset in datasets.DATASETS:
-            return datasets.load(self.dataset, data_dir=data_dir, counts=not self.published)
+            return datasets.load(self.dataset, file, data_dir=data_dir, counts=not self.published)
+        self._check_design()
+        return read_h5ad(self.dataset if file is None else file)
+
+    def _check_design(self) -> None:
         if self.design is None:
             raise ValueError(
                 f"task {self.name!r}: {self.dataset!r} is not a named data set ({preview(datasets.DATASETS)}); for "
-                "a file "
-                "give design= as well"
+                "a file give design= as well"
             )
-        return read_h5ad(self.dataset)
 
 
 def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.Series:

@@ -124,6 +124,14 @@ PERTURBENCH = (
         (partial(splits.transfer, seed=42, fraction=0.3),),
         published=True,
         metrics=RANKED,
+        figures=(
+            "a549|Ellagic acid",
+            "k562|Pirarubicin",
+            "k562|SB431542",
+            "mcf7|Obatoclax Mesylate (GX15-070)",
+            "k562|GSK J1",
+            "k562|Tacedinaline (CI994)",
+        ),
     ),
     Task(
         "norman19",
@@ -138,8 +146,10 @@ PERTURBENCH = (
         "knock-outs in lines and cytokines in which they were not seen (PerturBench)",
         "jiang24",
         (partial(splits.manual, seed=0, fraction=0.7, groups=JIANG_CONTEXTS),),
+        split_file="jiang24_split.csv",
         published=True,
         metrics=RANKED,
+        figures=("mcf7|INS|DR1", "hap1|IFNG|ZC3H3", "ht29|INS|SP1", "k562|INS|PIK3CA"),
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in (*KANG, *OTHERS, *PERTURBENCH)}

@@ -23,6 +23,9 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.cells.one_matrix import Contents, contents, read_one_matrix, row_sums
+from invirtuo.cells.packed import PACKED, plain
+from invirtuo.cells.preprocess import TOTAL
 from invirtuo.design import Design
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["DATASETS", "describe", "design", "load", "toy"]
+__all__ = ["DATASETS", "describe", "design", "folder", "load", "look", "toy"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,12 @@ class _Source:
     covariates: tuple[str, ...] = ()
     size_factor: str | None = None  # obs column with the depth over all genes; None: the sum over the given genes
     counts_layer: str | None = None  # where raw counts are, if not in X
+    other_files: tuple[str, ...] = ()  # names under which others keep the file
+
+    @property
+    def names(self) -> list[str]:
+        """All names that the file may have, packed or not, the published one first."""
+        return [f"{name}{packed}" for name in (self.file, *self.other_files) for packed in ("", PACKED)]
 
 
 KANG = "Kang et al. 2018, Nature Biotechnology, doi:10.1038/nbt.4042; GEO GSE96583, batch 2"
@@ -125,6 +134,7 @@ DATASETS: dict[str, _Source] = {
         "srivatsan20_highest_dose_processed.h5ad", "sci-Plex 3, 188 drugs at 10 uM on three lines",
         f"Srivatsan et al. 2020, Science, doi:10.1126/science.aax6234; {WU}", PERTURBENCH, (178213, 8630),
         perturbation="condition", covariates=("cell_type",), counts_layer="counts",
+        other_files=("sciplex3_processed.h5ad",),
     ),
     "jiang24": _Source(
         "jiang24_processed.h5ad", "218 perturbed genes in six lines under five cytokines",
@@ -148,7 +158,8 @@ def load(
     name
         One of :data:`DATASETS`.
     path
-        File or http(s) address to take it from. What was downloaded is kept in the data folder.
+        File (packed with gzip or not) or http(s) address to take it from. What was downloaded is kept in the data
+        folder.
     data_dir
         Folder with data files; see the module for what is taken without it.
     counts
@@ -157,7 +168,8 @@ def load(
     Returns
     -------
     AnnData with raw counts in X; ``uns["invirtuo"]`` names the data set and the column with the depth of each cell.
-    Genes of the files of PerturBench, whose order is arbitrary, are sorted by name.
+    Of the files of PerturBench, which are large, X, obs and var are read alone; their genes, whose order is arbitrary,
+    are sorted by name, and published expression comes with the depth of the counts in ``obs["total_counts"]``.
 
     Raises
     ------
@@ -171,22 +183,44 @@ def load(
     (13999, 2010)
     """
     source = _source(name)
-    file = _locate(name, source, path, data_dir)
-    _check_md5(file, source, may_differ=path is not None and not _is_url(path))
+    file = _checked(name, path, data_dir)
     log.info("%s: %s. Cite %s. Terms: %s", name, source.title, source.citation, source.licence)
-
-    # one order of genes, and counts or log values in X as asked for
-    adata = read_h5ad(file)
-    _check_content(adata, name, source, file)
     if source.counts_layer is not None:
-        adata = adata[:, sorted(adata.var_names)].copy()
-        if counts:
-            adata.X = adata.layers.pop(source.counts_layer)
-    elif not counts:
-        raise ValueError(f"the file of {name!r} holds raw counts only; load it with counts=True and normalise it")
+        adata = _published(file, name, source, counts=counts)
+    else:
+        adata = read_h5ad(file)
+        _check_content(adata, name, source, file)
+        if not counts:
+            raise ValueError(f"the file of {name!r} holds raw counts only; load it with counts=True and normalise it")
     note = {"dataset": name} | ({"size_factor": source.size_factor} if source.size_factor else {})
     adata.uns["invirtuo"] = note
     return adata
+
+
+def look(
+    name: str, path: str | os.PathLike[str] | None = None, *, data_dir: str | os.PathLike[str] | None = None
+) -> tuple[str | os.PathLike[str], Contents]:
+    """Find the file of a data set and check all of it but its matrices, which are not read.
+
+    Parameters
+    ----------
+    name, path, data_dir
+        As in :func:`load`.
+
+    Returns
+    -------
+    The file (unpacked as long as it is held, if it was packed), and what it holds.
+
+    Raises
+    ------
+    ValueError
+        As :func:`load`.
+    """
+    source = _source(name)
+    file = _checked(name, path, data_dir)
+    found = contents(file)
+    _check_content(found, name, source, file)
+    return file, found
 
 
 def describe(*, data_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
@@ -203,7 +237,7 @@ def describe(*, data_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
         n_cells, n_genes = source.shape
         row: dict[str, Any] = {"title": source.title, "cells": n_cells, "genes": n_genes}
         row |= {"perturbation": source.perturbation or "", "covariates": ", ".join(source.covariates)}
-        row["here"] = _candidate(source, data_dir).is_file()
+        row["here"] = _found(source, data_dir) is not None
         rows[name] = row | {"file": source.file, "licence": source.licence, "citation": source.citation}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "name"
@@ -212,7 +246,7 @@ def describe(*, data_dir: str | os.PathLike[str] | None = None) -> pd.DataFrame:
 
 def design(
     name: str,
-    adata: AnnData | None = None,
+    adata: AnnData | pd.DataFrame | None = None,
     *,
     covariates: Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
@@ -224,7 +258,7 @@ def design(
     name, data_dir
         As in :func:`load`.
     adata
-        Cells of that data set.
+        Cells of that data set, or their obs.
     covariates
         Columns to take as covariates; None takes those of the data set.
 
@@ -330,27 +364,60 @@ def _source(name: str) -> _Source:
     return DATASETS[name]
 
 
-def _folder(data_dir: str | os.PathLike[str] | None) -> Path:
+def folder(data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder in which files that do not come with the package are looked for."""
     return Path(data_dir or os.environ.get("INVIRTUO_DATA") or "data").expanduser()
 
 
-def _candidate(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path:
-    return (PACKAGE_DATA if source.bundled else _folder(data_dir)) / source.file
+def _home(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder in which a file is looked for."""
+    return PACKAGE_DATA if source.bundled else folder(data_dir)
+
+
+def _found(source: _Source, data_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The file of a data set under the first of its names that is there."""
+    home = _home(source, data_dir)
+    return next((home / name for name in source.names if (home / name).is_file()), None)
 
 
 def _locate(
     name: str, source: _Source, path: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str] | None
 ) -> Path:
     if path is not None and _is_url(path):
-        return _download(str(path), _folder(data_dir) / source.file, source.md5)
-    file = _candidate(source, data_dir) if path is None else Path(path)
-    if not file.is_file():
+        return _download(str(path), folder(data_dir) / source.file, source.md5)
+    file = _found(source, data_dir) if path is None else Path(path)
+    if file is None or not file.is_file():
+        missing = file or _home(source, data_dir) / source.file
         raise ValueError(
-            f"the file of data set {name!r} is not at {file}. Put {source.file} into that folder, name another folder "
-            "with data_dir= or the environment variable INVIRTUO_DATA, or pass path= with a file or an address. "
-            f"It is described in {source.citation}"
+            f"the file of data set {name!r} is not at {missing}. Put {_one_of(source.names)} into that folder, name "
+            "another folder with data_dir= or the environment variable INVIRTUO_DATA, or pass path= with a file or an "
+            f"address. It is described in {source.citation}"
         )
     return file
+
+
+def _checked(
+    name: str, path: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str] | None
+) -> str | os.PathLike[str]:
+    """The file of a data set, unpacked, once its checksum is known to be right."""
+    source = _source(name)
+    file = plain(_locate(name, source, path, data_dir))
+    _check_md5(file, source, may_differ=path is not None and not _is_url(path))
+    return file
+
+
+def _published(file: str | os.PathLike[str], name: str, source: _Source, *, counts: bool) -> AnnData:
+    """Cells of a file of PerturBench, genes by name: counts, or published expression and the depth of its counts."""
+    _check_content(contents(file), name, source, file)
+    layer = f"layers/{source.counts_layer}"
+    adata = read_one_matrix(file, layer if counts else "X", sort_genes=True)
+    if not counts and TOTAL not in adata.obs:
+        adata.obs[TOTAL] = row_sums(file, layer)
+    return adata
+
+
+def _one_of(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]])
 
 
 def _is_url(path: str | os.PathLike[str]) -> bool:
@@ -377,22 +444,22 @@ def _download(url: str, file: Path, md5: str | None) -> Path:
     return file
 
 
-def _md5(file: Path) -> str:
-    with file.open("rb") as handle:
+def _md5(file: str | os.PathLike[str]) -> str:
+    with open(file, "rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _check_md5(file: Path, source: _Source, *, may_differ: bool) -> None:
+def _check_md5(file: str | os.PathLike[str], source: _Source, *, may_differ: bool) -> None:
     if source.md5 is None or (found := _md5(file)) == source.md5:
         return
     if not may_differ:
         raise ValueError(
             f"{file} has md5 {found}; expected {source.md5}. Copy it again, or pass path= to use it anyway"
         )
-    log.warning("%s is not the published file (md5 %s, expected %s); using it as you ask", file, found, source.md5)
+    log.warning("%s is not the published file (md5 %s, expected %s); using it as you ask", str(file), found, source.md5)
 
 
-def _check_content(adata: AnnData, name: str, source: _Source, file: Path) -> None:
+def _check_content(adata: AnnData | Contents, name: str, source: _Source, file: str | os.PathLike[str]) -> None:
     """The file has the columns and the counts that a data set of that name has."""
     columns = [c for c in (source.perturbation, *source.covariates, source.size_factor) if c is not None]
     missing = [column for column in columns if column not in adata.obs]
@@ -403,4 +470,4 @@ def _check_content(adata: AnnData, name: str, source: _Source, file: Path) -> No
     if source.counts_layer is not None and source.counts_layer not in adata.layers:
         raise ValueError(f"{file} is not {name!r}: there is no layer {source.counts_layer!r} with raw counts")
     if adata.shape != source.shape:
-        log.warning("%s holds %d cells x %d genes; the published file %d x %d", file, *adata.shape, *source.shape)
+        log.warning("%s holds %d cells x %d genes; the published file %d x %d", str(file), *adata.shape, *source.shape)

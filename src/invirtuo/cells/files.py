@@ -1,4 +1,4 @@
-"""Reading h5ad files that may be damaged or hostile, and writing files that are whole or not there at all."""
+"""Reading h5ad files that may be damaged, hostile or packed, and writing files that are whole or not there at all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import sys
 import tempfile
 import time
 import uuid
+import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
+
+from invirtuo.cells.packed import MAGIC, Unpacked, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,14 +29,19 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
     from anndata import AnnData
 
+    AnyPath = str | os.PathLike[str]
+
 __all__ = [
     "bytes_by_row",
     "check_h5ad",
     "check_h5ad_name",
+    "check_sparse",
     "check_writable",
     "is_zarr_folder",
     "making",
+    "plain_text",
     "read_h5ad",
+    "reading",
     "system_error",
     "write_h5ad",
     "writing",
@@ -378,9 +386,10 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     Parameters
     ----------
     path
-        File or folder written by AnnData.
+        File or folder written by AnnData; a file may be packed with gzip (``.h5ad.gz``).
     backed
-        Leave X on disk (read-only); X of a zarr folder is read.
+        Leave X on disk (read-only); X of a zarr folder is read. What a packed file holds lies in the folder for
+        temporary files as long as the cells are there.
 
     Raises
     ------
@@ -390,23 +399,39 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     import anndata
 
     is_zarr = is_zarr_folder(path)
+    path = plain(path)
     if not is_zarr:
         check_h5ad(path)
-    try:
-        # damage that the check cannot see
+    with reading(path, "zarr folder" if is_zarr else "h5ad file"):
         adata = anndata.io.read_zarr(path) if is_zarr else anndata.io.read_h5ad(path, backed="r" if backed else None)
-    except (*UNREADABLE, anndata._io.specs.registry.IORegistryError) as error:
-        kind = "zarr folder" if is_zarr else "h5ad file"
-        raise ValueError(
-            f"{path} is not a readable {kind}: {_first_line(error)}. Write it again with AnnData"
-        ) from error
     if adata.X is None:
         raise ValueError(
             f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again"
         )
-    adata.obs = _plain_text(adata.obs)
-    adata.var = _plain_text(adata.var)
+    adata.obs = plain_text(adata.obs)
+    adata.var = plain_text(adata.var)
+    if isinstance(path, Unpacked) and backed:
+        weakref.finalize(adata, path.remove)  # the file is read as long as there are cells
     return adata
+
+
+@contextmanager
+def reading(path: AnyPath, kind: str = "h5ad file") -> Iterator[None]:
+    """Say of damage that no check can see what file it is in.
+
+    Raises
+    ------
+    ValueError
+        For whatever readers raise.
+    """
+    import anndata
+
+    try:
+        yield
+    except (*UNREADABLE, anndata._io.specs.registry.IORegistryError) as error:
+        raise ValueError(
+            f"{path} is not a readable {kind}: {_first_line(error)}. Write it again with AnnData"
+        ) from error
 
 
 def is_zarr_folder(path: str | os.PathLike[str]) -> bool:
@@ -414,7 +439,7 @@ def is_zarr_folder(path: str | os.PathLike[str]) -> bool:
     return any((Path(path) / name).exists() for name in (".zgroup", "zarr.json"))
 
 
-def _plain_text(table: pd.DataFrame) -> pd.DataFrame:
+def plain_text(table: pd.DataFrame) -> pd.DataFrame:
     """Text of the nullable type, which not every AnnData writes, as plain objects; missing values as NaN."""
     import pandas as pd
 
@@ -435,6 +460,7 @@ def bytes_by_row(path: str | os.PathLike[str]) -> int:
     ValueError
         As :func:`check_h5ad`.
     """
+    path = plain(path)
     check_h5ad(path, values=False)
     with h5py.File(path, "r") as file:
         x = file.get("X")
@@ -455,13 +481,15 @@ def check_h5ad(path: str | os.PathLike[str], *, values: bool = True) -> None:
     ValueError
         Saying what was found where.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected an h5ad file")
+    path = plain(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; expected an h5ad file")
     try:
-        # open as a plain file first
-        with path.open("rb"):  # says by itself what HDF5 takes for no HDF5 file: permissions, a stale mount
-            pass
+        # open as a plain file first: says by itself what HDF5 takes for no HDF5 file: permissions, a stale mount
+        with Path(path).open("rb") as opened:
+            begin = opened.read(len(MAGIC))
+        if begin == MAGIC:
+            raise ValueError(f"{path} is packed with gzip; give it a name that ends in .gz, or unpack it")
         if not h5py.is_hdf5(path):
             raise ValueError(
                 f"{path} is not an HDF5 file; expected an h5ad file written by AnnData. Read other kinds with scanpy "
@@ -478,7 +506,7 @@ def check_h5ad(path: str | os.PathLike[str], *, values: bool = True) -> None:
         raise ValueError(_why_unreadable(path, error)) from error
 
 
-def _why_unreadable(path: Path, error: BaseException) -> str:
+def _why_unreadable(path: AnyPath, error: BaseException) -> str:
     """What is wrong: the file is in use, may not be read, or is damaged."""
     number = system_error(error)
     if number in (errno.EAGAIN, errno.EACCES) and "lock" in str(error):
@@ -491,7 +519,7 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
     return f"{path} is truncated or damaged: {_first_line(error)}. Copy or download it again"
 
 
-def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...], values: bool) -> None:
+def _check_group(group: h5py.Group, path: AnyPath, above: tuple[int, ...], values: bool) -> None:
     address = h5py.h5o.get_info(group.id).addr
 
     # a group that contains itself would be followed without end
@@ -510,10 +538,10 @@ def _check_group(group: h5py.Group, path: Path, above: tuple[int, ...], values: 
         elif isinstance(item, h5py.Dataset):
             _check_dataset(item, path, where)
     if values and group.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
-        _check_sparse(group, path)
+        check_sparse(group, path)
 
 
-def _check_dataset(data: h5py.Dataset, path: Path, where: str) -> None:
+def _check_dataset(data: h5py.Dataset, path: AnyPath, where: str) -> None:
     if data.is_virtual or data.external:
         raise ValueError(
             f"{path}: {where} keeps its values in other files; these are not opened. Store the data itself"
@@ -541,7 +569,7 @@ def _check_filters(data: h5py.Dataset, where: str) -> None:
             )
 
 
-def _check_sparse(group: h5py.Group, path: Path) -> None:
+def check_sparse(group: h5py.Group, path: AnyPath) -> None:
     """Shape, indptr and indices of a sparse matrix agree; reads indices a block at a time."""
     where = f"{path}: sparse matrix {group.name}"
     if not {"data", "indices", "indptr"} <= set(group) or "shape" not in group.attrs:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.cells.files import check_h5ad
+from invirtuo.cells.packed import plain
 from invirtuo.errors import preview
 
 __all__ = ["Part"]
@@ -23,7 +24,7 @@ TROUBLE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError,
 
 
 class Part:
-    """Cells of one ``.h5ad`` or ``.zarr``, X left on disk.
+    """Cells of one ``.h5ad``, packed with gzip or not, or ``.zarr``, X left on disk.
 
     Parameters
     ----------
@@ -39,8 +40,9 @@ class Part:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.is_zarr = self.path.is_dir()
+        self._plain = plain(path)  # where values are read, if the file is packed
         if not self.is_zarr:
-            check_h5ad(self.path, values=False)
+            check_h5ad(self._plain, values=False)
         self.indptr: np.ndarray | None
         self.has_repeats = False  # whether an entry was met that is stored in pieces, or out of order
         self._root: Any = None
@@ -97,7 +99,7 @@ class Part:
 
             self._root = zarr.open_group(str(self.path), mode="r")
         elif self._root is None:
-            self._root = h5py.File(self.path, "r")
+            self._root = h5py.File(self._plain, "r")
         return self._root
 
     def close(self) -> None:
@@ -187,11 +189,11 @@ class Part:
         """How the values of a stored array are read: past HDF5 where they lie in one piece, which frees the GIL."""
         is_plain = isinstance(stored, h5py.Dataset) and stored.chunks is None and stored.dtype.isnative
         offset = stored.id.get_offset() if is_plain else None
-        if offset is None or stored.dtype.itemsize * stored.size > self.path.stat().st_size - offset:
+        if offset is None or stored.dtype.itemsize * stored.size > os.path.getsize(self._plain) - offset:
             return lambda start, out: np.copyto(out, stored[start : start + len(out)], casting="unsafe")
         dtype = stored.dtype
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._descriptor = os.open(self._plain, os.O_RDONLY)
         descriptor = self._descriptor
 
         def fill(start: int, out: np.ndarray) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from invirtuo.cells.files import bytes_by_row, read_h5ad
+from invirtuo.cells.packed import plain
 from invirtuo.cells.preprocess import TOTAL
 from invirtuo.cells.store import CellStore
 from invirtuo.cells.values import AnyMatrix, canonical_csr, check_values
@@ -198,8 +199,8 @@ def opened(
         As for :meth:`CellStore.open`.
     """
     if isinstance(cells, str | os.PathLike):
-        path = Path(cells)
-        if small_in_memory and not path.is_dir():
+        if small_in_memory and not os.path.isdir(cells):
+            path = plain(cells)
             return read_h5ad(path, backed=layer is None and bytes_by_row(path) > IN_MEMORY)
     elif not isinstance(cells, list | tuple):
         return cells

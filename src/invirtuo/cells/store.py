@@ -17,12 +17,14 @@ from scipy import sparse
 
 from invirtuo.cells.files import is_zarr_folder
 from invirtuo.cells.one_file import Part, aligned
+from invirtuo.cells.packed import is_packed
 from invirtuo.cells.values import canonical_csr, look, require_same_scale
 from invirtuo.errors import preview
 
 __all__ = ["MANIFEST", "CellStore", "Scan", "n_bytes"]
 
 MANIFEST = "store.json"  # what a folder written by `shuffle` says of itself
+ENDINGS = (".h5ad", ".h5ad.gz", ".zarr")  # of names of files in a folder
 BLOCK = 512  # rows that are read in one piece, where nothing is said
 SHUFFLED_BLOCK = 4096  # the same in shuffled stores, whose neighbours have nothing in common
 OPEN = 256  # files that are kept open at a time
@@ -106,7 +108,8 @@ class CellStore:
         Parameters
         ----------
         paths
-            ``.h5ad`` files, ``.zarr`` folders, folders of such, or what ``invirtuo prepare --shuffle-to`` wrote.
+            ``.h5ad`` files (also ``.h5ad.gz``), ``.zarr`` folders, folders of such, or what
+            ``invirtuo prepare --shuffle-to`` wrote.
         columns
             Columns of obs to hold in memory, where they exist; None holds all that every file has.
         memory
@@ -340,9 +343,11 @@ def _files(paths: Paths) -> tuple[list[Path], dict[str, Any] | None]:
             files.append(path)
             continue
         # a folder stands for its files
-        found = sorted(p for p in path.iterdir() if p.suffix in (".h5ad", ".zarr") and not p.name.startswith("."))
+        found = [file for file in path.iterdir() if file.name.endswith(ENDINGS) and not file.name.startswith(".")]
         if not found:
             raise ValueError(f"{path} holds no .h5ad or .zarr; expected files of AnnData, or a folder of them")
+        # cells that lie there packed and unpacked are taken once
+        found = sorted(file for file in found if not (is_packed(file) and file.with_suffix("") in found))
         files += found
     if not files:
         raise ValueError("no files were given; expected paths of .h5ad or .zarr, or a folder of them")

@@ -21,6 +21,7 @@ from invirtuo.cli.options import (
     Split,
     Unknown,
     fail,
+    named_splits,
     print_rows,
     print_scores,
     split_of,
@@ -130,7 +131,12 @@ def _tasks() -> list[tuple[str, ...]]:
 def _splits() -> list[tuple[str, ...]]:
     from invirtuo.splits import SPLITS
 
-    return [(name, _first_line(split), "") for name, split in SPLITS.items()]
+    written = named_splits()
+    rows: list[tuple[str, ...]] = []
+    for name, split in SPLITS.items():
+        option = f"--split {written[name]}" if name in written else f"--{name.replace('_', '-')}"
+        rows.append((name, _first_line(split), option))
+    return rows
 
 
 def _first_line(record: Any) -> str:

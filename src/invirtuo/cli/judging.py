@@ -254,6 +254,12 @@ def benchmark(
         str, typer.Option(help="Control cells that models start from: train, or evaluated (as PerturBench).")
     ] = "train",
     metrics: Annotated[str | None, typer.Option(help="Names joined by commas, instead of those of the tasks.")] = None,
+    panels: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tested condition to draw (k562|A+B), or paper: those of its figures; may be given several times."
+        ),
+    ] = None,
     n_jobs: Annotated[int | None, typer.Option(help="Cells computed at a time.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each cell.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with data files.")] = None,
@@ -262,7 +268,6 @@ def benchmark(
     """Fit and score models on tasks with several seeds; goes on where it was stopped."""
     from invirtuo import bench
 
-    names = metrics.split(",") if metrics else None
     scores = bench.benchmark(
         tasks,
         model,
@@ -271,7 +276,8 @@ def benchmark(
         engine,  # type: ignore[arg-type]
         baselines=baselines,
         controls=controls,  # type: ignore[arg-type]
-        metrics=names,
+        metrics=metrics.split(",") if metrics else None,
+        panels=panels or (),
         n_jobs=n_jobs,
         threads=threads,
         data_dir=data_dir,

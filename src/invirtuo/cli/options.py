@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,6 +21,11 @@ if TYPE_CHECKING:
 
 BETTER = {"higher": "↑", "lower": "↓"}
 TABLES = (".csv", ".tsv", ".txt", ".h5ad")  # endings that name a file and no condition
+GROUPS = {
+    "groups": "GROUP,GROUP",
+    "contexts": "GROUP,GROUP",
+    "context": "GROUP",
+}  # arguments of splits that name groups
 MOST_COLUMNS = 6  # metrics beside each other; of more each has a row
 
 
@@ -75,7 +83,7 @@ Steps = Annotated[int | None, typer.Option(help="Steps of the solver; the model'
 Split = Annotated[
     str | None,
     typer.Option(
-        help="Name of a split (`invirtuo list splits`), a file.csv, or a file.toml[:DATASET[:CONTEXT COLUMN]] of STATE."
+        help="One that `invirtuo list splits` names, a file.csv, or a file.toml[:DATASET[:CONTEXT COLUMN]] of STATE."
     ),
 ]
 HoldOut = Annotated[
@@ -206,11 +214,45 @@ def split_of(
         return splits.from_toml(path + dot, obs, design, dataset=dataset or None, context=context or None)
     if Path(split).suffix == ".csv" or Path(split).is_file():
         return splits.from_csv(Path(split), obs)
-    choices = {name: splits.SPLITS[name] for name in ("transfer", "combine", "combine_inverse")}
-    if split not in choices:
-        known = ", ".join(("a file.csv", "a file.toml", *choices))
+    return _named_split(obs, design, split)
+
+
+def named_splits() -> dict[str, str]:
+    """Names that --split takes, and how each is written; those of groups say which argument names them."""
+    from invirtuo.splits import SPLITS
+
+    written = {}
+    for name, function in SPLITS.items():
+        parameters = list(inspect.signature(function).parameters.values())[2:]  # after obs and design
+        needed = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
+        if not needed:
+            written[name] = name
+        elif needed[0].name in GROUPS:
+            written[name] = f"{name}:{GROUPS[needed[0].name]}"
+    return written
+
+
+def _named_split(obs: Any, design: Any, split: str) -> Any:
+    """``transfer``, or ``manual:k562|IFNG,mcf7|IFNG``."""
+    from invirtuo.splits import SPLITS
+
+    name, _, given = split.partition(":")
+    written = named_splits()
+    if name not in written:
+        known = ", ".join(("a file.csv", "a file.toml", *written.values()))
         raise ValueError(f"--split is {split!r}; expected one of {known}; or use --hold-out")
-    return choices[split](obs, design)
+    needs_groups = written[name] != name
+    if bool(given) != needs_groups:
+        advice = f" with groups of the covariates, here {preview(sorted(set(design.groups(obs))))}" if not given else ""
+        raise ValueError(f"--split is {split!r}; expected {written[name]}{advice}")
+    if not needs_groups:
+        return SPLITS[name](obs, design)
+
+    groups = [condition(text.strip()) for text in given.split(",")]
+    argument = next(word for word in GROUPS if word in inspect.signature(SPLITS[name]).parameters)
+    if argument == "context" and len(groups) > 1:
+        raise ValueError(f"--split is {split!r}; {name} holds out one group, found {len(groups)}")
+    return SPLITS[name](obs, design, **{argument: groups[0] if argument == "context" else groups})
 
 
 def print_scores(scores: pd.DataFrame, console: Console | None = None) -> None:

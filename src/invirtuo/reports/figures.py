@@ -10,15 +10,18 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["as_png", "curves", "panels", "populations"]
+__all__ = ["as_png", "condition_panels", "curves", "panels", "populations"]
 
 # Okabe & Ito: colour-blind readers distinguish them, on paper and on a dark page
 GREY, REAL, PREDICTED = "#c4c8cc", "#0072b2", "#d55e00"
 LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MAX_ROWS, MAX_COLUMNS, MAX_POINTS = 12, 6, 4000
+PER_ROW = 5  # models beside each other, where those of one condition fill several rows
 
 
 def panels(table: pd.DataFrame) -> tuple[str, int, str]:
@@ -55,6 +58,34 @@ def panels(table: pd.DataFrame) -> tuple[str, int, str]:
     left_out = [(len(conditions) - len(rows), "conditions"), (len(models) - len(columns), "models")]
     note = " and ".join(f"{n} more {what}" for n, what in left_out if n > 0)
     return as_png(figure), len(columns), f"{note} not drawn" if note else ""
+
+
+def condition_panels(table: pd.DataFrame, condition: str, lines: Mapping[str, str]) -> str:
+    """One condition, a panel for each model, as many rows as that takes.
+
+    Parameters
+    ----------
+    table
+        As for :func:`panels`; background and real cells are those of the condition.
+    condition
+        Its name.
+    lines
+        Model to what stands under its name.
+    """
+    own = table[table["condition"] == condition]
+    models = list(dict.fromkeys(own.loc[own["kind"] == "predicted", "model"]))
+    n_rows = -(-len(models) // PER_ROW)
+    n_columns = min(len(models), PER_ROW)
+    figure = _figure(0.4 + 2.3 * n_columns, 0.7 + 2.75 * n_rows)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax, model in zip(axes, models, strict=False):
+        _panel(ax, own, condition, model)
+        ax.set_title(f"{_title(model)}\n{lines.get(model, '')}", fontsize=8)
+    for ax in axes[len(models) :]:
+        ax.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9, markerscale=4)
+    return as_png(figure)
 
 
 def curves(history: pd.DataFrame) -> str:

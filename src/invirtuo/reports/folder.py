@@ -19,12 +19,14 @@ __all__ = [
     "read_history",
     "read_panels",
     "read_populations",
+    "read_published",
     "read_run",
     "read_scores",
 ]
 
 NEEDED = ("condition", "metric", "value")
 EMPTY = ("", "nan", "NaN", "NA")  # how a missing number is written
+PUBLISHED = ("published", "published_sd", "ours", "ours_sd", "difference")
 LABELS = {"against", "condition", "error", "flag", "gene", "kind", "metric", "model", "perturbation", "status", "task"}
 PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
 COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
@@ -66,7 +68,7 @@ def read_panels(folder: Path) -> pd.DataFrame | None:
     lacking = [name for name in PANEL_COLUMNS[:3] if name not in table]
     if lacking:
         raise ValueError(f"{packed} lacks {', '.join(lacking)}; found {', '.join(map(str, table.columns))}")
-    for column in PANEL_COLUMNS[3:]:
+    for column in (*PANEL_COLUMNS[3:], "task"):
         table[column] = table[column].fillna("").astype(str) if column in table else ""
     return table if (table["kind"] == "predicted").any() else None
 
@@ -138,6 +140,11 @@ def read_comparisons(path: Path) -> pd.DataFrame | None:
     """Paired differences with intervals."""
     needed = ("task", "metric", "model", "against")
     return _optional(path, needed, (), ("difference", "low", "high", "n_conditions"))
+
+
+def read_published(path: Path) -> pd.DataFrame | None:
+    """Means that a paper printed, and ours."""
+    return _optional(path, ("task", "model", "name", "metric", "source"), (), PUBLISHED)
 
 
 def _optional(

@@ -14,14 +14,15 @@ from invirtuo import __version__
 from invirtuo.cells.files import writing
 from invirtuo.reports import benchmark, folder
 from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
-from invirtuo.reports.figures import as_png, curves, panels, populations
-from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, score_table
+from invirtuo.reports.figures import as_png, condition_panels, curves, panels, populations
+from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, published_table, score_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["report"]
 
+UNDER_PANELS = ("mmd_gex", "mmd_pca", "deg_recall")  # scores under cells of a benchmark, as in the figures of PRiMeFlow
 GENES = 12  # largest effects of a condition that are drawn
 MAX_CELLS = 5000  # numbers in the tables by condition of a benchmark; beyond, the charts must do
 
@@ -36,8 +37,9 @@ def report(
     results
         Folder with ``scores.csv`` (columns ``condition``, ``metric``, ``value``, ``model``; optionally ``seed``,
         ``task``, ``direction``). Shown if present: ``panels.npz`` or ``panels.csv`` (``pc1``, ``pc2``, ``kind``,
-        ``model``, ``condition``), ``history.csv`` (``step``, ``model``, one column per quantity), ``effects.csv``
-        (``condition``, ``gene``, ``effect``, ``low``, ``high``, ``real``; `invirtuo.bench.effects`) and ``run.json``
+        ``model``, ``condition``; with ``task`` one picture for each condition of a task), ``history.csv`` (``step``,
+        ``model``, one column per quantity), ``effects.csv`` (``condition``, ``gene``, ``effect``, ``low``, ``high``,
+        ``real``; `invirtuo.bench.effects`) and ``run.json``
         (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor``, ``effect level`` and
         ``notes`` are shown on their own, anything else is listed); of generated populations ``genes.csv``
         (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
@@ -45,8 +47,10 @@ def report(
         ``discrimination.csv`` (``metric``, ``drf``, optionally ``task``; `invirtuo.metrics.calibration`),
         ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``; `invirtuo.metrics.flags`),
         ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
-        ``n_conditions``), and in ``run.json`` ``tasks`` (name to description) and ``directions`` (metric to "lower" or
-        "higher" is better). With these, or with several tasks, the page also compares models over tasks.
+        ``n_conditions``), ``published.csv`` (``task``, ``model``, ``name``, ``metric``, ``source``, ``published``,
+        ``published_sd``, ``ours``, ``ours_sd``, ``difference``), and in ``run.json`` ``tasks`` (name to description)
+        and ``directions`` (metric to "lower" or "higher" is better). With these, or with several tasks, the page also
+        compares models over tasks.
     out
         The page to write; an existing one is replaced only when the new one is complete.
     title
@@ -80,10 +84,14 @@ def report(
     effects = folder.read_effects(path / "effects.csv")
 
     # pictures, and the words above and below them
-    picture, n_columns, left_out = panels(cells) if cells is not None else ("", 0, "")
+    by_task = cells is not None and (cells["task"] != "").any()
+    picture, n_columns, left_out = panels(cells) if cells is not None and not by_task else ("", 0, "")
     structure, n_origins = populations(*counted) if counted is not None else ("", 0)
     discrimination = folder.read_discrimination(path / "discrimination.csv")
     sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
+    for section in sections:
+        section["drawn"] = _drawn(cells, section) if by_task else []
+    _set_beside(sections, folder.read_published(path / "published.csv"))
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
     settings = {key: value for key, value in run.items() if key != "notes"}
@@ -133,6 +141,36 @@ def _sections(
         section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
         found.append(section)
     return found
+
+
+def _drawn(cells: pd.DataFrame, section: dict[str, Any]) -> list[dict[str, str]]:
+    """A picture of each condition of a task: real cells beside those of every model, with scores of the same seed."""
+    own = cells[cells["task"] == section["task"]]
+    predicted = own[own["kind"] == "predicted"]
+    scores = section["scores"]
+    if "seed" in scores and "seed" in own:
+        scores = scores[scores["seed"].isin(own["seed"].unique())]
+    columns = {column.name: column for column in section["table"].columns}
+    found = []
+    for condition in dict.fromkeys(predicted["condition"]):
+        values = scores[scores["condition"] == condition].groupby(["model", "metric"])["value"].mean()
+        lines = {}
+        for model in dict.fromkeys(predicted["model"]):
+            texts = []
+            for name in UNDER_PANELS:
+                if (model, name) in values.index:
+                    label = columns[name].label if name in columns else name
+                    texts.append(f"{label}: {values[model, name]:.2f}")
+            lines[model] = "\n".join(texts)
+        found.append({"condition": condition, "picture": condition_panels(own, condition, lines)})
+    return found
+
+
+def _set_beside(sections: list[dict[str, Any]], published: pd.DataFrame | None) -> None:
+    """What a paper printed for a task goes into its section."""
+    for section in sections:
+        own = published[published["task"] == section["task"]] if published is not None else None
+        section["published"] = published_table(own, section["table"]) if own is not None else None
 
 
 def _flagged(flags: pd.DataFrame) -> list[tuple[str, str]]:

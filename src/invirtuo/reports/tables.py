@@ -12,7 +12,7 @@ import pandas as pd
 if TYPE_CHECKING:
     from invirtuo.metrics import Metric
 
-__all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline", "score_table"]
+__all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline", "published_table", "score_table"]
 
 BASELINES = (  # what everybody must beat
     "context_mean",
@@ -233,6 +233,41 @@ def condition_tables(scores: pd.DataFrame, table: ScoreTable) -> list[dict[str, 
         left_out = max(len(wide) - MAX_CONDITIONS, 0)
         found.append({"column": column, "models": models, "rows": rows, "left_out": left_out})
     return found
+
+
+def published_table(published: pd.DataFrame, table: ScoreTable) -> dict[str, Any] | None:
+    """Models by metrics: what a paper printed, ours, and the difference; None if no number of the paper is met by ours.
+
+    Parameters
+    ----------
+    published
+        Of one task, columns ``model``, ``name``, ``metric``, ``published``, ``published_sd``, ``ours``, ``ours_sd``,
+        ``difference``, ``source``.
+    table
+        The scores of that task, for the names of metrics.
+    """
+    met = published[published["ours"].notna()]
+    if met.empty:
+        return None
+    columns = [column for column in table.columns if column.name in set(met["metric"])]
+    by_model = met.set_index(["model", "metric"])
+    rows = []
+    for model, name in met[["model", "name"]].drop_duplicates().itertuples(index=False):
+        cells: list[tuple[Cell, Cell, Cell] | None] = []
+        for column in columns:
+            if (model, column.name) not in by_model.index:
+                cells.append(None)
+                continue
+            values = by_model.loc[(model, column.name)]
+            theirs = Cell(number(values["published"], 2), note=_deviation(values["published_sd"]))
+            ours = Cell(number(values["ours"], 2), note=_deviation(values["ours_sd"]))
+            cells.append((theirs, ours, Cell(number(values["difference"], 2))))
+        rows.append({"model": model, "name": name, "cells": cells})
+    return {"columns": columns, "rows": rows, "sources": list(dict.fromkeys(met["source"]))}
+
+
+def _deviation(value: float) -> str:
+    return f"±\u00a0{number(value, 1)}" if np.isfinite(value) else ""
 
 
 def number(value: float, significant: int = 3) -> str:
