@@ -268,6 +268,7 @@ def benchmark(
     """Fit and score models on tasks with several seeds; goes on where it was stopped."""
     from invirtuo import bench
 
+    names = metrics.split(",") if metrics else None
     scores = bench.benchmark(
         tasks,
         model,
@@ -276,7 +277,7 @@ def benchmark(
         engine,  # type: ignore[arg-type]
         baselines=baselines,
         controls=controls,  # type: ignore[arg-type]
-        metrics=metrics.split(",") if metrics else None,
+        metrics=names,
         panels=panels or (),
         n_jobs=n_jobs,
         threads=threads,
