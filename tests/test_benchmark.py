@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import read_h5ad
-from published_files import published_file
 
 import invirtuo as iv
 from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
@@ -27,6 +26,7 @@ from invirtuo.bench.published import published_numbers
 from invirtuo.bench.run import chosen_entries
 from invirtuo.cells.packed import Unpacked
 from invirtuo.splits import hold_out
+from tests.published_files import published_file  # by this name in other processes, too
 
 KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
 METRICS = ("rmse_mean", "rmse_mean_rank", "mmd_pca")

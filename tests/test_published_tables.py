@@ -55,7 +55,7 @@ def test_tables_and_figures_from_packed_files(run, same_process, monkeypatch, tm
     command = documented()[name]
     for option, value in given.items():
         command[command.index(option) + 1] = str(value)
-    code, out, err = run(*command, "--panels", tested[0], "--n-jobs", 1)
+    code, _, err = run(*command, "--panels", tested[0], "--n-jobs", 1)
     assert code == 0, err
     costs = pd.read_csv(tmp_path / "out" / "costs.csv")
     assert (costs["status"] == "ok").all()
