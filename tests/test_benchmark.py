@@ -27,6 +27,7 @@ from invirtuo.bench.run import chosen_entries
 from invirtuo.cells.packed import Unpacked
 from invirtuo.models import MODELS
 from invirtuo.splits import hold_out
+from tests.published_files import published_file  # by this name in other processes, too
 
 KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
 METRICS = ("rmse_mean", "rmse_mean_rank", "mmd_pca")
