@@ -162,13 +162,6 @@ def test_models_start_from_the_controls_that_are_asked_for(same_process, task, t
         iv.benchmark(task, entries, 1, tmp_path / "x", controls="real")
 
 
-def published_file(name: str, folder: Path) -> Path:
-    """A look-alike of a published file; imported late, as processes that import this module have no path to it."""
-    from published_files import published_file as write
-
-    return write(name, folder)
-
-
 def suicide(obs):
     os.kill(os.getpid(), signal.SIGKILL)
 
