@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import read_h5ad
+from tests.published_files import published_file  # by this name in other processes, too
 
 import invirtuo as iv
 from invirtuo.bench import TASKS, Entry, Task, paired_differences, tune
@@ -27,7 +28,6 @@ from invirtuo.bench.run import chosen_entries
 from invirtuo.cells.packed import Unpacked
 from invirtuo.models import MODELS
 from invirtuo.splits import hold_out
-from tests.published_files import published_file  # by this name in other processes, too
 
 KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
 METRICS = ("rmse_mean", "rmse_mean_rank", "mmd_pca")
