@@ -43,12 +43,16 @@ def few_pilots(monkeypatch):
 
 @pytest.fixture
 def same_process(monkeypatch):
-    """Cells of benchmarks and searches are computed in this process; a new one takes seconds to import packages."""
+    """Cells of benchmarks and searches are computed in this process, where a new one takes seconds to import packages.
+
+    One after the other: pandas turns its warnings off and on for the whole process, not for a thread.
+    """
     from invirtuo.bench.cell import compute
 
     for name in ("engine", "tune"):
         module = importlib.import_module(f"invirtuo.bench.{name}")
         monkeypatch.setattr(module, "launch", compute)
+    monkeypatch.setattr("invirtuo.bench.engine._n_jobs", lambda cells: 1)
 
 
 @pytest.fixture
