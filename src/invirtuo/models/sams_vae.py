@@ -6,10 +6,10 @@ shifts few latent dimensions, those of its mask m_p, by its effect e_p, and shif
     m_p ~ Bernoulli(sigmoid(logits_p)),  e_p ~ N(MLP([m_p, one-hot of p])),  z_p = sum over the cell's p of m_p e_p
     z_basal ~ N(MLP([x, covariates, z_p])),  prediction = softplus(MLP([z_basal + z_p, covariates]))
 
-Masks are drawn once per perturbation and batch, hard in the forward and relaxed in the backward direction; effects once
-per cell. Loss, mean over the cells of a batch: squared error (summed over genes) + log q(z_basal)
-- log N(z_basal; 0, I), plus, for each perturbation p of the cell, (KL(e_p | N(0, I)) + KL(m_p | Bernoulli(prior))) /
-training cells of p.
+Masks are drawn once per perturbation and batch, hard in the forward and relaxed in the backward direction; effects too,
+or once per cell with `joint_effects`. Loss, mean over the cells of a batch: squared error (summed over genes)
++ log q(z_basal) - log N(z_basal; 0, I), plus, for each perturbation p of the cell,
+(KL(e_p | N(0, I)) + KL(m_p | Bernoulli(prior))) / training cells of p.
 
 The simple form, SAMS-VAE (S) of PerturBench, has no masks (all ones), takes the mean of e_p, and draws z_basal from
 N(0, I) to predict; the terms of masks and effects are not in its loss.
@@ -58,7 +58,8 @@ class Config(Settings):
     mask_prior: float = setting(0.3, "prior probability that a perturbation acts on a latent dimension", gt=0, lt=1)
     temperature: float = setting(0.5, "temperature of the relaxed masks", gt=0)
     joint_effects: bool = setting(
-        False, "the encoder of effects sees all perturbations of a cell, as published; off: one at a time, additive"
+        False,
+        "each cell has effects of its own, encoded from all its perturbations, as published; off: additive, one draw",
     )
     encode_covariates: bool = setting(False, "covariate one-hots beside the cell")
     decode_covariates: bool = setting(False, "covariate one-hots beside the latent vector")
@@ -206,7 +207,8 @@ class SAMSVAE(PerturbationModel):
         p, d = len(self.n_trained), self.config.n_latent
         perturbation = batch.condition.perturbation
         uniform = torch.rand(p, d, generator=generator).to(device)
-        effect_noise = torch.randn(int(perturbation.count_nonzero()), d, generator=generator).to(device)
+        n_draws = int(perturbation.count_nonzero()) if self.config.joint_effects else p
+        effect_noise = torch.randn(n_draws, d, generator=generator).to(device)
         basal_noise = torch.randn(n, d, generator=generator).to(device) * self.config.noise
         masks = self._masks(uniform if self.config.noise else None)
         z_p, _ = self._shifts(perturbation, masks, effect_noise * self.config.noise)
@@ -244,7 +246,8 @@ class SAMSVAE(PerturbationModel):
         masks
             (p, d); drawn if None.
         normal
-            (k, d), noise of the effects of the k perturbations of all cells, cell by cell; drawn if None.
+            Noise of the effects: (k, d) for the k perturbations of all cells, cell by cell, with `joint_effects`, else
+            (p, d); drawn if None.
         """
         if masks is None:
             masks = self._masks(torch.rand_like(self._ones()) if self.config.masked else None)
@@ -256,6 +259,8 @@ class SAMSVAE(PerturbationModel):
         terms = {}
         if self.config.masked:
             mean, log_variance = effect.chunk(2, dim=1)
+            if not self.config.joint_effects:  # one draw for all cells of a perturbation
+                normal = (torch.randn_like(masks) if normal is None else normal)[which]
             effect = gaussian_sample(mean, log_variance, normal)
             # terms of a perturbation count once in an epoch, shared by its cells
             share = 1 / self.n_trained[which]
