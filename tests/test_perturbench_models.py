@@ -302,7 +302,7 @@ def test_cpa_noise_can_be_turned_off(cells):
     pool = of(cells, "x", "control")
     one = AnnData(pool[:1], obs=pd.DataFrame({"context": ["x"], "p": ["control"]}, index=["c"]), var=cells.var)
     assert np.ptp(model.predict(ask(("x", "A")), 5, controls=one, precision="fp32").X, axis=0).max() < 1e-6
-    model.config = replace(config, noise=True, joint_effects=True)
+    model.config = replace(config, noise=True)
     assert np.ptp(model.predict(ask(("x", "A")), 5, controls=one, precision="fp32").X, axis=0).max() > 1e-3
 
 
