@@ -61,30 +61,16 @@ def shared_network(
 
     # an accelerator and a compiler want one large piece
     if values.device.type != "cpu" or values.requires_grad or torch.compiler.is_compiling():
-        return _plain(sinusoids(values, k, scale).to(first.dtype), rest, shift, second, second_bias, *weights)
+        waves = sinusoids(values, k, scale).to(first.dtype)
+        z = F.linear(torch.cat([waves, rest], dim=-1), first, first_bias)
+        z = F.silu(z + (who + shift[:, None]))
+        z = F.silu(torch.baddbmm(second_bias[:, None], z, second))
+        return (z * read_out).sum(-1)
 
-    waves = _Waves(values, k, scale, first, first_bias)
+    lookup = _Waves(values, k, scale, first, first_bias)
     n_rows = max(TILE // values.shape[1], 1)
     per_cell = (x.split(n_rows) for x in (values, rest, shift, second, second_bias))
-    return torch.cat([_Tile.apply(waves, *tile, *weights) for tile in zip(*per_cell, strict=True)])
-
-
-def _plain(
-    waves: Tensor,
-    rest: Tensor,
-    shift: Tensor,
-    second: Tensor,
-    second_bias: Tensor,
-    first: Tensor,
-    first_bias: Tensor,
-    who: Tensor,
-    read_out: Tensor,
-) -> Tensor:
-    """:func:`shared_network` on sinusoids (n, m, k), all cells at once."""
-    z = F.linear(torch.cat([waves, rest], dim=-1), first, first_bias)
-    z = F.silu(z + (who + shift[:, None]))
-    z = F.silu(torch.baddbmm(second_bias[:, None], z, second))
-    return (z * read_out).sum(-1)
+    return torch.cat([_Tile.apply(lookup, *tile, *weights) for tile in zip(*per_cell, strict=True)])
 
 
 class _Waves:
@@ -134,19 +120,8 @@ class _Tile(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        waves: _Waves,
-        values: Tensor,
-        rest: Tensor,
-        shift: Tensor,
-        second: Tensor,
-        second_bias: Tensor,
-        first: Tensor,
-        first_bias: Tensor,
-        who: Tensor,
-        read_out: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, waves: _Waves, *inputs: Tensor) -> Tensor:
+        values, rest, shift, second, second_bias, first, _, who, read_out = inputs
         of_rest = first[:, waves.k :].t()
         z1 = waves.first_layer(values)
         torch.addmm(z1, rest.flatten(0, 1), of_rest, out=z1)
