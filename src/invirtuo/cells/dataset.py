@@ -92,6 +92,7 @@ class CellDataset:
         self._layouts: dict[str, Layout] = {}
         self._controls: ControlCache | None = None
         self._first: dict[FewBatches, tuple[list[Rows], LoadedRows]] = {}
+        self._smallest: dict[str, float] = {}
 
     @classmethod
     def open(
@@ -123,7 +124,7 @@ class CellDataset:
         rows = self.rows("train")
         other.split = self.split.copy()
         other.split[np.random.default_rng(0).permutation(rows)[: int(share * len(rows))]] = "val"
-        other._layouts, other._controls, other._first = {}, None, {}
+        other._layouts, other._controls, other._first, other._smallest = {}, None, {}, {}
         return other
 
     def rows(self, part: str) -> np.ndarray:
@@ -259,12 +260,14 @@ class CellDataset:
         return np.concatenate(sums)
 
     def smallest(self, part: str = "train") -> float:
-        """Smallest value above zero of a part; infinity if there is none."""
-        smallest = np.inf
-        for _, x in self.blocks(part):
-            positive = x.data[x.data > 0]
-            smallest = min(smallest, float(positive.min(initial=np.inf)))
-        return smallest
+        """Smallest value above zero of a part; infinity if there is none. Found in one pass, and kept."""
+        if part not in self._smallest:
+            smallest = np.inf
+            for _, x in self.blocks(part):
+                positive = x.data[x.data > 0]
+                smallest = min(smallest, float(positive.min(initial=np.inf)))
+            self._smallest[part] = smallest
+        return self._smallest[part]
 
     def pseudobulk(self, part: str | np.ndarray = "train", *, linear: bool = False) -> Pseudobulk:
         """Mean and variance of every condition of a part, or of given rows (rising), in the order of their names.

@@ -103,21 +103,18 @@ def row_sums(path: str | os.PathLike[str], matrix: str) -> np.ndarray:
     path = plain(path)
     with reading(path), h5py.File(path, "r") as file:
         stored = file[matrix]
-        encoding = stored.attrs.get("encoding-type", "array")
-        if encoding not in ("csr_matrix", "array"):
+        if stored.attrs.get("encoding-type") == "csc_matrix":  # has no rows to read
             return np.asarray(anndata.io.read_elem(stored).sum(axis=1), dtype=np.float64).ravel()
-        if encoding == "array":
-            blocks = [stored[rows].sum(axis=1, dtype=np.float64) for rows in _row_blocks(stored.shape)]
-            return np.concatenate([np.zeros(0), *blocks])
-
-        # whole rows at a time
-        indptr = stored["indptr"][:].astype(np.int64)
-        sums = np.zeros(len(indptr) - 1)
-        for first, last in _blocks_of_rows(indptr):
-            values = stored["data"][indptr[first] : indptr[last]].astype(np.float64)
-            row = np.repeat(np.arange(last - first), np.diff(indptr[first : last + 1]))
-            sums[first:last] = np.bincount(row, weights=values, minlength=last - first)
-        return sums
+        is_dense = isinstance(stored, h5py.Dataset)
+        n_values = stored.size if is_dense else stored["data"].size
+        x = stored if is_dense else anndata.io.sparse_dataset(stored)
+        n_rows = x.shape[0]
+        step = max(BLOCK * n_rows // max(n_values, 1), 1)
+        sums = [np.zeros(0)]
+        for start in range(0, n_rows, step):
+            block = x[start : start + step]
+            sums.append(np.asarray(block.sum(axis=1, dtype=np.float64)).ravel())
+        return np.concatenate(sums)
 
 
 def _table(group: Any) -> pd.DataFrame:
@@ -152,23 +149,7 @@ def _read_csr(stored: h5py.Group, order: np.ndarray) -> sparse.csr_matrix:
 
 def _read_dense(stored: h5py.Dataset, order: np.ndarray) -> np.ndarray:
     x = np.empty(stored.shape, stored.dtype)
-    for rows in _row_blocks(stored.shape):
-        x[rows] = stored[rows][:, order]
+    step = max(BLOCK // max(stored.shape[1], 1), 1)
+    for start in range(0, len(x), step):
+        x[start : start + step] = stored[start : start + step][:, order]
     return x
-
-
-def _row_blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Rows of a dense matrix, as many at a time as hold a block of values."""
-    step = max(BLOCK // max(shape[1], 1), 1)
-    return [slice(start, start + step) for start in range(0, shape[0], step)]
-
-
-def _blocks_of_rows(indptr: np.ndarray) -> list[tuple[int, int]]:
-    """Rows of a CSR matrix, as many at a time as hold a block of values; at least one."""
-    found, first, n = [], 0, len(indptr) - 1
-    while first < n:
-        last = int(np.searchsorted(indptr, indptr[first] + BLOCK, side="right")) - 1
-        last = min(max(last, first + 1), n)
-        found.append((first, last))
-        first = last
-    return found
