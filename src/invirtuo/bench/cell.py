@@ -29,9 +29,10 @@ import pandas as pd
 
 from invirtuo.bench.entry import FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
-from invirtuo.bench.panels import tested_points
+from invirtuo.bench.panels import PAPER_CELLS, Axes, predicted_points, tested_points
 from invirtuo.bench.task import Task
 from invirtuo.cells.files import write_h5ad, writing
+from invirtuo.metrics.numerics.axes import principal_axes
 from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.verbs.sampling import SampleConfig
 
@@ -45,8 +46,6 @@ __all__ = ["Cell", "Record", "compute", "failed", "launch", "scores_of"]
 Record = dict[str, Any]  # what is kept of a cell: its settings, status, scores and costs, as JSON
 Notes = dict[str, list[dict[str, Any]]]  # rows of tables beside the scores, by kind
 LABELS = ("task", "model", "seed")
-
-
 CONTROLS = ("train", "evaluated")  # parts of a split whose control cells models may start from
 
 
@@ -214,6 +213,7 @@ def _fold(
     common: dict[str, Any] = {"precision": cell.precision} if issubclass(model.Sampling, SampleConfig) else {}
     if cell.controls == "evaluated" and isinstance(model, PerturbationModel) and model.needs_source:
         common["controls"] = real[design.is_control(real.obs)]
+    axes = principal_axes(real.X, 2) if cell.drawn else None
     pair, tables = None, []
     notes: Notes = {"flags": [], "points": []}
     for label, options in cell.entry.rows.items():
@@ -223,22 +223,25 @@ def _fold(
         pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))
         notes["flags"] += flagged(pair, label).assign(fold=fold).to_dict("records")
-        notes["points"] += _points(cell, real, predicted, label, design)
+        if axes is not None:
+            notes["points"] += _points(cell, predicted, label, design, axes)
         clock.add("score", label)
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     return pd.concat(tables), sum(p.numel() for p in model.parameters()), notes
 
 
-def _points(cell: Cell, real: AnnData, predicted: AnnData, label: str, design: Design) -> list[dict[str, Any]]:
-    """Predicted cells on the components of the tested ones; the cells themselves are written down."""
-    own = predicted[design.names(predicted.obs).isin(cell.drawn).to_numpy()] if cell.drawn else predicted[:0]
-    if not own.n_obs:
-        return []
-    if cell.kept is not None:
-        write_h5ad(own.copy(), Path(cell.kept) / cell.task.name / _file_name(label) / f"{cell.seed}.h5ad")
-    points = tested_points(real, {label: own}, design, cell.drawn, cell.seed)
-    rows: list[dict[str, Any]] = points.to_dict("records")
+def _points(cell: Cell, predicted: AnnData, label: str, design: Design, axes: Axes) -> list[dict[str, Any]]:
+    """Predicted cells of the conditions to draw, on the components of the tested cells; they are written down too."""
+    names = design.names(predicted.obs)
+    if cell.kept is not None and names.isin(cell.drawn).any():
+        kept = predicted[names.isin(cell.drawn).to_numpy()].copy()
+        write_h5ad(kept, Path(cell.kept) / cell.task.name / _file_name(label) / f"{cell.seed}.h5ad")
+    rows: list[dict[str, Any]] = []
+    for condition in cell.drawn:
+        own = predicted[(names == condition).to_numpy()]
+        if own.n_obs:
+            rows += predicted_points(own, label, design, axes, cell.seed, PAPER_CELLS).to_dict("records")
     return rows
 
 
@@ -253,7 +256,9 @@ def _floor(
     metrics, n_pcs = cell.metrics or cell.task.metrics, cell.task.n_pcs
     table = noise_floor(real, design, metrics, n_pcs=n_pcs, seed=cell.seed)
     known = discrimination(real, design, metrics, n_pcs=n_pcs, seed=cell.seed)
-    points = tested_points(real, {}, design, cell.drawn, cell.seed)
+    if not cell.drawn:
+        return table[~table["condition"].isin(trained)].assign(model=FLOOR), known, pd.DataFrame()
+    points = tested_points(real, design, principal_axes(real.X, 2), cell.drawn, cell.seed)
     return table[~table["condition"].isin(trained)].assign(model=FLOOR), known, points
 
 

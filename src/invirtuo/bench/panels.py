@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["panels", "predicted_points", "real_points", "tested_points"]
+__all__ = ["PAPER_CELLS", "Axes", "panels", "predicted_points", "real_points", "tested_points"]
 
 Axes: TypeAlias = tuple[np.ndarray, np.ndarray]  # (g,) centre and (g, 2) directions
 
@@ -34,13 +34,16 @@ def real_points(adata: AnnData, real: AnnData, design: Design, axes: Axes, seed:
     return pd.concat(tables, ignore_index=True)
 
 
-def predicted_points(predicted: AnnData, label: str, design: Design, axes: Axes, seed: int) -> pd.DataFrame:
-    """Predicted cells on the same two components."""
+def predicted_points(
+    predicted: AnnData, label: str, design: Design, axes: Axes, seed: int, limit: int = PANEL_CELLS
+) -> pd.DataFrame:
+    """Predicted cells on the same two components, at most `limit` of each condition."""
     names = design.names(predicted.obs)
     tables = []
     for condition in names.unique():
         cells = predicted[(names == condition).to_numpy()]
-        tables.append(_projected(cells, axes, seed, kind="predicted", condition=condition, model=label))
+        points = _projected(cells, axes, seed, kind="predicted", condition=condition, model=label, limit=limit)
+        tables.append(points)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -67,43 +70,13 @@ def _projected(
     return pd.DataFrame({"pc1": pc1, "pc2": pc2, "kind": kind, "model": model, "condition": condition})
 
 
-def tested_points(
-    real: AnnData,
-    predictions: Mapping[str, AnnData],
-    design: Design,
-    conditions: Sequence[str],
-    seed: int,
-) -> pd.DataFrame:
-    """Some tested conditions as in figures 1 to 5 of PRiMeFlow: components of all tested cells, 100 cells of a model.
-
-    Parameters
-    ----------
-    real
-        All cells of the test split.
-    predictions
-        Label to predicted cells; nothing gives the real cells, all of them as background and those of each condition.
-    design
-        Names conditions.
-    conditions
-        Their names; those that are not there are left out.
-    seed
-        Of the cells that are drawn where there are too many.
-    """
-    if not conditions:
-        return pd.DataFrame(columns=COLUMNS)
-    axes = principal_axes(real.X, 2)
-    sides = predictions or {"": real}
-    tables = []
-    for label, cells in sides.items():
-        names = design.names(cells.obs)
-        for condition in [name for name in conditions if name in set(names)]:
-            own = cells[(names == condition).to_numpy()]
-            if predictions:
-                points = _projected(
-                    own, axes, seed, kind="predicted", condition=condition, model=label, limit=PAPER_CELLS
-                )
-                tables.append(points)
-                continue
+def tested_points(real: AnnData, design: Design, axes: Axes, conditions: Sequence[str], seed: int) -> pd.DataFrame:
+    """Real cells of some tested conditions, each before all tested cells, as in figures 1 to 5 of PRiMeFlow."""
+    names = design.names(real.obs)
+    tables = [pd.DataFrame(columns=COLUMNS)]
+    for condition in conditions:
+        own = real[(names == condition).to_numpy()]
+        if own.n_obs:
             tables.append(_projected(real, axes, seed, kind="background", condition=condition, limit=4 * PANEL_CELLS))
             tables.append(_projected(own, axes, seed, kind="real", condition=condition))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+    return pd.concat(tables[1:] or tables, ignore_index=True)
