@@ -30,10 +30,9 @@ def tiny(name: str, path: Path) -> None:
     """The rows of the paper with networks that are fitted in a moment."""
     rows = json.loads((ROOT / "studies" / "paper" / f"{name}.json").read_text(encoding="utf-8"))
     for row in rows:
-        if row["model"] not in SMALL:
-            continue
-        row["config"] = asdict(SMALL[row["model"]])
         row["fit"] = FIT
+        if row["model"] in SMALL:
+            row["config"] = asdict(SMALL[row["model"]])
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
