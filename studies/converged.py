@@ -20,23 +20,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from invirtuo.bench import TASKS
+from invirtuo.bench import TASKS, paired_differences
 from invirtuo.fit import FitConfig
-from invirtuo.metrics import Pair
+from invirtuo.metrics import Pair, score
 from invirtuo.models import FMPCA, PRiMeFlow
-from studies.harness import Failed, Tables, filled, mean_scores, over_seeds, part, study
+from studies.harness import Failed, Tables, filled, over_seeds, part, study
 
 METRICS = ("mmd_gex", "mmd_pca", "energy_distance", "mse_degs", "deg_recall", "cosine_logfc", "rmse_mean",
            "variance_ratio", "zeros_distance")  # fmt: skip
-N_CELLS, N_SEEN, BATCH, FIRST_MARK = 200, 3, 128, 250
+N_CELLS, N_SEEN, FIRST_MARK = 200, 3, 250
 BARE = {"calibrate": 0.0, "hurdle": False, "loss_genes": 0}
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "fm_pca": {"lr": 1e-3},
+    "fm_pca:ot": {"source": "control", "lr": 1e-3},
     "mlp": {"velocity": "mlp", "precondition": False, "hidden_dim": 384, "n_layers_decoding": 2, "lr": 1e-3},
     "genewise": {"velocity": "genewise", "cell_width": 256, "hidden_dim": 128, "lr": 2e-3},
     "unet": {"velocity": "unet", "precondition": False, "hidden_dim": 32, "channel_mult": (1, 2, 2, 4), "num_heads": 2,
-             "attention_resolutions": (8,), "lr": 1e-3},
+             "attention_resolutions": (8,), "lr": 1e-3, "batch_size": 64},
 }  # fmt: skip
 TOLD: dict[str, dict[str, Any]] = {
     "one-hots": {"anchor": False, "covariate_scale": 1.0},
@@ -64,7 +65,8 @@ def run(
     task: str, told: str, network: str, genes: int, seed: int, *, steps: int, patience: int, data_dir: str | None
 ) -> list[dict]:
     """Fit one network until its validation loss stops, and judge it at its marks and at its best."""
-    if (network, told) == ("fm_pca", "anchors"):
+    is_pca = network.startswith("fm_pca")
+    if is_pca and told == "anchors":
         raise Failed("fm_pca has no anchored form")
     torch.set_num_threads(1)
     chosen = TASKS[task]
@@ -74,11 +76,11 @@ def run(
 
     # the fit
     options = dict(NETWORKS[network])
-    fit = FitConfig(steps=steps, batch_size=BATCH, lr=options.pop("lr"), schedule="constant", ema=0.995, clip=1.0,
-                    betas=(0.9, 0.99), val_every=FIRST_MARK, val_batches=16, patience=patience, keep="best",
-                    progress=False, seed=seed)  # fmt: skip
-    if network == "fm_pca":
-        model = FMPCA(design, adata.var_names)
+    fit = FitConfig(steps=steps, lr=options.pop("lr"), batch_size=options.pop("batch_size", 128), schedule="constant",
+                    ema=0.995, clip=1.0, betas=(0.9, 0.99), val_every=FIRST_MARK, val_batches=16, patience=patience,
+                    keep="best", progress=False, seed=seed)  # fmt: skip
+    if is_pca:
+        model = FMPCA(design, adata.var_names, replace(FMPCA.Config(), **options))
     else:
         model = PRiMeFlow(design, adata.var_names, replace(PRiMeFlow.Config(), **BARE, **TOLD[told], **options))
     curve = Curve()
@@ -105,9 +107,10 @@ def run(
             for values, x in (("as drawn", as_drawn), ("zeros", with_zeros)):
                 predicted.X = x
                 pair = Pair(predicted, part(adata, split, name), design, n_pcs=30)
-                means = mean_scores(pair, METRICS, design.names(table))
+                scores = score(pair, METRICS)[["condition", "metric", "value"]]
+                scores = scores[scores["condition"].isin(design.names(table))]
                 own = about | {"conditions": conditions, "values": values}
-                rows += [own | {"metric": metric, "value": value} for metric, value in means.items()]
+                rows += [own | row for row in scores.to_dict("records")]
     return rows
 
 
@@ -142,6 +145,11 @@ def converged(
     one = partial(run, steps=steps, patience=patience, data_dir=data_dir)
     axes = {"genes": genes, "seed": range(seeds), "task": tasks, "told": told, "network": networks}
     table = filled(out / "scores.csv", one, **axes)
-    best = table[table["point"] == "best"]
-    by = ["task", "genes", "told", "network", "conditions", "values", "metric"]
-    return {"best": over_seeds(best, by)["mean"].unstack("metric")}
+    by = ["genes", "told", "conditions", "values"]
+    each = ["task", *by, "network"]
+    curves = over_seeds(table, [*each, "point", "metric"], ["value", "step", "seconds"]).xs("mean", axis=1, level=1)
+    ends = table[table["point"] == "best"]
+    best = over_seeds(ends, [*each, "metric"])["mean"].unstack("metric")
+    alike = ends.rename(columns={"network": "model"}).groupby(by, sort=False)
+    differences = pd.concat({about: paired_differences(rows) for about, rows in alike}, names=by)
+    return {"best": best, "curves": curves, "differences": differences}
