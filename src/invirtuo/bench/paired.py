@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from itertools import permutations
 
 import numpy as np
@@ -47,35 +49,49 @@ def paired_differences(
     """
     rows = []
     for (task, metric), own in scores.groupby(["task", "metric"], sort=False):
-        models = list(dict.fromkeys(own["model"]))
         wide = own.pivot_table(index=["model", "seed"], columns="condition", values="value", dropna=False)
-        values = {model: wide.loc[model].dropna(how="all").to_numpy(float) for model in models}
-        for model, against in permutations(models, 2):
-            facts = _difference(values[model], values[against], level, n_resamples, seed)
+        values = {model: wide.loc[model].dropna(how="all").to_numpy(float) for model in dict.fromkeys(own["model"])}
+        resampled = cache(partial(_resampled, values, n_resamples=n_resamples, seed=seed))
+        for model, against in permutations(values, 2):
+            facts = _difference(values, model, against, level, resampled)
             rows.append({"task": task, "metric": metric, "model": model, "against": against, **facts})
     columns = ["task", "metric", "model", "against", "difference", "low", "high", "n_conditions", "n_seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _difference(a: np.ndarray, b: np.ndarray, level: float, n_resamples: int, seed: int) -> dict[str, float]:
+def _difference(
+    values: Mapping[str, np.ndarray],
+    model: str,
+    against: str,
+    level: float,
+    resampled: Callable[..., tuple[np.ndarray, np.ndarray]],
+) -> dict[str, float]:
     """Difference of the means of two models, each (seeds, conditions), with an interval, over complete conditions."""
-    complete = np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0)
-    a, b = a[:, complete], b[:, complete]
-    n = a.shape[1] if len(a) and len(b) else 0
+    a, b = values[model], values[against]
+    complete = np.flatnonzero(np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0))
+    n = len(complete) if len(a) and len(b) else 0
     facts = {"difference": np.nan, "low": np.nan, "high": np.nan, "n_conditions": n, "n_seeds": min(len(a), len(b))}
     if n:
-        facts["difference"] = float(a.mean() - b.mean())
+        facts["difference"] = float(a[:, complete].mean() - b[:, complete].mean())
     if n > 1:
-        # conditions are resampled for both models alike, seeds for each by itself
-        rng = np.random.default_rng(seed)
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
-        a_means, b_means = weights @ a.T, weights @ b.T  # (resamples, seeds)
-        a_mean = _mean_over_drawn(a_means, rng)
-        b_mean = _mean_over_drawn(b_means, rng)
         tail = 100 * (1 - level) / 2
-        low, high = np.percentile(a_mean - b_mean, [tail, 100 - tail])
+        first, second = resampled(model, tuple(complete))[0], resampled(against, tuple(complete))[1]
+        low, high = np.percentile(first - second, [tail, 100 - tail])
         facts["low"], facts["high"] = float(low), float(high)
     return facts
+
+
+def _resampled(
+    values: Mapping[str, np.ndarray], model: str, conditions: tuple[int, ...], *, n_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of a model over conditions drawn with replacement, the same for every model, and over seeds drawn anew.
+
+    Twice, with other draws of seeds, so that two models differ in theirs: for the first and the second of a pair.
+    """
+    rng, n = np.random.default_rng(seed), len(conditions)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
+    means = weights @ values[model][:, conditions].T  # (resamples, seeds)
+    return _mean_over_drawn(means, rng), _mean_over_drawn(means, rng)
 
 
 def _mean_over_drawn(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
