@@ -106,10 +106,6 @@ def test_zeros_are_those_of_cells(case, tmp_path):
     limit = float(train.X[train.X > 0].min()) / 2
     drawn, cut = (call(case, "predict", zeros=zeros).X for zeros in (None, "threshold"))
     np.testing.assert_array_equal(cut, np.where(drawn < limit, 0.0, drawn).astype(np.float32))
-    if not model.needs_source:
-        with pytest.raises(ValueError, match="does not start from control cells; try 'threshold'"):
-            call(case, "predict", zeros="moved")
-        return
 
     moved = call(case, "predict", zeros="moved")
     label = design.names(moved.obs)
@@ -117,7 +113,7 @@ def test_zeros_are_those_of_cells(case, tmp_path):
     for name in label.unique():
         rows = (label == name).to_numpy()
         wanted, found = np.maximum(drawn[rows].mean(0), 0), moved.X[rows].mean(0)
-        # values are stretched five-fold at most, and where controls have no positive value there is nothing to move
+        # where controls have no positive value there is nothing to move
         assert np.median(np.abs(found - wanted)) < 0.05
 
     # a model that was saved knows its smallest value, one from before does not
@@ -127,6 +123,35 @@ def test_zeros_are_those_of_cells(case, tmp_path):
     del again.card["smallest"]
     with pytest.raises(ValueError, match="fitted before it could be asked for; fit it again"):
         call(case, "predict", model=again, zeros="moved")
+
+
+@pytest.mark.parametrize("case", PREDICTING)
+def test_counts_are_whole(case, tmp_path):
+    """Of the cells that are drawn: as deep as control cells, alike in memory, in a file, and from a saved model."""
+    model = fitted(case)
+    counts = call(case, "predict", output="counts")
+    assert counts.X.dtype == np.int32 and counts.X.min() == 0
+    log = call(case, "predict", zeros=None if model.keeps_zeros else "moved")
+    np.testing.assert_array_equal(counts.obs, log.obs)
+
+    found = counts.X.toarray()
+    assert not found[log.X <= 0].any()
+
+    # the same from a file, and from a saved model; one from before does not know
+    written = call(case, "predict", output="counts", out=tmp_path / "counts.h5ad").to_memory()
+    np.testing.assert_array_equal(written.X.toarray(), found)
+    model.save(tmp_path / "run")
+    again = iv.load(tmp_path / "run")
+    np.testing.assert_array_equal(call(case, "predict", model=again, output="counts").X.toarray(), found)
+    again._depths = None
+    with pytest.raises(ValueError, match="fitted before it could be asked for; fit it again"):
+        call(case, "predict", model=again, output="counts")
+
+    # what counts do not have
+    with pytest.raises(ValueError, match="output is 'mean'; expected log or counts"):
+        call(case, "predict", output="mean")
+    with pytest.raises(ValueError, match="effects in log space, and output is 'counts'"):
+        call(case, "predict", output="counts", effect_level=0.8)
 
 
 @pytest.mark.parametrize("case", CASES)

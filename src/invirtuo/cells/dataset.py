@@ -92,7 +92,7 @@ class CellDataset:
         self._layouts: dict[str, Layout] = {}
         self._controls: ControlCache | None = None
         self._first: dict[FewBatches, tuple[list[Rows], LoadedRows]] = {}
-        self._smallest: dict[str, float] = {}
+        self._extremes: dict[str, tuple[float, float]] = {}
 
     @classmethod
     def open(
@@ -124,7 +124,7 @@ class CellDataset:
         rows = self.rows("train")
         other.split = self.split.copy()
         other.split[np.random.default_rng(0).permutation(rows)[: int(share * len(rows))]] = "val"
-        other._layouts, other._controls, other._first, other._smallest = {}, None, {}, {}
+        other._layouts, other._controls, other._first, other._extremes = {}, None, {}, {}
         return other
 
     def rows(self, part: str) -> np.ndarray:
@@ -259,15 +259,19 @@ class CellDataset:
             sums.append(np.asarray(total, dtype=np.float32).ravel())
         return np.concatenate(sums)
 
-    def smallest(self, part: str = "train") -> float:
-        """Smallest value above zero of a part; infinity if there is none. Found in one pass, and kept."""
-        if part not in self._smallest:
-            smallest = np.inf
+    def extremes(self, part: str = "train") -> tuple[float, float]:
+        """Smallest value above zero of a part, infinity if there is none, and the largest value.
+
+        Found in one pass, and kept.
+        """
+        if part not in self._extremes:
+            smallest, largest = np.inf, 0.0
             for _, x in self.blocks(part):
                 positive = x.data[x.data > 0]
                 smallest = min(smallest, float(positive.min(initial=np.inf)))
-            self._smallest[part] = smallest
-        return self._smallest[part]
+                largest = max(largest, float(positive.max(initial=0.0)))
+            self._extremes[part] = smallest, largest
+        return self._extremes[part]
 
     def pseudobulk(self, part: str | np.ndarray = "train", *, linear: bool = False) -> Pseudobulk:
         """Mean and variance of every condition of a part, or of given rows (rising), in the order of their names.

@@ -133,6 +133,7 @@ def predict(
         float | None,
         typer.Option(help="Also give effects with intervals that cover this share of genes, for example 0.9."),
     ] = None,
+    output: Annotated[str | None, typer.Option(help="log: log1p values (default). counts: whole counts.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: conditions spread over a Ray cluster.")] = "local",
     n_jobs: Annotated[int | None, typer.Option(help="Processes of --engine ray without a cluster.")] = None,
     device: Device = None,
@@ -148,6 +149,7 @@ def predict(
         clamp_min=clamp_min,
         zeros=zeros,
         effect_level=effect_level,
+        output=output,
         n_jobs=n_jobs,
         device=device,
     )

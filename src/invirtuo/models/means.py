@@ -123,7 +123,7 @@ class _ConditionMeans(PerturbationModel):
 
     def _keep(self, dataset: CellDataset, training: Pseudobulk) -> None:
         if self.mode == "move_cells":
-            self.smallest = torch.tensor(dataset.smallest("train"))
+            self.smallest = torch.tensor(dataset.extremes()[0])
         self.means, self.n_cells = training.mean.float(), training.n_cells
         self.perturbations, self.covariates = training.condition.perturbation, training.condition.groups
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["moved", "with_mean", "with_zeros"]
 
-LARGEST = 5.0  # factor by which positive values may be stretched or shrunk
+LARGEST = 100.0  # fold change of positive values, up or down
+NEWTON_STEPS = 10
 
 
 def with_zeros(
@@ -77,13 +81,13 @@ def with_mean(x: Tensor, pilot: Tensor, weight: float, estimate: Tensor, smalles
 
     Adding a difference would turn every zero into a small number, multiplying leaves the share of zeros where it was.
     Here the share p of cells that express a gene becomes 1 - (1 - p)^r for a mean that grows r-fold (what independent
-    counts do), the cells that come or go are those nearest to the limit, the shape of the positive values is kept, and
-    a factor on them does the rest. The order of the cells in a gene stays, and so the ranks of its correlations.
+    counts do), the cells that come or go are those nearest to the limit, and a fold change of the positive values does
+    the rest. The order of the cells in a gene stays, and so the ranks of its correlations.
 
     Parameters
     ----------
     x
-        (n, g) sampled values; below `smallest` they count as zero.
+        (n, g) sampled log1p values; below `smallest` they count as zero.
     pilot
         (m, g) sampled values of the same condition, from which the mean and the distribution are taken.
     weight
@@ -129,12 +133,30 @@ def with_mean(x: Tensor, pilot: Tensor, weight: float, estimate: Tensor, smalles
         values = torch.lerp(below, above, position - low)
         return torch.where(top < new_share, values, 0.0)
 
-    # what the share alone does not reach, a factor does
-    reached = mapped(torch.arange(n_pilot).to(ordered).expand_as(ordered)).mean(dim=1, keepdim=True)
-    factor = (wanted / reached.clamp_min(1e-12)).clamp(1 / LARGEST, LARGEST)
+    # what the share alone does not reach, a fold change does
+    fold = _fold_change(mapped(torch.arange(n_pilot).to(ordered).expand_as(ordered)), wanted)
 
     # cells by their rank among those of the pilot; above its highest value they keep their distance to it
     own = x.T.contiguous()
     rank = n_pilot - torch.searchsorted(ordered.flip(1), own, right=True)
     beyond = torch.where(ordered[:, :1] >= smallest, (own - ordered[:, :1]).clamp_min(0), 0.0)
-    return ((mapped(rank.to(own)) + beyond) * factor).T.contiguous()
+    return torch.log1p(torch.expm1(mapped(rank.to(own)) + beyond) * fold).T.contiguous()
+
+
+def _fold_change(values: Tensor, wanted: Tensor) -> Tensor:
+    """Factor (g, 1) on linear values after which the mean of log1p values (g, k) is the wanted one (g, 1).
+
+    The mean grows with the logarithm of the factor as a sum of softplus does, which is convex: Newton's method, begun
+    where the mean is too large, comes down to it.
+    """
+    linear = torch.expm1(values)
+    positive = linear > 0
+    level = torch.where(positive, linear, 1.0).log()
+    share = positive.to(values.dtype).mean(dim=1, keepdim=True).clamp_min(1e-12)
+    log_fold = (wanted - level.mean(dim=1, keepdim=True)) / share
+    for _ in range(NEWTON_STEPS):
+        moved_level = log_fold + level
+        mean = torch.where(positive, functional.softplus(moved_level), 0.0).mean(dim=1, keepdim=True)
+        slope = torch.where(positive, moved_level.sigmoid(), 0.0).mean(dim=1, keepdim=True)
+        log_fold = log_fold - (mean - wanted) / slope.clamp_min(1e-12)
+    return log_fold.clamp(-math.log(LARGEST), math.log(LARGEST)).exp()

@@ -19,6 +19,7 @@ from invirtuo.batch import Batch
 from invirtuo.errors import preview, whole_number
 from invirtuo.nn.moved import with_zeros
 from invirtuo.verbs.controls import ControlCells
+from invirtuo.verbs.emission import Depths
 from invirtuo.verbs.sampling import SampleConfig
 from invirtuo.workers import n_workers, over_ray
 
@@ -101,6 +102,7 @@ class Request:
     device: str | None = None
     first: int = 0  # number of the first condition
     smallest: float = 0.0  # positive value of the training cells, where `config.zeros` asks for it
+    depths: Depths | None = None  # where counts are asked for
 
     def __len__(self) -> int:
         """Give the number of conditions."""
@@ -122,7 +124,8 @@ def drawn(model: Sampled, request: Request, engine: str, n_jobs: int | None) -> 
     precision: Literal["bf16", "fp32"]
     precision = "bf16" if fit.use_bf16(request.config, device) else "fp32"  # decided here for all workers
     bare = replace(request, config=replace(request.config, precision=precision), pool={})
-    yield from in_parts(_conditions, bare, model, request.pool, engine=engine, n_jobs=n_jobs)
+    counts = request.depths is not None  # which are not stored by their place
+    yield from in_parts(_conditions, bare, model, request.pool, engine=engine, n_jobs=n_jobs, in_order=counts)
 
 
 @torch.no_grad()
@@ -136,6 +139,7 @@ def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCell
             # on the CPU, so that the same seed gives the same cells on every device
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed}|{name}".encode()))
             batch = Batch(model.design.encode(table.iloc[[i] * n_cells]))
+            source = None
             if model.needs_source:
                 source, embedding = _sources(pool, groups.iloc[i], n_cells, generator)
                 batch = Batch(batch.condition, source=source, source_embedding=embedding)
@@ -143,9 +147,13 @@ def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCell
                 x = model.sample(batch.to(device), generator, config).float().cpu()
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"{model.name} draws NaN or infinite values for {name}; fit it again with a lower lr")
-            x = with_zeros(x, config.zeros, batch.source, request.smallest / 2, generator)
+            if config.zeros == "moved" and source is None:
+                source, _ = _sources(pool, groups.iloc[i], n_cells, generator)
+            x = with_zeros(x, config.zeros, source, request.smallest / 2, generator)
             if config.clamp_min is not None:
                 x = x.clamp_min(config.clamp_min)
+            if request.depths is not None:
+                x = request.depths.counts(x, groups.iloc[i], source)
             yield request.first + i, x.numpy()
 
 

@@ -291,6 +291,7 @@ class CountGenerator(Model):
         n_cells: int = 1000,
         *,
         seed: int = 0,
+        output: Literal["counts"] = "counts",
         out: str | Path | None = None,
         engine: str = "local",
         n_jobs: int | None = None,
@@ -304,6 +305,8 @@ class CountGenerator(Model):
         ----------
         conditions, n_cells, seed, out, engine, n_jobs, device, progress
             As in :meth:`PerturbationModel.predict`.
+        output
+            "counts", which is what the model draws.
         {options}
 
         Returns
@@ -311,6 +314,8 @@ class CountGenerator(Model):
         AnnData as of :meth:`generate`.
         """
         self._check_fitted()
+        if output != "counts":
+            raise ValueError(f"output is {output!r}; {self.name} draws counts, leave output out")
         table = wanted_conditions(conditions, self)
         n_cells = whole_number("n_cells", n_cells)
         rows = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)

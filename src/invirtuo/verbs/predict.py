@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -22,10 +23,12 @@ from invirtuo.verbs import saving
 from invirtuo.verbs.controls import ControlCells
 from invirtuo.verbs.draw import Request, check_engine, control_pool, drawn, filled, means_of, stored
 from invirtuo.verbs.effects import Calibration
+from invirtuo.verbs.emission import Depths
 from invirtuo.verbs.model import Model, check_torch, track
 from invirtuo.verbs.observed import ObservedMeans
 from invirtuo.verbs.sampling import NoSampling, SampleConfig, takes_options
 from invirtuo.verbs.wanted import wanted_conditions
+from invirtuo.verbs.write_counts import Block, assembled, in_rows, write_cells
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["PerturbationModel"]
 
 logger = logging.getLogger(__name__)
+
+CHUNK = 10_000  # cells of counts that are written at once
 
 
 class PerturbationModel(Model):
@@ -46,6 +51,7 @@ class PerturbationModel(Model):
 
     _controls: dict[str, ControlCells]
     _observed_means: ObservedMeans | None
+    _depths: Depths | None
 
     def __init__(self, design: Design, genes: Sequence[str], config: Any = None):
         if design.perturbation is None:
@@ -54,7 +60,7 @@ class PerturbationModel(Model):
                 "give perturbation= and control= to Design.from_adata, or use a model that generates populations"
             )
         super().__init__(design, genes, config)
-        self._controls, self._observed_means = {}, None
+        self._controls, self._observed_means, self._depths = {}, None, None
 
     # ---- what a model writes -----------------------------------------------------------------------------------
 
@@ -77,6 +83,7 @@ class PerturbationModel(Model):
         seed: int = 0,
         controls: AnnData | str | Path | None = None,
         effect_level: float | None = None,
+        output: Literal["log", "counts"] = "log",
         out: str | Path | None = None,
         engine: str = "local",
         n_jobs: int | None = None,
@@ -103,6 +110,11 @@ class PerturbationModel(Model):
             Also give the effect on every gene with an interval, which shall cover this share of all genes. Intervals
             are conformal and calibrated on the conditions that the split of the fit held out for validation, drawn
             in the same way (`invirtuo.effects`): they hold for conditions that are like those.
+        output
+            "log": values in the model's data space. "counts": whole counts of these cells, for models of log1p values
+            of counts per depth. Cells that start from control cells have the depths of these, others together those of
+            the control cells of their group; a model that draws no zeros draws with ``zeros="moved"``, unless another
+            way is chosen.
         out
             h5ad to write while cells are drawn; memory then does not grow with their number.
         engine, n_jobs
@@ -118,7 +130,7 @@ class PerturbationModel(Model):
 
         Returns
         -------
-        AnnData with the columns of the Design in obs, X in the model's data space (float32), and
+        AnnData with the columns of the Design in obs, X in the model's data space (float32) or counts (CSR, int32), and
         ``uns["invirtuo"]``: how it was made. With `out` it reads from the file (backed). With `effect_level` varm holds
         ``effect``, ``effect_low`` and ``effect_high``, (g, c): change of the mean to the control cells of the same
         covariates; conditions in the order of obs, and named in ``uns["invirtuo"]["conditions"]``.
@@ -127,8 +139,8 @@ class PerturbationModel(Model):
         ------
         ValueError
             If the model is not fitted, a condition has an unknown perturbation or covariate, an option is unknown or
-            cannot act, the device is not there, or intervals are asked for and the fit held out no conditions for
-            validation.
+            cannot act, the device is not there, intervals are asked for and the fit held out no conditions for
+            validation, or counts are asked for and the training values do not come from counts.
         """
         import anndata
 
@@ -138,6 +150,10 @@ class PerturbationModel(Model):
         n_cells = whole_number("n_cells", n_cells)
         seed = whole_number("seed", seed, 0)
         config = self._sampling(options)
+        if output not in ("log", "counts"):
+            raise ValueError(f"output is {output!r}; expected log or counts")
+        if output == "counts":
+            config = self._sampling_of_counts(config, effect_level)
         smallest = self._smallest(config.zeros)
 
         # what to draw, with which model
@@ -146,7 +162,11 @@ class PerturbationModel(Model):
         model = self if controls is None else self.with_controls(controls)
         table = model.wanted(conditions)
         calibration = None if effect_level is None else model._calibration(effect_level, controls)
-        request = Request(table, n_cells, seed, config, model._pool(controls), device, smallest=smallest)
+        pool = model._pool(controls)
+        depths = self._depths if output == "counts" else None
+        if depths is not None and controls is not None:
+            depths = depths.with_groups(pool)
+        request = Request(table, n_cells, seed, config, pool, device, smallest=smallest, depths=depths)
 
         # cells are drawn when they are written; effects need their means
         cells: Iterable[tuple[int, np.ndarray]] = drawn(model, request, engine, n_jobs)
@@ -167,6 +187,12 @@ class PerturbationModel(Model):
             uns["invirtuo"] |= {"effect_level": effect_level, "conditions": names}
 
         # into a file as they come, or into memory
+        if output == "counts":
+            blocks = (Block(in_rows(torch.from_numpy(x)), None, None) for _, x in cells)
+            if out is not None:
+                write_cells(Path(out), obs, var, uns["invirtuo"], blocks, CHUNK, latent=False)
+                return read_h5ad(out, backed=True)
+            return assembled(list(blocks), obs, var, uns["invirtuo"], output, latent=False)
         shape = (len(obs), len(self.genes))
         if out is not None:
             with writing_h5ad(out, obs, var, uns) as file:
@@ -178,15 +204,25 @@ class PerturbationModel(Model):
         varm = None if calibration is None else calibration.intervals(request, means)
         return anndata.AnnData(x, obs=obs, var=var, uns=uns, varm=varm)
 
+    def _sampling_of_counts(self, config: Any, effect_level: float | None) -> Any:
+        """Options with which cells that become counts are drawn: with zeros."""
+        if effect_level is not None:
+            raise ValueError(
+                "effect_level asks for effects in log space, and output is 'counts'; leave one of them out"
+            )
+        if self._depths is None:
+            raise ValueError("output is 'counts', and this model was fitted before it could be asked for; fit it again")
+        if config.zeros is not None or self.keeps_zeros:
+            return config
+        return replace(config, zeros="moved")
+
     def _smallest(self, zeros: str | None) -> float:
         """Smallest positive training value, where an option asks for zeros that the model can have."""
         if zeros is None:
             return 0.0
         if self.keeps_zeros:
             raise ValueError(f"zeros is {zeros!r}, and {self.name} draws cells with zeros by itself; leave zeros out")
-        if zeros == "moved" and not self.needs_source:
-            raise ValueError(f"zeros is 'moved', and {self.name} does not start from control cells; try 'threshold'")
-        if "smallest" not in self.card:
+        if "smallest" not in self.card or (zeros == "moved" and not self._controls):
             raise ValueError(
                 f"zeros is {zeros!r}, and this model was fitted before it could be asked for; fit it again"
             )
@@ -267,8 +303,11 @@ class PerturbationModel(Model):
     def remember(self, dataset: CellDataset) -> None:
         """Keep control cells to start from, and means of them and of the conditions held out for validation."""
         design = self.design
-        self._controls = control_pool(dataset) if self.needs_source else {}
-        self.card["smallest"] = dataset.smallest("train")
+        pool = control_pool(dataset)
+        smallest, largest = dataset.extremes()
+        self._controls = pool if self.needs_source or not self.keeps_zeros else {}
+        self._depths = Depths.of(pool, largest)
+        self.card["smallest"] = smallest
 
         # controls, and conditions held out as a whole, of all cells that are not for testing
         table, condition = design.unique_conditions(dataset.obs)
@@ -283,6 +322,9 @@ class PerturbationModel(Model):
         arrays = super().arrays()
         for group, cells in self._controls.items():
             arrays |= {f"controls/{group}/{field}": array for field, array in cells.state().items()}
+        if self._depths is not None:
+            for name, state in self._depths.state().items():
+                arrays |= {f"depths/{name}/{field}": array for field, array in state.items()}
         if self._observed_means is not None:
             state = self._observed_means.state()
             arrays |= {f"pseudobulks/all/{field}": array for field, array in state.items()}
@@ -290,11 +332,14 @@ class PerturbationModel(Model):
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         super().load_arrays(arrays)
-        for (owner, name), state in saving.by_owner(arrays).items():
+        states = saving.by_owner(arrays)
+        for (owner, name), state in states.items():
             if owner == "controls":
                 self._controls[name] = ControlCells.load(state, len(self.genes), self.obsm_width)
             elif owner == "pseudobulks":
                 self._observed_means = ObservedMeans.load(state)
+        depths = {name: state for (owner, name), state in states.items() if owner == "depths"}
+        self._depths = Depths.load(depths) if depths else None
 
     def replaced_by_fits(self) -> list[Any]:
-        return [*super().replaced_by_fits(), self._observed_means, *self._controls.values()]
+        return [*super().replaced_by_fits(), self._observed_means, self._depths, *self._controls.values()]

@@ -52,7 +52,7 @@ class SampleConfig(NoSampling):
         None,
         'how values of a continuous model become cells with zeros. "threshold": below half the smallest positive '
         'training value they are 0. "moved": control cells of the covariates, moved to the mean that the model gives, '
-        "with their zeros kept, for models that start from control cells. None: as the model draws them",
+        "with their zeros kept. None: as the model draws them",
     )
 
 

@@ -204,7 +204,7 @@ class PRiMeFlow(PerturbationModel):
         """Statistics of the training cells: moments of the genes, anchors, depths."""
         # values below the smallest count are zeros; genes are Gaussian to first order
         training = dataset.pseudobulk("train")
-        self.smallest = torch.tensor(dataset.smallest("train"))
+        self.smallest = torch.tensor(dataset.extremes()[0])
         if self.config.precondition:
             mean, variance = training.pooled()
             self.gene_mean = mean.float()
