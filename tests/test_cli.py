@@ -72,6 +72,9 @@ def test_same_words_same_numbers(run, files, tmp_path):
     run("predict", files / "mean", "-n", 7, "--seed", 3, "--quiet", "--out", tmp_path / "p.h5ad")
     predicted = iv.load(files / "mean").predict("test", n_cells=7, seed=3)
     np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "p.h5ad").X, predicted.X)
+    run("predict", files / "mean", "-n", 7, "--output", "counts", "--quiet", "--out", tmp_path / "c.h5ad")
+    counts = iv.load(files / "mean").predict("test", n_cells=7, output="counts")
+    np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "c.h5ad").X.toarray(), counts.X.toarray())
 
 
 def test_resume_ends_with_the_same_weights(run, files, tmp_path):
@@ -210,6 +213,7 @@ def test_judge(run, files, tmp_path):
         (["predict", "MEAN", "--conditions", "STRANGE", "--out", "OUT"], "neuron"),
         (["predict", "MEAN", "--conditions", "NONE", "--out", "OUT"], "does not exist"),
         (["predict", "MEAN", "-n", "0", "--out", "OUT"], "n_cells is 0"),
+        (["predict", "MEAN", "--output", "mean", "--out", "OUT"], "expected log or counts"),
         (["predict", "FOLDER", "--out", "OUT"], "holds no saved model"),
         (["evaluate", "LOG", "REAL", *COLUMNS, "--metrics", "nope", "--out", "OUT"], "nope"),
         (["evaluate", "COUNTS", "REAL", *COLUMNS, "--out", "OUT"], "log1p"),
