@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "bench": "bench",
     "datasets": "cells.datasets",
+    "features": "cells.features",
     "files": "cells.files",
     "flow": "flow",
     "metrics": "metrics",

@@ -6,22 +6,17 @@ It knows counts and batches, not perturbations.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
-
-from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from invirtuo.cells.values import AnyMatrix
 
-__all__ = ["hashed_vectors", "loess", "normalised_variance", "read_vectors", "variable_genes", "variable_genes_of"]
+__all__ = ["hashed_vectors", "loess", "normalised_variance", "variable_genes", "variable_genes_of"]
 
 CELL = 0.2  # a cell of the loess tree holds at most span * CELL of the points
 MARGIN = 0.005  # by which the box of the tree exceeds the data
@@ -251,44 +246,3 @@ def hashed_vectors(genes: Sequence[str], width: int) -> np.ndarray:
     """
     seeds = [int.from_bytes(hashlib.blake2b(str(gene).encode(), digest_size=8).digest(), "big") for gene in genes]
     return np.stack([np.random.default_rng(seed).standard_normal(width) for seed in seeds])
-
-
-def read_vectors(path: str | Path, genes: Sequence[str]) -> np.ndarray:
-    """Read vectors of genes from a file.
-
-    Parameters
-    ----------
-    path
-        ``.npz`` with `genes` (names) and `emb` (one row for each), as gene2vec is shipped; or ``.csv`` / ``.tsv`` with
-        names in the first column and one header line.
-    genes
-        Names of the g genes that are wanted.
-
-    Returns
-    -------
-    (g, d) float64, rows of NaN for genes without a vector.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read or names a gene twice.
-    """
-    path = Path(path)
-    try:
-        # arrays `genes` and `emb`, or a table with names in its first column
-        if path.suffix == ".npz":
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                table = pd.DataFrame(arrays["emb"].astype(np.float64), index=arrays["genes"].astype(str))
-        else:
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=0).astype(np.float64)
-    except (OSError, ValueError, LookupError, BadZipFile) as error:
-        raise ValueError(
-            f"{path} holds no vectors of genes ({error}); expected .npz with genes and emb, or .csv or .tsv with names "
-            "in the first column"
-        ) from error
-    if not table.index.is_unique:
-        raise ValueError(
-            f"{path} names gene(s) {preview(table.index[table.index.duplicated()])} twice; keep one of each"
-        )
-    vectors: np.ndarray = table.reindex([str(gene) for gene in genes]).to_numpy()
-    return vectors

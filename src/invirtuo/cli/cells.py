@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +57,19 @@ def fit(
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
     time: Annotated[str | None, typer.Option(help="Numeric column with time or pseudotime.")] = None,
     separator: Separator = "+",
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is known of perturbations, as `invirtuo list features` names; several stand side by side."
+        ),
+    ] = None,
+    features_missing: Annotated[
+        str, typer.Option(help="Perturbations that a source lacks: error, or mean of its vectors.")
+    ] = "error",
+    unseen: Annotated[
+        list[str] | None,
+        typer.Option(help="Perturbation to know by its features beside those of the data, or FILE.csv of them."),
+    ] = None,
     split: Split = None,
     hold_out: HoldOut = None,
     hold_out_val: HoldOutVal = None,
@@ -79,9 +93,15 @@ def fit(
 
     # cells, roles of their columns, split
     adata = _cells(data, memory)
-    columns = {"perturbation": perturbation, "control": control, "covariates": covariate or [], "dose": dose}
-    columns["time"] = time
-    design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
+    columns: dict[str, Any] = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
+    columns |= {"dose": dose, "time": time}
+    read = partial(Design.from_adata, adata.obs, **columns, separator=separator, unknown=unknown)
+    design = read()
+    if features or unseen:
+        if not MODELS[model].takes_features:
+            able = [name for name, kind in MODELS.items() if kind.takes_features]
+            raise ValueError(f"{model} takes no features of perturbations; those that do: {', '.join(able)}")
+        design = read(features=_features(features or [], features_missing, unseen or [], adata, design))
     assignment = split_of(adata.obs, design, split, hold_out, hold_out_val)
 
     # the preset with the fields that are set
@@ -349,6 +369,20 @@ def _cells(data: list[Path], memory: str | None) -> Any:
     if len(data) == 1 and memory is None and not data[0].is_dir():
         return read_h5ad(data[0])
     return CellStore.open(data, memory=memory or "256 MiB")
+
+
+def _features(sources: list[str], missing: str, unseen: list[str], adata: Any, design: Any) -> Any:
+    """The table of sources for the perturbations of the data, and for those that shall be predicted beside them."""
+    from invirtuo.cells import features
+
+    if not sources:
+        raise ValueError(f"--unseen {unseen[0]} needs --features, by which it is known; see `invirtuo list features`")
+    names = [*design.perturbations]
+    for word in unseen:
+        is_table = Path(word).suffix in (".csv", ".tsv")
+        names += read_csv(Path(word), "--unseen").iloc[:, 0].astype(str).tolist() if is_table else [word]
+    tables = {source: features.read(source, adata, design) for source in sources}
+    return features.join(tables, names, missing=missing)  # type: ignore[arg-type]
 
 
 def _write(adata: Any, out: Path, quiet: bool) -> None:

@@ -52,12 +52,13 @@ def demo(
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="models, metrics, datasets, tasks or splits.")],
+    what: Annotated[str, typer.Argument(help="models, metrics, datasets, tasks, splits or features.")],
     name: Annotated[str | None, typer.Argument(help="Of a model: list its settings and presets.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="With a model: also list the settings of fits.")] = False,
 ) -> None:
     """List what there is, with one line on each, or the settings of one model."""
     tables = {"models": _models, "metrics": _metrics, "datasets": _datasets, "tasks": _tasks, "splits": _splits}
+    tables["features"] = _features
     if what not in tables:
         raise ValueError(f"cannot list {what!r}; expected one of {', '.join(tables)}")
     if name is not None and what == "models":
@@ -113,6 +114,12 @@ def _metrics() -> list[tuple[str, ...]]:
     from invirtuo.metrics import METRICS
 
     return [(name, record.definition, _better(record), record.reference) for name, record in METRICS.items()]
+
+
+def _features() -> list[tuple[str, ...]]:
+    from invirtuo.cells.features import SOURCES
+
+    return list(SOURCES.items())
 
 
 def _datasets() -> list[tuple[str, ...]]:

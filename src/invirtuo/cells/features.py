@@ -1,0 +1,306 @@
+"""What is known of perturbations before any is measured: a table of numbers, from files and from builders.
+
+A table has a row for every perturbation (or gene, or drug), named by the index. :func:`join` puts tables side by side
+for the perturbations that a model shall know; the result is `features` of :meth:`invirtuo.Design.from_adata`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.errors import preview
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from invirtuo.cells.store import CellStore
+    from invirtuo.design import Design
+
+__all__ = ["SOURCES", "coexpression", "fingerprints", "gene_sets", "join", "read", "read_table"]
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 50  # columns of a source that is wider are its leading components
+BITS, RADIUS = 2048, 2  # of Morgan fingerprints
+SMILES = "smiles"  # column of molecules
+
+SOURCES = {
+    "FILE.csv, .tsv, .parquet": "a row of numbers for each perturbation, named in the first column",
+    "FILE.npz": "arrays `genes` (names) and `emb` (one row each), as gene2vec is shipped",
+    "FILE.pt": "a mapping of name to vector, as embeddings of proteins are shipped; read without running code",
+    "FILE.gmt, .gmt.gz": "sets of genes (GO terms, pathways): components of the sets that a gene is in",
+    "FILE.csv with a column smiles": "molecules: components of their Morgan fingerprints (needs rdkit)",
+    "coexpression": "components of the genes in the control cells of the data; for perturbations that are genes",
+}
+
+
+# ---- one source ------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Vectors from a file: .csv, .tsv, .parquet, .npz or .pt, see `SOURCES`.
+
+    Returns
+    -------
+    (p, f) float64, an index of names.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, or names a row twice.
+    """
+    path = Path(path)
+    try:
+        table = _READERS.get(path.suffix, _delimited)(path)
+        table = table.astype(np.float64)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, ImportError) as error:
+        raise ValueError(
+            f"{path} holds no vectors ({error}); expected .csv, .tsv or .parquet with names in the first column and "
+            "numbers, .npz with genes and emb, or .pt with a mapping of name to vector"
+        ) from error
+    table.index = table.index.astype(str)
+    if not table.index.is_unique:
+        raise ValueError(f"{path} names {preview(table.index[table.index.duplicated()])} twice; keep one row of each")
+    return table
+
+
+def _delimited(path: Path, dtype: Any = None) -> pd.DataFrame:
+    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=0, dtype=dtype)
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path)
+    has_names = isinstance(table.index, pd.RangeIndex)
+    return table.set_index(table.columns[0]) if has_names else table
+
+
+def _arrays(path: Path) -> pd.DataFrame:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return pd.DataFrame(arrays["emb"].astype(np.float64), index=arrays["genes"].astype(str))
+
+
+def _tensors(path: Path) -> pd.DataFrame:
+    import pickle
+
+    import torch
+
+    try:
+        vectors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"not a file of tensors alone: {str(error).splitlines()[0]}") from error
+    return pd.DataFrame({name: np.asarray(vector, dtype=np.float64).ravel() for name, vector in vectors.items()}).T
+
+
+_READERS = {".npz": _arrays, ".parquet": _parquet, ".pt": _tensors}
+
+
+def gene_sets(path: str | Path, *, n_components: int = WIDTH, smallest: int = 5, largest: int = 500) -> pd.DataFrame:
+    """Components of the sets that genes belong to, from a .gmt file (GO terms, pathways).
+
+    Sets weigh by the logarithm of their rarity, genes count alike however many sets they are in.
+
+    Parameters
+    ----------
+    path
+        .gmt or .gmt.gz: name, description and genes of a set in each line, separated by tabs.
+    n_components
+        Columns of the table.
+    smallest, largest
+        Sets of other sizes are left out.
+
+    Returns
+    -------
+    (genes, n_components)
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read or no set is left.
+    """
+    path = Path(path)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            sets = [{gene for gene in line.rstrip("\n").split("\t")[2:] if gene} for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable .gmt file: {error}") from error
+    sets = [genes for genes in sets if smallest <= len(genes) <= largest]
+    if not sets:
+        raise ValueError(
+            f"{path} holds no set of {smallest} to {largest} genes; expected name, description and genes in each line, "
+            "separated by tabs"
+        )
+    names = sorted(set().union(*sets))
+    place = {name: i for i, name in enumerate(names)}
+    rows = [place[gene] for genes in sets for gene in genes]
+    columns = np.repeat(np.arange(len(sets)), [len(genes) for genes in sets])
+    member = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(names), len(sets)))
+    rarity = np.log(len(names) / np.asarray(member.sum(axis=0)).ravel())
+    return pd.DataFrame(_components(member.multiply(rarity).tocsr(), n_components), index=names)
+
+
+def coexpression(
+    adata: AnnData | CellStore, design: Design, *, n_components: int = WIDTH, largest: int = 20_000
+) -> pd.DataFrame:
+    """Components of genes in control cells: genes that go together are near each other.
+
+    Parameters
+    ----------
+    adata
+        log1p values. Held-out conditions play no part, as only control cells do.
+    design
+        Says which cells are controls.
+    n_components
+        Columns of the table.
+    largest
+        Most control cells that are looked at, drawn at random.
+
+    Returns
+    -------
+    (genes, n_components): loadings of genes of unit variance, times the singular values.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two control cells.
+    """
+    rows = np.flatnonzero(design.is_control(adata.obs))
+    if len(rows) < 2:
+        raise ValueError(f"coexpression needs control cells, and {len(rows)} are labelled {design.control!r}")
+    rows = np.sort(np.random.default_rng(0).permutation(rows)[:largest])
+    x = CellDataset(adata, design).source.read(rows).toarray().astype(np.float64)
+    scaled = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), 1e-6)
+    return pd.DataFrame(_components(scaled.T, n_components), index=adata.var_names.astype(str))
+
+
+def fingerprints(smiles: Mapping[str, str], *, n_components: int = WIDTH) -> pd.DataFrame:
+    """Components of Morgan fingerprints of molecules.
+
+    Parameters
+    ----------
+    smiles
+        Name of each molecule to its SMILES.
+    n_components
+        Columns of the table.
+
+    Returns
+    -------
+    (molecules, n_components), of fingerprints of length 1, so that their products are near Tanimoto similarities.
+
+    Raises
+    ------
+    ValueError
+        If rdkit is not installed, or a molecule cannot be read.
+    """
+    try:
+        from rdkit import Chem, RDLogger
+        from rdkit.Chem import rdFingerprintGenerator
+    except ImportError as error:
+        raise ValueError("molecules need the package rdkit: pip install 'invirtuo[molecules]'") from error
+    RDLogger.DisableLog("rdApp.*")
+    made = rdFingerprintGenerator.GetMorganGenerator(radius=RADIUS, fpSize=BITS)
+    molecules = {name: Chem.MolFromSmiles(str(text)) for name, text in smiles.items()}
+    if unread := [name for name, molecule in molecules.items() if molecule is None]:
+        raise ValueError(f"{SMILES}: {preview(unread)} cannot be read as molecules; expected SMILES like CC(=O)O")
+    bits = np.stack([made.GetFingerprintAsNumPy(molecule) for molecule in molecules.values()]).astype(float)
+    bits /= np.maximum(np.linalg.norm(bits, axis=1, keepdims=True), 1.0)
+    return pd.DataFrame(_components(bits, n_components), index=list(molecules))
+
+
+def _components(rows: Any, n_components: int) -> np.ndarray:
+    """Leading left singular vectors times values, (n, k); their inner products are near those of the rows."""
+    from sklearn.decomposition import TruncatedSVD
+
+    k = min(n_components, min(rows.shape) - 1)
+    if k < 1:
+        return np.asarray(rows.toarray() if sparse.issparse(rows) else rows)
+    components: np.ndarray = TruncatedSVD(k, random_state=0, n_iter=7).fit_transform(rows)
+    return components
+
+
+# ---- several, for the perturbations of a design ----------------------------------------------------------------------
+
+
+def read(source: str | Path, adata: AnnData | CellStore, design: Design) -> pd.DataFrame:
+    """The table of a source that is named as in `SOURCES`."""
+    text = str(source)
+    if text == "coexpression":
+        return coexpression(adata, design)
+    if text.endswith((".gmt", ".gmt.gz")):
+        return gene_sets(text)
+    path = Path(text)
+    if not path.is_file():
+        raise ValueError(f"features: {text!r} is no file; expected one, or coexpression; see `invirtuo list features`")
+    if path.suffix in (".csv", ".tsv"):
+        text_table = _delimited(path, dtype=str)
+        if SMILES in text_table:
+            return fingerprints(dict(zip(text_table.index.astype(str), text_table[SMILES], strict=True)))
+    return read_table(path)
+
+
+def join(
+    tables: Mapping[str, pd.DataFrame] | Sequence[pd.DataFrame],
+    names: Sequence[str],
+    *,
+    missing: Literal["error", "mean"] = "error",
+    width: int = WIDTH,
+) -> pd.DataFrame:
+    """Tables of several sources side by side, for given perturbations, each source with the same weight.
+
+    Parameters
+    ----------
+    tables
+        Tables of vectors; as a mapping, with names for messages.
+    names
+        Perturbations: those of the data, and those that shall be predicted beside them.
+    missing
+        Perturbations that a source lacks: "error", or "mean": they have the mean of its vectors, and a warning says
+        which.
+    width
+        Wider sources are cut to so many components.
+
+    Returns
+    -------
+    (names, columns): columns of each source centred over the names that it has, and scaled to vectors of mean squared
+    length 1, as one-hots have.
+
+    Raises
+    ------
+    ValueError
+        If a source lacks names, or has numbers that are not finite.
+    """
+    if missing not in ("error", "mean"):
+        raise ValueError(f"missing is {missing!r}; expected error or mean")
+    if not isinstance(tables, Mapping):
+        tables = {f"source {i}": table for i, table in enumerate(tables, start=1)}
+    wanted = list(dict.fromkeys(map(str, names)))
+    blocks = []
+    for title, table in tables.items():
+        lacking = [name for name in wanted if name not in table.index]
+        known = table.loc[[name for name in wanted if name in table.index]].to_numpy(np.float64)
+        if not len(known) or (lacking and missing == "error"):
+            raise ValueError(
+                f"features: {title} lacks {len(lacking)} of {len(wanted)} perturbations: {preview(lacking)}; it has "
+                f"{preview(table.index)}. Add them, or give them its mean (missing='mean', --features-missing mean)"
+            )
+        if not np.isfinite(known).all():
+            raise ValueError(f"features: {title} holds missing values or infinity; expected finite numbers")
+        if lacking:
+            logger.warning("features: %s lacks %s, which get its mean", title, preview(lacking))
+        centred = known - known.mean(axis=0)
+        if centred.shape[1] > width:
+            centred = _components(centred, width)
+        centred /= max(np.sqrt(np.square(centred).sum(axis=1).mean()), 1e-12)
+        block = pd.DataFrame(0.0, index=wanted, columns=[f"{title} {i}" for i in range(centred.shape[1])])
+        block.loc[[name for name in wanted if name in table.index]] = centred
+        blocks.append(block)
+    return pd.concat(blocks, axis=1)
