@@ -107,7 +107,7 @@ _READERS = {".npz": _arrays, ".parquet": _parquet, ".pt": _tensors}
 def gene_sets(path: str | Path, *, n_components: int = WIDTH, smallest: int = 5, largest: int = 500) -> pd.DataFrame:
     """Components of the sets that genes belong to, from a .gmt file (GO terms, pathways).
 
-    Sets weigh by the logarithm of their rarity, genes count alike however many sets they are in.
+    Sets weigh by the logarithm of their rarity, and genes have length 1, however many sets they are in.
 
     Parameters
     ----------
@@ -127,12 +127,15 @@ def gene_sets(path: str | Path, *, n_components: int = WIDTH, smallest: int = 5,
     ValueError
         If the file cannot be read or no set is left.
     """
+    from sklearn.preprocessing import normalize
+
     path = Path(path)
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            sets = [{gene for gene in line.rstrip("\n").split("\t")[2:] if gene} for line in file]
+            lines = [line.rstrip("\n").split("\t") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable .gmt file: {error}") from error
+    sets = [set(line[2:]) - {""} for line in lines]
     sets = [genes for genes in sets if smallest <= len(genes) <= largest]
     if not sets:
         raise ValueError(
@@ -145,7 +148,8 @@ def gene_sets(path: str | Path, *, n_components: int = WIDTH, smallest: int = 5,
     columns = np.repeat(np.arange(len(sets)), [len(genes) for genes in sets])
     member = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(names), len(sets)))
     rarity = np.log(len(names) / np.asarray(member.sum(axis=0)).ravel())
-    return pd.DataFrame(_components(member.multiply(rarity).tocsr(), n_components), index=names)
+    weighted = normalize(member.multiply(rarity).tocsr())
+    return pd.DataFrame(_components(weighted, n_components), index=names)
 
 
 def coexpression(
