@@ -406,6 +406,25 @@ def test_given_controls_are_used(case, cells, fitted):
         predict(model, ASKED[:1], controls=given[(given.obs["cell_type"] != "t_cell").to_numpy()])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_groups_that_are_known_by_their_controls(case, cells, fitted):
+    """A cell type that no fit saw is predicted from its control cells by models that know no more of cell types."""
+    model = fitted(case)
+    old = cells[((cells.obs["perturbation"] == "control") & (cells.obs["cell_type"] == "t_cell")).to_numpy()]
+    new = old.copy()
+    new.obs["cell_type"] = "neuron"
+    asked = ASKED[ASKED["cell_type"] == "t_cell"].iloc[[0]]
+    if not model.groups_by_controls:
+        with pytest.raises(ValueError, match="neuron|leave controls= out"):
+            predict(model, asked.assign(cell_type="neuron"), controls=new)
+        return
+    found = predict(model, asked.assign(cell_type="neuron"), controls=new)
+    assert set(found.obs["cell_type"]) == {"neuron"}
+    alike = predict(model, asked, controls=old)
+    np.testing.assert_allclose(found.X.mean(), alike.X.mean(), rtol=0.2)
+    assert "neuron" not in model.design.covariates["cell_type"]
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 

@@ -210,7 +210,7 @@ def fingerprints(smiles: Mapping[str, str], *, n_components: int = WIDTH) -> pd.
         from rdkit.Chem import rdFingerprintGenerator
     except ImportError as error:
         raise ValueError("molecules need the package rdkit: pip install 'invirtuo[molecules]'") from error
-    RDLogger.DisableLog("rdApp.*")
+    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
     made = rdFingerprintGenerator.GetMorganGenerator(radius=RADIUS, fpSize=BITS)
     molecules = {name: Chem.MolFromSmiles(str(text)) for name, text in smiles.items()}
     if unread := [name for name, molecule in molecules.items() if molecule is None]:

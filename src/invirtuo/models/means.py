@@ -85,6 +85,7 @@ class NoChange(PerturbationModel):
     SEARCH = {}
     needs_source = True
     keeps_zeros = True
+    groups_by_controls = True
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The control cells (n, g)."""
@@ -135,6 +136,8 @@ class _ConditionMeans(PerturbationModel):
 
 class _MeanEffects(_ConditionMeans):
     """The mean effect of each perturbation over the contexts that hold it."""
+
+    groups_by_controls = True
 
     def effect(self, multi_hot: Tensor) -> Tensor:
         """(g,), mean effect of one perturbation (p,) multi-hot."""
@@ -316,6 +319,7 @@ class Ridge(_ConditionMeans):
     }
     SEARCH = {"penalty": (1e-3, 100.0), "n_components": (5, 50), "center": [True, False]}
     takes_features = True
+    groups_by_controls = True
 
     def build(self) -> None:
         super().build()

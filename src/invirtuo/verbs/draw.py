@@ -95,7 +95,7 @@ class Request:
     """Cells to draw: of which conditions, how many of each, how, from which control cells, and on which device."""
 
     table: pd.DataFrame
-    n_cells: int
+    n_cells: Sequence[int]  # of each condition
     seed: int
     config: SampleConfig
     pool: Mapping[str, ControlCells]
@@ -110,7 +110,8 @@ class Request:
 
     def part(self, start: int, stop: int) -> Request:
         """The request of the conditions from `start` to `stop`."""
-        return replace(self, table=self.table.iloc[start:stop], first=self.first + start)
+        n_cells = self.n_cells[start:stop]
+        return replace(self, table=self.table.iloc[start:stop], n_cells=n_cells, first=self.first + start)
 
     @property
     def begins_with(self) -> str:
@@ -131,11 +132,11 @@ def drawn(model: Sampled, request: Request, engine: str, n_jobs: int | None) -> 
 @torch.no_grad()
 def _conditions(request: Request, model: Sampled, pool: Mapping[str, ControlCells]) -> Iterator[tuple[int, np.ndarray]]:
     """Number and cells of every condition of a request; they depend on the seed and the name of the condition alone."""
-    table, config, n_cells = request.table, request.config, request.n_cells
+    table, config = request.table, request.config
     names = model.design.names(table)
     groups = model.design.groups(table)
     with model.on_device(request.device) as device:
-        for i, name in enumerate(names):
+        for i, (name, n_cells) in enumerate(zip(names, request.n_cells, strict=True)):
             # on the CPU, so that the same seed gives the same cells on every device
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed}|{name}".encode()))
             batch = Batch(model.design.encode(table.iloc[[i] * n_cells]))
@@ -257,10 +258,11 @@ def stored(file: h5py.File, shape: tuple[int, int]) -> h5py.Dataset:
     return x
 
 
-def filled(x: Any, cells: Iterable[tuple[int, np.ndarray]], n_cells: int) -> Any:
-    """X with the cells of every condition, `n_cells` rows each, in the order of the conditions."""
+def filled(x: Any, cells: Iterable[tuple[int, np.ndarray]], n_cells: Sequence[int]) -> Any:
+    """X with the cells of every condition, so many rows each, in the order of the conditions."""
+    ends = np.cumsum(n_cells)
     for i, values in cells:
-        x[i * n_cells : (i + 1) * n_cells] = values
+        x[ends[i] - n_cells[i] : ends[i]] = values
     return x
 
 

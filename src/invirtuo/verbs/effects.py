@@ -72,7 +72,7 @@ class Calibration:
         model, known = self.model, self.known
 
         # means of the calibration conditions; their cells are not kept
-        calibration = replace(request, table=known, n_cells=min(request.n_cells, CALIBRATION_CELLS))
+        calibration = replace(request, table=known, n_cells=[min(*request.n_cells, CALIBRATION_CELLS)] * len(known))
         known_means = np.empty((len(known), means.shape[1]))
         for _ in means_of(drawn(model, calibration, "local", None), known_means):
             pass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,7 @@ class PerturbationModel(Model):
     needs_source: bool = False  # whether sampling starts from control cells; `build` may choose
     deterministic: bool = False  # whether every seed gives the same cells; `build` may choose
     keeps_zeros: bool = False  # whether cells have zeros as they are drawn; `build` may choose
+    groups_by_controls: bool = False  # whether control cells are all that it knows of covariates; `build` may choose
 
     _controls: dict[str, ControlCells]
     _observed_means: ObservedMeans | None
@@ -78,7 +80,7 @@ class PerturbationModel(Model):
     def predict(
         self,
         conditions: Conditions,
-        n_cells: int = 1000,
+        n_cells: int | Sequence[int] = 1000,
         *,
         seed: int = 0,
         controls: AnnData | str | Path | None = None,
@@ -99,13 +101,13 @@ class PerturbationModel(Model):
             A condition (``"B cell|IFN-beta"`` or a mapping of column to value), several, or a table with the columns of
             the Design; or "test" / "val": the conditions held out by the split of the fit.
         n_cells
-            Cells per condition.
+            Cells per condition: one number, or one for each condition in its order.
         seed
             Same seed, same cells, whatever the device, the batch size and the other conditions.
         controls
             Control cells (or their h5ad) to start from, for models that need them; None takes those of the fitted data.
-            For models that know covariates by their control cells (`with_controls`) they may be of groups that were
-            never seen.
+            For models that know covariates by their control cells alone (`with_controls`) they may be of groups that
+            were never seen.
         effect_level
             Also give the effect on every gene with an interval, which shall cover this share of all genes. Intervals
             are conformal and calibrated on the conditions that the split of the fit held out for validation, drawn
@@ -147,7 +149,6 @@ class PerturbationModel(Model):
         check_engine(engine, n_jobs)
         self._check_fitted()
         check_torch()
-        n_cells = whole_number("n_cells", n_cells)
         seed = whole_number("seed", seed, 0)
         config = self._sampling(options)
         if output not in ("log", "counts"):
@@ -161,12 +162,13 @@ class PerturbationModel(Model):
             controls = read_h5ad(controls)
         model = self if controls is None else self.with_controls(controls)
         table = model.wanted(conditions)
+        sizes = _sizes(n_cells, table)
         calibration = None if effect_level is None else model._calibration(effect_level, controls)
         pool = model._pool(controls)
         depths = self._depths if output == "counts" else None
         if depths is not None and controls is not None:
             depths = depths.with_groups(pool)
-        request = Request(table, n_cells, seed, config, pool, device, smallest=smallest, depths=depths)
+        request = Request(table, sizes, seed, config, pool, device, smallest=smallest, depths=depths)
 
         # cells are drawn when they are written; effects need their means
         cells: Iterable[tuple[int, np.ndarray]] = drawn(model, request, engine, n_jobs)
@@ -176,7 +178,7 @@ class PerturbationModel(Model):
         cells = track(cells, "predicting", progress, len(table))
 
         # what is known of the cells before they are drawn
-        obs = table.loc[table.index.repeat(n_cells)].reset_index(drop=True)
+        obs = table.loc[table.index.repeat(sizes)].reset_index(drop=True)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:
             obs[column] = obs[column].astype("category")
@@ -196,11 +198,11 @@ class PerturbationModel(Model):
         shape = (len(obs), len(self.genes))
         if out is not None:
             with writing_h5ad(out, obs, var, uns) as file:
-                filled(stored(file, shape), cells, n_cells)
+                filled(stored(file, shape), cells, sizes)
                 if calibration is not None:
                     anndata.io.write_elem(file, "varm", calibration.intervals(request, means))
             return read_h5ad(out, backed=True)
-        x = filled(np.empty(shape, np.float32), cells, n_cells)
+        x = filled(np.empty(shape, np.float32), cells, sizes)
         varm = None if calibration is None else calibration.intervals(request, means)
         return anndata.AnnData(x, obs=obs, var=var, uns=uns, varm=varm)
 
@@ -250,7 +252,17 @@ class PerturbationModel(Model):
                 f"{self.name}, as it is configured, neither starts from control cells nor learns of covariates by "
                 "them; leave controls= out"
             )
-        return self
+        controls = controls[self.design.is_control(controls.obs)]
+        design = self.design.with_levels(controls.obs)
+        if not self.groups_by_controls or design == self.design:
+            return self
+
+        # the same, parameters too, but for labels
+        new = copy.copy(self)
+        groups, _ = design.unique_conditions(controls.obs)
+        known = {name: sorted({*labels, *groups[name]}) for name, labels in self.card["covariates"].items()}
+        new.design, new.card = design, self.card | {"covariates": known}
+        return new
 
     def wanted(self, conditions: Conditions) -> pd.DataFrame:
         """The wanted conditions as a tidy table, each once, checked."""
@@ -343,3 +355,13 @@ class PerturbationModel(Model):
 
     def replaced_by_fits(self) -> list[Any]:
         return [*super().replaced_by_fits(), self._observed_means, self._depths, *self._controls.values()]
+
+
+def _sizes(n_cells: int | Sequence[int], table: pd.DataFrame) -> list[int]:
+    """Number of cells of every condition of a table."""
+    if np.ndim(n_cells) == 0:
+        return [whole_number("n_cells", n_cells)] * len(table)
+    sizes = [whole_number("n_cells", n) for n in cast("Sequence[int]", n_cells)]
+    if len(sizes) != len(table):
+        raise ValueError(f"n_cells has {len(sizes)} numbers for {len(table)} conditions; expected one for each")
+    return sizes

@@ -193,6 +193,7 @@ class PRiMeFlow(PerturbationModel):
         levels = tuple(len(level) for level in design.covariates.values())
         sizes = Sizes(len(self.genes), design.code_width, levels, int(design.time is not None))
         self.keeps_zeros = config.hurdle
+        self.groups_by_controls = config.anchor and not (config.covariate_scale or config.depth)
         self.velocity = VELOCITIES[config.velocity](config, sizes)
         self.register_buffer("gene_mean", torch.zeros(sizes.n_genes))
         self.register_buffer("gene_sd", torch.ones(sizes.n_genes))
@@ -259,7 +260,7 @@ class PRiMeFlow(PerturbationModel):
         design = self.design.with_levels(controls.obs)
         if design == self.design and self.anchor.knows(design.encode(controls.obs)).all():
             return self
-        if self.config.covariate_scale or self.config.depth:
+        if not self.groups_by_controls:
             raise ValueError(f"controls= holds covariate groups that this model was not fitted to. {WHO_LEARNS}")
         self._check_space(controls)
 

@@ -198,6 +198,7 @@ class StateTransition(PerturbationModel):
             self.obsm, self.obsm_width = config.obsm, self.n_in
 
         # sets within batches
+        self.groups_by_controls = not config.batch_encoder
         self.batch = self._find_batch()
         if self.batch:
             covariate = list(self.design.covariates).index(self.batch)
