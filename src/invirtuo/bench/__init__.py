@@ -1,5 +1,6 @@
 """Running models against each other under one protocol."""
 
+from invirtuo.bench.challenge import predict_submission
 from invirtuo.bench.classify import label_probability, oversampled, rare_recall
 from invirtuo.bench.compare import compare
 from invirtuo.bench.demo import demo
@@ -29,6 +30,7 @@ __all__ = [
     "marker_correlation",
     "oversampled",
     "paired_differences",
+    "predict_submission",
     "rare_recall",
     "trivial_answers",
     "tune",

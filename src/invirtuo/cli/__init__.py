@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from invirtuo.cli import cells, data, dynamics, judging
+from invirtuo.cli import cells, challenge, data, dynamics, judging
 from invirtuo.cli.options import fail
 
 __all__ = ["app", "main"]
@@ -105,6 +105,10 @@ for _verb in (
     judging.report,
 ):
     app.command()(_begun(_verb))
+vcc = typer.Typer(help="The Virtual Cell Challenge 2026: predict, check, pack.", no_args_is_help=True)
+for _step in (challenge.predict, challenge.check, challenge.pack):
+    vcc.command()(_begun(_step))
+app.add_typer(vcc, name="vcc")
 
 
 def main() -> NoReturn:

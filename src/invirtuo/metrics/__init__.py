@@ -15,6 +15,13 @@ from invirtuo.metrics.challenge.anchors import mean_response, replicates
 from invirtuo.metrics.challenge.baseline import score_against
 from invirtuo.metrics.challenge.panel import vcc2026
 from invirtuo.metrics.challenge.score import anchored, challenge_score
+from invirtuo.metrics.challenge.submission import (
+    Contract,
+    Submission,
+    check_submission,
+    pack_submission,
+    read_contract,
+)
 from invirtuo.metrics.measures import de, discrimination, distribution, generation, mean, others, population, wilcoxon
 from invirtuo.metrics.measures.false_calls import false_discoveries
 from invirtuo.metrics.numerics import rank
@@ -29,12 +36,15 @@ __all__ = [
     "METRICS",
     "PROFILES",
     "VIEWS",
+    "Contract",
     "Metric",
     "Pair",
+    "Submission",
     "anchored",
     "calibration",
     "ceiling",
     "challenge_score",
+    "check_submission",
     "choose",
     "copying",
     "de",
@@ -52,9 +62,11 @@ __all__ = [
     "metric",
     "noise_floor",
     "others",
+    "pack_submission",
     "phenotype",
     "population",
     "rank",
+    "read_contract",
     "replicates",
     "retrieval",
     "score",

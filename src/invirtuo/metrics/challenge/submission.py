@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from invirtuo.metrics.challenge.panel import FRACTION, MAX_DEPTH
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Contract", "Submission", "check_submission", "pack", "read_contract"]
+__all__ = ["Contract", "Submission", "check_submission", "pack_submission", "read_contract"]
 
 N_GENES = 18_533  # of the challenge; another number is a note
 N_CELLS = 400  # of each perturbation in each context
@@ -108,13 +108,11 @@ def read_contract(
         raise ValueError(f"{perturbations} has the columns {preview(table.columns)}; expected target_gene")
     if "n_cells" not in table:
         table["n_cells"] = n_cells
-    table["n_cells"] = pd.to_numeric(table["n_cells"]).astype(int)
     if "context" not in table:
         table = pd.concat([table.assign(context=context) for context in contexts])
-    wanted = {
-        str(context): dict(zip(own["target_gene"], own["n_cells"].tolist(), strict=True))
-        for context, own in table.groupby("context", sort=False)
-    }
+    wanted: dict[str, dict[str, int]] = {}
+    for context, label, n in zip(table["context"], table["target_gene"], table["n_cells"], strict=True):
+        wanted.setdefault(str(context), {})[label] = int(n)
     return Contract(tuple(names), wanted)
 
 
@@ -177,12 +175,8 @@ def _check_genes(adata: AnnData, contract: Contract, found: Submission) -> None:
         repeated = names[names.duplicated()].unique()
         found.problems.append(f"genes that are there more than once: {preview(repeated)}")
         return
-    lacking, further = set(contract.genes) - set(names), set(names) - set(contract.genes)
-    if lacking or further:
-        found.problems.append(
-            f"genes differ from the list: {len(lacking)} missing ({preview(sorted(lacking))}), {len(further)} further "
-            f"({preview(sorted(further))})"
-        )
+    if difference := _difference(names, contract.genes):
+        found.problems.append(f"genes differ from the list: {difference}")
     elif tuple(names) != contract.genes:
         found.notes.append("genes are in another order, which is put right")
     if len(contract.genes) != N_GENES:
@@ -200,15 +194,11 @@ def _check_labels(adata: AnnData, contract: Contract, perturbation: str, context
         found.problems.append(f"unknown contexts {preview(unknown)}; expected {preview(contract.n_cells)}")
     if lacking := sorted(set(contract.n_cells) - set(contexts)):
         found.problems.append(f"no cells of the contexts {preview(lacking)}")
-    for name in contract.n_cells.keys() & set(contexts):
+    for name in [name for name in contract.n_cells if name not in lacking]:
         counts = labels[(contexts == name) & (labels != CONTROL)].value_counts()
         wanted = pd.Series(contract.n_cells[name])
-        lacking, further = sorted(set(wanted.index) - set(counts.index)), sorted(set(counts.index) - set(wanted.index))
-        if lacking or further:
-            found.problems.append(
-                f"context {name}: perturbations differ from the list: {len(lacking)} missing ({preview(lacking)}), "
-                f"{len(further)} further ({preview(further)})"
-            )
+        if difference := _difference(counts.index, wanted.index):
+            found.problems.append(f"context {name}: perturbations differ from the list: {difference}")
             continue
         wrong = wanted.index[counts.reindex(wanted.index) != wanted]
         if len(wrong):
@@ -217,6 +207,15 @@ def _check_labels(adata: AnnData, contract: Contract, perturbation: str, context
                 f"context {name}: {len(wrong)} perturbations have another number of cells than expected: {first} has "
                 f"{counts[first]}, expected {wanted[first]}"
             )
+
+
+def _difference(found: Iterable[str], wanted: Iterable[str]) -> str:
+    """What is missing and what is further; empty if nothing is."""
+    found, wanted = set(found), set(wanted)
+    lacking, further = sorted(wanted - found), sorted(found - wanted)
+    if not lacking and not further:
+        return ""
+    return f"{len(lacking)} missing ({preview(lacking)}), {len(further)} further ({preview(further)})"
 
 
 def _check_values(adata: AnnData, perturbation: str, max_stored: int, found: Submission) -> None:
@@ -230,8 +229,10 @@ def _check_values(adata: AnnData, perturbation: str, max_stored: int, found: Sub
         n_stored += len(values)
         finite = np.isfinite(values)
         bad["NaN or infinite"] += int((~finite).sum())
-        bad["negative"] += int((values[finite] < 0).sum())
-        bad["no whole numbers"] += int((np.abs(values[finite] - np.rint(values[finite])) > FRACTION).sum())
+        values = values[finite]
+        bad["negative"] += int((values < 0).sum())
+        off = np.abs(values - np.rint(values))
+        bad["no whole numbers"] += int((off > FRACTION).sum())
         total = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
         if np.nanmax(total) > deepest:
             deepest, worst = float(np.nanmax(total)), start + int(np.nanargmax(total))
@@ -258,7 +259,7 @@ def blocks(adata: AnnData) -> Iterator[tuple[int, sparse.csr_matrix]]:
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(
+def pack_submission(
     cells: AnnData | str | Path,
     out: str | Path,
     contract: Contract,
@@ -291,16 +292,14 @@ def pack(
     if out.suffix == ".vcc":
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             plain = Path(folder) / "pred.h5ad"
-            pack(cells, plain, contract, perturbation=perturbation, context=context)
+            pack_submission(cells, plain, contract, perturbation=perturbation, context=context)
             _archive(plain, out, contract, found.facts)
         return found
 
     adata = read_h5ad(cells, backed=True) if isinstance(cells, str | Path) else cells
     order = adata.var_names.astype(str).get_indexer(list(contract.genes))
-    obs = pd.DataFrame({
-        "target_gene": adata.obs[perturbation].astype(str).astype("category").to_numpy(),
-        "context": adata.obs[context].astype(str).astype("category").to_numpy(),
-    }, index=pd.RangeIndex(adata.n_obs).astype(str))  # fmt: skip
+    obs = adata.obs[[perturbation, context]].astype(str).astype("category")
+    obs.columns, obs.index = ["target_gene", "context"], pd.RangeIndex(adata.n_obs).astype(str)
     with writing_h5ad(out, obs, pd.DataFrame(index=pd.Index(contract.genes)), {}) as file:
         for start, block in blocks(adata):
             counts = block[:, order].astype(np.float32)
@@ -320,10 +319,9 @@ def _archive(plain: Path, out: Path, contract: Contract, facts: Mapping[str, int
     except ImportError as error:
         raise ValueError("a .vcc file needs the package zstandard: pip install 'invirtuo[vcc]'") from error
     names = "\n".join(contract.perturbations)
-    meta = {
-        "cli_version": f"invirtuo {version('invirtuo')}", "contexts": list(contract.n_cells), **facts,
-        "perts_fingerprint": f"sha256:{hashlib.sha256(names.encode()).hexdigest()}", "schema": 1,
-    }  # fmt: skip
+    digest = hashlib.sha256(names.encode()).hexdigest()
+    about_file = {"cli_version": f"invirtuo {version('invirtuo')}", "contexts": list(contract.n_cells), "schema": 1}
+    meta = {**about_file, **facts, "perts_fingerprint": f"sha256:{digest}"}
     packed = plain.with_suffix(".h5ad.zst")
     with plain.open("rb") as source, packed.open("wb") as target:
         zstandard.ZstdCompressor(level=3).copy_stream(source, target)
