@@ -38,9 +38,11 @@ _NAMES = {
     "SampleConfig": "verbs",
     "benchmark": "bench",
     "evaluate": "metrics",
+    "interactions": "bench",
     "load": "models",
     "mask_entries": "verbs",
     "report": "reports",
+    "screen": "bench",
     "shuffle": "cells.shuffle",
 }
 

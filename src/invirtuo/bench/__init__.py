@@ -8,9 +8,11 @@ from invirtuo.bench.effects import effects
 from invirtuo.bench.entry import Entry
 from invirtuo.bench.imputation import imputation_scores, trivial_answers
 from invirtuo.bench.integration import integration_scores
+from invirtuo.bench.interactions import interactions
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.populations import judge, marker_correlation
 from invirtuo.bench.run import benchmark
+from invirtuo.bench.screen import screen
 from invirtuo.bench.task import Task
 from invirtuo.bench.tasks import TASKS
 from invirtuo.bench.tune import tune
@@ -25,6 +27,7 @@ __all__ = [
     "effects",
     "imputation_scores",
     "integration_scores",
+    "interactions",
     "judge",
     "label_probability",
     "marker_correlation",
@@ -32,6 +35,7 @@ __all__ = [
     "paired_differences",
     "predict_submission",
     "rare_recall",
+    "screen",
     "trivial_answers",
     "tune",
 ]

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from invirtuo.cli import cells, challenge, data, dynamics, judging
+from invirtuo.cli import cells, challenge, data, dynamics, judging, screening
 from invirtuo.cli.options import fail
 
 __all__ = ["app", "main"]
@@ -96,6 +96,8 @@ for _verb in (
     dynamics.network,
     dynamics.knock_out,
     dynamics.overexpress,
+    screening.screen,
+    screening.interactions,
     judging.effects,
     judging.evaluate,
     judging.score,

@@ -1,0 +1,181 @@
+"""Screens towards a wanted state, and interactions of pairs."""
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+import invirtuo as iv
+
+GENES = [f"g{i}" for i in range(60)]
+LABELS = ["ctrl", "up", "down", "none", "same", "up+down", "up+same"]
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Cells of two types: `up` raises the first genes, `down` lowers them, `same` raises the last, `none` nothing."""
+    rng = np.random.default_rng(0)
+    rows, obs = [], []
+    for kind, level in (("a", 3.0), ("b", 6.0)):
+        for label in LABELS:
+            mean = np.full(len(GENES), level)
+            for part in label.split("+"):
+                mean[:4] *= {"up": 3.0, "down": 0.3}.get(part, 1.0)
+                mean[-4:] *= {"same": 2.0}.get(part, 1.0)
+            rows.append(rng.poisson(mean, (60, len(GENES))))
+            obs += [(label, kind)] * 60
+    table = pd.DataFrame(obs, columns=["gene", "type"])
+    adata = anndata.AnnData(np.concatenate(rows).astype(np.float32), obs=table.set_index(table.index.astype(str)),
+                            var=pd.DataFrame(index=GENES))  # fmt: skip
+    return iv.preprocess.normalize(adata)
+
+
+@pytest.fixture(scope="module")
+def design(cells):
+    return iv.Design.from_adata(cells, perturbation="gene", control="ctrl", covariates=["type"])
+
+
+@pytest.fixture(scope="module")
+def model(cells, design):
+    """Has seen all but three conditions of type b, two of them for validation."""
+    val = [f"b|{label}" for label in ("down", "same")]
+    split = iv.splits.hold_out(cells.obs, design, ["b|up"], val=val)
+    return iv.models.PerturbationMean(design, cells.var_names, "move-cells").fit(cells, split)
+
+
+SIGNATURE = dict.fromkeys(GENES[:4], 1.0)
+
+
+def test_a_signature_ranks_what_raises_it(model):
+    table = iv.screen(model, SIGNATURE, ["up", "down", "none", "same"])
+    assert list(table["rank"]) == sorted(table["rank"]) and len(table) == 8
+    assert set(table["condition"].head(2)) == {"a|up", "b|up"} and set(table["condition"].tail(2)) == {
+        "a|down",
+        "b|down",
+    }
+    assert ((table["low"] < table["change"]) & (table["change"] < table["high"])).all()
+    assert table.attrs["n_calibration"] == 2
+    assert (table["q_value"] >= table["p_value"] - 1e-12).all() and table["p_value"].is_monotonic_increasing
+    reverse = iv.screen(model, dict.fromkeys(GENES[:4], -1.0), ["up", "down", "none", "same"])
+    np.testing.assert_allclose(reverse["change"], -table["change"][::-1], atol=1e-9)
+
+
+def test_changes_are_those_of_the_phenotype(model, cells, design):
+    table = iv.screen(model, SIGNATURE, ["up"], cells=cells).set_index("condition")
+    predicted = model.predict(table.reset_index(), 300)
+    phenotype = iv.metrics.phenotype(predicted, design, signature=SIGNATURE, controls=cells).set_index("condition")
+    np.testing.assert_allclose(table["change"], phenotype["effect"].reindex(table.index), rtol=1e-5)
+
+
+def test_a_population_or_a_class_is_a_wanted_state(model, cells):
+    wanted = cells[((cells.obs["gene"] == "up") & (cells.obs["type"] == "b")).to_numpy()].copy()
+    asked = [f"b|{label}" for label in ("up", "down", "none", "same")]
+    table = iv.screen(model, wanted, asked, cells=cells)
+    assert table["condition"].iloc[0] == "b|up" and table["change"].iloc[0] > 0 > table["change"].iloc[-1]
+    assert table["rank_mean"].iloc[0] == 1  # measured in the other type, too
+
+    own = cells[cells.obs["gene"].isin(["up", "ctrl"]).to_numpy()]
+    classifier = LogisticRegression(max_iter=500).fit(own.X.toarray(), own.obs["gene"])
+    ranked = iv.screen(model, (classifier, "up"), asked, cells=cells)
+    assert ranked["condition"].iloc[0] == "b|up" and 0 < ranked["change"].iloc[0] <= 1
+
+
+def test_pairs_are_tried(model):
+    table = iv.screen(model, SIGNATURE, ["up", "same", "none"], pairs=True)
+    assert set(table["gene"]) == {"up", "same", "none", "same+up", "none+up", "none+same"}
+
+
+def test_what_cannot_be_screened(model, cells):
+    for arguments, options, said in (
+        ((SIGNATURE, ["unknown"]), {}, "unknown"),
+        (({"nowhere": 1.0},), {}, "1 of 1 genes are not in the model: nowhere"),
+        (({GENES[0]: 0.0},), {}, "all weights of the signature are 0"),
+        ((cells,), {}, "needs measured control cells; pass cells="),
+        ((SIGNATURE, ["b|up"]), {"pairs": True}, "pairs are those of perturbations"),
+        ((SIGNATURE,), {"level": 1.0}, "level is 1.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            iv.screen(model, *arguments, **options)
+
+
+def test_errors_of_a_known_size_are_covered():
+    """Intervals cover new conditions as often as they promise, and p-values of no change are uniform."""
+    from invirtuo.bench.screen import _calibrated
+
+    rng = np.random.default_rng(0)
+    covered, small = [], []
+    for _ in range(2000):
+        errors, new = rng.normal(size=19), rng.normal()
+        half, p_values = _calibrated(np.array([new]), errors, 0.9)
+        covered.append(abs(new) <= half)
+        small.append(p_values[0] < 0.1)
+    assert abs(np.mean(covered) - 0.9) < 0.02
+    assert abs(np.mean(small) - 0.1) < 0.02
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_that_add_up_do_not_interact(cells, design):
+    table = iv.interactions(cells, design, n_resamples=50)
+    wide = table.pivot(index="condition", columns="score", values="value")
+    assert set(wide.index) == {f"{kind}|{label}" for kind in "ab" for label in ("same+up", "down+up")}
+    additive = wide.loc[["a|same+up", "b|same+up"]]
+    assert (additive["fit"] > 0.93).all() and (additive["norm"] - 1).abs().max() < 0.15
+    assert (table["low"] <= table["high"]).all()
+    inside = table[table["score"].isin(["norm", "magnitude"])]
+    assert ((inside["low"] <= inside["value"]) & (inside["value"] <= inside["high"])).mean() > 0.8
+
+    # a pair that answers with twice the sum is stronger than its parts
+    strong = cells.copy()
+    rows = (strong.obs["gene"] == "up+same").to_numpy() & (strong.obs["type"] == "a").to_numpy()
+    x = strong.X.toarray()
+    control = x[((cells.obs["gene"] == "ctrl") & (cells.obs["type"] == "a")).to_numpy()].mean(axis=0)
+    x[rows] = np.maximum(x[rows] + (x[rows].mean(axis=0) - control), 0)
+    strong.X = x
+    found = iv.interactions(strong, design, n_resamples=50).set_index(["condition", "score"])
+    assert found.loc[("a|same+up", "norm"), "low"] > 1.3
+    assert (
+        found.loc[("a|same+up", "additive"), "low"]
+        > table.set_index(["condition", "score"]).loc[("a|same+up", "additive"), "high"]
+    )
+
+
+def test_pairs_need_their_parts_and_controls(cells, design):
+    with pytest.raises(ValueError, match="no pair has both its parts among the cells"):
+        iv.interactions(cells[cells.obs["gene"].isin(["ctrl", "up"]).to_numpy()], design)
+    perturbed = cells[(cells.obs["gene"] != "ctrl").to_numpy()]
+    with pytest.raises(ValueError, match="no control cells .* as controls="):
+        iv.interactions(perturbed, design)
+    pd.testing.assert_frame_equal(iv.interactions(perturbed, design, controls=cells, n_resamples=5),
+                                  iv.interactions(cells, design, n_resamples=5))  # fmt: skip
+
+
+# ---- from the shell --------------------------------------------------------------------------------------------------
+
+
+def test_the_shell_says_the_same(run, model, cells, tmp_path):
+    model.save(tmp_path / "run")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    pd.DataFrame({"gene": list(SIGNATURE), "weight": 1.0}).to_csv(tmp_path / "signature.csv", index=False)
+    screen = ["screen", tmp_path / "run", "--towards", tmp_path / "signature.csv"]
+    code, said, _ = run(
+        *screen, "--candidates", "up", "--candidates", "same", "--plot", tmp_path / "s.png", "--out", tmp_path / "s.csv"
+    )
+    assert code == 0 and "4 conditions" in said and (tmp_path / "s.png").stat().st_size > 1000
+    ours = iv.screen(model, SIGNATURE, ["up", "same"])
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "s.csv"), ours, check_exact=False, rtol=1e-9, check_dtype=False
+    )
+
+    columns = ["--perturbation", "gene", "--control", "ctrl", "--covariate", "type"]
+    code, said, _ = run("interactions", tmp_path / "cells.h5ad", *columns, "--out", tmp_path / "i.csv")
+    assert code == 0 and "4 pairs" in said
+    assert set(pd.read_csv(tmp_path / "i.csv")["score"]) == {"additive", "bliss", "norm", "magnitude", "fit"}
+
+    (tmp_path / "wrong.csv").write_text("name,weight\ng0,1\n")
+    code, _, error = run(*screen[:-1], tmp_path / "wrong.csv", "--out", tmp_path / "none.csv")
+    assert code == 2 and "expected gene and weight" in error and not (tmp_path / "none.csv").exists()
