@@ -119,29 +119,27 @@ def test_errors_of_a_known_size_are_covered():
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_that_add_up_do_not_interact(cells, design):
-    table = iv.interactions(cells, design, n_resamples=50)
-    wide = table.pivot(index="condition", columns="score", values="value")
-    assert set(wide.index) == {f"{kind}|{label}" for kind in "ab" for label in ("same+up", "down+up")}
-    additive = wide.loc[["a|same+up", "b|same+up"]]
-    assert (additive["fit"] > 0.93).all() and (additive["norm"] - 1).abs().max() < 0.15
-    assert (table["low"] <= table["high"]).all()
-    inside = table[table["score"].isin(["norm", "magnitude"])]
-    assert ((inside["low"] <= inside["value"]) & (inside["value"] <= inside["high"])).mean() > 0.8
+def paired(strength):
+    """Cells of two perturbations and of both, whose effect is so many times their sum."""
+    rng = np.random.default_rng(0)
+    first, second = np.zeros((2, 30))
+    first[:5], second[3:9] = 1.0, -0.8
+    effects = {"ctrl": 0 * first, "x": first, "y": second, "x+y": strength * (first + second)}
+    values = np.concatenate([3 + rng.normal(0, 0.3, (200, 30)) + effect for effect in effects.values()])
+    obs = pd.DataFrame({"gene": np.repeat(list(effects), 200)})
+    adata = anndata.AnnData(values.astype(np.float32), obs=obs.set_index(obs.index.astype(str)))
+    design = iv.Design.from_adata(adata, perturbation="gene", control="ctrl")
+    return iv.interactions(adata, design, n_resamples=100).set_index("score")
 
-    # a pair that answers with twice the sum is stronger than its parts
-    strong = cells.copy()
-    rows = (strong.obs["gene"] == "up+same").to_numpy() & (strong.obs["type"] == "a").to_numpy()
-    x = strong.X.toarray()
-    control = x[((cells.obs["gene"] == "ctrl") & (cells.obs["type"] == "a")).to_numpy()].mean(axis=0)
-    x[rows] = np.maximum(x[rows] + (x[rows].mean(axis=0) - control), 0)
-    strong.X = x
-    found = iv.interactions(strong, design, n_resamples=50).set_index(["condition", "score"])
-    assert found.loc[("a|same+up", "norm"), "low"] > 1.3
-    assert (
-        found.loc[("a|same+up", "additive"), "low"]
-        > table.set_index(["condition", "score"]).loc[("a|same+up", "additive"), "high"]
-    )
+
+def test_pairs_that_add_up_do_not_interact():
+    additive, stronger = paired(1.0), paired(2.0)
+    for score, expected in {"norm": 1.0, "magnitude": 2**0.5, "fit": 1.0}.items():
+        assert additive.loc[score, "value"] == pytest.approx(expected, abs=0.05)
+    assert additive.loc["norm", "low"] < 1 < additive.loc["norm", "high"]
+    assert stronger.loc["norm", "low"] > 1.8 and stronger.loc["fit", "value"] > 0.98
+    for score in ("additive", "bliss"):
+        assert stronger.loc[score, "low"] > additive.loc[score, "high"]
 
 
 def test_pairs_need_their_parts_and_controls(cells, design):

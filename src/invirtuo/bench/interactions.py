@@ -41,9 +41,9 @@ def interactions(
     controls
         Cells that hold the control cells; None: they are among `cells`.
     level
-        Of the intervals, over resampled cells of pair, parts and controls.
+        Of the intervals, over cells of pair, parts and controls that weigh at random.
     n_resamples, seed
-        Of the bootstrap.
+        Of the Bayesian bootstrap (Rubin 1981).
 
     Returns
     -------
@@ -104,8 +104,8 @@ def _pairs(design: Design, obs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFram
 
 
 def _drawn(cells: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    """Weights (n,) of the cells of each set, drawn with replacement."""
-    return [rng.multinomial(len(x), np.full(len(x), 1 / len(x))) / len(x) for x in cells]
+    """Weights (n,) of the cells of each set, that add up to 1."""
+    return [rng.dirichlet(np.ones(len(x))) for x in cells]
 
 
 def _scores(weights: Sequence[np.ndarray], cells: Sequence[np.ndarray]) -> dict[str, float]:
