@@ -65,6 +65,7 @@ SPLITS = {
     "manual": lambda obs, design: splits.manual(obs, design, groups=["K562"]),
     "under_represented": lambda obs, design: splits.under_represented(obs, design, contexts=["HeLa"], support=["A+C"]),
     "zero_shot": lambda obs, design: splits.zero_shot(obs, design, context={"line": "RPE1"}),
+    "unseen_targets": lambda obs, design: splits.unseen_targets(obs, design, contexts=["HeLa"], n_folds=2),
 }
 
 

@@ -20,9 +20,11 @@ from invirtuo.splits import (
     hold_out,
     imbalanced,
     manual,
+    regimes,
     scaling,
     transfer,
     under_represented,
+    unseen_targets,
     zero_shot,
 )
 
@@ -50,6 +52,7 @@ CALLS = {
     "imbalanced": {"entropy": 0.9, "fraction": 0.5, "max_heldout": 2},
     "under_represented": {"contexts": ["k|no"]},
     "zero_shot": {"context": "k|no"},
+    "unseen_targets": {"n_folds": 3},
     "hold_out": {"conditions": [{"line": "k", "gene": "A"}, {"gene": "C+D"}]},
 }
 
@@ -555,4 +558,55 @@ def test_file_needs_unique_cells(tmp_path):
 
 
 def test_public_names():
-    assert set(splits.__all__) == {"SPLITS", "courses", "from_csv", "from_toml", *SPLITS}  # courses: a design with time
+    assert set(splits.__all__) == {"SPLITS", "courses", "from_csv", "from_toml", "regimes", *SPLITS}  # courses: a design with time
+
+
+# unseen targets
+
+
+def singles(labels):
+    return {part for label in labels for part in label.split("+")} - {"control"}
+
+
+def test_every_target_is_tested_once():
+    tested = []
+    for fold in range(3):
+        split = unseen_targets(OBS, BOTH, fold=fold, n_folds=3)
+        parts = {part: singles(OBS.loc[split == part, "gene"]) for part in PARTS}
+        alone = {
+            part: {label for label in OBS.loc[split == part, "gene"] if "+" not in label} - {"control"}
+            for part in PARTS
+        }
+        assert not parts["train"] & (alone["test"] | alone["val"]) and not alone["val"] & alone["test"]
+        tested += alone["test"]
+        assert set(regimes(OBS, BOTH, split).str.split(",").str[0]) == {"target"}
+    assert sorted(tested) == list("ABCDEF")
+
+
+def test_targets_and_contexts_are_both_new():
+    split = unseen_targets(OBS, BOTH, contexts=[{"line": "k"}], n_folds=3)
+    perturbed = OBS["gene"] != "control"
+    assert set(OBS.loc[(split == "test") & perturbed, "line"]) == {"k"}
+    assert set(OBS.loc[(split == "train") & perturbed, "line"]) == {"h"}
+    train, test = (singles(OBS.loc[(split == part) & perturbed, "gene"]) for part in ("train", "test"))
+    assert {label for label in OBS.loc[(split == "test") & perturbed, "gene"] if "+" not in label}.isdisjoint(
+        train
+    ) and test
+    assert set(regimes(OBS, BOTH, split).str.split(",").str[0]) == {"both"}
+    assert set(split[OBS["line"] == "k"]) == PARTS | {""}  # what is known of the new context are its control cells
+
+
+def test_what_a_tested_condition_has_been_seen_of():
+    found = regimes(OBS, BOTH, hold_out(OBS, BOTH, [{"line": "k", "drug": "no"}]))
+    assert set(found) == {"context"} and len(found) == 10
+    found = regimes(OBS, BOTH, hold_out(OBS, BOTH, ["k|no|A", "k|no|A+B", "h|no|A+B", "k|yes|A+B", "h|yes|A+B"]))
+    assert found["k|no|A"] == "pair" and found["h|no|A+B"] == "pair, 2 of 2 parts"
+    split = hold_out(OBS, BOTH, [{"gene": "A"}, {"gene": "A+B"}, {"gene": "A+E"}])
+    found = regimes(OBS, BOTH, split)
+    assert found["k|no|A"] == "target" and found["k|no|A+B"] == "target, 1 of 2 parts"
+
+
+def test_folds_that_do_not_exist():
+    for options in ({"fold": 3, "n_folds": 3}, {"n_folds": 9}):
+        with pytest.raises(ValueError, match="expected a fold below n_folds, and at least as many perturbations"):
+            unseen_targets(OBS, BOTH, **options)

@@ -144,14 +144,19 @@ class Design:
         # levels of every column, as the data have them
         table = columns.tidy(obs)
         observed = columns._parts_in(table)
-        vectors = {} if features is None else _vectors(features, observed)
-        perturbations = sorted(vectors or observed)
+        perturbations = tuple(sorted(observed))
         levels = {name: _levels(table[name], unknown) for name in covariates}
         dose_max = float(table[dose].max()) if dose else 1.0
         if dose_max == 0:
             dose_max = 1.0  # every dose is 0, and stays 0
-        rows = tuple(vectors[name] for name in sorted(vectors))
-        return replace(columns, perturbations=tuple(perturbations), covariates=levels, dose_max=dose_max, features=rows)
+        design = replace(columns, perturbations=perturbations, covariates=levels, dose_max=dose_max)
+        return design if features is None else design.with_features(features)
+
+    def with_features(self, features: pd.DataFrame) -> Self:
+        """The same Design with a vector for every perturbation; rows for others make these known as well."""
+        vectors = _vectors(features, set(self.perturbations))
+        names = tuple(sorted(vectors))
+        return replace(self, perturbations=names, features=tuple(vectors[name] for name in names))
 
     @property
     def code_width(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from invirtuo.cells import datasets, preprocess
+from invirtuo.cells import datasets, features, preprocess
 from invirtuo.cells.files import is_zarr_folder, read_h5ad
 from invirtuo.cells.one_matrix import contents
 from invirtuo.cells.packed import plain
@@ -78,6 +78,9 @@ class Task:
         without it that is drawn, and a warning says so. Empty: there is none.
     figures
         Conditions whose cells the paper draws.
+    features
+        What is known of perturbations, for models that take it: names of files in the data folder, or "coexpression";
+        see `invirtuo.features`. Perturbations that a source lacks have its mean.
 
     Examples
     --------
@@ -102,6 +105,7 @@ class Task:
     n_pcs: int = 30
     split_file: str = ""
     figures: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse names that cannot be file names, and tasks without a split."""
@@ -139,9 +143,27 @@ class Task:
         if self.keep is not None:
             adata = adata[self.keep(adata.obs).to_numpy()].copy()
         design, split = self._roles(adata.obs, fold, data_dir)
-        if self.is_normalised:
-            return adata, design, split
-        return preprocess.normalize(adata, n_genes=self.n_genes, split=split), design, split
+        if not self.is_normalised:
+            adata = preprocess.normalize(adata, n_genes=self.n_genes, split=split)
+        return adata, self._with_features(adata, design, data_dir), split
+
+    def _with_features(self, adata: AnnData, design: Design, data_dir: str | os.PathLike[str] | None) -> Design:
+        """The Design with what is known of its perturbations."""
+        if not self.features:
+            return design
+        sources = self._sources(data_dir)
+        tables = {name: features.read(source, adata, design) for name, source in sources.items()}
+        return design.with_features(features.join(tables, design.perturbations, missing="mean"))
+
+    def _sources(self, data_dir: str | os.PathLike[str] | None) -> dict[str, str | Path]:
+        """Where each of the features is read from."""
+        folder = datasets.folder(data_dir)
+        sources = {name: name if name == "coexpression" else folder / name for name in self.features}
+        if missing := [name for name, source in sources.items() if isinstance(source, Path) and not source.is_file()]:
+            raise ValueError(
+                f"task {self.name!r} reads features from {preview(missing)}, not in {folder}; put it there"
+            )
+        return sources
 
     def look(self, data_dir: str | os.PathLike[str] | None = None) -> tuple[str | os.PathLike[str], list[str]]:
         """Find the data and try all splits on their labels; matrices are not read.
@@ -164,6 +186,7 @@ class Task:
             self._check_design()
             file = plain(self.dataset)
             found = contents(file)
+        self._sources(data_dir)
         obs = found.obs if self.keep is None else found.obs[self.keep(found.obs).to_numpy()]
         tested: list[str] = []
         for fold in range(len(self.splits)):
@@ -213,7 +236,7 @@ class Task:
                 value = value.to_json()
             elif callable(value):
                 value = _text(value)
-            if field.name == "figures" or (field.name == "split_file" and not value):
+            if field.name == "figures" or (field.name in ("split_file", "features") and not value):
                 continue  # changes no number; results of before there were such files stay valid
             facts[field.name] = list(value) if isinstance(value, tuple) else value
         if self.dataset not in datasets.DATASETS and Path(self.dataset).is_file():

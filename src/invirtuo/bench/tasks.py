@@ -34,6 +34,7 @@ def _where(column: str, *values: str) -> tuple[dict[str, str], ...]:
     return tuple({column: value} for value in values)
 
 
+GENE_SETS = "go_bp_human_2026.gmt.gz"  # GO biological process, from the user
 DONORS = ("PW030", "PW032", "PW034", "PW036", "PW040")
 
 # each donor in turn is tested, and the next one is for validation
@@ -100,6 +101,24 @@ OTHERS = (
         (partial(splits.manual, groups=("rep_3",), seed=0, fraction=1.0),),
         keep=clear_guides,
         metrics=RANKED,
+    ),
+    Task(
+        "papalexi-target",
+        "knock-outs that were seen nowhere, known by the GO terms of their genes",
+        "papalexi",
+        tuple(partial(splits.unseen_targets, fold=fold) for fold in range(5)),
+        keep=clear_guides,
+        unseen=True,
+        features=(GENE_SETS,),
+    ),
+    Task(
+        "papalexi-both",
+        "the same, in a replicate that is known by its control cells alone",
+        "papalexi",
+        tuple(partial(splits.unseen_targets, fold=fold, contexts=("rep_3",)) for fold in range(5)),
+        keep=clear_guides,
+        unseen=True,
+        features=(GENE_SETS,),
     ),
     Task(
         "norman-mini-combo",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,13 +94,12 @@ def fit(
     adata = _cells(data, memory)
     columns: dict[str, Any] = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
     columns |= {"dose": dose, "time": time}
-    read = partial(Design.from_adata, adata.obs, **columns, separator=separator, unknown=unknown)
-    design = read()
+    design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)
     if features or unseen:
         if not MODELS[model].takes_features:
             able = [name for name, kind in MODELS.items() if kind.takes_features]
             raise ValueError(f"{model} takes no features of perturbations; those that do: {', '.join(able)}")
-        design = read(features=_features(features or [], features_missing, unseen or [], adata, design))
+        design = design.with_features(_features(features or [], features_missing, unseen or [], adata, design))
     assignment = split_of(adata.obs, design, split, hold_out, hold_out_val)
 
     # the preset with the fields that are set

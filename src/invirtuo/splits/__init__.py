@@ -6,7 +6,8 @@ no part. The same obs and seed always give the same split, whatever the hash see
 `transfer`, `manual`, `combine` and `combine_inverse` are the tasks of PerturBench (Wu et al. 2024, arXiv:2408.10609)
 and agree with its code cell by cell; `scaling` and `imbalanced` follow its rules on the amount and the balance of the
 training data. `under_represented` and `zero_shot` are the tasks of STATE; `from_toml` reads the files in which its
-public implementation writes splits down. `hold_out` is the plain choice when the wanted conditions are known.
+public implementation writes splits down. `unseen_targets` holds out perturbations that are seen nowhere; `regimes` says
+of every tested condition what of it was seen. `hold_out` is the plain choice when the wanted conditions are known.
 
 A control cell lies in one part, like any other cell: those in train are what a model learns from, those in test what
 the effects of the test conditions are measured against. Hence a context whose controls are "available in training"
@@ -26,6 +27,7 @@ from invirtuo.splits.contexts import hold_out, under_represented, zero_shot
 from invirtuo.splits.courses import courses
 from invirtuo.splits.file import from_csv
 from invirtuo.splits.perturbench import combine, combine_inverse, imbalanced, manual, scaling, transfer
+from invirtuo.splits.targets import regimes, unseen_targets
 from invirtuo.splits.toml import from_toml
 
 if TYPE_CHECKING:
@@ -41,9 +43,11 @@ __all__ = [
     "hold_out",
     "imbalanced",
     "manual",
+    "regimes",
     "scaling",
     "transfer",
     "under_represented",
+    "unseen_targets",
     "zero_shot",
 ]
 
@@ -56,5 +60,6 @@ SPLITS: dict[str, Callable[..., pd.Series]] = {
     "imbalanced": imbalanced,
     "under_represented": under_represented,
     "zero_shot": zero_shot,
+    "unseen_targets": unseen_targets,
     "hold_out": hold_out,
 }

@@ -167,7 +167,7 @@ def under_represented(
     labels = labels_and_states(obs, design)["label"].to_numpy()
     _check_share("fraction", fraction)
     control = design.is_control(obs)
-    found = _contexts(obs, design, contexts)
+    found = contexts_in(obs, design, contexts)
     test = np.zeros(len(obs), dtype=bool)
     for name, inside in found.items():
         # the support set trains, the other perturbations of the context are held out
@@ -232,7 +232,7 @@ def zero_shot(
     """
     labels = labels_and_states(obs, design)["label"].to_numpy()
     control = design.is_control(obs)
-    [(name, inside)] = _contexts(obs, design, [context]).items()
+    [(name, inside)] = contexts_in(obs, design, [context]).items()
     missing = sorted(set(labels[inside & ~control]) - set(labels[~inside & ~control]))
     if missing:
         raise ValueError(
@@ -321,7 +321,7 @@ def _draw(labels: list[str], fraction: float, name: str, seed: int) -> list[str]
     return [labels[i] for i in order[:n]]
 
 
-def _contexts(obs: pd.DataFrame, design: Design, contexts: Conditions) -> dict[str, np.ndarray]:
+def contexts_in(obs: pd.DataFrame, design: Design, contexts: Conditions) -> dict[str, np.ndarray]:
     """Name of each context to its cells; contexts are disjoint and leave cells outside."""
     groups = design.groups(obs)
     covariates = list(design.covariates)
