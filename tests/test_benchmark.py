@@ -27,7 +27,7 @@ from invirtuo.bench.published import published_numbers
 from invirtuo.bench.run import chosen_entries
 from invirtuo.cells.packed import Unpacked
 from invirtuo.models import MODELS
-from invirtuo.splits import hold_out
+from invirtuo.splits import hold_out, unseen_targets
 
 KEEPS_TABLES = ("scores.csv", "summary.csv", "comparisons.csv")
 METRICS = ("rmse_mean", "rmse_mean_rank", "mmd_pca")
@@ -190,6 +190,19 @@ def test_perturbations_never_trained_on_are_not_scored(task):
     of = lambda parts: set(design.conditions(adata.obs[(parts == "test").to_numpy()])["perturbation"])  # noqa: E731
     assert of(parts) == {"C"}
     assert of(whole) == {"A", "A+B", "C"}
+
+
+def test_targets_that_were_seen_nowhere(task, tmp_path):
+    """Features are those of the task; baselines that cannot say anything are left out."""
+    pd.DataFrame(np.eye(3), index=["A", "B", "C"]).to_csv(tmp_path / "vectors.csv")
+    split = partial(unseen_targets, n_folds=3)
+    new = replace(task, splits=(split,), unseen=True, features=("vectors.csv",), metrics=("rmse_mean",))
+    scores = iv.benchmark(new, Entry("ridge", "ridge", "kernel"), 1, tmp_path / "out", data_dir=tmp_path)
+    assert set(scores["model"]) == {"ridge", "context_mean", "no_change", "noise_floor"}
+    costs = pd.read_csv(tmp_path / "out/costs.csv")
+    assert set(costs["status"]) == {"ok"}
+    with pytest.raises(ValueError, match="reads features from other.csv"):
+        iv.benchmark(replace(new, features=("other.csv",)), "ridge", 1, tmp_path / "none", data_dir=tmp_path)
 
 
 def test_bad_requests(task, entries, tmp_path):

@@ -558,7 +558,14 @@ def test_file_needs_unique_cells(tmp_path):
 
 
 def test_public_names():
-    assert set(splits.__all__) == {"SPLITS", "courses", "from_csv", "from_toml", "regimes", *SPLITS}  # courses: a design with time
+    assert set(splits.__all__) == {
+        "SPLITS",
+        "courses",
+        "from_csv",
+        "from_toml",
+        "regimes",
+        *SPLITS,
+    }  # courses: a design with time
 
 
 # unseen targets

@@ -87,6 +87,10 @@ class NoChange(PerturbationModel):
     keeps_zeros = True
     groups_by_controls = True
 
+    @property
+    def takes_unseen(self) -> bool:
+        return True
+
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The control cells (n, g)."""
         return batch.source
@@ -268,6 +272,10 @@ class ContextMean(_ConditionMeans):
 
     name = "context_mean"
     Config = ContextMeanConfig
+
+    @property
+    def takes_unseen(self) -> bool:
+        return True
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The mean for every perturbed cell, the source for every control cell, (n, g)."""
