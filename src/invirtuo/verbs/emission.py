@@ -16,9 +16,9 @@ from torch import Tensor
 
 from invirtuo.verbs.controls import ControlCells
 
-__all__ = ["Depths", "units", "whole"]
+__all__ = ["N_CELLS", "Depths", "units", "whole"]
 
-N_UNITS = 512  # units of a group that are kept
+N_CELLS = 500  # control cells of a group that are looked at
 DIVISORS = (1, 2, 3, 4)  # the smallest count of a cell, where it is not 1
 TOLERANCE = 0.02  # distance of a value to a whole multiple
 LARGEST_TOLD = 500.0  # multiple up to which single precision tells that
@@ -118,12 +118,11 @@ class Depths:
         """From control cells of every covariate group; groups that do not show their counts are left out."""
         found, facts, logs = {}, [], []
         for group, cells in pool.items():
-            x, _ = cells.take(np.arange(len(cells)))
+            x, _ = cells.take(np.unique(np.linspace(0, len(cells) - 1, N_CELLS).round().astype(int)))
             own = units(x)
             counted = ~own.isnan()
             if counted.float().mean() >= SHOWING:
-                ranks = torch.linspace(0, 1, min(N_UNITS, int(counted.sum())))
-                found[group] = torch.quantile(own[counted], ranks)
+                found[group] = own[counted].sort().values
                 facts.append(_facts(x[counted]))
                 logs.append(own[counted].double().log())
         weights = torch.zeros(4, dtype=torch.float64)

@@ -24,7 +24,7 @@ from invirtuo.verbs import saving
 from invirtuo.verbs.controls import ControlCells
 from invirtuo.verbs.draw import Request, check_engine, control_pool, drawn, filled, means_of, stored
 from invirtuo.verbs.effects import Calibration
-from invirtuo.verbs.emission import Depths
+from invirtuo.verbs.emission import N_CELLS, Depths
 from invirtuo.verbs.model import Model, check_torch, track
 from invirtuo.verbs.observed import ObservedMeans
 from invirtuo.verbs.sampling import NoSampling, SampleConfig, takes_options
@@ -315,9 +315,10 @@ class PerturbationModel(Model):
     def remember(self, dataset: CellDataset) -> None:
         """Keep control cells to start from, and means of them and of the conditions held out for validation."""
         design = self.design
-        pool = control_pool(dataset)
+        keeps = self.needs_source or not self.keeps_zeros  # control cells to start from, or to move
+        pool = control_pool(dataset) if keeps else control_pool(dataset, N_CELLS)
         smallest, largest = dataset.extremes()
-        self._controls = pool if self.needs_source or not self.keeps_zeros else {}
+        self._controls = pool if keeps else {}
         self._depths = Depths.of(pool, largest)
         self.card["smallest"] = smallest
 
