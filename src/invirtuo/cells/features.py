@@ -11,13 +11,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.genes import delimited, read_table
 from invirtuo.errors import preview
 
 if TYPE_CHECKING:
@@ -45,63 +45,6 @@ SOURCES = {
 
 
 # ---- one source ------------------------------------------------------------------------------------------------------
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Vectors from a file: .csv, .tsv, .parquet, .npz or .pt, see `SOURCES`.
-
-    Returns
-    -------
-    (p, f) float64, an index of names.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, or names a row twice.
-    """
-    path = Path(path)
-    try:
-        table = _READERS.get(path.suffix, _delimited)(path)
-        table = table.astype(np.float64)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, ImportError) as error:
-        raise ValueError(
-            f"{path} holds no vectors ({error}); expected .csv, .tsv or .parquet with names in the first column and "
-            "numbers, .npz with genes and emb, or .pt with a mapping of name to vector"
-        ) from error
-    table.index = table.index.astype(str)
-    if not table.index.is_unique:
-        raise ValueError(f"{path} names {preview(table.index[table.index.duplicated()])} twice; keep one row of each")
-    return table
-
-
-def _delimited(path: Path, dtype: Any = None) -> pd.DataFrame:
-    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=0, dtype=dtype)
-
-
-def _parquet(path: Path) -> pd.DataFrame:
-    table = pd.read_parquet(path)
-    has_names = isinstance(table.index, pd.RangeIndex)
-    return table.set_index(table.columns[0]) if has_names else table
-
-
-def _arrays(path: Path) -> pd.DataFrame:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return pd.DataFrame(arrays["emb"].astype(np.float64), index=arrays["genes"].astype(str))
-
-
-def _tensors(path: Path) -> pd.DataFrame:
-    import pickle
-
-    import torch
-
-    try:
-        vectors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"not a file of tensors alone: {str(error).splitlines()[0]}") from error
-    return pd.DataFrame({name: np.asarray(vector, dtype=np.float64).ravel() for name, vector in vectors.items()}).T
-
-
-_READERS = {".npz": _arrays, ".parquet": _parquet, ".pt": _tensors}
 
 
 def gene_sets(path: str | Path, *, n_components: int = WIDTH, smallest: int = 5, largest: int = 500) -> pd.DataFrame:
@@ -245,7 +188,7 @@ def read(source: str | Path, adata: AnnData | CellStore, design: Design) -> pd.D
     if not path.is_file():
         raise ValueError(f"features: {text!r} is no file; expected one, or coexpression; see `invirtuo list features`")
     if path.suffix in (".csv", ".tsv"):
-        text_table = _delimited(path, dtype=str)
+        text_table = delimited(path, dtype=str)
         if SMILES in text_table:
             return fingerprints(dict(zip(text_table.index.astype(str), text_table[SMILES], strict=True)))
     return read_table(path)

@@ -6,17 +6,31 @@ It knows counts and batches, not perturbations.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
+
+from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from invirtuo.cells.values import AnyMatrix
 
-__all__ = ["hashed_vectors", "loess", "normalised_variance", "variable_genes", "variable_genes_of"]
+__all__ = [
+    "delimited",
+    "hashed_vectors",
+    "loess",
+    "normalised_variance",
+    "read_table",
+    "read_vectors",
+    "variable_genes",
+    "variable_genes_of",
+]
 
 CELL = 0.2  # a cell of the loess tree holds at most span * CELL of the points
 MARGIN = 0.005  # by which the box of the tree exceeds the data
@@ -246,3 +260,67 @@ def hashed_vectors(genes: Sequence[str], width: int) -> np.ndarray:
     """
     seeds = [int.from_bytes(hashlib.blake2b(str(gene).encode(), digest_size=8).digest(), "big") for gene in genes]
     return np.stack([np.random.default_rng(seed).standard_normal(width) for seed in seeds])
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Vectors from a file: .csv, .tsv, .parquet, .npz or .pt.
+
+    Returns
+    -------
+    (p, f) float64, an index of names.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, or names a row twice.
+    """
+    path = Path(path)
+    try:
+        table = _READERS.get(path.suffix, delimited)(path)
+        table = table.astype(np.float64)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, ImportError) as error:
+        raise ValueError(
+            f"{path} holds no vectors ({error}); expected .csv, .tsv or .parquet with names in the first column and "
+            "numbers, .npz with genes and emb, or .pt with a mapping of name to vector"
+        ) from error
+    table.index = table.index.astype(str)
+    if not table.index.is_unique:
+        raise ValueError(f"{path} names {preview(table.index[table.index.duplicated()])} twice; keep one row of each")
+    return table
+
+
+def delimited(path: Path, dtype: Any = None) -> pd.DataFrame:
+    """A .csv or .tsv with names in its first column."""
+    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=0, dtype=dtype)
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path)
+    has_names = isinstance(table.index, pd.RangeIndex)
+    return table.set_index(table.columns[0]) if has_names else table
+
+
+def _arrays(path: Path) -> pd.DataFrame:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return pd.DataFrame(arrays["emb"].astype(np.float64), index=arrays["genes"].astype(str))
+
+
+def _tensors(path: Path) -> pd.DataFrame:
+    import pickle
+
+    import torch
+
+    try:
+        vectors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"not a file of tensors alone: {str(error).splitlines()[0]}") from error
+    return pd.DataFrame({name: np.asarray(vector, dtype=np.float64).ravel() for name, vector in vectors.items()}).T
+
+
+_READERS = {".npz": _arrays, ".parquet": _parquet, ".pt": _tensors}
+
+
+def read_vectors(path: str | Path, genes: Sequence[str]) -> np.ndarray:
+    """Vectors (g, d) of genes from a file, see :func:`read_table`; rows of NaN for genes without one."""
+    vectors: np.ndarray = read_table(path).reindex([str(gene) for gene in genes]).to_numpy()
+    return vectors

@@ -118,7 +118,8 @@ class Depths:
         """From control cells of every covariate group; groups that do not show their counts are left out."""
         found, facts, logs = {}, [], []
         for group, cells in pool.items():
-            x, _ = cells.take(np.unique(np.linspace(0, len(cells) - 1, N_CELLS).round().astype(int)))
+            step = -(-len(cells) // N_CELLS)
+            x, _ = cells.take(np.arange(0, len(cells), step))
             own = units(x)
             counted = ~own.isnan()
             if counted.float().mean() >= SHOWING:

@@ -34,8 +34,7 @@ from torch.nn import functional as F
 
 from invirtuo.batch import Batch
 from invirtuo.cells.dataset import CellDataset
-from invirtuo.cells.features import read_table
-from invirtuo.cells.genes import hashed_vectors
+from invirtuo.cells.genes import hashed_vectors, read_vectors
 from invirtuo.cells.source import to_csr
 from invirtuo.errors import preview
 from invirtuo.fit import FitConfig
@@ -266,7 +265,7 @@ class StateEmbedding(Model):
         elif not Path(source).exists() and bool(self.known.any()):  # a saved model that is fitted again
             return
         else:
-            table = read_table(source).reindex([str(gene) for gene in self.genes]).to_numpy()
+            table = read_vectors(source, self.genes)
         if table.shape[1] != self.config.gene_width:
             raise ValueError(f"vectors in {source} have {table.shape[1]} numbers; set gene_width={table.shape[1]}")
 
