@@ -149,13 +149,13 @@ def fingerprints(smiles: Mapping[str, str], *, n_components: int = WIDTH) -> pd.
         If rdkit is not installed, or a molecule cannot be read.
     """
     try:
-        from rdkit import Chem, RDLogger
+        from rdkit import Chem, rdBase
         from rdkit.Chem import rdFingerprintGenerator
     except ImportError as error:
         raise ValueError("molecules need the package rdkit: pip install 'invirtuo[molecules]'") from error
-    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
     made = rdFingerprintGenerator.GetMorganGenerator(radius=RADIUS, fpSize=BITS)
-    molecules = {name: Chem.MolFromSmiles(str(text)) for name, text in smiles.items()}
+    with rdBase.BlockLogs():  # what cannot be read is an error below
+        molecules = {name: Chem.MolFromSmiles(str(text)) for name, text in smiles.items()}
     if unread := [name for name, molecule in molecules.items() if molecule is None]:
         raise ValueError(f"{SMILES}: {preview(unread)} cannot be read as molecules; expected SMILES like CC(=O)O")
     bits = np.stack([made.GetFingerprintAsNumPy(molecule) for molecule in molecules.values()]).astype(float)
