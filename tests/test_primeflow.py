@@ -548,3 +548,42 @@ def test_a_batch_without_source_is_enough(plan, cells, batch, dataset):
     with torch.no_grad():
         out = model.sample(Batch(batch.condition), torch.Generator(), FlowSampling(steps=1))
     assert out.shape == (20, N_GENES)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapt_keeps_what_has_a_name(kind, cells, plan):
+    """Weights go on where they were, for perturbations and levels by name; what is new begins anew, by the seed."""
+    config = replace(CONFIGS[kind], covariate_scale=1.0)
+    first = PRiMeFlow(plan, cells.var_names, config).fit(cells, config=FIT)
+    other = cells.copy()
+    other.obs["cell_type"] = other.obs["cell_type"].astype(str).replace({"t_cell": "a new one"})
+    other.obs["perturbation"] = other.obs["perturbation"].astype(str).replace({"A": "new", "A+B": "new"})
+    design = iv.Design.from_adata(other, perturbation="perturbation", control="control", covariates=["cell_type"])
+    still = replace(FIT, steps=1, lr=1e-12, ema=0.0)
+    second = first.adapt(design).fit(other, config=still)
+    old, new = dict(first.named_parameters()), dict(second.named_parameters())
+    columns = [
+        *(f"perturbation {name}" for name in plan.perturbations),
+        *(f"cell_type {name}" for name in plan.covariates["cell_type"]),
+    ]
+    known = [
+        *(f"perturbation {name}" for name in design.perturbations),
+        *(f"cell_type {name}" for name in design.covariates["cell_type"]),
+    ]
+    for name, value in new.items():
+        if not name.endswith("condition.mlp.0.weight"):
+            torch.testing.assert_close(value, old[name], atol=1e-6, rtol=0)
+            continue
+        shared = [column for column in known if column in columns]
+        assert 2 <= len(shared) < len(known)
+        mine = value[:, [known.index(column) for column in shared]]
+        torch.testing.assert_close(mine, old[name][:, [columns.index(column) for column in shared]], atol=1e-6, rtol=0)
+
+    with pytest.raises(ValueError, match="not fitted"):
+        PRiMeFlow(plan, cells.var_names, config).adapt(design)
+    vectors = pd.DataFrame(
+        np.eye(len(design.perturbations) + 2)[: len(design.perturbations)], index=design.perturbations
+    )
+    with pytest.raises(ValueError, match="features have"):
+        features = first.design.with_features(pd.DataFrame(np.eye(len(plan.perturbations)), index=plan.perturbations))
+        PRiMeFlow(features, cells.var_names, config).fit(cells, config=FIT).adapt(design.with_features(vectors))

@@ -71,19 +71,30 @@ _CLASSES: tuple[type[Model], ...] = (
     SparseODE,
 )
 MODELS: dict[str, type[Model]] = {model.name: model for model in _CLASSES}
+BUNDLED = {"kang-primeflow": "the IFN-beta response of blood cells; B cells and CD14 monocytes were held out"}
 
 
 def load(folder: str | Path) -> Model:
     """Read a saved model of any kind.
+
+    Parameters
+    ----------
+    folder
+        Folder that ``save`` wrote; or the name of a model that comes with the package, see `BUNDLED`.
 
     Raises
     ------
     ValueError
         If the folder is not a saved model, or of a model that this version does not know.
     """
+    if str(folder) in BUNDLED and not Path(folder).exists():
+        folder = Path(__file__).parents[1] / "data" / str(folder)
     path = path_of(Path(folder), "config.json")
     if not holds_model(Path(folder)):
-        raise ValueError(f"{folder} holds no saved model (no config.json); pass the folder that model.save wrote")
+        raise ValueError(
+            f"{folder} holds no saved model (no config.json); pass the folder that model.save wrote, or "
+            f"{' or '.join(BUNDLED)}"
+        )
     try:
         name = json.loads(path.read_text())["model"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from invirtuo import fit as fitting
 from invirtuo.cells.checks import label_findings
@@ -109,6 +109,7 @@ class Model(Trainable):
         self.transforms: dict[str, Transform] = {}
         self.history = pd.DataFrame()
         self.card: dict[str, Any] = {}
+        self._start: Mapping[str, Tensor] = {}  # weights of another model with which fits begin
 
         with fitting.GENERATOR_LOCK:  # layers draw their first weights
             self.build()
@@ -314,6 +315,15 @@ class Model(Trainable):
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), fresh.parameters(), strict=True):
                 mine.copy_(theirs)
+        self.begin_with(self._start)
+
+    @torch.no_grad()
+    def begin_with(self, start: Mapping[str, Tensor]) -> None:
+        """Take weights of another model, now and whenever a fit begins; where they are NaN, the own ones stay."""
+        self._start = start
+        for name, parameter in self.named_parameters():
+            if name in start:
+                parameter.copy_(torch.where(start[name].isnan(), parameter, start[name]))
 
     # ---- using -------------------------------------------------------------------------------------------------
 

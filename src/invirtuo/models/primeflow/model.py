@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.cells.dataset import CellDataset
+from invirtuo.design import Design
 from invirtuo.fit import FitConfig
 from invirtuo.flow import PATHS, SOLVER_NAMES, gaussian_velocity, nested, solve
 from invirtuo.flow.path import COEFFICIENTS
@@ -282,6 +283,44 @@ class PRiMeFlow(PerturbationModel):
         new._observed_means = self._observed_means
         return new.eval()
 
+    def adapt(self, design: Design) -> Self:
+        """Make a model of the same genes for another Design that starts from the weights of this one.
+
+        For a new context of which a few perturbed cells were measured: fit it to these and the earlier cells together,
+        for few steps. What stands for perturbations and levels of covariates follows their names, new ones begin anew;
+        statistics and anchors are those of the cells of the new fit.
+
+        Parameters
+        ----------
+        design
+            Of the new data set; with the same features, or none if there were none.
+
+        Returns
+        -------
+        A model to be fitted.
+
+        Raises
+        ------
+        ValueError
+            If this model is not fitted, or was told other features.
+        """
+        self._check_fitted()
+        widths = [len(each.features[0]) if each.features else 0 for each in (self.design, design)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"features have {widths[1]} columns, and {widths[0]} in this model; expected the same ones"
+            )
+        new = type(self)(design, self.genes, self.config)
+        new.fit_config = self.fit_config
+        columns = _columns(design)
+        known = {name: i for i, name in enumerate(_columns(self.design))}
+        rows = torch.tensor([known.get(name, -1) for name in columns])
+        start = {name: value.detach().clone() for name, value in self.named_parameters()}
+        for name in [name for name in start if name.endswith("condition.mlp.0.weight")]:
+            start[name] = torch.where(rows >= 0, start[name][:, rows], torch.nan)
+        new.begin_with(start)
+        return new
+
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error of the velocity over cells and genes, algorithm 1; in validation also per bin of t."""
         # a point between noise and every cell; in validation the times are spread evenly
@@ -404,3 +443,11 @@ class PRiMeFlow(PerturbationModel):
             field = nested(velocity, weights, config.interval)
             cells.append(solve(field, noise[rows], grid, solver))
         return torch.cat(cells)
+
+
+def _columns(design: Design) -> list[str]:
+    """Names of the columns that a condition encoder reads: perturbations or features, covariates, numbers."""
+    codes = [str(i) for i in range(design.code_width)] if design.features else list(design.perturbations)
+    names = [f"perturbation {name}" for name in codes]
+    names += [f"{column} {level}" for column, levels in design.covariates.items() for level in levels]
+    return [*names, *(["time"] if design.time is not None else [])]

@@ -231,7 +231,6 @@ class StateTransition(PerturbationModel):
                 last.register_parameter("bias", None)
         if config.confidence:
             self.confidence_head = funnel([width, width // 2, width // 4, 1])
-        self._start: dict[str, Tensor] = {}
         self._encoder: str | None = None
 
     def _find_batch(self) -> str:
@@ -527,8 +526,7 @@ class StateTransition(PerturbationModel):
                 "match the gene names, or lower it"
             )
         logger.info("adapting: %d of %d genes are known", shared, new.n_genes)
-        new._start = {name: self._kept(new, name, value) for name, value in new.named_parameters()}
-        new._put_start()
+        new.begin_with({name: self._kept(new, name, value) for name, value in new.named_parameters()})
         return new
 
     def _kept(self, new: StateTransition, name: str, value: Tensor) -> Tensor:
@@ -558,17 +556,6 @@ class StateTransition(PerturbationModel):
                 "pass a config with layers of the same sizes"
             )
         return old.clone()
-
-    def _put_start(self) -> None:
-        for name, parameter in self.named_parameters():
-            if name in self._start:
-                start = self._start[name]
-                parameter.copy_(torch.where(start.isnan(), parameter, start))
-
-    @torch.no_grad()
-    def _reset(self) -> None:
-        super()._reset()
-        self._put_start()
 
 
 def _matches(known: Sequence[str], wanted: Sequence[str]) -> Tensor:
