@@ -326,6 +326,7 @@ def test_every_split_that_is_listed_can_be_asked_for(run, files, tmp_path, monke
     for split, message in (
         ("manual:x", "group 'x' does not occur in obs"),
         ("combine:b_cell", "expected combine"),
+        ("unseen_targets:x", "below n_folds"),
         ("zero_shot:b_cell,t_cell", "holds out one group, found 2"),
         ("hold_out", "or use --hold-out"),
     ):

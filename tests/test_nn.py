@@ -597,7 +597,10 @@ def test_with_mean_reaches_the_mean_and_keeps_order_zeros_and_shape(ratio):
 def test_with_mean_of_silent_and_full_genes():
     x = torch.tensor([[0.0, 2.0, 0.1], [0.1, 1.0, 3.0]])
     moved = with_mean(x, x, 1.0, torch.tensor([1.0, 3.0, 0.0]), 0.5)
-    torch.testing.assert_close(moved, torch.tensor([[0.0, 4.0, 0.0], [0.0, 2.0, 0.0]]))
+    assert not moved[:, [0, 2]].any()
+    expression = torch.expm1(moved[:, 1])  # a fold change, after which the mean is the wanted one
+    torch.testing.assert_close(expression / torch.expm1(x[:, 1]), (expression[0] / torch.expm1(x[0, 1])).expand(2))
+    torch.testing.assert_close(moved[:, 1].mean(), torch.tensor(3.0), atol=1e-3, rtol=0)
     torch.testing.assert_close(with_mean(x, x, 0.0, torch.ones(3), 0.5), torch.where(x < 0.5, 0.0, x))
 
 

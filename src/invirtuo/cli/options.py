@@ -225,9 +225,8 @@ def named_splits() -> dict[str, str]:
     for name, function in SPLITS.items():
         parameters = list(inspect.signature(function).parameters.values())[2:]  # after obs and design
         needed = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
-        may_name = [parameter.name for parameter in parameters if parameter.name in GROUPS]
         if not needed:
-            written[name] = f"{name}[:{GROUPS[may_name[0]]}]" if may_name else name
+            written[name] = name
         elif needed[0].name in GROUPS:
             written[name] = f"{name}:{GROUPS[needed[0].name]}"
     return written
@@ -242,15 +241,16 @@ def _named_split(obs: Any, design: Any, split: str) -> Any:
     if name not in written:
         known = ", ".join(("a file.csv", "a file.toml", *written.values()))
         raise ValueError(f"--split is {split!r}; expected one of {known}; or use --hold-out")
-    needs_groups = written[name].startswith(f"{name}:")
-    if bool(given) != needs_groups and not written[name].startswith(f"{name}["):
+    takes = inspect.signature(SPLITS[name]).parameters
+    needs_groups, may_have = written[name] != name, bool(GROUPS.keys() & takes)
+    if bool(given) != needs_groups and not (given and may_have):
         advice = f" with groups of the covariates, here {preview(sorted(set(design.groups(obs))))}" if not given else ""
         raise ValueError(f"--split is {split!r}; expected {written[name]}{advice}")
     if not given:
         return SPLITS[name](obs, design)
 
     groups = [condition(text.strip()) for text in given.split(",")]
-    argument = next(word for word in GROUPS if word in inspect.signature(SPLITS[name]).parameters)
+    argument = next(word for word in GROUPS if word in takes)
     if argument == "context" and len(groups) > 1:
         raise ValueError(f"--split is {split!r}; {name} holds out one group, found {len(groups)}")
     return SPLITS[name](obs, design, **{argument: groups[0] if argument == "context" else groups})

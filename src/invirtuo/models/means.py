@@ -89,7 +89,7 @@ class NoChange(PerturbationModel):
 
     @property
     def takes_unseen(self) -> bool:
-        return True
+        return bool(self.design.features)
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The control cells (n, g)."""
@@ -275,7 +275,7 @@ class ContextMean(_ConditionMeans):
 
     @property
     def takes_unseen(self) -> bool:
-        return True
+        return bool(self.design.features)
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The mean for every perturbed cell, the source for every control cell, (n, g)."""
