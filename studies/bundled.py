@@ -19,7 +19,7 @@ from invirtuo.models import PRiMeFlow
 from studies.harness import Tables, fit, part, study
 
 N_GENES = 1000
-CONFIG = replace(PRiMeFlow.Config(), gene_width=48, cell_width=192)
+CONFIG = replace(PRiMeFlow.Config(), hidden_dim=128, gene_width=48, cell_width=128, n_context=4)
 
 
 @study(quick={"steps": 2})

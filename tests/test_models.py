@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -633,3 +634,34 @@ def test_without_features_an_unseen_perturbation_is_an_error(case, cells, design
     model = new(case, design, cells.var_names).fit(few, config=replace(FIT, steps=2))
     with pytest.raises(ValueError, match=r"do not occur in the training cells.*features= of Design.from_adata"):
         predict(model, pd.DataFrame({"perturbation": ["B"], "cell_type": ["b_cell"]}))
+
+
+# ---- the model that comes with the package ---------------------------------------------------------------------------
+
+
+def test_a_fitted_model_comes_along(tmp_path):
+    """Small, by its name, with conditions that it never saw; better than leaving control cells as they are."""
+    model = iv.load("kang-primeflow")
+    folder = Path(iv.__file__).parent / "data" / "kang-primeflow"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
+    assert str(Path.home()) not in (folder / "card.json").read_text() + (folder / "config.json").read_text()
+    cells = iv.preprocess.normalize(iv.datasets.load("kang"))[:, model.genes]
+    predicted = model.predict("test", 50, effect_level=0.9)
+    control = cells[model.design.is_control(cells.obs)]
+    shown = {}
+    for kind in ("B cell", "CD14 monocyte"):
+        real = cells[((cells.obs["cell_type"] == kind) & (cells.obs["perturbation"] == "IFN-beta")).to_numpy()]
+        own = predicted[(predicted.obs["cell_type"] == kind).to_numpy()]
+        before = control[(control.obs["cell_type"] == kind).to_numpy()]
+        shown[kind] = [float(np.linalg.norm(x.X.mean(0) - real.X.mean(0))) for x in (own, before)]
+    assert all(found < 0.6 * unchanged for found, unchanged in shown.values()), shown
+    assert predicted.varm["effect_low"].shape == (len(model.genes), 2)
+
+    # another type, of which control cells are known alone
+    other = control[(control.obs["cell_type"] == "B cell").to_numpy()].copy()
+    other.obs["cell_type"] = "plasma cell"
+    assert model.predict("plasma cell|IFN-beta", 10, controls=other, output="counts").n_obs == 10
+
+    # a folder of that name comes first
+    with pytest.raises(ValueError, match="holds no saved model .*kang-primeflow"):
+        iv.load(tmp_path / "nothing")
