@@ -54,7 +54,12 @@ def test_version_is_one():
 
 def test_package_data_is_there():
     files = resources.files("invirtuo")
-    for name in ("py.typed", "data/kang_ifnb_demo.h5ad", "data/kang-primeflow/weights.safetensors", "reports/page.html.j2"):
+    for name in (
+        "py.typed",
+        "data/kang_ifnb_demo.h5ad",
+        "data/kang-primeflow/weights.safetensors",
+        "reports/page.html.j2",
+    ):
         assert files.joinpath(name).is_file(), name
 
 

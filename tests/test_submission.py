@@ -241,6 +241,21 @@ def test_an_archive(contract, tmp_path):
         assert meta.keys() == theirs.keys() and meta["perts_fingerprint"] == theirs["perts_fingerprint"]
 
 
+def test_lists_that_cannot_be_read(files):
+    for file, text, said in (
+        (files[0], "gene\nA\nA\n", "names A more than once"),
+        (files[1], "name\nA\n", "expected target_gene"),
+        (files[1], "target_gene,n_cells\nA,many\n", "no whole numbers above 0 in n_cells"),
+    ):
+        before = file.read_text()
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_contract(*files)
+        file.write_text(before)
+    with pytest.raises(ValueError, match="is not a readable CSV table"):
+        read_contract(files[0], files[1].with_name("none.csv"))
+
+
 # ---- from a fitted model ---------------------------------------------------------------------------------------------
 
 

@@ -106,8 +106,10 @@ def read_contract(
     table = _table(perturbations)
     if "target_gene" not in table:
         raise ValueError(f"{perturbations} has the columns {preview(table.columns)}; expected target_gene")
-    if "n_cells" not in table:
-        table["n_cells"] = n_cells
+    sizes = pd.to_numeric(table.get("n_cells", n_cells), errors="coerce")
+    table["n_cells"] = sizes
+    if not (table["n_cells"] >= 1).all() or (table["n_cells"] % 1).any():
+        raise ValueError(f"{perturbations} has numbers of cells that are no whole numbers above 0 in n_cells")
     if "context" not in table:
         table = pd.concat([table.assign(context=context) for context in contexts])
     wanted: dict[str, dict[str, int]] = {}
