@@ -90,21 +90,6 @@ class ConditionEncoder(nn.Module):
             self.mlp = MLP(n_in, width, n_layers - 1, n_out=width, dropout=dropout)
         self.null = nn.Parameter(torch.zeros(width))
 
-    def widened(self, narrower: ConditionEncoder) -> Tensor:
-        """First weights (width, n_in) of an encoder that lacks the last levels of some covariates; theirs are 0."""
-        new = torch.zeros_like(next(self.mlp.parameters()))
-        old = next(narrower.mlp.parameters()).detach()
-        n_code = new.shape[1] - sum(self.levels) - self.n_continuous
-        new[:, :n_code] = old[:, :n_code]
-
-        # columns of each covariate, of which the first levels are known; then those of numbers
-        to, start = n_code, n_code
-        for wide, narrow in zip(self.levels, narrower.levels, strict=True):
-            new[:, to : to + narrow] = old[:, start : start + narrow]
-            to, start = to + wide, start + narrow
-        new[:, to:] = old[:, start:]
-        return new
-
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
         """Encode n conditions; rows where `is_null` (n,) is True become the null condition. Gives (n, width)."""
         blocks = [condition.code]

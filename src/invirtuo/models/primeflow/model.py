@@ -267,11 +267,7 @@ class PRiMeFlow(PerturbationModel):
 
         # a copy with one-hots as wide as the new design asks for
         new = type(self)(design, self.genes, self.config)
-        state = self.state_dict()
-        for name, module in new.named_modules():
-            if isinstance(module, ConditionEncoder):
-                state[f"{name}.mlp.0.weight"] = module.widened(self.get_submodule(name))
-        new.load_state_dict(state)
+        new.load_state_dict(self.state_dict() | self._encoders_for(design, 0.0))
 
         # that knows the control cells of the new groups
         pseudobulks = CellDataset(self._with_genes(controls), design).pseudobulk()
@@ -312,14 +308,21 @@ class PRiMeFlow(PerturbationModel):
             )
         new = type(self)(design, self.genes, self.config)
         new.fit_config = self.fit_config
-        columns = _columns(design)
-        known = {name: i for i, name in enumerate(_columns(self.design))}
-        rows = torch.tensor([known.get(name, -1) for name in columns])
         start = {name: value.detach().clone() for name, value in self.named_parameters()}
-        for name in [name for name in start if name.endswith("condition.mlp.0.weight")]:
-            start[name] = torch.where(rows >= 0, start[name][:, rows], torch.nan)
-        new.begin_with(start)
+        new.begin_with(start | self._encoders_for(design, math.nan))
         return new
+
+    @torch.no_grad()
+    def _encoders_for(self, design: Design, fill: float) -> dict[str, Tensor]:
+        """First weights (width, n_in) of condition encoders for another Design: columns by name, new ones filled."""
+        known = {name: i for i, name in enumerate(_columns(self.design))}
+        columns = torch.tensor([known.get(name, -1) for name in _columns(design)])
+        weights = {}
+        for name, module in self.named_modules():
+            if isinstance(module, ConditionEncoder):
+                own = next(module.mlp.parameters())
+                weights[f"{name}.mlp.0.weight"] = torch.where(columns >= 0, own[:, columns], fill)
+        return weights
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Mean squared error of the velocity over cells and genes, algorithm 1; in validation also per bin of t."""
