@@ -94,8 +94,6 @@ BASELINES = (
     Entry("no_change", "no_change"),
 )
 
-ANY_TARGET = ("context_mean", "no_change")  # baselines that need not have seen a perturbation
-
 
 def as_entries(spec: Entry | str | Path) -> list[Entry]:
     """Entries from an Entry, from ``model``, ``model:preset``, or from a JSON file with one entry or a list of them.

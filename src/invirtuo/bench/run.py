@@ -18,7 +18,7 @@ import pandas as pd
 
 from invirtuo.bench.cell import CONTROLS, LABELS, Cell, Record, failed, scores_of
 from invirtuo.bench.engine import ENGINES
-from invirtuo.bench.entry import ANY_TARGET, BASELINES, FLOOR, Entry, as_entries
+from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
 from invirtuo.bench.notes import DISCRIMINATION, FLAGS
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.published import set_beside
@@ -127,7 +127,7 @@ def benchmark(
     grid = []
     for task in chosen:
         for entry in entries:
-            is_lost = task.unseen and entry in BASELINES and entry.label not in ANY_TARGET
+            is_lost = task.unseen and entry in BASELINES and not MODELS[entry.model].any_target
             if entry.task in (None, task.name) and not is_lost:
                 grid += [Cell(task, entry, seed, **shared) for seed in wanted]
 

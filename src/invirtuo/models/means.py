@@ -86,10 +86,7 @@ class NoChange(PerturbationModel):
     needs_source = True
     keeps_zeros = True
     groups_by_controls = True
-
-    @property
-    def takes_unseen(self) -> bool:
-        return bool(self.design.features)
+    any_target = True
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The control cells (n, g)."""
@@ -272,10 +269,7 @@ class ContextMean(_ConditionMeans):
 
     name = "context_mean"
     Config = ContextMeanConfig
-
-    @property
-    def takes_unseen(self) -> bool:
-        return bool(self.design.features)
+    any_target = True
 
     def sample(self, batch: Batch, generator: torch.Generator, config: SampleConfig) -> Tensor:
         """The mean for every perturbed cell, the source for every control cell, (n, g)."""

@@ -78,6 +78,7 @@ class Model(Trainable):
     space: ClassVar[str] = "log"  # data space of X: "log" (log1p) or "counts"
     Sampling: ClassVar[type[NoSampling]] = NoSampling  # options of drawing cells from it
     takes_features: ClassVar[bool] = False  # whether it predicts unseen perturbations from features of the Design
+    any_target: ClassVar[bool] = False  # whether it predicts the same for every perturbation
     signed: bool = False  # whether values below zero are data; `build` may choose
     obsm: str | None = None  # entry of obsm that is read beside expression; `build` may choose
     obsm_width: int = 0  # its width
@@ -173,7 +174,7 @@ class Model(Trainable):
     @property
     def takes_unseen(self) -> bool:
         """Whether perturbations that are not among the training cells can be asked for."""
-        return self.takes_features and bool(self.design.features)
+        return (self.takes_features or self.any_target) and bool(self.design.features)
 
     # ---- fitting -----------------------------------------------------------------------------------------------
 
