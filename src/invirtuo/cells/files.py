@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from _typeshed import ReadableBuffer
     from anndata import AnnData
+    from scipy import sparse
 
     AnyPath = str | os.PathLike[str]
 
 __all__ = [
+    "append_rows",
     "bytes_by_row",
     "check_h5ad",
     "check_h5ad_name",
@@ -225,6 +227,17 @@ def writing_h5ad(
         write_elem(file, "/", adata)
         _drop_nulls(file, adata)
         yield file
+
+
+def append_rows(file: h5py.File, rows: sparse.csr_matrix) -> None:
+    """Write rows of X behind those that are there: CSR, compressed."""
+    from anndata.io import sparse_dataset, write_elem
+
+    if "X" in file and "data" in file["X"]:
+        sparse_dataset(file["X"]).append(rows)
+        return
+    rows.indptr = rows.indptr.astype(np.int64)  # later rows may need it
+    write_elem(file, "X", rows, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from invirtuo.cells.files import writing_h5ad
+from invirtuo.cells.files import append_rows, writing_h5ad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,16 +68,12 @@ def write_cells(
     latent: bool,
 ) -> None:
     """Write cells as they come; the file appears when all are there."""
-    from anndata.io import sparse_dataset, write_elem
+    from anndata.io import write_elem
 
     vectors: list[np.ndarray] = []
     with writing_h5ad(path, obs, var, {"invirtuo": uns}) as file:
         for counts in _gathered(blocks, chunk_size, vectors if latent else None):
-            if "X" in file and "data" in file["X"]:
-                sparse_dataset(file["X"]).append(counts)
-            else:
-                counts.indptr = counts.indptr.astype(np.int64)  # later chunks may need it
-                write_elem(file, "X", counts, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+            append_rows(file, counts)
         if vectors:
             write_elem(file, "obsm/z", np.concatenate(vectors))
 

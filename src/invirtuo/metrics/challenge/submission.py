@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from invirtuo.cells.files import read_h5ad, writing, writing_h5ad
+from invirtuo.cells.files import append_rows, read_h5ad, writing, writing_h5ad
 from invirtuo.errors import preview
 from invirtuo.metrics.challenge.panel import FRACTION, MAX_DEPTH
 
@@ -283,35 +283,33 @@ def pack_submission(
     ValueError
         If the cells do not fit the contract: all problems. Nothing is written then.
     """
-    from anndata.io import sparse_dataset, write_elem
-
     out = Path(out)
     if out.suffix not in (".h5ad", ".vcc"):
         raise ValueError(f"out is {out}; expected a name that ends in .h5ad or .vcc")
     found = check_submission(cells, contract, perturbation=perturbation, context=context)
     if found.problems:
         raise ValueError(f"{len(found.problems)} problems: {'; '.join(found.problems)}")
-    if out.suffix == ".vcc":
-        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            plain = Path(folder) / "pred.h5ad"
-            pack_submission(cells, plain, contract, perturbation=perturbation, context=context)
-            _archive(plain, out, contract, found.facts)
-        return found
-
     adata = read_h5ad(cells, backed=True) if isinstance(cells, str | Path) else cells
-    order = adata.var_names.astype(str).get_indexer(list(contract.genes))
     obs = adata.obs[[perturbation, context]].astype(str).astype("category")
     obs.columns, obs.index = ["target_gene", "context"], pd.RangeIndex(adata.n_obs).astype(str)
+    if out.suffix == ".h5ad":
+        _write(adata, obs, out, contract)
+        return found
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        plain = Path(folder) / "pred.h5ad"
+        _write(adata, obs, plain, contract)
+        _archive(plain, out, contract, found.facts)
+    return found
+
+
+def _write(adata: AnnData, obs: pd.DataFrame, out: Path, contract: Contract) -> None:
+    """Labels and counts alone, genes in the order of the list, block by block."""
+    order = adata.var_names.astype(str).get_indexer(list(contract.genes))
     with writing_h5ad(out, obs, pd.DataFrame(index=pd.Index(contract.genes)), {}) as file:
-        for start, block in blocks(adata):
+        for _, block in blocks(adata):
             counts = block[:, order].astype(np.float32)
             counts.sort_indices()
-            if start:
-                sparse_dataset(file["X"]).append(counts)
-                continue
-            counts.indptr = counts.indptr.astype(np.int64)  # later blocks may need it
-            write_elem(file, "X", counts, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
-    return found
+            append_rows(file, counts)
 
 
 def _archive(plain: Path, out: Path, contract: Contract, facts: Mapping[str, int]) -> None:
