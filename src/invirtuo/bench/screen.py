@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,7 +28,7 @@ __all__ = ["candidates_of", "screen"]
 
 Towards: TypeAlias = "Mapping[str, float] | pd.Series | AnnData | tuple[Any, Any]"
 Measure: TypeAlias = Callable[[np.ndarray], float]
-Cells: TypeAlias = Callable[[str], np.ndarray]
+Seen: TypeAlias = Callable[[str], float]
 
 
 def screen(
@@ -90,19 +91,19 @@ def screen(
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a share between 0 and 1")
     measure = _measure(towards, model)
-    observed, measured = _known(model, cells, is_linear=isinstance(towards, Mapping | pd.Series))
+    observed, seen = _known(model, cells, measure, is_linear=isinstance(towards, Mapping | pd.Series))
     table = candidates_of(model, candidates, observed.groups, pairs=pairs)
 
     # how the score changes, of candidates and of validation conditions whose change is known
     held_out = pd.DataFrame(model.card["held_out"]["val"], columns=design.columns)
     known = held_out[design.names(held_out).isin(observed.conditions)].reset_index(drop=True)
     asked = {"n_cells": n_cells, "seed": seed, **options}
-    changes, magnitudes = _changes(model, table, measure, measured, observed, progress=progress, **asked)
+    changes, magnitudes = _changes(model, table, measure, seen, observed, progress=progress, **asked)
     result = table[design.columns].assign(condition=design.names(table).to_numpy(), change=changes)
     result["low"] = result["high"] = result["p_value"] = result["q_value"] = np.nan
     if len(known):
-        predicted, _ = _changes(model, known, measure, measured, observed, **asked)
-        errors = _measured_changes(design, known, measure, measured) - predicted
+        predicted, _ = _changes(model, known, measure, seen, observed, **asked)
+        errors = _measured_changes(design, known, seen) - predicted
         half, p_values = _calibrated(changes, errors, level)
         result["low"], result["high"], result["p_value"] = changes - half, changes + half, p_values
         result["q_value"] = stats.false_discovery_control(p_values)
@@ -110,7 +111,7 @@ def screen(
     result["magnitude"] = magnitudes
     result["rank_magnitude"] = result["magnitude"].rank(ascending=False, method="min").astype(int)
     if cells is not None:
-        result["mean_response"] = _mean_responses(design, table, observed, measure, measured)
+        result["mean_response"] = _mean_responses(design, table, observed, seen)
         result["rank_mean"] = (
             result["mean_response"].rank(ascending=False, method="min", na_option="bottom").astype(int)
         )
@@ -162,26 +163,29 @@ def _measure(towards: Towards, model: PerturbationModel) -> Measure:
     return lambda x: -float(energy_distance(x.astype(np.float64), wanted.astype(np.float64)))
 
 
-def _known(model: PerturbationModel, cells: AnnData | None, *, is_linear: bool) -> tuple[ObservedMeans, Cells]:
-    """Measured means, and what gives the measured cells of a group's controls or of a condition, by its name."""
+def _known(
+    model: PerturbationModel, cells: AnnData | None, measure: Measure, *, is_linear: bool
+) -> tuple[ObservedMeans, Seen]:
+    """Measured means, and the score of the measured controls of a group, or cells of a condition, by its name."""
     design = model.design
     if cells is None:
         if not is_linear or model._observed_means is None:
             raise ValueError("towards is a class or a population, which needs measured control cells; pass cells=")
         own = model._observed_means
         rows = dict(zip(own.groups, own.control, strict=True)) | dict(zip(own.conditions, own.mean, strict=True))
-        return own, lambda name: rows[name][None]
+        return own, cache(lambda name: measure(rows[name][None]))
     own_cells = model._with_genes(cells)
     is_control = design.is_control(own_cells.obs)
     names = np.where(is_control, design.groups(own_cells.obs), design.names(own_cells.obs))
-    return ObservedMeans.of(CellDataset(own_cells, design)), lambda name: dense(own_cells[names == name].X)
+    observed = ObservedMeans.of(CellDataset(own_cells, design))
+    return observed, cache(lambda name: measure(dense(own_cells[names == name].X)))
 
 
 def _changes(
     model: PerturbationModel,
     table: pd.DataFrame,
     measure: Measure,
-    measured: Cells,
+    seen: Seen,
     observed: ObservedMeans,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -192,32 +196,27 @@ def _changes(
     own = design.names(predicted.obs).to_numpy()
     control, _ = observed.of_control(design, table)
     changes, magnitudes = np.empty((2, len(table)))
-    of_control = {group: measure(measured(group)) for group in groups.unique()}
     for i, (name, group) in enumerate(zip(names, groups, strict=True)):
         x = dense(predicted.X[own == name])
-        changes[i] = measure(x) - of_control[group]
+        changes[i] = measure(x) - seen(group)
         magnitudes[i] = np.linalg.norm(x.mean(axis=0, dtype=np.float64) - control[i])
     return changes, magnitudes
 
 
-def _measured_changes(design: Design, table: pd.DataFrame, measure: Measure, measured: Cells) -> np.ndarray:
+def _measured_changes(design: Design, table: pd.DataFrame, seen: Seen) -> np.ndarray:
     """Change of the score (c,) that was measured in every condition."""
-    changes = []
-    for name, group in zip(design.names(table), design.groups(table), strict=True):
-        changes.append(measure(measured(name)) - measure(measured(group)))
-    return np.array(changes)
+    pairs = zip(design.names(table), design.groups(table), strict=True)
+    return np.array([seen(name) - seen(group) for name, group in pairs])
 
 
-def _mean_responses(
-    design: Design, table: pd.DataFrame, observed: ObservedMeans, measure: Measure, measured: Cells
-) -> np.ndarray:
+def _mean_responses(design: Design, table: pd.DataFrame, observed: ObservedMeans, seen: Seen) -> np.ndarray:
     """Mean change (c,) that was measured under the perturbation in other groups; NaN where none was."""
-    seen = as_table(list(observed.conditions), design)
-    groups = design.groups(seen).to_numpy()
-    changes = _measured_changes(design, seen, measure, measured)
+    known = as_table(list(observed.conditions), design)
+    groups = design.groups(known).to_numpy()
+    changes = _measured_changes(design, known, seen)
     means = np.full(len(table), np.nan)
     for i, (label, group) in enumerate(zip(table[design.perturbation], design.groups(table), strict=True)):
-        others = (seen[design.perturbation] == label).to_numpy() & (groups != group)
+        others = (known[design.perturbation] == label).to_numpy() & (groups != group)
         if others.any():
             means[i] = changes[others].mean()
     return means

@@ -188,9 +188,9 @@ def read(source: str | Path, adata: AnnData | CellStore, design: Design) -> pd.D
     if not path.is_file():
         raise ValueError(f"features: {text!r} is no file; expected one, or coexpression; see `invirtuo list features`")
     if path.suffix in (".csv", ".tsv"):
-        text_table = delimited(path, dtype=str)
-        if SMILES in text_table:
-            return fingerprints(dict(zip(text_table.index.astype(str), text_table[SMILES], strict=True)))
+        if SMILES in delimited(path, nrows=0):
+            molecules = delimited(path, dtype=str)
+            return fingerprints(dict(zip(molecules.index.astype(str), molecules[SMILES], strict=True)))
     return read_table(path)
 
 
@@ -232,8 +232,9 @@ def join(
     wanted = list(dict.fromkeys(map(str, names)))
     blocks = []
     for title, table in tables.items():
+        present = [name for name in wanted if name in table.index]
         lacking = [name for name in wanted if name not in table.index]
-        known = table.loc[[name for name in wanted if name in table.index]].to_numpy(np.float64)
+        known = table.loc[present].to_numpy(np.float64)
         if not len(known) or (lacking and missing == "error"):
             raise ValueError(
                 f"features: {title} lacks {len(lacking)} of {len(wanted)} perturbations: {preview(lacking)}; it has "
@@ -247,7 +248,6 @@ def join(
         if centred.shape[1] > width:
             centred = _components(centred, width)
         centred /= max(np.sqrt(np.square(centred).sum(axis=1).mean()), 1e-12)
-        block = pd.DataFrame(0.0, index=wanted, columns=[f"{title} {i}" for i in range(centred.shape[1])])
-        block.loc[[name for name in wanted if name in table.index]] = centred
-        blocks.append(block)
+        block = pd.DataFrame(centred, index=present).add_prefix(f"{title} ")
+        blocks.append(block.reindex(wanted, fill_value=0.0))
     return pd.concat(blocks, axis=1)

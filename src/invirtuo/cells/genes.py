@@ -289,15 +289,15 @@ def read_table(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def delimited(path: Path, dtype: Any = None) -> pd.DataFrame:
-    """A .csv or .tsv with names in its first column."""
-    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=0, dtype=dtype)
+def delimited(path: Path, **options: Any) -> pd.DataFrame:
+    """A .csv or .tsv with names in its first column; `options` of :func:`pandas.read_csv`."""
+    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=0, **options)
 
 
 def _parquet(path: Path) -> pd.DataFrame:
     table = pd.read_parquet(path)
-    has_names = isinstance(table.index, pd.RangeIndex)
-    return table.set_index(table.columns[0]) if has_names else table
+    is_numbered = isinstance(table.index, pd.RangeIndex)
+    return table.set_index(table.columns[0]) if is_numbered else table
 
 
 def _arrays(path: Path) -> pd.DataFrame:

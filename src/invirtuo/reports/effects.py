@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from invirtuo.cells.files import writing
-from invirtuo.reports.figures import PREDICTED, REAL
+from invirtuo.reports.figures import PREDICTED, REAL, save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,8 +40,7 @@ def plot_effects(table: pd.DataFrame, out: str | os.PathLike[str], *, n_genes: i
     if missing := [name for name in ("condition", "gene", "effect", "low", "high", "real") if name not in table]:
         raise ValueError(f"the table has no column {', '.join(missing)}; expected one made by bench.effects")
     figure = effects_figure(table, n_genes)
-    with writing(out) as path:
-        figure.savefig(path, dpi=150, format=os.path.splitext(out)[1].removeprefix(".") or "png")
+    save(figure, out)
 
 
 def effects_figure(table: pd.DataFrame, n_genes: int) -> Figure:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from invirtuo.cells.files import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["as_png", "condition_panels", "curves", "panels", "populations"]
+__all__ = ["as_png", "condition_panels", "curves", "panels", "populations", "save"]
 
 # Okabe & Ito: colour-blind readers distinguish them, on paper and on a dark page
 GREY, REAL, PREDICTED = "#c4c8cc", "#0072b2", "#d55e00"
@@ -214,6 +217,12 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Figure, out: str | os.PathLike[str]) -> None:
+    """Write a picture in the format that its name ends in."""
+    with writing(out) as path:
+        figure.savefig(path, dpi=150, format=os.path.splitext(out)[1].removeprefix(".") or "png")
 
 
 def as_png(figure: Figure) -> str:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from invirtuo.cells.files import writing
-from invirtuo.reports.figures import PREDICTED
+from invirtuo.reports.figures import PREDICTED, save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,5 +48,4 @@ def plot_screen(table: pd.DataFrame, out: str | os.PathLike[str], *, n: int = SH
     axes.plot(best["change"], row, "o", color=PREDICTED, markersize=4)
     axes.set_yticks(row, best["condition"].astype(str), fontsize=8)
     axes.set_xlabel("change of the score against control cells")
-    with writing(out) as path:
-        figure.savefig(path, dpi=150, format=os.path.splitext(out)[1].removeprefix(".") or "png")
+    save(figure, out)
