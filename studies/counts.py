@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -20,6 +19,7 @@ from scipy import sparse
 import invirtuo as iv
 from invirtuo import splits
 from invirtuo.bench import TASKS, Entry
+from invirtuo.cells.values import log_normalised
 from invirtuo.metrics import challenge_score
 from studies.comparison import task_of
 from studies.harness import Tables, filled, over_seeds, part, spent, study
@@ -92,10 +92,8 @@ def fresh(cells: anndata.AnnData, train: anndata.AnnData, design: iv.Design, see
 def logarithm(counts: anndata.AnnData) -> anndata.AnnData:
     """log1p of ten thousand counts a cell, of the genes that are there."""
     cells = counts.copy()
-    x: Any = cells.X
-    dense = x.toarray().astype(np.float64)
-    total = np.maximum(dense.sum(axis=1, keepdims=True), 1)
-    cells.X = np.log1p(dense / total * 1e4).astype(np.float32)
+    total = np.asarray(counts.X.sum(axis=1), dtype=np.float64).ravel()
+    cells.X = log_normalised(sparse.csr_matrix(counts.X), total, 1e4)
     return cells
 
 
