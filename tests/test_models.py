@@ -426,6 +426,21 @@ def test_groups_that_are_known_by_their_controls(case, cells, fitted):
     assert "neuron" not in model.design.covariates["cell_type"]
 
 
+@pytest.mark.parametrize(
+    ("name", "told_nothing"),
+    [
+        ("fm_pca", {"source": "control", "use_covariates": False, "n_pcs": 8, "steps": 4, "hidden_dim": 16}),
+        ("cpa", {"use_covariates": False, "width": 16}),
+        ("linear_additive", {"use_covariates": False}),
+    ],
+)
+def test_networks_that_are_not_told_of_covariates_know_groups_by_controls(name, told_nothing, cells, design, split):
+    config = MODELS[name].Config(**told_nothing)
+    model = new(name, design, cells.var_names, config).fit(cells, split, config=replace(FIT, steps=2))
+    test_groups_that_are_known_by_their_controls(name, cells, lambda _: model)
+    assert model.groups_by_controls
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 

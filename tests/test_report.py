@@ -569,7 +569,7 @@ def test_marks_lie_inside_their_charts(factor, spread):
     rng = np.random.default_rng(0)
     x, y = factor * (1 + spread * rng.random((2, 50)))
     spreads = [charts.Spread(f"m{i}", "model", part) for i, part in enumerate(np.split(x, 5))]
-    intervals = [charts.Interval("m", v, v - abs(v) / 2, v + abs(v) / 2, "open") for v in x[:5]]
+    intervals = [charts.Interval("m", v, v - abs(v) / 2, v + abs(v) / 2) for v in x[:5]]
     dots = [charts.Dot(i, "m", "model", abs(a), b) for i, (a, b) in enumerate(zip(x, y, strict=True))]
     drawn = [
         charts.spreads(spreads, min(x) - factor, max(x), reference=None, axis="a"),

@@ -161,17 +161,23 @@ def test_the_shell_says_the_same(run, model, cells, tmp_path):
     pd.DataFrame({"gene": list(SIGNATURE), "weight": 1.0}).to_csv(tmp_path / "signature.csv", index=False)
     screen = ["screen", tmp_path / "run", "--towards", tmp_path / "signature.csv"]
     code, said, _ = run(
-        *screen, "--candidates", "up", "--candidates", "same", "--plot", tmp_path / "s.png", "--out", tmp_path / "s.csv"
-    )
+        *screen, "--candidates", "up", "--candidates", "same", "--plot", tmp_path / "s.png", "--out", tmp_path / "s.csv",
+        "--report", tmp_path / "s.html", "--cells", tmp_path / "cells.h5ad"
+    )  # fmt: skip
     assert code == 0 and "4 conditions" in said and (tmp_path / "s.png").stat().st_size > 1000
-    ours = iv.screen(model, SIGNATURE, ["up", "same"])
+    ours = iv.screen(model, SIGNATURE, ["up", "same"], cells=cells)
+    page = (tmp_path / "s.html").read_text()
+    best = ours.iloc[0]
+    assert f"Best of 4: {best['condition']}" in page and f"{best['change']:.3g}" in page
+    assert page.count("<svg") == 2 and "<img" not in page
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / "s.csv"), ours, check_exact=False, rtol=1e-9, check_dtype=False
     )
 
     columns = ["--perturbation", "gene", "--control", "ctrl", "--covariate", "type"]
-    code, said, _ = run("interactions", tmp_path / "cells.h5ad", *columns, "--out", tmp_path / "i.csv")
-    assert code == 0 and "4 pairs" in said
+    shown = ["--out", tmp_path / "i.csv", "--report", tmp_path / "i.html"]
+    code, said, _ = run("interactions", tmp_path / "cells.h5ad", *columns, *shown)
+    assert code == 0 and "4 pairs" in said and "Of 4 pairs, " in (tmp_path / "i.html").read_text()
     assert set(pd.read_csv(tmp_path / "i.csv")["score"]) == {"additive", "bliss", "norm", "magnitude", "fit"}
 
     (tmp_path / "wrong.csv").write_text("name,weight\ng0,1\n")

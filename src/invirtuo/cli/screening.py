@@ -25,6 +25,9 @@ Level = Annotated[float, typer.Option("--level", help="Share that intervals cove
 Picture = Annotated[
     Path | None, typer.Option("--plot", help="Picture to write (.png, .pdf, .svg).", callback=writable_file)
 ]
+Page = Annotated[
+    Path | None, typer.Option("--report", help="HTML page to write: the answer, charts, table.", callback=writable_file)
+]
 SHOWN = 10  # rows that are printed
 
 
@@ -47,13 +50,14 @@ def screen(
     level: Level = 0.9,
     n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells drawn for each condition.")] = 300,
     plot: Picture = None,
+    report: Page = None,
     seed: int = 0,
     quiet: Quiet = False,
 ) -> None:
     """Rank perturbations by how near they bring control cells to a wanted state; writes a CSV, best first."""
     from invirtuo.bench import screen as screened
     from invirtuo.cells.files import read_h5ad, writing
-    from invirtuo.reports.screen import plot_screen
+    from invirtuo.reports.screen import plot_screen, screen_page
 
     model, wanted, tried = model_with(run, "predict"), _towards(towards), _candidates(candidates)
     options: dict[str, Any] = {"level": level, "pairs": pairs, "n_cells": n_cells, "seed": seed, "progress": not quiet}
@@ -63,6 +67,8 @@ def screen(
         table.to_csv(path, index=False)
     if plot is not None:
         plot_screen(table, plot)
+    if report is not None:
+        screen_page(table, report)
     if not quiet:
         best = table.head(SHOWN)
         shown = zip(best["rank"].astype(str), best["condition"], best["change"].map("{:+.3g}".format), strict=True)
@@ -81,6 +87,7 @@ def interactions(
     separator: Separator = "+",
     controls: Annotated[Path | None, typer.Option(help="h5ad with the control cells, if CELLS has none.")] = None,
     level: Level = 0.9,
+    report: Page = None,
     seed: int = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -90,6 +97,7 @@ def interactions(
     from invirtuo.bench import interactions as scored
     from invirtuo.cells.files import read_h5ad, writing
     from invirtuo.design import Design
+    from invirtuo.reports.interactions import interactions_page
 
     own = read_h5ad(cells)
     reference = None if controls is None else read_h5ad(controls)
@@ -100,6 +108,8 @@ def interactions(
     table = scored(own, design, controls=reference, level=level, seed=seed)
     with writing(out) as path:
         table.to_csv(path, index=False)
+    if report is not None:
+        interactions_page(table, report)
     if not quiet:
         typer.echo(f"{out}: {table['condition'].nunique():,} pairs")
 

@@ -50,6 +50,9 @@ class Config(Settings):
     n_layers: int = setting(1, "hidden blocks of the decoder; the encoder has one more", ge=0)
     n_layers_perturbation: int = setting(2, "hidden blocks of the perturbation embedding", ge=0)
     n_layers_covariates: int = setting(1, "hidden blocks of the covariate embeddings", ge=0)
+    use_covariates: bool = setting(
+        True, "add covariate embeddings; without them groups are known by their control cells alone, new ones as well"
+    )
     dropout: float = setting(0.1, "dropout of all networks", ge=0, lt=1)
     kl_weight: float = setting(0.3, "weight of the KL term, beside the squared error summed over genes", ge=0)
     adversary: bool = setting(True, "hide perturbation and covariates from the basal latent vector")
@@ -163,6 +166,7 @@ class CPA(PerturbationModel):
     def build(self) -> None:
         """Encoder, embeddings, decoder, and the classifiers of the adversary."""
         config, n_genes, p = self.config, len(self.genes), len(self.design.perturbations)
+        self.groups_by_controls = not config.use_covariates
         self.levels = [len(levels) for levels in self.design.covariates.values()]
         z, width, dropout = config.n_latent, config.width, config.dropout
         self.encoder = Encoder(n_genes, config)
@@ -192,8 +196,8 @@ class CPA(PerturbationModel):
 
     @property
     def _varying(self) -> list[tuple[int, int]]:
-        """Number and levels of the covariates with more than one level."""
-        return [(i, k) for i, k in enumerate(self.levels) if k > 1]
+        """Number and levels of the covariates that have embeddings: those with more than one level."""
+        return [(i, k) for i, k in enumerate(self.levels) if k > 1 and self.config.use_covariates]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Squared error summed over genes, plus weighted KL, mean over cells."""
@@ -226,7 +230,7 @@ class CPA(PerturbationModel):
 
     def _decode(self, z: Tensor, condition: Condition) -> Tensor:
         z = z + self.perturbation(condition.code)
-        blocks = one_hots(condition, self.levels)
+        blocks = one_hots(condition, self.levels) if self._varying else []
         for i, _ in self._varying:
             z = z + self.covariates[str(i)](blocks[i])
         return self.decoder(z)

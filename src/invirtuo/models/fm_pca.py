@@ -55,6 +55,11 @@ class Config(Settings):
     n_layers_conditions: int = setting(1, "layers of the condition MLP", ge=1)
     n_layers_time: int = setting(1, "layers of the time MLP", ge=1)
     n_layers_decoding: int = setting(3, "hidden layers after the concatenation", ge=0)
+    use_covariates: bool = setting(
+        True,
+        "tell the network of covariates; without them, and from control cells, groups are known by these alone, new "
+        "ones as well",
+    )
     prob_unconditional: float = setting(
         0.1, "probability that a cell's condition is replaced by the null condition", ge=0, lt=1
     )
@@ -161,10 +166,11 @@ class FMPCA(PerturbationModel):
         """The velocity network, and the scale of the scores."""
         config, design = self.config, self.design
         self.needs_source = config.source == "control"
+        self.groups_by_controls = not config.use_covariates
         self.sampler = "sets" if self.needs_source else "cells"
         self.set_size = config.num_samples_per_condition
         self.n_pcs = min(config.n_pcs, len(self.genes))
-        levels = [len(level) for level in design.covariates.values()]
+        levels = [len(level) for level in design.covariates.values()] if config.use_covariates else []
         self.velocity = Velocity(config, self.n_pcs, design.code_width, levels, int(design.time is not None))
         self.register_buffer("score_scale", torch.ones(()))
 

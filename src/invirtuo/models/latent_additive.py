@@ -79,6 +79,7 @@ class LatentAdditive(PerturbationModel):
         """Two encoders and the decoder."""
         config, n_genes = self.config, len(self.genes)
         self.levels = [len(levels) for levels in self.design.covariates.values()]
+        self.groups_by_controls = not (config.encode_covariates or config.decode_covariates)
         n_encode = sum(self.levels) * config.encode_covariates
         n_decode = sum(self.levels) * config.decode_covariates
         shape = {"width": config.width, "n_layers": config.n_layers, "dropout": config.dropout}
@@ -96,9 +97,8 @@ class LatentAdditive(PerturbationModel):
 
     def _forward(self, source: Tensor, condition: Condition) -> Tensor:
         config = self.config
-        covariates = one_hots(condition, self.levels)
-        seen_by_encoder = covariates if config.encode_covariates else []
-        seen_by_decoder = covariates if config.decode_covariates else []
+        seen_by_encoder = one_hots(condition, self.levels) if config.encode_covariates else []
+        seen_by_decoder = one_hots(condition, self.levels) if config.decode_covariates else []
         z = self.encoder(torch.cat([source, *seen_by_encoder], dim=1))
         z = z + self.perturbation(condition.code)
         x = self.decoder(torch.cat([z, *seen_by_decoder], dim=1))

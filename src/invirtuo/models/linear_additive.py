@@ -65,6 +65,7 @@ class LinearAdditive(PerturbationModel):
     def build(self) -> None:
         """One Linear from condition to genes."""
         self.levels = [len(levels) for levels in self.design.covariates.values()]
+        self.groups_by_controls = not self.config.use_covariates
         n_in = self.design.code_width + sum(self.levels) * self.config.use_covariates
         self.shift = nn.Linear(n_in, len(self.genes))
 

@@ -57,7 +57,8 @@ class ConditionEncoder(nn.Module):
     Parameters
     ----------
     n_perturbations, levels, n_continuous
-        Sizes of the parts: p, k of every covariate in order, number of continuous values.
+        Sizes of the parts: p, k of every covariate in order (none: covariates are left out), number of continuous
+        values.
     width
         Width of the result.
     n_layers
@@ -93,7 +94,8 @@ class ConditionEncoder(nn.Module):
     def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
         """Encode n conditions; rows where `is_null` (n,) is True become the null condition. Gives (n, width)."""
         blocks = [condition.code]
-        blocks += [block * self.covariate_scale for block in one_hots(condition, self.levels)]
+        if self.levels:
+            blocks += [block * self.covariate_scale for block in one_hots(condition, self.levels)]
         blocks += [value[:, None] for value in condition.continuous.values()]
         encoded = self.mlp(torch.cat(blocks, dim=1))
         if is_null is None:

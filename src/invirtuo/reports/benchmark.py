@@ -283,12 +283,11 @@ def _differences(comparisons: pd.DataFrame | None, table: ScoreTable) -> dict[st
                 continue
             comparison = chosen.loc[model]
             value, low, high = (float(comparison[name]) for name in ("difference", "low", "high"))
-            verdict = _verdict(low, high, column.direction)
-            rows.append(charts.Interval(model, value, low, high, verdict))
+            rows.append(charts.Interval(model, value, low, high, column.direction))
 
             line = {"model": model, "metric": column.label, "baseline": baseline, "difference": number(value)}
             line["interval"] = f"{number(low)} to {number(high)}" if np.isfinite(low + high) else "no interval"
-            line |= {"n": f"{comparison['n_conditions']:g}", "verdict": verdict}
+            line |= {"n": f"{comparison['n_conditions']:g}", "verdict": rows[-1].verdict}
             lines.append(line)
         if rows:
             chart = charts.forest(rows, axis=f"model minus {baseline}", lower_is_better=column.direction == "lower")
@@ -301,13 +300,6 @@ def _differences(comparisons: pd.DataFrame | None, table: ScoreTable) -> dict[st
         if counts:
             verdicts.append({"model": model} | {name: counts[name] for name in ("better", "worse", "open")})
     return {"forests": forests, "differences": lines, "verdicts": verdicts}
-
-
-def _verdict(low: float, high: float, direction: str | None) -> str:
-    """Whether an interval leaves zero out, and on which side."""
-    if not np.isfinite(low + high) or low <= 0 <= high or direction is None:
-        return "open"
-    return "better" if (high < 0) == (direction == "lower") else "worse"
 
 
 def _cost_chart(seconds: pd.Series, table: ScoreTable, numbers: Mapping[str, int]) -> Markup | None:

@@ -34,13 +34,20 @@ class Spread:
 
 @dataclass(frozen=True)
 class Interval:
-    """A row of :func:`forest`: a difference with its interval, and what it says ("better", "worse" or "open")."""
+    """A row of :func:`forest`: a difference with its interval."""
 
     name: str
     value: float
     low: float
     high: float
-    verdict: str
+    direction: str | None = "higher"  # which side of 0 is the better one, "lower" or "higher"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the interval leaves 0 out, and on which side: "better", "worse" or "open"."""
+        if not np.isfinite(self.low + self.high) or self.low <= 0 <= self.high or self.direction is None:
+            return "open"
+        return "better" if (self.high < 0) == (self.direction == "lower") else "worse"
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-from invirtuo import __version__
-from invirtuo.cells.files import writing
 from invirtuo.reports import benchmark, folder
 from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
 from invirtuo.reports.figures import as_png, condition_panels, curves, panels, populations
+from invirtuo.reports.render import render
 from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, published_table, score_table
 
 if TYPE_CHECKING:
@@ -97,23 +93,12 @@ def report(
     settings = {key: value for key, value in run.items() if key != "notes"}
 
     # what the template asks for
-    shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle), "version": __version__}
+    shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle)}
     shown |= {"sections": sections, "benchmark": _benchmark(scores, sections, costs, comparisons)}
     shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}
     shown |= {"effects": _effects(effects, run), "populations": structure, "populations_columns": n_origins}
     shown |= {"curves": curves(history) if history is not None else "", "notes": _notes(run), "run": _flat(settings)}
-    page = _environment().get_template("page.html.j2").render(shown)
-    out = Path(out)
-    with writing(out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return out
-
-
-def _environment() -> Environment:
-    """Templates of this package; all that they show is escaped."""
-    files = resources.files("invirtuo.reports")
-    loader = FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8"))
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return render("page.html.j2", shown, out)
 
 
 def _sections(
