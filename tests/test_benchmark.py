@@ -192,7 +192,7 @@ def test_perturbations_never_trained_on_are_not_scored(task):
     assert of(whole) == {"A", "A+B", "C"}
 
 
-def test_targets_that_were_seen_nowhere(task, tmp_path):
+def test_targets_that_were_seen_nowhere(task, tmp_path, same_process):
     """Features are those of the task; baselines that cannot say anything are left out."""
     pd.DataFrame(np.eye(3), index=["A", "B", "C"]).to_csv(tmp_path / "vectors.csv")
     split = partial(unseen_targets, n_folds=3)
@@ -266,6 +266,7 @@ def test_entry_from_a_file_is_the_entry(entries, tmp_path):
         as_entry(path)
 
 
+@pytest.mark.slow
 def test_named_tasks_hold_out_what_they_say(shared):
     missing = {name for name, task in TASKS.items() if task.published}
     assert missing == {"srivatsan20", "norman19", "jiang24"}

@@ -18,7 +18,7 @@ from invirtuo import Design
 from invirtuo.metrics import METRICS, cells, distribution, evaluate, wilcoxon
 from invirtuo.metrics.numerics import axes, distances
 
-few = settings(max_examples=5, deadline=None, derandomize=True)
+few = settings(max_examples=3, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)
 
 ALL = list(METRICS)
