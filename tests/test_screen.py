@@ -161,8 +161,8 @@ def test_the_shell_says_the_same(run, model, cells, tmp_path):
     pd.DataFrame({"gene": list(SIGNATURE), "weight": 1.0}).to_csv(tmp_path / "signature.csv", index=False)
     screen = ["screen", tmp_path / "run", "--towards", tmp_path / "signature.csv"]
     code, said, _ = run(
-        *screen, "--candidates", "up", "--candidates", "same", "--plot", tmp_path / "s.png", "--out", tmp_path / "s.csv",
-        "--report", tmp_path / "s.html", "--cells", tmp_path / "cells.h5ad"
+        *screen, "--candidates", "up", "--candidates", "same", "--plot", tmp_path / "s.png",
+        "--out", tmp_path / "s.csv", "--report", tmp_path / "s.html", "--cells", tmp_path / "cells.h5ad"
     )  # fmt: skip
     assert code == 0 and "4 conditions" in said and (tmp_path / "s.png").stat().st_size > 1000
     ours = iv.screen(model, SIGNATURE, ["up", "same"], cells=cells)
