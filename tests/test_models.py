@@ -39,7 +39,7 @@ SMALL = {  # settings that are small enough to train in seconds; other models ar
     ),
     "fm_pca ot": iv.models.FMPCA.Config(n_pcs=8, hidden_dim=64, steps=4, source="control"),
     "primeflow unet": iv.models.PRiMeFlow.Config(
-        velocity="unet", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=32, channel_mult=(1, 1, 2),
+        velocity="unet", precondition=False, anchor=False, covariate_scale=1.0, hidden_dim=16, channel_mult=(1, 1, 2),
         num_res_blocks=1, num_heads=2, attention_resolutions=(4,), dropout=0.0, loss_genes=0, steps=4
     ),
     "primeflow mlp": iv.models.PRiMeFlow.Config(
