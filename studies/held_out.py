@@ -8,7 +8,6 @@ from pathlib import Path
 
 import invirtuo as iv
 from invirtuo.bench import Entry, compare
-from invirtuo.bench.entry import BASELINES
 from studies.harness import Tables, study
 
 
@@ -25,10 +24,8 @@ def held_out(cell_types: Sequence[str], *, out: Path, steps: int = 1200, seed: i
     design = iv.datasets.design("kang", raw)
     conditions = [{"cell_type": cell_type} for cell_type in cell_types]
     split = iv.splits.hold_out(raw.obs, design, conditions, seed=seed, control_fractions=(0.6, 0.1, 0.3))
-    adata = iv.preprocess.normalize(raw, split=split)
     config = replace(iv.models.PRiMeFlow.PRESETS["default"].fit, steps=steps, val_every=0, seed=seed)
-    entries = [Entry("primeflow", "primeflow", None, config), *BASELINES]
-    scores = compare(adata, design, split, entries, out, seed=seed)
+    scores = compare(raw, design, Entry("primeflow", "primeflow", None, config), split=split, out=out, seed=seed)
     indices = {"by-model": "model", "by-condition": ["condition", "model"]}
     return {
         title: scores.pivot_table(index=index, columns="metric", values="value", sort=False)

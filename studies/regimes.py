@@ -83,11 +83,9 @@ def regimes(
     seen = pd.concat({task.name: regimes_of(task, data_dir) for task in judged}, names=["task", "condition"])
     scores = scores.merge(seen.rename("regime").reset_index(), on=["task", "condition"])
 
-    by = ["regime", "task"]
-    means = scores.groupby([*by, "model", "metric"], sort=False)["value"].mean().unstack("metric")
-    alike = scores.groupby(by, sort=False)
-    differences = pd.concat({about: paired_differences(own) for about, own in alike}, names=by).reset_index(by)
-    differences = differences.loc[:, ~differences.columns.duplicated()]
+    means = scores.groupby(["regime", "task", "model", "metric"], sort=False)["value"].mean().unstack("metric")
+    alike = scores.groupby("regime", sort=False)
+    differences = pd.concat({regime: paired_differences(own) for regime, own in alike}, names=["regime"])
     return {"means": means, "differences": differences[differences["against"] == MEAN]}
 
 

@@ -12,6 +12,7 @@ import pytest
 import invirtuo as iv
 from invirtuo.bench import Entry, compare
 from invirtuo.bench.demo import HELD_OUT, demo
+from invirtuo.bench.entry import BASELINES
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def comparison(toy, design, tmp_path):
     ]
 
     def run(name: str, split: pd.Series = split) -> pd.DataFrame:
-        return compare(adata, design, split, entries, tmp_path / name, n_cells=30, about={"title": "toy"})
+        return compare(adata, design, entries, split=split, out=tmp_path / name, baselines=False, n_cells=30,
+                       about={"title": "toy"})  # fmt: skip
 
     return run
 
@@ -81,7 +83,8 @@ def test_groups_without_control_cells_have_no_effects(toy, design, tmp_path):
     adata, split = (x[(names != "t_cell|control").to_numpy()] for x in (adata, split))
     tiny = iv.models.PRiMeFlow.Config(hidden_dim=32, cell_width=32, gene_width=16, n_blocks=1, steps=3)
     entries = [Entry("flow", "primeflow", tiny, iv.FitConfig(steps=2, batch_size=32, progress=False))]
-    compare(adata.copy(), design, split, entries, tmp_path, n_cells=20, metrics=["rmse_mean"])
+    options = {"n_cells": 20, "metrics": ["rmse_mean"], "baselines": False}
+    compare(adata.copy(), design, entries, split=split, out=tmp_path, **options)
     table = pd.read_csv(tmp_path / "effects.csv")
     assert set(table["condition"]) == {"monocyte|A"} and table["low"].isna().all()
 
@@ -127,3 +130,70 @@ def test_a_dose_read_as_text_is_the_same_dose(toy):
     predicted = iv.models.PerturbationMean(design, adata.var_names).fit(adata).predict(wanted, n_cells=5)
     scores = iv.evaluate(predicted, adata, design, ["rmse_mean"])
     assert scores["condition"].tolist() == ["A|10"]
+
+
+# ---- from a file to an answer ----------------------------------------------------------------------------------------
+
+
+def test_counts_and_their_logarithms_give_the_same_answer(toy, design, tmp_path):
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"])
+    options = {"split": split, "n_cells": 20, "metrics": ["rmse_mean", "energy_distance"]}
+    of_counts = iv.compare(toy, design, "ridge", out=tmp_path / "counts", **options)
+    of_logs = iv.compare(iv.preprocess.normalize(toy), design, ["ridge"], out=tmp_path / "logs", **options)
+    pd.testing.assert_frame_equal(of_counts, of_logs)
+    assert set(of_counts["model"]) == {"ridge", "noise_floor", *(entry.label for entry in BASELINES)}
+    page = (tmp_path / "counts" / "report.html").read_text()
+    assert "How well were monocyte|A predicted?" in page and "held out: monocyte|A" in page
+
+
+def test_genes_are_chosen_without_held_out_cells(toy, design, tmp_path):
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"])
+    spoiled = toy.copy()
+    values = spoiled.X.toarray()
+    values[(split == "test").to_numpy()] = 7
+    spoiled.X = values
+    chosen = []
+    for i, adata in enumerate((toy, spoiled)):
+        iv.compare(adata, design, "no_change", split=split, out=tmp_path / str(i), n_genes=10, n_cells=5,
+                   metrics=["rmse_mean"], baselines=False)  # fmt: skip
+        chosen.append(list(iv.load(tmp_path / str(i) / "models" / "no_change").genes))
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 10
+
+
+def test_a_target_that_was_seen_nowhere_has_fewer_baselines(toy, design, tmp_path):
+    features = pd.DataFrame(np.eye(3), index=["A", "B", "C"])
+    split = iv.splits.unseen_targets(toy.obs, design, n_folds=3)
+    scores = iv.compare(toy, design.with_features(features), "ridge:kernel", split=split, out=tmp_path, n_cells=5,
+                        metrics=["rmse_mean"])  # fmt: skip
+    assert set(scores["model"]) == {"ridge:kernel", "context_mean", "no_change", "noise_floor"}
+
+
+def test_what_cannot_be_compared(toy, design, tmp_path):
+    everything = pd.Series("train", index=toy.obs_names)
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"])
+    logs = iv.preprocess.normalize(toy)
+    for arguments, message in (
+        ({"split": everything}, "holds out no perturbed cell for 'test'"),
+        ({"models": "nothing"}, "unknown model 'nothing'"),
+        ({"models": ["ridge", "ridge"]}, "named more than once: ridge"),
+        ({"adata": logs, "n_genes": 5}, "n_genes and size_factor act on raw counts"),
+        ({"split": split[:10]}, "split"),
+    ):
+        asked = {"adata": toy, "design": design, "models": "ridge", "split": split} | arguments
+        with pytest.raises(ValueError, match=message):
+            iv.compare(**asked, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "scores.csv").exists()
+
+
+def test_the_shell_compares(run, toy, tmp_path):
+    toy.write_h5ad(tmp_path / "cells.h5ad")
+    columns = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]
+    asked = ["compare", tmp_path / "cells.h5ad", *columns, "--model", "ridge", "--out", tmp_path / "out", "-n", 20]
+    code, said, error = run(*asked, "--hold-out", "monocyte|A", "--metrics", "rmse_mean,deg_recall")
+    assert code == 0 and "ridge" in said and "report.html" in said, error
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert facts["data"].endswith("cells.h5ad") and facts["command"].startswith("invirtuo ") and facts["date"]
+    code, _, error = run(*asked)
+    assert code == 2 and "nothing is held out" in error
+    code, _, error = run(*asked, "--hold-out", "monocyte|A", "--seed", 1)
+    assert code == 2 and "holds ridge with another" in error

@@ -37,6 +37,7 @@ _NAMES = {
     "PerturbationModel": "verbs",
     "SampleConfig": "verbs",
     "benchmark": "bench",
+    "compare": "bench",
     "evaluate": "metrics",
     "interactions": "bench",
     "load": "models",

@@ -7,7 +7,8 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,23 +17,28 @@ import pandas as pd
 
 from invirtuo.bench.cell import as_json, scores_of
 from invirtuo.bench.effects import effects_of
-from invirtuo.bench.entry import FLOOR, Entry
+from invirtuo.bench.entry import BASELINES, FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
 from invirtuo.bench.panels import predicted_points, real_points
-from invirtuo.bench.run import software, write_table
+from invirtuo.bench.run import chosen_entries, software, write_table
 from invirtuo.bench.task import JUDGED
+from invirtuo.cells import preprocess
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import check_writable, write_h5ad, writing
+from invirtuo.cells.values import looks_like_counts, require_log
+from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.numerics.axes import principal_axes
+from invirtuo.models import MODELS
+from invirtuo.reports import report
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
+    import numpy as np
     from anndata import AnnData
 
     from invirtuo.bench.entry import Predictor
-    from invirtuo.design import Design
     from invirtuo.fit import FitConfig
 
 __all__ = ["compare"]
@@ -45,11 +51,14 @@ EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
 def compare(
     adata: AnnData,
     design: Design,
-    split: pd.Series,
-    entries: Sequence[Entry],
-    out: str | Path,
+    models: Sequence[Entry | str] | Entry | str,
     *,
+    split: pd.Series,
+    out: str | Path = "results",
     part: str = "test",
+    baselines: bool = True,
+    n_genes: int | None = None,
+    size_factor: str | None = None,
     metrics: Sequence[str] | None = JUDGED,
     n_cells: int = 1000,
     n_pcs: int = 30,
@@ -57,34 +66,43 @@ def compare(
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
-    """Fit, predict and score every entry; write what a report needs.
+    """From cells to an answer: fit models, predict what was held out, judge all beside baselines and the noise floor.
 
-    Scores are written as they come. A comparison that was stopped goes on with the same call: entries that are done are
+    Scores are written as they come. A comparison that was stopped goes on with the same call: models that are done are
     read, a fit goes on from its last checkpoint, and the numbers are the same.
 
     Parameters
     ----------
     adata
-        log1p of counts per 10 000.
-    design, split
-        Roles of the columns, and "train" / "val" / "test" per cell.
-    entries
-        What to compare.
+        Raw counts, which are normalised, or log1p of normalised counts.
+    design
+        Roles of the columns.
+    models
+        Entries, names of models, or ``model:preset``. Effects are shown of the first.
+    split
+        "train" / "val" / "test" per cell, as made by :mod:`invirtuo.splits`. Effects have intervals if it holds out
+        conditions for validation.
     out
-        Folder for ``scores.csv``, ``predicted.h5ad`` and ``effects.csv`` (of the first entry), ``history.csv``,
-        ``panels.csv``, ``flags.csv`` (:func:`invirtuo.metrics.flags`), ``discrimination.csv``
-        (:func:`invirtuo.metrics.calibration`), ``run.json`` and the fitted models. Effects have intervals if the split
-        holds out conditions for validation.
+        Folder for the page ``report.html`` and what it shows: ``scores.csv``, ``predicted.h5ad`` and ``effects.csv``
+        (of the first model), ``history.csv``, ``panels.csv``, ``flags.csv`` (:func:`invirtuo.metrics.flags`),
+        ``discrimination.csv`` (:func:`invirtuo.metrics.calibration`), ``run.json``; and for the fitted models.
     part
         Which held-out part is predicted and scored.
+    baselines
+        Add the simple baselines that are not among the models; without those that know nothing of a perturbation that
+        training has not seen.
+    n_genes
+        Number of variable genes to keep, chosen on training cells; None keeps all. For raw counts.
+    size_factor
+        Column of obs with the depth of each cell, for raw counts of some of the genes.
     metrics, n_cells, n_pcs
         As in `evaluate` and `PerturbationModel.predict`.
     seed
         Of sampling and of the halves of the noise floor.
     about
-        More facts for ``run.json``.
+        More facts for ``run.json`` and the page: ``title``, ``dataset``, ``split``, ``notes``.
     overwrite
-        Compute entries anew that `out` holds with other settings or of other data.
+        Compute anew what `out` holds with other settings or of other data.
 
     Returns
     -------
@@ -93,66 +111,160 @@ def compare(
     Raises
     ------
     ValueError
-        If `out` holds an entry with other settings, and is not to be overwritten.
+        If the values are neither counts nor logarithms of them, a model is unknown, nothing is held out, or `out` holds
+        a model with other settings and is not to be overwritten.
     """
     check_writable(out, folder=True)
-    out, seed = Path(out), int(seed)
-    real = adata[(split == part).to_numpy()].copy()
+    out = Path(out)
+    entries = chosen_entries(models, baselines=False, floor=False)
+    adata = _log_values(adata, n_genes, size_factor, split)
+    dataset = CellDataset(adata, design, split)
+    asked = _Asked(adata, design, split, part, metrics, n_cells, n_pcs, int(seed))
+    if baselines:
+        entries += _baselines(entries, asked)
 
-    # rows that an earlier call computed are read
+    # rows that an earlier call computed are read, the others fitted, drawn and scored
     split_hash = hashlib.sha256("|".join(split).encode()).hexdigest()[:16]
-    asked = [part, metrics, n_cells, n_pcs, seed, version("invirtuo")]
-    plan = {"data": CellDataset(adata, design, split).fingerprint(), "split": split_hash, "asked": asked}
+    plan = {"data": dataset.fingerprint(), "split": split_hash, "asked": asked.plan()}
     rows = [_Row(out, entry, plan) for entry in entries]
     for row in rows:
         row.check(overwrite=overwrite)
-
-    # the others are fitted, drawn and scored; effects are those of the first
-    axes = principal_axes(adata.X, 2)
-    pair: Pair | None = None
-    done: list[pd.DataFrame] = []
-    for row in rows:
-        if not row.record:
-            is_first = row is rows[0]
-            level = EFFECT_LEVEL if is_first else None
-            predicted, facts, history = _drawn(row, adata, design, split, part, n_cells, seed, level)
-            pair = Pair(predicted, real, design, n_pcs=n_pcs) if pair is None else pair.against(predicted)
-            if is_first:
-                write_table(out / "effects.csv", effects_of(predicted, adata, design))
-                write_h5ad(predicted, out / "predicted.h5ad")
-            write_table(row.folder / "history.csv", history)
-            write_table(row.folder / "flags.csv", flagged(pair, row.entry.label))
-            write_table(row.folder / "panels.csv", predicted_points(predicted, row.entry.label, design, axes, seed))
-            row.write(score(pair, metrics).assign(model=row.entry.label), facts)
-        done = [scores_of(row.record) for row in rows if row.record]
-        write_table(out / "scores.csv", pd.concat(done))
+    done = _computed(rows, asked, out)
 
     # scores of all rows and of the noise floor, for the conditions of the first
-    floor = noise_floor(real, design, metrics, n_pcs=n_pcs, seed=seed).assign(model=FLOOR)
+    judged: dict[str, Any] = {"metrics": metrics, "n_pcs": n_pcs, "seed": asked.seed}
+    floor = noise_floor(asked.real, design, **judged).assign(model=FLOOR)
     scores = pd.concat([*done, floor], ignore_index=True)
     is_scored = scores["condition"].isin(set(done[0]["condition"]))
     scores = scores[is_scored].reset_index(drop=True)
     write_table(out / "scores.csv", scores)
 
-    # which scores can tell anything here
-    write_table(out / "discrimination.csv", discrimination(real, design, metrics, n_pcs=n_pcs, seed=seed))
-
-    # what the report draws
-    points = [real_points(adata, real, design, axes, seed)]
-    points += [row.table("panels.csv") for row in rows]
-    write_table(out / "panels.csv", pd.concat(points, ignore_index=True))
+    # which scores can tell anything here, and what the page draws
+    write_table(out / "discrimination.csv", discrimination(asked.real, design, **judged))
+    points = real_points(adata, asked.real, design, asked.axes, asked.seed)
+    write_table(out / "panels.csv", pd.concat([points, *(row.table("panels.csv") for row in rows)], ignore_index=True))
     write_table(out / "flags.csv", pd.concat([row.table("flags.csv") for row in rows], ignore_index=True))
     history = pd.concat([row.table("history.csv") for row in rows], ignore_index=True)
     if "step" in history:  # something was trained
         write_table(out / "history.csv", history)
 
-    facts = {**(about or {}), "seed": seed, "cells per condition": n_cells, "software": software()}
+    # how all of this was made
+    facts = {
+        **asked.described(),
+        "baselines": [entry.label for entry in entries if entry in BASELINES],
+        **(about or {}),
+    }
+    facts |= {"seed": asked.seed, "cells per condition": n_cells, "software": software()}
     facts["models"] = [row.record["facts"] for row in rows]
     if rows[0].record["facts"]["intervals"]:
         facts["effect level"] = EFFECT_LEVEL
     with writing(out / "run.json") as path:
         path.write_text(json.dumps(facts, indent=2))
+    report(out, out / "report.html")
     return scores
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What all rows of a comparison are asked: cells, roles, parts, and how they are judged."""
+
+    adata: Any  # AnnData
+    design: Design
+    split: pd.Series
+    part: str
+    metrics: Sequence[str] | None
+    n_cells: int
+    n_pcs: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse a split that holds out nothing."""
+        if not len(self.perturbed(self.part)):
+            raise ValueError(
+                f"the split holds out no perturbed cell for {self.part!r}; hold out a condition of these data"
+            )
+
+    @cached_property
+    def real(self) -> AnnData:
+        """Cells of the part that is predicted, controls among them."""
+        return self.adata[(self.split == self.part).to_numpy()].copy()
+
+    @cached_property
+    def axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Principal axes of all cells, for pictures."""
+        return principal_axes(self.adata.X, 2)
+
+    def plan(self) -> list[Any]:
+        """What other numbers would follow from."""
+        return [self.part, self.metrics, self.n_cells, self.n_pcs, self.seed, version("invirtuo")]
+
+    def perturbed(self, part: str) -> pd.DataFrame:
+        """Perturbed conditions of a part, tidy."""
+        obs = self.adata.obs[(self.split == part).to_numpy()]
+        return self.design.unique_conditions(obs[~self.design.is_control(obs)])[0]
+
+    def singles(self, part: str) -> set[str]:
+        """Single perturbations of a part."""
+        labels = self.perturbed(part)[self.design.perturbation]
+        return {single for label in labels for single in self.design.parts(label)}
+
+    def described(self) -> dict[str, str]:
+        """What the page says of cells and split."""
+        cells, design = self.adata, self.design
+        tested, validated = (preview(sorted(design.names(self.perturbed(part)))) for part in (self.part, "val"))
+        groups = f"; {preview(design.covariates)}" if design.covariates else ""
+        shape = f"{cells.n_obs:,} cells, {cells.n_vars:,} genes; {preview(design.perturbations)}{groups}"
+        held_out = f"held out: {tested}"
+        if self.part != "val" and len(self.perturbed("val")):
+            held_out += f"; for validation: {validated}"
+        return {"title": f"How well were {tested} predicted?", "dataset": shape, "split": held_out}
+
+
+def _computed(rows: Sequence[_Row], asked: _Asked, out: Path) -> list[pd.DataFrame]:
+    """Scores of all rows; what was not computed before is fitted and drawn, effects are those of the first."""
+    pair: Pair | None = None
+    done: list[pd.DataFrame] = []
+    for row in rows:
+        if not row.record:
+            is_first = row is rows[0]
+            predicted, facts, history = _drawn(row, asked, EFFECT_LEVEL if is_first else None)
+            pair = (
+                Pair(predicted, asked.real, asked.design, n_pcs=asked.n_pcs)
+                if pair is None
+                else pair.against(predicted)
+            )
+            if is_first:
+                write_table(out / "effects.csv", effects_of(predicted, asked.adata, asked.design))
+                write_h5ad(predicted, out / "predicted.h5ad")
+            label = row.entry.label
+            points = predicted_points(predicted, label, asked.design, asked.axes, asked.seed)
+            write_table(row.folder / "history.csv", history)
+            write_table(row.folder / "flags.csv", flagged(pair, label))
+            write_table(row.folder / "panels.csv", points)
+            row.write(score(pair, asked.metrics).assign(model=label), facts)
+        done = [scores_of(row.record) for row in rows if row.record]
+        write_table(out / "scores.csv", pd.concat(done))
+    return done
+
+
+def _log_values(adata: AnnData, n_genes: int | None, size_factor: str | None, split: pd.Series) -> AnnData:
+    """The cells as log1p values: raw counts normalised, with genes chosen on training cells."""
+    if looks_like_counts(adata.X):
+        return preprocess.normalize(adata, n_genes=n_genes, size_factor=size_factor, split=split)
+    if n_genes is not None or size_factor is not None:
+        raise ValueError(
+            "n_genes and size_factor act on raw counts, and X holds other values; give counts, or leave them out"
+        )
+    require_log(adata)
+    return adata
+
+
+def _baselines(entries: Sequence[Entry], asked: _Asked) -> list[Entry]:
+    """Simple baselines that are not among the entries, and can say something of all that is held out."""
+    labels = {entry.label for entry in entries}
+    is_known = asked.singles(asked.part) <= asked.singles("train")
+    able = [entry for entry in BASELINES if is_known or MODELS[entry.model].any_target]
+    return [entry for entry in able if entry.label not in labels]
 
 
 class _Row:
@@ -199,26 +311,17 @@ class _Row:
             path.write_text(json.dumps(self.record), encoding="utf-8")
 
 
-def _drawn(
-    row: _Row,
-    adata: AnnData,
-    design: Design,
-    split: pd.Series,
-    part: str,
-    n_cells: int,
-    seed: int,
-    level: float | None,
-) -> tuple[AnnData, dict[str, Any], pd.DataFrame]:
+def _drawn(row: _Row, asked: _Asked, level: float | None) -> tuple[AnnData, dict[str, Any], pd.DataFrame]:
     """Cells that an entry draws, facts about it, and its history; the model is saved."""
     started = time.perf_counter()
-    model, fit = row.entry.make(design, adata.var_names)
+    model, fit = row.entry.make(asked.design, asked.adata.var_names)
     logger.info("fitting %s", row.entry.label)
-    model.fit(adata, split=split, config=fit, folder=row.folder / "checkpoints", resume=True)
+    model.fit(asked.adata, split=asked.split, config=fit, folder=row.folder / "checkpoints", resume=True)
     fitted = time.perf_counter()
     options = dict(row.entry.predict)
-    if level is not None and _gives_intervals(model, part):
+    if level is not None and _gives_intervals(model, asked.part):
         options.setdefault("effect_level", level)
-    predicted = model.predict(part, n_cells=n_cells, seed=seed, **options)
+    predicted = model.predict(asked.part, n_cells=asked.n_cells, seed=asked.seed, **options)
     done = time.perf_counter()
     model.save(row.out / "models" / row.entry.label, overwrite=True)
     facts = _facts(row.entry, model, fit, fitted - started, done - fitted)

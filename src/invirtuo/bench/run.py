@@ -196,7 +196,9 @@ def one_task(task: Task | str) -> Task:
     return TASKS[task] if isinstance(task, str) else task
 
 
-def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool) -> list[Entry]:
+def chosen_entries(
+    models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool, floor: bool = True
+) -> list[Entry]:
     """Entries as asked for, the simple baselines that are missing, and the noise floor."""
     if models is None:
         models = [name for name, model in MODELS.items() if model.verb == "predict"]
@@ -206,7 +208,8 @@ def chosen_entries(models: Sequence[Entry | str] | Entry | str | None, *, baseli
     if baselines:
         labels = {entry.label for entry in chosen}
         chosen += [entry for entry in BASELINES if entry.label not in labels]
-    chosen.append(Entry(FLOOR, FLOOR))
+    if floor:
+        chosen.append(Entry(FLOOR, FLOOR))
 
     # rows of a task need labels of their own
     for name in {entry.task for entry in chosen}:

@@ -21,7 +21,7 @@ from invirtuo.cli.options import fail
 
 __all__ = ["app", "main"]
 
-RESULTS = ("out", "figure", "plot")  # options that name files to write
+RESULTS = ("out", "figure", "plot", "report")  # options that name files to write
 STOPS = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
 ADVICE = {  # text in errors of other packages to what can be done about them
     "cannot cache function": "Set NUMBA_CACHE_DIR to a folder that can be written to",
@@ -83,6 +83,7 @@ app = typer.Typer(
 app.command("list")(data.list_)
 for _verb in (
     data.demo,
+    judging.compare,
     data.check,
     data.prepare,
     cells.fit,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,21 +17,88 @@ from invirtuo.cli.options import (
     Control,
     Covariate,
     FitSet,
+    HoldOut,
+    HoldOutVal,
     Out,
     OutFolder,
+    Overwrite,
     Perturbation,
     Quiet,
     Separator,
     Set,
+    Split,
     model_with,
     pairs,
     print_rows,
     print_scores,
     read_conditions,
     read_csv,
+    split_of,
     with_fields,
     writable_file,
 )
+
+
+def compare(
+    data: Annotated[
+        Path, typer.Argument(help="h5ad with raw counts, or log1p of normalised ones; controls among them.")
+    ],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Name, name:preset, or FILE.json of an entry; may be given several times. Effects: the first."
+        ),
+    ],
+    out: OutFolder,
+    perturbation: Perturbation = None,
+    control: Control = None,
+    covariate: Covariate = None,
+    separator: Separator = "+",
+    split: Split = None,
+    hold_out: HoldOut = None,
+    hold_out_val: HoldOutVal = None,
+    n_genes: Annotated[
+        int | None, typer.Option(help="Variable genes to keep, chosen on training cells; all if not given.")
+    ] = None,
+    size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
+    baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
+    metrics: Annotated[str | None, typer.Option(help="Names joined by commas; see `invirtuo list metrics`.")] = None,
+    n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells drawn for each condition.")] = 1000,
+    fit_set: FitSet = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    seed: int = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """From a file to an answer: fit models, predict what is held out, judge all beside simple baselines; a page.
+
+    Stopped, it goes on with the same command.
+    """
+    import invirtuo
+    from invirtuo.bench.entry import as_entries
+    from invirtuo.bench.task import JUDGED
+    from invirtuo.cells.files import read_h5ad
+
+    if not (split or hold_out):
+        raise ValueError("nothing is held out; name conditions with --hold-out, or a split with --split")
+    adata = read_h5ad(data)
+    design = invirtuo.Design.from_adata(
+        adata, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+    )
+    fields = [*(fit_set or []), f"progress={str(not quiet).lower()}", f"seed={seed}"]
+    entries = []
+    for entry in (entry for name in model for entry in as_entries(name)):
+        fit = with_fields(entry.settings()[1], fields, f"invirtuo list models {entry.model} --fit")
+        entries.append(replace(entry, fit=fit))
+    about = {"data": str(data), "command": shlex.join(["invirtuo", *sys.argv[1:]])}
+    about |= {"date": f"{datetime.now():%Y-%m-%d}"} | ({"title": title} if title else {})
+    options: dict[str, Any] = {"baselines": baselines, "n_genes": n_genes, "size_factor": size_factor, "seed": seed}
+    options |= {"metrics": JUDGED if metrics is None else metrics.split(","), "n_cells": n_cells}
+    parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
+    scores = invirtuo.compare(adata, design, entries, split=parts, out=out, about=about, overwrite=overwrite, **options)
+    if not quiet:
+        print_scores(scores)
+        typer.echo(f"\nreport: {out / 'report.html'}")
 
 
 def evaluate(
@@ -249,6 +319,7 @@ def benchmark(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 5,
     engine: Annotated[str, typer.Option(help="local: processes on this machine; ray: a Ray cluster.")] = "local",
+    size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
     baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
     controls: Annotated[
         str, typer.Option(help="Control cells that models start from: train, or evaluated (as PerturBench).")

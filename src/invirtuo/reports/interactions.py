@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from invirtuo.reports.answer import answer_page
 from invirtuo.reports.charts import Interval, forest
-from invirtuo.reports.render import render
 from invirtuo.reports.tables import number
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["interactions_page"]
 
-IN_CHART, IN_TABLE = 15, 500  # pairs in the chart, and in the table
+IN_CHART = 15  # pairs in the chart
 MEANINGS = {
     "additive": "length of what the pair does beyond the sum of its parts",
     "bliss": "the same of logarithms of mean expression, where effects multiply",
@@ -55,24 +55,20 @@ def interactions_page(
     # pairs, those first that depart most from the sum of their parts
     norms = table[table["score"] == BY].set_index("condition")
     norms = norms.loc[(norms["value"] - 1).abs().sort_values(ascending=False).index]
-    more, less = norms["low"] > 1, norms["high"] < 1
-    beyond = (norms.head(IN_CHART)[["value", "low", "high"]] - 1).itertuples()
-    rows = [Interval(*row) for row in beyond]
-    count = f"Of {len(norms):,} pair{'s' * (len(norms) != 1)}"
-    scores = {name: meaning for name, meaning in MEANINGS.items() if name in set(table["score"])}
+    beyond = norms.head(IN_CHART)[["value", "low", "high"]] - 1
+    chart = forest([Interval(*row) for row in beyond.itertuples()], axis=f"{BY} - 1", lower_is_better=None)
+
+    # a row for each, a column for each score
     texts = table.assign(text=[_interval(*row) for row in table[["value", "low", "high"]].to_numpy()])
-    wide = texts.pivot(index="condition", columns="score", values="text").loc[norms.index, list(scores)]
-    shown = {
-        "title": title,
-        "headline": f"{count}, {more.sum()} do more than the sum of their parts and {less.sum()} less, with intervals "
-        "that leave the sum out.",
-        "texts": [],
-        "charts": [(f"{BY} - 1: above 0, stronger than the sum", forest(rows, axis=f"{BY} - 1", lower_is_better=None))],
-        "columns": [("pair", "the two perturbations, and in which cells"), *scores.items()],
-        "rows": [[name, *row] for name, row in zip(wide.index, wide.to_numpy(), strict=True)][:IN_TABLE],
-        "n_left_out": max(len(norms) - IN_TABLE, 0),
-    }
-    return render("answer.html.j2", shown, out)
+    wide = texts.pivot(index="condition", columns="score", values="text").loc[norms.index].reset_index()
+    meanings = {"condition": "the two perturbations, and in which cells"}
+    meanings |= {name: meaning for name, meaning in MEANINGS.items() if name in wide}
+    more, less = (norms["low"] > 1).sum(), (norms["high"] < 1).sum()
+    answer = (
+        f"Of {len(norms):,} pair{'s' * (len(norms) != 1)}, {more} do more than the sum of their parts and {less} less, "
+        "with intervals that leave the sum out."
+    )
+    return answer_page(out, title, answer, [("above 0: stronger than the sum of the parts", chart)], wide, meanings)
 
 
 def _interval(value: float, low: float, high: float) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from invirtuo.reports.answer import answer_page
 from invirtuo.reports.charts import Interval, forest
 from invirtuo.reports.figures import PREDICTED, save
-from invirtuo.reports.render import render
 from invirtuo.reports.tables import number
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_screen", "screen_page"]
 
 SHOWN = 30  # conditions that are drawn
-IN_CHART, IN_TABLE = 15, 500  # conditions in the chart of a group, and in the table of a page
+IN_CHART = 15  # conditions in the chart of a group
 FDR = 0.1
 COLUMNS = {
     "condition": "what is tried, and in which cells",
@@ -94,20 +94,12 @@ def screen_page(
     group = table["condition"].str.rpartition("|")[0]
     charts = []
     for name, own in table.groupby(group, sort=False):
-        best = own.head(IN_CHART)
-        intervals = zip(
-            best["condition"].str.rpartition("|")[2], best["change"], best["low"], best["high"], strict=True
-        )
-        rows = [Interval(*row) for row in intervals]
+        label = own["condition"].str.rpartition("|")[2]
+        best = own.assign(label=label).head(IN_CHART)[["label", "change", "low", "high"]]
+        rows = [Interval(*row) for row in best.itertuples(index=False)]
         charts.append((str(name), forest(rows, axis="change of the score", lower_is_better=False)))
-    columns = {name: meaning for name, meaning in COLUMNS.items() if name in table}
-    shown: dict[str, Any] = {"title": title, "headline": _headline(table), "texts": _beside(table), "charts": charts}
-    shown |= {"columns": list(columns.items()), "n_left_out": max(len(table) - IN_TABLE, 0)}
-    shown["rows"] = [
-        [number(value) if isinstance(value, float) else str(value) for value in row]
-        for row in table[list(columns)].head(IN_TABLE).itertuples(index=False)
-    ]
-    return render("answer.html.j2", shown, out)
+    meanings = {name: meaning for name, meaning in COLUMNS.items() if name in table}
+    return answer_page(out, title, _answer(table), charts, table, meanings, further=_rivals(table))
 
 
 def _check(table: pd.DataFrame) -> None:
@@ -115,7 +107,7 @@ def _check(table: pd.DataFrame) -> None:
         raise ValueError(f"the table has no column {', '.join(missing)}; expected one made by invirtuo.screen")
 
 
-def _headline(table: pd.DataFrame) -> str:
+def _answer(table: pd.DataFrame) -> str:
     """The best condition, and how many improve the score."""
     best = table.iloc[0]
     interval = "" if np.isnan(best["low"]) else f" ({number(best['low'])} to {number(best['high'])})"
@@ -128,9 +120,9 @@ def _headline(table: pd.DataFrame) -> str:
     return f"{first} {n_found:,} improve{'s' if n_found == 1 else ''} it at a false discovery rate of {FDR}."
 
 
-def _beside(table: pd.DataFrame) -> list[str]:
+def _rivals(table: pd.DataFrame) -> list[str]:
     """What simpler rankings would have said."""
-    best, texts = table.iloc[0], []
+    best, found = table.iloc[0], []
     for column, name in (
         ("rank_magnitude", "The size of the effect alone"),
         ("rank_mean", "The mean over other groups"),
@@ -138,5 +130,5 @@ def _beside(table: pd.DataFrame) -> list[str]:
         if column in table:
             other = table.sort_values(column, kind="stable").iloc[0]["condition"]
             then = "" if other == best["condition"] else f", and {best['condition']} at rank {best[column]}"
-            texts.append(f"{name} would have put {other} first{then}.")
-    return texts
+            found.append(f"{name} would have put {other} first{then}.")
+    return found
