@@ -44,7 +44,7 @@ def test_mathematics_knows_no_anndata(room):
             assert "anndata" not in outside(file), name
 
 
-@pytest.mark.parametrize("room", ["metrics", "reports"])
+@pytest.mark.parametrize("room", ["metrics", "plots", "reports"])
 def test_judging_knows_no_model(room):
     for name, file in MODULES.items():
         if name.split(".")[1:2] == [room]:

@@ -101,6 +101,14 @@ def test_files_on_disk(run, files, tmp_path):
         assert ad.read_h5ad(tmp_path / "p.h5ad").n_obs == 5
 
 
+def test_before_the_verb(run):
+    assert run("--version")[:2] == (0, f"invirtuo {iv.__version__}\n")
+    code, said, _ = run("list")
+    assert code == 0 and "invirtuo list models" in said.splitlines()
+    code, said, _ = run("--help")
+    assert code == 0 and said.index("From a file to an answer") < said.index("Prepare") < said.index("Judge")
+
+
 @pytest.mark.parametrize("what", ["models", "metrics", "datasets", "splits", "tasks"])
 def test_list(run, what):
     code, out, _ = run("list", what)

@@ -19,6 +19,7 @@ _MODULES = {
     "models": "models",
     "multimodal": "cells.multimodal",
     "nn": "nn",
+    "pl": "plots",
     "preprocess": "cells.preprocess",
     "samplers": "cells.samplers",
     "splits": "splits",

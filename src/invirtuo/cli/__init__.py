@@ -12,10 +12,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from invirtuo import __version__
 from invirtuo.cli import cells, challenge, data, dynamics, judging, screening
 from invirtuo.cli.options import fail
 
@@ -73,45 +74,44 @@ def _files_in(given: Mapping[str, Any]) -> Iterator[Path]:
                 yield Path(str(item).partition("=")[2])
 
 
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {  # heading to verbs, in the order of work
+    "From a file to an answer": (data.demo, judging.compare),
+    "Prepare": (data.check, data.prepare),
+    "Fit and predict": (cells.fit, cells.predict, judging.effects, screening.screen, screening.interactions),
+    "Judge": (judging.evaluate, judging.score, judging.judge, judging.benchmark, judging.tune, judging.report),
+    "Generate and embed": (cells.generate, cells.augment, cells.correct, cells.impute, cells.embed),
+    "Time": (dynamics.forecast, dynamics.network, dynamics.knock_out, dynamics.overexpress),
+}
+
 app = typer.Typer(
     name="invirtuo",
     help="Train, sample and judge generative models of how single cells answer to perturbations.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("list")(data.list_)
-for _verb in (
-    data.demo,
-    judging.compare,
-    data.check,
-    data.prepare,
-    cells.fit,
-    cells.predict,
-    cells.generate,
-    cells.augment,
-    cells.correct,
-    cells.impute,
-    cells.embed,
-    dynamics.forecast,
-    dynamics.network,
-    dynamics.knock_out,
-    dynamics.overexpress,
-    screening.screen,
-    screening.interactions,
-    judging.effects,
-    judging.evaluate,
-    judging.score,
-    judging.judge,
-    judging.benchmark,
-    judging.tune,
-    judging.report,
-):
-    app.command()(_begun(_verb))
+for _panel, _verbs in PANELS.items():
+    for _verb in _verbs:
+        app.command(rich_help_panel=_panel)(_begun(_verb))
 vcc = typer.Typer(help="The Virtual Cell Challenge 2026: predict, check, pack.", no_args_is_help=True)
 for _step in (challenge.predict, challenge.check, challenge.pack):
     vcc.command()(_begun(_step))
-app.add_typer(vcc, name="vcc")
+app.add_typer(vcc, name="vcc", rich_help_panel="Judge")
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"invirtuo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_verb(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that come before a verb."""
 
 
 def main() -> NoReturn:

@@ -52,13 +52,16 @@ def demo(
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="models, metrics, datasets, tasks, splits or features.")],
+    what: Annotated[str | None, typer.Argument(help="models, metrics, datasets, tasks, splits or features.")] = None,
     name: Annotated[str | None, typer.Argument(help="Of a model: list its settings and presets.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="With a model: also list the settings of fits.")] = False,
 ) -> None:
     """List what there is, with one line on each, or the settings of one model."""
     tables = {"models": _models, "metrics": _metrics, "datasets": _datasets, "tasks": _tasks, "splits": _splits}
     tables["features"] = _features
+    if what is None:
+        typer.echo("\n".join(f"invirtuo list {kind}" for kind in tables))
+        return
     if what not in tables:
         raise ValueError(f"cannot list {what!r}; expected one of {', '.join(tables)}")
     if name is not None and what == "models":

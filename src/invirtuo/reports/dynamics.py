@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from invirtuo.reports.figures import GREY, LINES, PREDICTED, REAL, _clean, _figure, as_png
+from invirtuo.plots.dynamics import MAX_COURSES, MAX_EDGES, courses, labels_of
+from invirtuo.plots.dynamics import network as draw_network
+from invirtuo.plots.style import LINES, PREDICTED, REAL, clean
+from invirtuo.reports.figures import as_png, new_figure
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["forecast", "intervention", "network", "tradeoff"]
 
-MAX_GENES, MAX_COURSES, MAX_EDGES = 12, 6, 40
+MAX_GENES = 12
 
 
 def forecast(
@@ -35,29 +38,14 @@ def forecast(
     time
         Column with time.
     """
-    names = _courses(predicted.obs, time)
-    seen = None if observed is None else _courses(observed.obs, time, [c for c in predicted.obs if c in observed.obs])
-
     # unless genes are named, those that change most along a course
+    names = labels_of(predicted.obs, time)
     x = pd.DataFrame(np.asarray(predicted.X), columns=predicted.var_names)
     move = x.groupby(names.to_numpy()).agg(np.ptp).max()
     chosen = list(genes) if genes is not None else list(move.sort_values(ascending=False).index[:MAX_GENES])
-
-    # a panel for each gene, a colour for each course: range, mean and observed bins
     axes, figure = _grid(len(chosen))
     for ax, gene in zip(axes, chosen, strict=False):
-        column = predicted.var_names.get_loc(gene)
-        for color, name in zip(LINES, list(dict.fromkeys(names))[:MAX_COURSES], strict=False):
-            rows = (names == name).to_numpy()
-            t = predicted.obs[time].to_numpy(float)[rows]
-            lower, upper = (np.asarray(predicted.layers[k])[rows, column] for k in ("lower", "upper"))
-            ax.fill_between(t, lower, upper, color=color, alpha=0.15, linewidth=0)
-            ax.plot(t, np.asarray(predicted.X)[rows, column], color=color, lw=1.5, label=name or "forecast")
-            if seen is not None and observed is not None and gene in observed.var_names:
-                ax.plot(*_dots(observed, seen == name, gene, time), ls="", marker="o", ms=2.5, color=color, alpha=0.7)
-        ax.set_title(str(gene), fontsize=10)
-        ax.set_xlabel(time, fontsize=8)
-        _clean(ax)
+        courses(predicted, gene, time=time, observed=observed, ax=ax)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=MAX_COURSES, frameon=False, fontsize=8)
     return as_png(figure)
@@ -71,30 +59,10 @@ def network(edges: pd.DataFrame) -> str:
     edges
         What `network` of a model gave.
     """
-    if not len(edges):
-        raise ValueError("the table of edges is empty; there is nothing to draw")
-
-    # regulators and targets in the order of their strongest edge
     top = edges.head(MAX_EDGES)
-    rows = list(dict.fromkeys(top["regulator"]))
-    columns = list(dict.fromkeys(top["target"]))
-    figure = _figure(2.0 + 0.24 * len(columns), 1.6 + 0.22 * len(rows))
-    ax = figure.subplots()
-
-    # a dot for each edge: its colour is the sign, its size the score, its opacity the consistency
-    for sign, color, label in ((1, PREDICTED, "raises"), (-1, REAL, "lowers"), (0, GREY, "either")):
-        signed = top[top["sign"] == sign]
-        if len(signed):
-            x = [columns.index(target) for target in signed["target"]]
-            y = [rows.index(regulator) for regulator in signed["regulator"]]
-            size = (90 * signed["score"] / edges["score"].max()).clip(lower=6)
-            alpha = signed["consistency"].clip(0.3, 1).tolist()
-            ax.scatter(x, y, s=size, color=color, alpha=alpha, label=label)
-    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set_xlabel(f"target ({edges['support'].iloc[0]})", fontsize=8)
-    ax.set_ylabel("regulator", fontsize=8)
-    _clean(ax)
+    n_targets, n_regulators = top["target"].nunique(), top["regulator"].nunique()
+    figure = new_figure(2.0 + 0.24 * n_targets, 1.6 + 0.22 * n_regulators)
+    draw_network(edges, n_edges=MAX_EDGES, ax=figure.subplots())
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return as_png(figure)
 
@@ -112,7 +80,7 @@ def intervention(change: AnnData, *, time: str) -> str:
     # bars: the change at the end
     effect = change.var.loc[~change.var["is_clamped"].astype(bool), "effect"]
     top = effect.reindex(effect.abs().sort_values(ascending=False).index[:MAX_GENES])
-    figure = _figure(9.5, 0.9 + 0.28 * len(top))
+    figure = new_figure(9.5, 0.9 + 0.28 * len(top))
     bars, lines = figure.subplots(1, 2)
     rising = top[::-1]  # bars are drawn from below
     colors = [PREDICTED if effect > 0 else REAL for effect in rising]
@@ -120,7 +88,7 @@ def intervention(change: AnnData, *, time: str) -> str:
     bars.set_xlabel("change at the end (sd)", fontsize=8)
 
     # lines: the change along time, a colour for each gene
-    names = _courses(change.obs, time)
+    names = labels_of(change.obs, time)
     for color, gene in zip(LINES, list(top.index)[: len(LINES)], strict=False):
         column = change.var_names.get_loc(gene)
         for k, name in enumerate(dict.fromkeys(names)):
@@ -132,7 +100,7 @@ def intervention(change: AnnData, *, time: str) -> str:
     lines.set_ylabel("change", fontsize=8)
     lines.legend(frameon=False, fontsize=7)
     for ax in (bars, lines):
-        _clean(ax)
+        clean(ax)
     return as_png(figure)
 
 
@@ -149,7 +117,7 @@ def tradeoff(table: pd.DataFrame, lines: Sequence[str] = ("training_mean", "line
     fits = table[table["lam"].notna()].sort_values("open_inputs")
     if fits.empty:
         raise ValueError("the table has no fits (rows with lam); pass what invirtuo.models.sparse_ode.tradeoff returns")
-    figure = _figure(9.5, 3.6)
+    figure = new_figure(9.5, 3.6)
     panels = figure.subplots(1, 2)
     for ax, column, title in zip(panels, ("inside", "outside"), ("held-out cells", "other courses"), strict=True):
         ax.plot(fits["open_inputs"], fits[column], marker="o", color=LINES[0], label=fits["model"].iloc[0])
@@ -164,38 +132,17 @@ def tradeoff(table: pd.DataFrame, lines: Sequence[str] = ("training_mean", "line
         ax.set_xlim(0, 2 * max(fits["open_inputs"].max(), 1))
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("open inputs of a target", fontsize=8)
-        _clean(ax)
+        clean(ax)
     panels[0].set_ylabel("error", fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     return as_png(figure)
 
 
-def _courses(obs: pd.DataFrame, time: str, columns: Sequence[str] | None = None) -> pd.Series:
-    """Name of the course of each row: its labels joined by ``|``."""
-    labels = [c for c in (obs.columns if columns is None else columns) if c not in (time, "scaled_time")]
-    if not labels:
-        return pd.Series("", index=obs.index)
-    return obs[labels].astype(str).agg("|".join, axis=1)
-
-
-def _dots(observed: AnnData, is_course: pd.Series, gene: str, time: str, n: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the cells of a course in bins of time."""
-    cells = observed[is_course.to_numpy(), gene]
-    x = cells.X.toarray() if hasattr(cells.X, "toarray") else np.asarray(cells.X)
-    t = cells.obs[time].to_numpy(float)
-    bins = np.zeros(0, int)
-    if len(t):
-        share = (t - t.min()) / max(np.ptp(t), 1e-12)
-        bins = np.clip((share * n).astype(int), 0, n - 1)
-    means = pd.DataFrame({"t": t, "x": x.ravel()}).groupby(bins).mean()
-    return means["t"].to_numpy(), means["x"].to_numpy()
-
-
 def _grid(n: int) -> tuple[np.ndarray, Figure]:
     per_row = min(4, n)
     n_rows = -(-n // per_row)
-    figure = _figure(2.7 * per_row + 0.3, 2.1 * n_rows + 0.3)
+    figure = new_figure(2.7 * per_row + 0.3, 2.1 * n_rows + 0.3)
     axes = figure.subplots(n_rows, per_row, squeeze=False).ravel()
     for ax in axes[n:]:
         ax.set_axis_off()

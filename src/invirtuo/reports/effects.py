@@ -6,13 +6,11 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from invirtuo.reports.figures import PREDICTED, REAL, save
+from invirtuo.plots.effects import check_effects, effects
+from invirtuo.reports.figures import save
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["coverage", "effects_figure", "plot_effects"]
@@ -37,8 +35,7 @@ def plot_effects(table: pd.DataFrame, out: str | os.PathLike[str], *, n_genes: i
     ValueError
         If columns are missing.
     """
-    if missing := [name for name in ("condition", "gene", "effect", "low", "high", "real") if name not in table]:
-        raise ValueError(f"the table has no column {', '.join(missing)}; expected one made by bench.effects")
+    check_effects(table)
     figure = effects_figure(table, n_genes)
     save(figure, out)
 
@@ -54,8 +51,7 @@ def effects_figure(table: pd.DataFrame, n_genes: int) -> Figure:
     figure = Figure(figsize=(3.6 * columns + 0.4, (0.22 * n_genes + 0.9) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, condition in zip(axes, conditions, strict=False):
-        _panel(panel, table[table["condition"] == condition], n_genes)
-        panel.set_title(str(condition), fontsize=9)
+        effects(table, condition, n_genes=n_genes, ax=panel)
     for panel in axes[len(conditions) :]:
         panel.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -67,19 +63,3 @@ def coverage(table: pd.DataFrame) -> float:
     """Share of the effects seen that lie in their intervals; NaN without intervals or real cells."""
     known = table.dropna(subset=["low", "high", "real"])
     return float(known["real"].between(known["low"], known["high"]).mean()) if len(known) else math.nan
-
-
-def _panel(axes: Axes, table: pd.DataFrame, n_genes: int) -> None:
-    """The genes with the largest effects of one condition, the largest on top."""
-    largest = table["effect"].abs().sort_values(ascending=False).index[:n_genes]
-    shown = table.reindex(largest).iloc[::-1]
-    row = np.arange(len(shown))
-    axes.axvline(0, color="0.8", linewidth=0.8)
-    if shown["low"].notna().any():
-        axes.hlines(row, shown["low"], shown["high"], color=PREDICTED, alpha=0.4, linewidth=3)
-    axes.plot(shown["effect"], row, "o", color=PREDICTED, markersize=4, label="predicted")
-    if shown["real"].notna().any():
-        axes.plot(shown["real"], row, "D", markerfacecolor="none", color=REAL, markersize=5, label="seen")
-    axes.set_yticks(row, shown["gene"], fontsize=7)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.set_xlabel("change of mean log expression", fontsize=8)

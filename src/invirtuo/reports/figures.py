@@ -8,22 +8,23 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from invirtuo.cells.files import writing
+from invirtuo.plots.cells import points
+from invirtuo.plots.scores import curves as draw_curves
+from invirtuo.plots.scores import quantities
+from invirtuo.plots.style import GREY, PREDICTED, clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["as_png", "condition_panels", "curves", "panels", "populations", "save"]
+__all__ = ["as_png", "condition_panels", "curves", "new_figure", "panels", "populations", "save"]
 
-# Okabe & Ito: colour-blind readers distinguish them, on paper and on a dark page
-GREY, REAL, PREDICTED = "#c4c8cc", "#0072b2", "#d55e00"
-LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
-MAX_ROWS, MAX_COLUMNS, MAX_POINTS = 12, 6, 4000
+MAX_ROWS, MAX_COLUMNS = 12, 6
 PER_ROW = 5  # models beside each other, where those of one condition fill several rows
 
 
@@ -47,7 +48,7 @@ def panels(table: pd.DataFrame) -> tuple[str, int, str]:
     # as many as a page holds; the note says what is left out
     rows = conditions[:MAX_ROWS]
     columns = models[:MAX_COLUMNS]
-    figure = _figure(1.0 + 2.3 * len(columns), 0.7 + 2.2 * len(rows))
+    figure = new_figure(1.0 + 2.3 * len(columns), 0.7 + 2.2 * len(rows))
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
     for i, condition in enumerate(rows):
         for j, model in enumerate(columns):
@@ -79,7 +80,7 @@ def condition_panels(table: pd.DataFrame, condition: str, lines: Mapping[str, st
     models = list(dict.fromkeys(own.loc[own["kind"] == "predicted", "model"]))
     n_rows = -(-len(models) // PER_ROW)
     n_columns = min(len(models), PER_ROW)
-    figure = _figure(0.4 + 2.3 * n_columns, 0.7 + 2.75 * n_rows)
+    figure = new_figure(0.4 + 2.3 * n_columns, 0.7 + 2.75 * n_rows)
     axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, model in zip(axes, models, strict=False):
         _panel(ax, own, condition, model)
@@ -99,33 +100,16 @@ def curves(history: pd.DataFrame) -> str:
     history
         Columns ``step``, ``model`` and one per quantity; ``train_x`` and ``val_x`` share a panel.
     """
-    skip = {"step", "model", "seconds", "epoch", "seed", "lr"}
-    numbers = [c for c in history.columns if c not in skip and pd.api.types.is_numeric_dtype(history[c])]
-
-    # a panel for each quantity, training and validation together
-    panels: dict[str, list[str]] = {}
-    for column in numbers:
-        panels.setdefault(column.removeprefix("train_").removeprefix("val_"), []).append(column)
-
-    # the total loss first
-    names = sorted(panels, key=lambda name: (name != "total", name != "loss", name))[:MAX_COLUMNS]
-    per_row = min(3, len(names))
-    n_rows = -(-len(names) // per_row)
-    figure = _figure(3.4 * per_row + 0.4, 2.5 * n_rows + 0.5)
+    columns = dict(list(quantities(history).items())[:MAX_COLUMNS])
+    per_row = min(3, len(columns))
+    n_rows = -(-len(columns) // per_row)
+    figure = new_figure(3.4 * per_row + 0.4, 2.5 * n_rows + 0.5)
     axes = figure.subplots(n_rows, per_row, squeeze=False).ravel()
-    for ax, name in zip(axes, names, strict=False):
-        for color, (model, part) in zip(LINES * 9, history.groupby("model", sort=False), strict=False):
-            for column in panels[name]:
-                line = part[["step", column]].dropna()
-                validation = column.startswith("val_")
-                label = None if validation else str(model)
-                ax.plot(line["step"], line[column], color=color, ls="--" if validation else "-", lw=1.4, label=label)
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel("step", fontsize=9)
-        _clean(ax)
+    for ax, (name, own) in zip(axes, columns.items(), strict=False):
+        draw_curves(ax, history, own).set_title(name, fontsize=10)
 
     # panels that nothing is left for
-    for ax in axes[len(names) :]:
+    for ax in axes[len(columns) :]:
         ax.set_axis_off()
     axes[0].legend(frameon=False, fontsize=8)
     return as_png(figure)
@@ -146,7 +130,7 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
     The picture and its number of columns.
     """
     models = [name for name in dict.fromkeys(genes["model"]) if name != "real"][:MAX_COLUMNS]
-    figure = _figure(0.6 + 2.6 * len(models), 7.2)
+    figure = new_figure(0.6 + 2.6 * len(models), 7.2)
     grid = figure.subplots(3, len(models), squeeze=False, sharex="row", sharey="row")
 
     # the same bins for all, so that columns compare
@@ -164,7 +148,7 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
         grid[0][j].set_title(_title(model), fontsize=10, fontweight="bold")
         for row, name in zip(grid, ("mean of a gene", "mean of a gene", "share of empty genes"), strict=True):
             row[j].set_xlabel(name, fontsize=8)
-            _clean(row[j])
+            clean(row[j])
 
     # labels and legend once for all columns
     for row, name in zip(grid, ("variance", "share of cells without it", "share of cells"), strict=True):
@@ -176,24 +160,7 @@ def populations(genes: pd.DataFrame, cells: pd.DataFrame) -> tuple[str, int]:
 
 def _panel(ax: Axes, table: pd.DataFrame, condition: str, model: str) -> None:
     here = table["condition"].isin([condition, ""]) & table["model"].isin([model, ""])
-    style = {"background": (GREY, 3, 0.5), "real": (REAL, 4, 0.7), "predicted": (PREDICTED, 4, 0.6)}
-    for kind, (color, size, alpha) in style.items():
-        # background first, so that it lies below
-        cells = table[here & (table["kind"] == kind)]
-        if len(cells) > MAX_POINTS:
-            cells = cells.sample(MAX_POINTS, random_state=0)
-        if kind == "predicted" and _spread(cells) < 1e-3 * _spread(table):
-            size, alpha = 45, 1.0  # one profile for all cells: a dot that can be seen
-        label = {"background": "all cells", "real": "real cells of the condition", "predicted": "predicted cells"}[kind]
-        ax.scatter(cells["pc1"], cells["pc2"], s=size, color=color, alpha=alpha, linewidths=0, label=label)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    _clean(ax)
-
-
-def _spread(cells: pd.DataFrame) -> float:
-    """Larger standard deviation of both components."""
-    return float(cells[["pc1", "pc2"]].std().max())
+    points(ax, table[here])
 
 
 def _title(model: object) -> str:
@@ -201,15 +168,7 @@ def _title(model: object) -> str:
     return str(model).replace(":", ":\n")
 
 
-def _clean(ax: Axes) -> None:
-    ax.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color("#9aa0a6")
-
-
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Make a figure without pyplot: nothing global, no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

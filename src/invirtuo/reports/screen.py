@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from invirtuo.plots.style import PREDICTED
 from invirtuo.reports.answer import answer_page
 from invirtuo.reports.charts import Interval, forest
-from invirtuo.reports.figures import PREDICTED, save
+from invirtuo.reports.figures import save
 from invirtuo.reports.tables import number
 
 if TYPE_CHECKING:
