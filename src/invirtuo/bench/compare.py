@@ -30,7 +30,6 @@ from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.numerics.axes import principal_axes
-from invirtuo.models import MODELS
 from invirtuo.reports import report
 from invirtuo.verbs.predict import PerturbationModel
 
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     from anndata import AnnData
 
-    from invirtuo.bench.entry import Predictor
+    from invirtuo.bench.entry import Predictor, Spec
     from invirtuo.fit import FitConfig
 
 __all__ = ["compare"]
@@ -51,7 +50,7 @@ EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
 def compare(
     adata: AnnData,
     design: Design,
-    models: Sequence[Entry | str] | Entry | str,
+    models: Sequence[Spec] | Spec,
     *,
     split: pd.Series,
     out: str | Path = "results",
@@ -78,7 +77,7 @@ def compare(
     design
         Roles of the columns.
     models
-        Entries, names of models, or ``model:preset``. Effects are shown of the first.
+        Entries, names of models, ``model:preset``, or classes of your own. Effects are shown of the first.
     split
         "train" / "val" / "test" per cell, as made by :mod:`invirtuo.splits`. Effects have intervals if it holds out
         conditions for validation.
@@ -263,7 +262,7 @@ def _baselines(entries: Sequence[Entry], asked: _Asked) -> list[Entry]:
     """Simple baselines that are not among the entries, and can say something of all that is held out."""
     labels = {entry.label for entry in entries}
     is_known = asked.singles(asked.part) <= asked.singles("train")
-    able = [entry for entry in BASELINES if is_known or MODELS[entry.model].any_target]
+    able = [entry for entry in BASELINES if is_known or entry.kind.any_target]
     return [entry for entry in able if entry.label not in labels]
 
 

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from invirtuo.fit import FitConfig
-from invirtuo.models import MODELS
+from invirtuo.models import model_class, model_names
 from invirtuo.reports.tables import FLOOR
 from invirtuo.settings import comparable
 from invirtuo.verbs.generate import CountGenerator
+from invirtuo.verbs.model import Model
 from invirtuo.verbs.predict import PerturbationModel
 from invirtuo.verbs.saving import config_from
 
 if TYPE_CHECKING:
     from invirtuo.design import Design
 
-__all__ = ["BASELINES", "FLOOR", "Entry", "Predictor", "as_entries", "as_entry"]
+__all__ = ["BASELINES", "FLOOR", "Entry", "Predictor", "Spec", "as_entries", "as_entry"]
 
 Predictor: TypeAlias = PerturbationModel | CountGenerator  # what has `predict`
+Spec: TypeAlias = "Entry | type[Model] | str | Path"  # what stands for one entry, or for those of a file
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Entry:
     label
         Name of the row.
     model
-        Name in ``MODELS``.
+        Name in ``MODELS``, of a model that an installed package offers, ``module:Class``, or the class itself.
     config
         Config, preset name, mapping of fields to replace in the defaults, or None for the defaults.
     fit
@@ -49,12 +51,22 @@ class Entry:
     """
 
     label: str
-    model: str
+    model: str | type[Model]
     config: Any = None
     fit: FitConfig | Mapping[str, Any] | None = None
     predict: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     task: str | None = None
+
+    def __post_init__(self) -> None:
+        """A class is known by its address."""
+        if not isinstance(self.model, str):
+            object.__setattr__(self, "model", f"{self.model.__module__}:{self.model.__qualname__}")
+
+    @property
+    def kind(self) -> type[Model]:
+        """The class of the model."""
+        return model_class(str(self.model))
 
     @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
@@ -64,7 +76,7 @@ class Entry:
     def settings(self) -> tuple[Any, FitConfig]:
         """The Config and FitConfig that the fields describe."""
         # a mapping replaces fields of the defaults
-        model, replaces = MODELS[self.model], isinstance(self.config, Mapping)
+        model, replaces = self.kind, isinstance(self.config, Mapping)
         preset = model.preset_of(None if replaces else self.config)
         config = preset.config
         if replaces:
@@ -76,7 +88,7 @@ class Entry:
     def make(self, design: Design, genes: Sequence[str]) -> tuple[Predictor, FitConfig]:
         """The unfitted model, and how to fit it."""
         config, fit = self.settings()
-        return cast("Predictor", MODELS[self.model](design, genes, config)), fit
+        return cast("Predictor", self.kind(design, genes, config)), fit
 
     def describe(self) -> dict[str, Any]:
         """All fields as JSON."""
@@ -95,8 +107,8 @@ BASELINES = (
 )
 
 
-def as_entries(spec: Entry | str | Path) -> list[Entry]:
-    """Entries from an Entry, from ``model``, ``model:preset``, or from a JSON file with one entry or a list of them.
+def as_entries(spec: Spec) -> list[Entry]:
+    """Entries from an Entry, a class, from ``model``, ``model:preset``, ``module:Class``, or from a JSON file of some.
 
     Raises
     ------
@@ -105,31 +117,38 @@ def as_entries(spec: Entry | str | Path) -> list[Entry]:
     """
     if isinstance(spec, Entry):
         entries = [spec]
+    elif isinstance(spec, type):
+        entries = [Entry(spec.name, spec)]
     elif Path(spec).suffix == ".json":
         entries = _read(Path(spec))
     else:
-        model, _, preset = str(spec).partition(":")
-        entries = [Entry(str(spec), model, preset or None)]
+        entries = [_named(str(spec))]
 
     # what cannot be made or predicted with is refused before anything is fitted
     for entry in entries:
-        if entry.model not in MODELS:
-            raise ValueError(f"unknown model {entry.model!r}; known: {', '.join(MODELS)}")
+        kind = entry.kind
         try:
             config, _ = entry.settings()
             for options in entry.rows.values():
-                MODELS[entry.model].check_options("predict", options, config)
+                kind.check_options("predict", options, config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"entry {entry.label!r}: {error}") from error
     return entries
 
 
-def as_entry(spec: Entry | str | Path) -> Entry:
+def as_entry(spec: Spec) -> Entry:
     """The one entry that :func:`as_entries` gives."""
     entries = as_entries(spec)
     if len(entries) != 1:
         raise ValueError(f"{spec} holds {len(entries)} entries; expected one")
     return entries[0]
+
+
+def _named(spec: str) -> Entry:
+    """An entry from ``model``, ``model:preset``, ``module:Class`` or ``module:Class:preset``."""
+    parts = spec.split(":")
+    n_name = 1 if parts[0] in model_names() or len(parts) == 1 else 2
+    return Entry(spec, ":".join(parts[:n_name]), ":".join(parts[n_name:]) or None)
 
 
 def _plain(value: Any) -> Any:

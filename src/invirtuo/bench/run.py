@@ -18,7 +18,7 @@ import pandas as pd
 
 from invirtuo.bench.cell import CONTROLS, LABELS, Cell, Record, failed, scores_of
 from invirtuo.bench.engine import ENGINES
-from invirtuo.bench.entry import BASELINES, FLOOR, Entry, as_entries
+from invirtuo.bench.entry import BASELINES, FLOOR, Entry, Spec, as_entries
 from invirtuo.bench.notes import DISCRIMINATION, FLAGS
 from invirtuo.bench.paired import paired_differences
 from invirtuo.bench.published import set_beside
@@ -42,7 +42,7 @@ COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "
 
 def benchmark(
     tasks: Sequence[Task | str] | Task | str,
-    models: Sequence[Entry | str] | Entry | str | None = None,
+    models: Sequence[Spec] | Spec | None = None,
     seeds: int | Sequence[int] = 5,
     out: str | os.PathLike[str] = "results",
     engine: Literal["local", "ray"] = "local",
@@ -67,8 +67,8 @@ def benchmark(
     tasks
         Names in ``bench.TASKS``, or :class:`Task` records.
     models
-        :class:`Entry` records, names in ``MODELS``, ``model:preset``, or JSON files of an entry (what `tune` writes) or
-        of a list of them. None: every model with its default setting.
+        Entries; names in ``MODELS``, ``model:preset``, ``module:Class`` or classes of your own; or JSON files of an
+        entry (what `tune` writes) or of a list of them. None: every model that predicts.
     seeds
         Number of seeds (0, 1, ...), or the seeds.
     out
@@ -127,7 +127,7 @@ def benchmark(
     grid = []
     for task in chosen:
         for entry in entries:
-            is_lost = task.unseen and entry in BASELINES and not MODELS[entry.model].any_target
+            is_lost = task.unseen and entry in BASELINES and not entry.kind.any_target
             if entry.task in (None, task.name) and not is_lost:
                 grid += [Cell(task, entry, seed, **shared) for seed in wanted]
 
@@ -196,13 +196,11 @@ def one_task(task: Task | str) -> Task:
     return TASKS[task] if isinstance(task, str) else task
 
 
-def chosen_entries(
-    models: Sequence[Entry | str] | Entry | str | None, *, baselines: bool, floor: bool = True
-) -> list[Entry]:
+def chosen_entries(models: Sequence[Spec] | Spec | None, *, baselines: bool, floor: bool = True) -> list[Entry]:
     """Entries as asked for, the simple baselines that are missing, and the noise floor."""
     if models is None:
         models = [name for name, model in MODELS.items() if model.verb == "predict"]
-    elif isinstance(models, Entry | str | Path):
+    elif isinstance(models, Entry | str | Path | type):
         models = [models]
     chosen = [entry for spec in models for entry in as_entries(spec)]
     if baselines:

@@ -20,7 +20,6 @@ from invirtuo.bench.run import one_task, resumable, shared_plan, write_table
 from invirtuo.bench.task import Task
 from invirtuo.cells.files import writing
 from invirtuo.metrics import METRICS
-from invirtuo.models import MODELS
 
 if TYPE_CHECKING:
     import os
@@ -219,7 +218,7 @@ def _tell(study: Study, trial: Trial, record: Record, objective: Mapping[str, fl
 
 def _space(entry: Entry, search: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is searched, checked."""
-    model = MODELS[entry.model]
+    model = entry.kind
     own = _settings(entry)
     space = dict(search or {})
     if search is None:

@@ -43,7 +43,7 @@ RoundTrip = Annotated[int | None, typer.Option(help="Steps of the solver; 50 if 
 
 
 def fit(
-    model: Annotated[str, typer.Argument(help="Name of a model; see `invirtuo list models`.")],
+    model: Annotated[str, typer.Argument(help="Name of a model, see `invirtuo list models`; or module:Class.")],
     data: Annotated[
         list[Path],
         typer.Argument(help="h5ad file in the data space of the model; several, or a folder, are read from disk."),
@@ -83,11 +83,10 @@ def fit(
     """Fit a model and save it as a folder."""
     from invirtuo.design import Design
     from invirtuo.fit import is_main
-    from invirtuo.models import MODELS
+    from invirtuo.models import model_class, model_names
     from invirtuo.verbs.saving import check_free, holds_model
 
-    if model not in MODELS:
-        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    kind = model_class(model)
     check_free(out, overwrite=overwrite or resume)
 
     # cells, roles of their columns, split
@@ -96,17 +95,17 @@ def fit(
     columns |= {"dose": dose, "time": time}
     design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)
     if features or unseen:
-        if not MODELS[model].takes_features:
-            able = [name for name, kind in MODELS.items() if kind.takes_features]
+        if not kind.takes_features:
+            able = [name for name in model_names() if model_class(name).takes_features]
             raise ValueError(f"{model} takes no features of perturbations; those that do: {', '.join(able)}")
         design = design.with_features(_features(features or [], features_missing, unseen or [], adata, design))
     assignment = split_of(adata.obs, design, split, hold_out, hold_out_val)
 
     # the preset with the fields that are set
-    base = MODELS[model](design, adata.var_names, preset)
+    base = kind(design, adata.var_names, preset)
     listing = f"invirtuo list models {model}"
     chosen = with_fields(base.config, set_, listing)
-    fitted = MODELS[model](design, adata.var_names, chosen) if set_ else base
+    fitted = kind(design, adata.var_names, chosen) if set_ else base
     fit_set = [*(fit_set or []), *(["progress=false"] if quiet else [])]
     config = with_fields(base.fit_config, fit_set, f"{listing} --fit")
 

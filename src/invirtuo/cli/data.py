@@ -75,11 +75,9 @@ def list_(
 def print_model(name: str, *, fit: bool = False, console: Console | None = None) -> None:
     """Print the settings of a model, its presets, and with `fit` the settings of fits."""
     from invirtuo.fit import FitConfig
-    from invirtuo.models import MODELS
+    from invirtuo.models import model_class
 
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    model = MODELS[name]
+    model = model_class(name)
     _print_settings(f"{name}, --set", model.Config, console)
     presets = [(preset, settings.source) for preset, settings in model.PRESETS.items()]
     _print_titled("presets, --preset", presets, console)
@@ -108,9 +106,10 @@ def _print_titled(title: str, rows: Sequence[tuple[str, ...]], console: Console 
 
 
 def _models() -> list[tuple[str, ...]]:
-    from invirtuo.models import MODELS
+    from invirtuo.models import model_class, model_names
 
-    return [(name, _first_line(model), f"presets: {', '.join(model.PRESETS) or '-'}") for name, model in MODELS.items()]
+    models = {name: model_class(name) for name in model_names()}
+    return [(name, _first_line(model), f"presets: {', '.join(model.PRESETS) or '-'}") for name, model in models.items()]
 
 
 def _metrics() -> list[tuple[str, ...]]:

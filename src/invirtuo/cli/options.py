@@ -327,11 +327,11 @@ def _beside_each_other(widths: list[int], width: int) -> list[list[int]]:
 
 def model_with(run: Path, verb: str) -> Any:
     """The model of a folder, if it has the verb."""
-    from invirtuo.models import MODELS, load
+    from invirtuo.models import load, model_class, model_names
 
     model = load(run)
     if not hasattr(model, verb):
-        able = [name for name, kind in MODELS.items() if hasattr(kind, verb)]
+        able = [name for name in model_names() if hasattr(model_class(name), verb)]
         raise ValueError(f"{run} holds {model.name}, which cannot {verb}; models that can: {', '.join(able)}")
     return model
 

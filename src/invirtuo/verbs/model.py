@@ -401,7 +401,9 @@ class Model(Trainable):
         np.savez_compressed(folder / "transforms.npz", **arrays)
         self.history.to_csv(folder / "history.csv", index=False)
         write_tensors(folder / "weights.safetensors", self.state_dict())
-        return {"model": self.name, "preset": self.preset, "config": asdict(self.config), "genes": self.genes}
+        own, kind = type(self).__module__.startswith("invirtuo."), type(self)
+        address = self.name if own else f"{kind.__module__}:{kind.__name__}"
+        return {"model": address, "preset": self.preset, "config": asdict(self.config), "genes": self.genes}
 
     @classmethod
     def restore(cls, folder: str | Path) -> Self:
