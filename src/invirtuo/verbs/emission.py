@@ -85,8 +85,10 @@ def whole(expected: Tensor) -> Tensor:
     rounded = expected.floor()
     remainder = expected - rounded
     lacking = remainder.sum(dim=0).round()
-    place = remainder.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-    return (rounded + (place < lacking)).to(torch.int32)
+    order = remainder.T.contiguous().argsort(dim=1, descending=True, stable=True)  # of the cells, gene by gene
+    is_first = torch.arange(len(expected), device=expected.device) < lacking[:, None]
+    gains = torch.zeros_like(is_first).scatter_(1, order, is_first)
+    return (rounded + gains.T).to(torch.int32)
 
 
 def _facts(x: Tensor) -> Tensor:
