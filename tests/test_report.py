@@ -14,6 +14,7 @@ import pytest
 import invirtuo as iv
 from invirtuo.reports import benchmark, charts, report
 from invirtuo.reports.tables import condition_tables, headline, number, score_table
+from invirtuo.reports.verdict import directions_right, verdict
 
 SOURCE = Path(__file__).parents[1] / "src"
 CONDITIONS = ["T cell|IFN-beta", "B cell|IFN-beta"]
@@ -667,3 +668,28 @@ def test_nobody_is_best_for_making_no_mistakes(scores):
     column = next(i for i, column in enumerate(table.columns) if column.name == "de_fdr")
     marks = [row.cells[column].mark for row in table.rows]
     assert not any(marks) and "DE FDR" not in table.wins["no_change"] and table.columns[column].arrow == "↓"
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def verdict_of(ours, baseline, effects=None, metric="mmd_gex"):
+    rows = [(f"c{i}", metric, value, "ours") for i, value in enumerate(ours)]
+    rows += [(f"c{i}", metric, value, "ridge") for i, value in enumerate(baseline)]
+    table = pd.DataFrame(rows, columns=["condition", "metric", "value", "model"])
+    return verdict(table, score_table(table), effects)
+
+
+def test_the_verdict_counts_conditions_and_directions():
+    effects = pd.DataFrame({"condition": "c0", "gene": list("abcd"), "effect": [3.0, -2.0, 1.0, 0.1]})
+    effects["real"] = [1.0, -1.0, -1.0, np.nan]
+    text = verdict_of([0.1, 0.4, 0.2], [0.2, 0.3, 0.3], effects)
+    assert text.startswith("Of 3 held-out conditions ours is better than the simple baseline in 2 (")
+    assert text.endswith("Of the 3 genes that it changes most, the direction is right for 67%.")
+    assert "direction" not in verdict_of([0.1], [0.2])
+
+
+def test_no_verdict_where_nothing_stands_beside():
+    alone = pd.DataFrame({"condition": ["c"], "metric": "mmd_gex", "value": 0.1, "model": "ours"})
+    assert verdict(alone, score_table(alone), None) == ""
+    assert directions_right(pd.DataFrame({"condition": ["c"], "effect": [1.0], "real": [np.nan]})) is None

@@ -14,6 +14,7 @@ import pandas as pd
 
 from invirtuo.reports import charts
 from invirtuo.reports.tables import Cell, Column, ScoreTable, number
+from invirtuo.reports.verdict import MAIN
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -30,7 +31,6 @@ __all__ = [
     "task_section",
 ]
 
-MAIN = ("mmd_gex", "mmd_pca", "energy_distance", "rmse_mean")  # the metric drawn over cost, the first that is there
 STEPS, SHADES = (0.5, 0.7), ("low", "middle", "high")  # where text changes its colour on a dark and on a light page
 FEW = 3  # fewer conditions are not worth a scatter plot
 ERROR_LENGTH = 200

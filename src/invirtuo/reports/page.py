@@ -12,6 +12,7 @@ from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
 from invirtuo.reports.figures import as_png, condition_panels, curves, panels, populations
 from invirtuo.reports.render import render
 from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, published_table, score_table
+from invirtuo.reports.verdict import verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,6 +88,8 @@ def report(
     sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
     for section in sections:
         section["drawn"] = _drawn(cells, section) if by_task else []
+    if len(sections) == 1:
+        sections[0]["verdict"] = verdict(sections[0]["scores"], sections[0]["table"], effects)
     _set_beside(sections, folder.read_published(path / "published.csv"))
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
@@ -120,7 +123,7 @@ def _sections(
         failed = benchmark.failed_models(costs[costs["task"] == task]) if costs is not None else {}
         known = discrimination[discrimination["task"] == task]
         table = score_table(own, baselines, floor, failed, known.groupby("metric")["drf"].mean().to_dict())
-        section = {"task": task, "about": str(about.get(task, "")), "scores": own}
+        section = {"task": task, "about": str(about.get(task, "")), "scores": own, "verdict": ""}
         section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
         section["flags"] = _flagged(flags[flags["task"] == task])
         section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
