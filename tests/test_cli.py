@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 import invirtuo as iv
@@ -510,3 +512,29 @@ def test_entry_points_size_threads(monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == os.environ["NUMBA_NUM_THREADS"] == "3"
     assert os.environ["MKL_NUM_THREADS"] == "7"  # what the user says stays
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+# ---- what was asked, as a file ---------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_was_asked_and_can_be_asked_again(run, files, tmp_path):
+    asked = ["linear_additive", files / "log.h5ad", *COLUMNS, "--hold-out", "monocyte|A", "--set", "softplus=false"]
+    fit = ["--fit-set", "steps=3", "--fit-set", "batch_size=32", "--quiet"]
+    assert run("fit", *asked, *fit, "--out", tmp_path / "first")[0] == 0
+    written = tomllib.loads((tmp_path / "first" / "run.toml").read_text())
+    assert written["model"] == "linear_additive" and written["fit-set"] == ["steps=3", "batch_size=32"]
+    assert "out" not in written and "quiet" not in written
+
+    # the same again, but for what is given on the command line
+    again = ["fit", "--config", tmp_path / "first" / "run.toml", "--quiet", "--out"]
+    assert run(*again, tmp_path / "second")[0] == 0
+    first, second = (iv.load(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+    assert run(*again, tmp_path / "third", "--set", "use_covariates=false")[0] == 0
+    assert not iv.load(tmp_path / "third").config.use_covariates
+
+    for text, words in (("modl = 'ridge'", "holds modl; expected some of .*hold-out"), ("model = ", "cannot be read")):
+        (tmp_path / "bad.toml").write_text(text)
+        code, _, error = run("fit", "--config", tmp_path / "bad.toml", "--out", tmp_path / "none")
+        assert code == 2 and re.search(words, error), error
+        assert not (tmp_path / "none").exists()

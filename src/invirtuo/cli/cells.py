@@ -38,11 +38,13 @@ from invirtuo.cli.options import (
     split_of,
     with_fields,
 )
+from invirtuo.cli.toml import Config, write_run
 
 RoundTrip = Annotated[int | None, typer.Option(help="Steps of the solver; 50 if not given.")]
 
 
 def fit(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Name of a model, see `invirtuo list models`; or module:Class.")],
     data: Annotated[
         list[Path],
@@ -78,6 +80,7 @@ def fit(
     memory: Annotated[str | None, typer.Option(help="Leave cells on disk and hold this much, like 256 MiB.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     overwrite: Overwrite = False,
+    config: Config = None,
     quiet: Quiet = False,
 ) -> None:
     """Fit a model and save it as a folder."""
@@ -107,22 +110,24 @@ def fit(
     chosen = with_fields(base.config, set_, listing)
     fitted = kind(design, adata.var_names, chosen) if set_ else base
     fit_set = [*(fit_set or []), *(["progress=false"] if quiet else [])]
-    config = with_fields(base.fit_config, fit_set, f"{listing} --fit")
+    asked = with_fields(base.fit_config, fit_set, f"{listing} --fit")
 
     # a fit that ended is not fitted again
     checkpoints = out / "checkpoints"
-    if resume and holds_model(out) and _is_finished(out, fitted, config):
+    if resume and holds_model(out) and _is_finished(out, fitted, asked):
         typer.echo(f"nothing to resume: {out} holds the model of this fit, which ended; --overwrite fits it anew")
-        _end_checkpoints(checkpoints, fitted, config)
+        _end_checkpoints(checkpoints, fitted, asked)
         return
     check_free(out, overwrite=overwrite)
 
     # checkpoints stay until the model is saved, whatever happens in between
-    lasting = dataclasses.replace(config, keep_checkpoints=True)
+    lasting = dataclasses.replace(asked, keep_checkpoints=True)
     fitted.fit(adata, split=assignment, config=lasting, folder=checkpoints, resume=resume, overwrite=overwrite)
-    fitted.card["fit"]["keep_checkpoints"] = config.keep_checkpoints
+    fitted.card["fit"]["keep_checkpoints"] = asked.keep_checkpoints
     fitted.save(out, overwrite=overwrite)
-    _end_checkpoints(checkpoints, fitted, config)
+    _end_checkpoints(checkpoints, fitted, asked)
+    if is_main():
+        write_run(context, out)
     if warning := fitted.card.get("warning"):
         typer.echo(f"invirtuo: warning: {warning}", err=True)
     if not quiet and is_main():

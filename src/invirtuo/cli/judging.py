@@ -37,9 +37,11 @@ from invirtuo.cli.options import (
     with_fields,
     writable_file,
 )
+from invirtuo.cli.toml import Config, write_run
 
 
 def compare(
+    context: typer.Context,
     data: Annotated[
         Path, typer.Argument(help="h5ad with raw counts, or log1p of normalised ones; controls among them.")
     ],
@@ -68,6 +70,7 @@ def compare(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     seed: int = 0,
     overwrite: Overwrite = False,
+    config: Config = None,
     quiet: Quiet = False,
 ) -> None:
     """From a file to an answer: fit models, predict what is held out, judge all beside simple baselines; a page.
@@ -96,6 +99,7 @@ def compare(
     options |= {"metrics": JUDGED if metrics is None else metrics.split(","), "n_cells": n_cells}
     parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
     scores = invirtuo.compare(adata, design, entries, split=parts, out=out, about=about, overwrite=overwrite, **options)
+    write_run(context, out)
     if not quiet:
         print_scores(scores)
         typer.echo(f"\nreport: {out / 'report.html'}")
