@@ -111,6 +111,12 @@ def x_of(adata, cell_type: str, perturbation: str) -> np.ndarray:
     return adata.X[((adata.obs["cell_type"] == cell_type) & (adata.obs["perturbation"] == perturbation)).to_numpy()]
 
 
+def test_models_show_themselves(cells, design, split):
+    model = new("ridge", design, cells.var_names, "kernel")
+    assert "preset kernel" in repr(model) and "fitted         no" in str(model)
+    assert "t_cell|A" in model.fit(cells, split)._repr_html_()
+
+
 # ---- construction ----------------------------------------------------------------------------------------------------
 
 

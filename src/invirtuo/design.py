@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from invirtuo.batch import Condition
+from invirtuo.display import Rows, Shown
 from invirtuo.errors import preview, require_column, with_likely
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["Design"]
 
 
 @dataclass(frozen=True)
-class Design:
+class Design(Shown):
     """Column roles and levels of an experiment.
 
     Made by :meth:`from_adata`; the levels are sorted by name, so that the same labels always give the same tensors.
@@ -78,7 +79,7 @@ class Design:
     time: str | None = None
     separator: str = "+"
     unknown: str | None = None
-    features: tuple[tuple[float, ...], ...] = ()
+    features: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     @classmethod
     def from_adata(
@@ -333,6 +334,18 @@ class Design:
                 rows[row, position[part]] = 1.0
         multi_hot: np.ndarray = rows[codes]
         return multi_hot
+
+    def shown(self) -> Rows:
+        """What it shows of itself."""
+        rows = []
+        if self.perturbation is not None:
+            rows = [("perturbation", f"{self.perturbation}, control {self.control!r}")]
+            rows += [("perturbations", preview(self.perturbations))]
+        rows += [(name, preview(levels)) for name, levels in self.covariates.items()]
+        rows += [(role, column) for role, column in (("dose", self.dose), ("time", self.time)) if column]
+        if self.features:
+            rows.append(("features", f"{self.code_width:,} numbers for each perturbation"))
+        return rows or [("columns", "none")]
 
     def to_json(self) -> str:
         """Write as JSON; :meth:`from_json` reads it back."""

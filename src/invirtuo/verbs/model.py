@@ -26,6 +26,7 @@ from invirtuo.cells.source import opened
 from invirtuo.cells.transforms import TRANSFORMS, Transform
 from invirtuo.cells.values import require_counts, require_log
 from invirtuo.design import Design
+from invirtuo.display import Rows, Shown
 from invirtuo.errors import ExistsError, preview
 from invirtuo.fit import FitConfig, Trainable
 from invirtuo.fit.checkpoint import write_tensors
@@ -55,7 +56,7 @@ class Preset:
     source: str = ""
 
 
-class Model(Trainable):
+class Model(Shown, Trainable):
     """Base of all models: fit, save and load. What a model can be asked beyond that is written in classes on this one.
 
     A model declares its `Config` and writes `build` and `loss`. `prepare` may compute statistics of the training cells
@@ -166,6 +167,25 @@ class Model(Trainable):
         for (key, kind), state in saving.by_owner(arrays).items():
             if kind in TRANSFORMS:
                 self.transforms[key] = TRANSFORMS[kind].load(state)
+
+    def shown(self) -> Rows:
+        """What it shows of itself."""
+        n_parameters = sum(parameter.numel() for parameter in self.parameters())
+        rows = [("model", f"{self.name}{'' if self.preset is None else ', preset ' + self.preset}")]
+        rows += [("genes", preview(self.genes)), ("parameters", f"{n_parameters:,}")]
+        rows += self.design.shown()
+        if not self.card:
+            return [*rows, ("fitted", "no")]
+        steps = int(self.history["step"].max()) if "step" in self.history else 0
+        rows.append(("fitted", f"{steps:,} steps" if steps else "in closed form"))
+        for part in ("val", "test"):
+            table = pd.DataFrame(self.card["held_out"][part], columns=self.design.columns)
+            if len(table):
+                rows.append((f"held out, {part}", preview(list(self.design.names(table)))))
+        return rows
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def replaced_by_fits(self) -> list[Any]:
         """Objects that a fit replaces and never changes: a copy of the model may share them."""
