@@ -56,7 +56,7 @@ ENTRIES = (
     Entry("ridge", "ridge"),
     Entry("ridge:kernel", "ridge", "kernel"),
     Entry("ridge:move-cells", "ridge", "move-cells"),
-    Entry("ridge:kernel-move-cells", "ridge", {"kernel": "rbf", "mode": "move_cells"}),
+    Entry("ridge:kernel-move-cells", "ridge", "kernel-move-cells"),
 )
 LABELS = tuple(entry.label for entry in ENTRIES if entry.label != "primeflow:unet")
 SEARCHED = ("primeflow", "primeflow:mlp", "fm_pca", "cpa", "latent_additive")

@@ -317,6 +317,7 @@ class Ridge(_ConditionMeans):
         "shift-cells": Preset(RidgeConfig(mode="shift_cells"), source="keeps the spread of the control cells"),
         "move-cells": Preset(RidgeConfig(mode="move_cells"), source="keeps their zeros too"),
         "kernel": Preset(RidgeConfig(kernel="rbf"), source="ours"),
+        "kernel-move-cells": Preset(RidgeConfig(kernel="rbf", mode="move_cells"), source="ours, keeps zeros too"),
         "kernel-additive": Preset(RidgeConfig(kernel="additive", center=False), source="ours"),
     }
     SEARCH = {"penalty": (1e-3, 100.0), "n_components": (5, 50), "center": [True, False]}
