@@ -267,3 +267,71 @@ def test_repeated_genes_and_unknown_labels_are_refused(small, small_design):
 def test_an_anndata_without_x_is_refused(toy, design):
     with pytest.raises(ValueError, match="has no X"):
         iv.CellDataset(anndata.AnnData(obs=toy.obs, var=toy.var), design)
+
+
+# ---- technical batches -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batched():
+    """Two batches that differ by a shift; perturbed cells are mostly in the second, control cells in the first."""
+    rng = np.random.default_rng(0)
+    label = np.repeat(["control", "A", "control", "A"], [90, 10, 30, 70])
+    plate = np.repeat(["one", "two"], 100)
+    shift = (plate == "two")[:, None] * np.linspace(0, 2, 5)
+    effect = (label == "A")[:, None] * np.array([1.0, 0, 0, 0, 0.5])
+    values = 3 + shift + effect + rng.normal(0, 0.01, (200, 5))
+    obs = pd.DataFrame({"gene": label, "plate": plate}, index=[f"c{i}" for i in range(200)])
+    return anndata.AnnData(values.astype(np.float32), obs=obs, var=pd.DataFrame(index=list("vwxyz")))
+
+
+def test_effects_are_those_beside_control_cells_of_the_same_batch(batched):
+    for batch, expected in (("plate", [1.0, 0, 0, 0, 0.5]), (None, None)):
+        design = iv.Design.from_adata(batched, perturbation="gene", control="control", batch=batch)
+        bulk = iv.CellDataset(batched, design).pseudobulk()
+        effect = (bulk.mean[0] - bulk.mean[1]).numpy()
+        if batch:
+            np.testing.assert_allclose(effect, expected, atol=0.02)
+            assert list(design.names(batched.obs).unique()) == ["control", "A"]  # conditions know no batches
+        else:
+            assert abs(effect[4] - 0.5) > 0.5  # the batch looks like an effect
+    model = iv.models.PerturbationMean(iv.Design.from_adata(
+        batched, perturbation="gene", control="control", batch="plate"), batched.var_names)  # fmt: skip
+    predicted = model.fit(batched).predict(["A"], 1).X[0]
+    control = batched[batched.obs["gene"] == "control"].X.mean(0)
+    np.testing.assert_allclose(predicted - control, [1.0, 0, 0, 0, 0.5], atol=0.02)
+
+
+@pytest.mark.parametrize("sampler", ["pairs", "sets"])
+def test_cells_are_paired_within_their_batch(batched, sampler):
+    design = iv.Design.from_adata(batched, perturbation="gene", control="control", batch="plate")
+    layout = iv.CellDataset(batched, design).layout()
+    plate = batched.obs["plate"].to_numpy()
+    for rows in iv.samplers.named(sampler, 8)(layout, 32, np.random.default_rng(0)):
+        assert (plate[rows.target] == plate[rows.source]).all()
+
+    # a batch without control cells borrows those of the other
+    lonely = batched[~((plate == "two") & (batched.obs["gene"] == "control"))].copy()
+    layout = iv.CellDataset(lonely, design).layout()
+    plate = lonely.obs["plate"].to_numpy()
+    drawn = list(iv.samplers.named(sampler, 8)(layout, 32, np.random.default_rng(0)))
+    assert {"one"} == {p for rows in drawn for p in plate[rows.source]}
+    assert {"one", "two"} == {p for rows in drawn for p in plate[rows.target]}
+
+
+def test_a_batch_column_must_be_there(batched):
+    with pytest.raises(ValueError, match="'lane'"):
+        iv.Design.from_adata(batched, perturbation="gene", control="control", batch="lane")
+    with pytest.raises(ValueError, match="plate.*more than one role"):
+        iv.Design.from_adata(batched, perturbation="gene", control="control", covariates=["plate"], batch="plate")
+    design = iv.Design.from_adata(batched, perturbation="gene", control="control", batch="plate")
+    assert iv.Design.from_json(design.to_json()) == design
+
+
+def test_a_model_that_takes_no_heed_of_batches_says_so(batched, caplog):
+    design = iv.Design.from_adata(batched, perturbation="gene", control="control", batch="plate")
+    few = iv.FitConfig(steps=1, batch_size=16, progress=False)
+    for model, heeds in ((iv.models.LinearAdditive, True), (iv.models.PerturbationMean, True), (iv.models.CPA, False)):
+        caplog.clear()
+        model(design, batched.var_names).fit(batched, config=few)
+        assert ("the batches in 'plate' make no difference" in caplog.text) != heeds, model

@@ -60,6 +60,9 @@ class Design(Shown):
     features
         A vector for every single perturbation, (p, f), or empty. Networks then see vectors instead of one-hots, and
         can be asked for perturbations that were never trained on.
+    batch
+        Column with technical batches (plates, lanes, days), or None. It belongs to no condition: names, splits and
+        scores do not know it. In training, cells are held against control cells of their own batch where it has some.
 
     Examples
     --------
@@ -80,6 +83,7 @@ class Design(Shown):
     separator: str = "+"
     unknown: str | None = None
     features: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    batch: str | None = None
 
     @classmethod
     def from_adata(
@@ -94,12 +98,13 @@ class Design(Shown):
         separator: str = "+",
         unknown: str | None = None,
         features: pd.DataFrame | None = None,
+        batch: str | None = None,
     ) -> Self:
         """Read roles and levels from the obs of an AnnData (or from a DataFrame like it).
 
         Parameters
         ----------
-        adata, perturbation, control, covariates, dose, time, separator, unknown
+        adata, perturbation, control, covariates, dose, time, separator, unknown, batch
             See :class:`Design`.
         features
             A row of numbers for each perturbation, named by the index. Rows for perturbations that do not occur make
@@ -121,7 +126,7 @@ class Design(Shown):
             )
 
         # every column is there, has a label in every row, and one role
-        named = {"perturbation": perturbation, "dose": dose, "time": time}
+        named = {"perturbation": perturbation, "dose": dose, "time": time, "batch": batch}
         roles = [(role, column) for role, column in named.items() if column is not None]
         roles += [("covariates", name) for name in covariates]
         for role, column in roles:
@@ -140,6 +145,7 @@ class Design(Shown):
             time=time,
             separator=separator,
             unknown=unknown,
+            batch=batch,
         )
 
         # levels of every column, as the data have them
@@ -202,6 +208,14 @@ class Design(Shown):
             return float(_numeric(pd.DataFrame({column: [value]}), column).iloc[0])
         text = str(value).strip()
         return self.label(text) if column == self.perturbation else text
+
+    def batches(self, obs: pd.DataFrame) -> np.ndarray | None:
+        """(n,) number of the technical batch of each row, from 0; None without batches, or without their column."""
+        if self.batch is None or self.batch not in obs:
+            return None
+        _check_column(obs, self.batch, "design")
+        codes: np.ndarray = pd.factorize(obs[self.batch].astype(str), sort=True)[0]
+        return codes
 
     def is_control(self, obs: pd.DataFrame) -> np.ndarray:
         """(n,) bool, True for cells that carry the control label."""
@@ -342,7 +356,11 @@ class Design(Shown):
             rows = [("perturbation", f"{self.perturbation}, control {self.control!r}")]
             rows += [("perturbations", preview(self.perturbations))]
         rows += [(name, preview(levels)) for name, levels in self.covariates.items()]
-        rows += [(role, column) for role, column in (("dose", self.dose), ("time", self.time)) if column]
+        rows += [
+            (role, column)
+            for role, column in (("dose", self.dose), ("time", self.time), ("batch", self.batch))
+            if column
+        ]
         if self.features:
             rows.append(("features", f"{self.code_width:,} numbers for each perturbation"))
         return rows or [("columns", "none")]

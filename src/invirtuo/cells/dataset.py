@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 
 from invirtuo.batch import Batch, Condition
 from invirtuo.cells.preprocess import check_genes
@@ -24,7 +25,6 @@ from invirtuo.errors import preview
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from scipy import sparse
 
     from invirtuo.cells.store import CellStore
 
@@ -93,6 +93,7 @@ class CellDataset:
         self._controls: ControlCache | None = None
         self._first: dict[FewBatches, tuple[list[Rows], LoadedRows]] = {}
         self._extremes: dict[str, tuple[float, float]] = {}
+        self.looked_at_batches = False  # whether effects were taken beside control cells of the same batch
 
     @classmethod
     def open(
@@ -276,7 +277,8 @@ class CellDataset:
     def pseudobulk(self, part: str | np.ndarray = "train", *, linear: bool = False) -> Pseudobulk:
         """Mean and variance of every condition of a part, or of given rows (rising), in the order of their names.
 
-        `linear`: of what the log1p values are the logarithm of.
+        `linear`: of what the log1p values are the logarithm of. With technical batches in the Design the means of
+        perturbed conditions differ from those of all control cells of the group as they do from those of their batches.
         """
         rows = self.rows(part) if isinstance(part, str) else part
 
@@ -297,11 +299,42 @@ class CellDataset:
             square += group_sums(x.multiply(x), number[own], len(names))
         mean = total / n_cells[:, None]
         variance = np.maximum(square / n_cells[:, None] - mean**2, 0)
+        batch = self.design.batches(self.obs.iloc[rows])
+        if batch is not None:
+            self.looked_at_batches = True
+            mean = np.maximum(mean + self._between_batches(rows, batch, number[rows], len(names), linear=linear), 0)
 
         _, first = np.unique(codes, return_index=True)
         table = table.iloc[first].reset_index(drop=True)
         moments = [torch.from_numpy(array) for array in (mean, variance, n_cells)]
         return Pseudobulk(table, self.design.encode(table), *moments)
+
+    def _between_batches(
+        self, rows: np.ndarray, batch: np.ndarray, condition: np.ndarray, n: int, *, linear: bool
+    ) -> np.ndarray:
+        """What the batches of n conditions, (n, g), lack to all batches of their group, in means of control cells."""
+        obs = self.obs.iloc[rows]
+        is_control = self.design.is_control(obs)
+        group, _ = pd.factorize(self.design.groups(obs))
+        place, pairs = pd.factorize(pd.MultiIndex.from_arrays([group, batch]))
+        group_of = pairs.get_level_values(0).to_numpy()
+
+        # mean control cell of every batch, and of every group, which stands for batches without control cells
+        number = np.zeros(len(self.split), dtype=np.int64)
+        number[rows] = place
+        total = np.zeros((len(pairs), len(self.genes)))
+        for own, values in self.blocks(rows[is_control]):
+            x = values.astype(np.float64)
+            total += group_sums(x.expm1() if linear else x, number[own], len(pairs))
+        n_cells = np.bincount(place[is_control], minlength=len(pairs))[:, None]
+        n_of_group = np.bincount(group[is_control], minlength=group.max() + 1)[:, None]
+        pooled = (group_sums(total, group_of, len(n_of_group)) / np.maximum(n_of_group, 1))[group_of]
+        lacking = pooled - np.divide(total, n_cells, out=pooled.copy(), where=n_cells > 0)
+
+        # by how many cells of a condition are in each batch; control cells are not held against themselves
+        cells = sparse.csr_matrix((~is_control * 1.0, (condition, place)), (n, len(pairs)))
+        shift: np.ndarray = cells @ lacking / np.maximum(np.bincount(condition, minlength=n), 1)[:, None]
+        return shift
 
     def overdispersion(self, part: str = "train") -> np.ndarray:
         """(g,) inverse of the dispersion r of counts with variance m + m^2 / r, m = depth x share; by moments."""

@@ -70,6 +70,8 @@ class Layout:
         Number of a group to the rows of control cells outside `rows`, for groups without control cells of their own.
     joined
         Whether spare cells also join the control cells of groups that have some.
+    batch
+        (n,), number of the technical batch of each, or None.
     """
 
     rows: np.ndarray
@@ -80,6 +82,7 @@ class Layout:
     group_names: tuple[str, ...]
     spare: Mapping[int, np.ndarray] = field(default_factory=dict)
     joined: bool = False
+    batch: np.ndarray | None = None
 
     @classmethod
     def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray, spare: np.ndarray | None = None) -> Layout:
@@ -101,13 +104,32 @@ class Layout:
             spare_controls = spare[control]
             groups = design.groups(spare_table).to_numpy()[spare_position[control]]
             pools = {g: spare_controls[groups == name] for g, name in enumerate(names)}
-        return cls(rows, group[position], condition[position], is_control, time, tuple(map(str, names)), pools)
+        own = group[position], condition[position], is_control, time, tuple(map(str, names)), pools
+        return cls(rows, *own, batch=design.batches(obs.iloc[rows]))
 
     def only(self, positions: np.ndarray, spare: Mapping[int, np.ndarray]) -> Layout:
         """The layout of the given positions in `rows`, with spare control cells that join those of every group."""
         time = None if self.time is None else self.time[positions]
         labels = self.group[positions], self.condition[positions], self.is_control[positions]
         return Layout(self.rows[positions], *labels, time, self.group_names, spare, joined=True)
+
+    def by_batch(self) -> Layout:
+        """The layout with groups and conditions split by technical batch, if there are any.
+
+        Batches without control cells borrow those of all batches of their group.
+        """
+        if self.batch is None:
+            return self
+        group, pairs = pd.factorize(pd.MultiIndex.from_arrays([self.group, self.batch]), sort=True)
+        condition, _ = pd.factorize(pd.MultiIndex.from_arrays([self.condition, self.batch]), sort=True)
+        with_controls = set(group[self.is_control].tolist())
+        spare = {}
+        for number, (old, _) in enumerate(pairs):
+            if number not in with_controls:
+                own = self.rows[(self.group == old) & self.is_control]
+                spare[number] = own if len(own) else self.spare.get(old, own)
+        names = tuple(self.group_names[old] for old, _ in pairs)
+        return replace(self, group=group, condition=condition, group_names=names, spare=spare, batch=None)
 
     def controls(self) -> dict[int, np.ndarray]:
         """Rows of the control cells of every group that has cells.
@@ -153,6 +175,7 @@ class Pairs:
 
     def __call__(self, layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
         """Rows of every batch."""
+        layout = layout.by_batch()
         controls = layout.controls()
         sizes = np.zeros(max(controls, default=-1) + 1, dtype=np.int64)
         sizes[list(controls)] = [len(pool) for pool in controls.values()]
@@ -184,6 +207,7 @@ class Sets:
 
     def __call__(self, layout: Layout, batch_size: int, rng: np.random.Generator) -> Iterator[Rows]:
         """Rows of every batch."""
+        layout = layout.by_batch()
         size, controls = self.set_size, layout.controls()
         chunks = []
         for condition in np.unique(layout.condition):

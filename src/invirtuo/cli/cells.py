@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from invirtuo.cli.options import (
+    Batch,
     Cells,
     Conditions,
     Control,
@@ -57,6 +58,7 @@ def fit(
     unknown: Unknown = None,
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
     time: Annotated[str | None, typer.Option(help="Numeric column with time or pseudotime.")] = None,
+    batch: Batch = None,
     separator: Separator = "+",
     features: Annotated[
         list[str] | None,
@@ -95,7 +97,7 @@ def fit(
     # cells, roles of their columns, split
     adata = _cells(data, memory)
     columns: dict[str, Any] = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
-    columns |= {"dose": dose, "time": time}
+    columns |= {"dose": dose, "time": time, "batch": batch}
     design = Design.from_adata(adata.obs, **columns, separator=separator, unknown=unknown)
     if features or unseen:
         if not kind.takes_features:

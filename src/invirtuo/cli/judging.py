@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from invirtuo.cli.options import (
+    Batch,
     Conditions,
     Control,
     Covariate,
@@ -55,6 +56,7 @@ def compare(
     perturbation: Perturbation = None,
     control: Control = None,
     covariate: Covariate = None,
+    batch: Batch = None,
     separator: Separator = "+",
     split: Split = None,
     hold_out: HoldOut = None,
@@ -85,9 +87,8 @@ def compare(
     if not (split or hold_out):
         raise ValueError("nothing is held out; name conditions with --hold-out, or a split with --split")
     adata = read_h5ad(data)
-    design = invirtuo.Design.from_adata(
-        adata, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
-    )
+    columns: dict[str, Any] = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
+    design = invirtuo.Design.from_adata(adata, **columns, separator=separator, batch=batch)
     fields = [*(fit_set or []), f"progress={str(not quiet).lower()}", f"seed={seed}"]
     entries = []
     for entry in (entry for name in model for entry in as_entries(name)):

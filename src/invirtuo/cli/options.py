@@ -65,6 +65,12 @@ FitSet = Annotated[
     typer.Option(help="field=value of the FitConfig; `invirtuo list models NAME --fit` lists them."),
 ]
 Covariate = Annotated[list[str] | None, typer.Option(help="Covariate column of obs; may be given several times.")]
+Batch = Annotated[
+    str | None,
+    typer.Option(
+        "--batch", help="Column with technical batches, in which cells are held against controls; no covariate."
+    ),
+]
 Perturbation = Annotated[
     str | None,
     typer.Option("--perturbation", help="Column of obs with the perturbation labels, if cells were perturbed."),

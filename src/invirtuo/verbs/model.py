@@ -22,6 +22,7 @@ from invirtuo import fit as fitting
 from invirtuo.cells.checks import label_findings
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import check_writable
+from invirtuo.cells.samplers import Pairs, Sets, named
 from invirtuo.cells.source import opened
 from invirtuo.cells.transforms import TRANSFORMS, Transform
 from invirtuo.cells.values import require_counts, require_log
@@ -273,6 +274,7 @@ class Model(Shown, Trainable):
             if any(p.requires_grad for p in self.parameters()):
                 options = {"resume": resume, "callbacks": callbacks, "loggers": loggers}
                 self.history = self._train_stages(dataset, config, folders, options)
+            self._warn_of_batches(dataset)
             self.card = saving.card(self.name, dataset, config) | self.facts(dataset)
             self.remember(dataset)
 
@@ -281,6 +283,18 @@ class Model(Shown, Trainable):
             for checkpoints in reversed(folders.values()):
                 fitting.remove(checkpoints)
         return self.eval()
+
+    def _warn_of_batches(self, dataset: CellDataset) -> None:
+        """Say so if technical batches that the Design names made no difference."""
+        in_pairs = isinstance(named(self.sampler, self.set_size), Pairs | Sets) and dataset.layout().batch is not None
+        in_pairs = in_pairs and not dataset.on_disk
+        if self.design.batch is not None and not (dataset.looked_at_batches or in_pairs):
+            logger.warning(
+                "%s pairs no cells with control cells%s: the batches in %r make no difference to it",
+                self.name,
+                " of files" if dataset.on_disk else "",
+                self.design.batch,
+            )
 
     @contextmanager
     def _unchanged_on_failure(self) -> Iterator[None]:
