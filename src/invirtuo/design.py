@@ -356,11 +356,8 @@ class Design(Shown):
             rows = [("perturbation", f"{self.perturbation}, control {self.control!r}")]
             rows += [("perturbations", preview(self.perturbations))]
         rows += [(name, preview(levels)) for name, levels in self.covariates.items()]
-        rows += [
-            (role, column)
-            for role, column in (("dose", self.dose), ("time", self.time), ("batch", self.batch))
-            if column
-        ]
+        further = {"dose": self.dose, "time": self.time, "batch": self.batch}
+        rows += [(role, column) for role, column in further.items() if column]
         if self.features:
             rows.append(("features", f"{self.code_width:,} numbers for each perturbation"))
         return rows or [("columns", "none")]
