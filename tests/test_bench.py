@@ -160,6 +160,17 @@ def test_genes_are_chosen_without_held_out_cells(toy, design, tmp_path):
     assert chosen[0] == chosen[1] and len(chosen[0]) == 10
 
 
+def test_the_seed_is_that_of_the_fits_too(toy, design, tmp_path):
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"])
+    few = {"steps": 2, "batch_size": 32, "progress": False}
+    for seed, fit in ((1, few), (2, few | {"seed": 5})):
+        entry = Entry("linear", "linear_additive", None, fit)
+        iv.compare(toy, design, entry, split=split, out=tmp_path / str(seed), seed=seed, n_cells=5,
+                   metrics=["rmse_mean"], baselines=False)  # fmt: skip
+    seeds = [iv.load(tmp_path / str(seed) / "models" / "linear").card["fit"]["seed"] for seed in (1, 2)]
+    assert seeds == [1, 5]
+
+
 def test_a_target_that_was_seen_nowhere_has_fewer_baselines(toy, design, tmp_path):
     features = pd.DataFrame(np.eye(3), index=["A", "B", "C"])
     split = iv.splits.unseen_targets(toy.obs, design, n_folds=3)

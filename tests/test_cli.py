@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -538,3 +540,13 @@ def test_a_run_says_what_was_asked_and_can_be_asked_again(run, files, tmp_path):
         code, _, error = run("fit", "--config", tmp_path / "bad.toml", "--out", tmp_path / "none")
         assert code == 2 and re.search(words, error), error
         assert not (tmp_path / "none").exists()
+
+
+def test_every_option_of_a_verb_is_read_in_it():
+    """But for those that act before the verb, by their callback."""
+    for file in sorted((Path(iv.__file__).parent / "cli").glob("*.py")):
+        functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            asked = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+            read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+            assert asked - read <= {"config", "version", "_"}, (file.name, function.name)

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from invirtuo.cells.files import check_writable, write_h5ad, writing
 from invirtuo.cells.values import looks_like_counts, require_log
 from invirtuo.design import Design
 from invirtuo.errors import preview
+from invirtuo.fit import FitConfig
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.numerics.axes import principal_axes
 from invirtuo.reports import report
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.bench.entry import Predictor, Spec
-    from invirtuo.fit import FitConfig
 
 __all__ = ["compare"]
 
@@ -97,7 +97,7 @@ def compare(
     metrics, n_cells, n_pcs
         As in `evaluate` and `PerturbationModel.predict`.
     seed
-        Of sampling and of the halves of the noise floor.
+        Of sampling, of the halves of the noise floor, and of fits, unless an entry brings a FitConfig or a seed.
     about
         More facts for ``run.json`` and the page: ``title``, ``dataset``, ``split``, ``notes``.
     overwrite
@@ -115,7 +115,7 @@ def compare(
     """
     check_writable(out, folder=True)
     out = Path(out)
-    entries = chosen_entries(models, baselines=False, floor=False)
+    entries = [_seeded(entry, int(seed)) for entry in chosen_entries(models, baselines=False, floor=False)]
     adata = _log_values(adata, n_genes, size_factor, split)
     dataset = CellDataset(adata, design, split)
     asked = _Asked(adata, design, split, part, metrics, n_cells, n_pcs, int(seed))
@@ -244,6 +244,13 @@ def _computed(rows: Sequence[_Row], asked: _Asked, out: Path) -> list[pd.DataFra
         done = [scores_of(row.record) for row in rows if row.record]
         write_table(out / "scores.csv", pd.concat(done))
     return done
+
+
+def _seeded(entry: Entry, seed: int) -> Entry:
+    """The entry, fitted with the seed unless it says how."""
+    if isinstance(entry.fit, FitConfig):
+        return entry
+    return replace(entry, fit={"seed": seed, **(entry.fit or {})})
 
 
 def _log_values(adata: AnnData, n_genes: int | None, size_factor: str | None, split: pd.Series) -> AnnData:

@@ -324,7 +324,6 @@ def benchmark(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 5,
     engine: Annotated[str, typer.Option(help="local: processes on this machine; ray: a Ray cluster.")] = "local",
-    size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
     baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
     controls: Annotated[
         str, typer.Option(help="Control cells that models start from: train, or evaluated (as PerturBench).")
