@@ -51,7 +51,8 @@ def write_run(context: typer.Context, folder: Path) -> None:
     lines = [f"# invirtuo {context.info_name} --config {NAME} --out FOLDER"]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
-        if parameter.name in words and parameter.name not in NOT_KEPT and value not in (None, [], (), parameter.default):
+        is_given = value not in (None, [], (), parameter.default)
+        if is_given and parameter.name in words and parameter.name not in NOT_KEPT:
             lines.append(f"{words[parameter.name]} = {json.dumps(_plain(value))}")
     with writing(folder / NAME) as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
