@@ -42,7 +42,8 @@ def test_in_a_comparison(lab, cells, design, tmp_path):
     scores = iv.compare(cells, design, entries, out=tmp_path / "out", **options)
     values = scores.set_index("model")["value"]
     assert values["class"] == values["name"]
-    assert as_entry(lab.Shift).label == "shift"
+    assert as_entry(lab.Shift).label == "shift" and as_entry(lab.Shift).model == "lab:Shift"
+    assert as_entry(iv.models.Ridge) == Entry("ridge", "ridge")
     assert iv.load(tmp_path / "out" / "models" / "class").config.scale == 2.0
 
 

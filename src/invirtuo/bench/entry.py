@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from invirtuo.fit import FitConfig
-from invirtuo.models import model_class, model_names
+from invirtuo.models import MODELS, model_class, model_names
 from invirtuo.reports.tables import FLOOR
 from invirtuo.settings import comparable
 from invirtuo.verbs.generate import CountGenerator
@@ -59,9 +59,11 @@ class Entry:
     task: str | None = None
 
     def __post_init__(self) -> None:
-        """A class is known by its address."""
+        """A class is known by its name or address."""
         if not isinstance(self.model, str):
-            object.__setattr__(self, "model", f"{self.model.__module__}:{self.model.__qualname__}")
+            kind = self.model
+            is_named = MODELS.get(kind.name) is kind
+            object.__setattr__(self, "model", kind.name if is_named else f"{kind.__module__}:{kind.__qualname__}")
 
     @property
     def kind(self) -> type[Model]:

@@ -166,7 +166,7 @@ class FMPCA(PerturbationModel):
         """The velocity network, and the scale of the scores."""
         config, design = self.config, self.design
         self.needs_source = config.source == "control"
-        self.groups_by_controls = not config.use_covariates
+        self.groups_by_controls = self.needs_source and not config.use_covariates
         self.sampler = "sets" if self.needs_source else "cells"
         self.set_size = config.num_samples_per_condition
         self.n_pcs = min(config.n_pcs, len(self.genes))

@@ -168,7 +168,7 @@ class SAMSVAE(PerturbationModel):
         config, n_genes, p = self.config, len(self.genes), len(self.design.perturbations)
         self.levels = [len(levels) for levels in self.design.covariates.values()]
         self.needs_source = config.basal != "prior"
-        self.groups_by_controls = not (config.encode_covariates or config.decode_covariates)
+        self.groups_by_controls = self.needs_source and not (config.encode_covariates or config.decode_covariates)
         z, width = config.n_latent, config.width
         n_encode = sum(self.levels) * config.encode_covariates
         n_decode = sum(self.levels) * config.decode_covariates
