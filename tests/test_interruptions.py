@@ -356,7 +356,7 @@ def test_a_model_is_replaced_only_if_that_is_asked_for(run, saved, file, models)
     assert which(saved, models) == 0
     assert run(*arguments, "--overwrite")[0] == 0
     assert iv.load(saved).card["fit"]["steps"] == 4
-    assert len(names(saved)) == 6  # no checkpoints
+    assert len(names(saved)) == 7  # the model, what was asked, and no checkpoints
 
 
 def test_a_finished_fit_has_nothing_to_resume(run, file, tmp_path):

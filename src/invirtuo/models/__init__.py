@@ -154,5 +154,6 @@ def load(folder: str | Path) -> Model:
     try:
         kind = model_class(name)
     except ValueError as error:
-        raise ValueError(f"{path} is a saved {name!r}: {error}") from error
+        known = f"this version knows {', '.join(model_names())}"
+        raise ValueError(f"{path} is a saved {name!r}; {error if ':' in name else known}") from error
     return kind.restore(folder)

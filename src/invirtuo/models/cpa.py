@@ -50,9 +50,6 @@ class Config(Settings):
     n_layers: int = setting(1, "hidden blocks of the decoder; the encoder has one more", ge=0)
     n_layers_perturbation: int = setting(2, "hidden blocks of the perturbation embedding", ge=0)
     n_layers_covariates: int = setting(1, "hidden blocks of the covariate embeddings", ge=0)
-    use_covariates: bool = setting(
-        True, "add covariate embeddings; without them groups are known by their control cells alone, new ones as well"
-    )
     dropout: float = setting(0.1, "dropout of all networks", ge=0, lt=1)
     kl_weight: float = setting(0.3, "weight of the KL term, beside the squared error summed over genes", ge=0)
     adversary: bool = setting(True, "hide perturbation and covariates from the basal latent vector")
@@ -64,6 +61,9 @@ class Config(Settings):
     adversary_layers: int = setting(2, "hidden blocks of each classifier", ge=0)
     control_class: bool = setting(True, "control cells are a class of their own for the adversary; off in the paper")
     noise: bool = setting(True, "draw the latent vector of control cells; off takes its mean")
+    use_covariates: bool = setting(
+        True, "add covariate embeddings; without them groups are known by their control cells alone, new ones as well"
+    )
 
 
 _FIT = FitConfig(batch_size=4000, schedule="val_plateau", warmup=0, ema=0.0, clip=0.0, keep="best", patience=50)

@@ -55,11 +55,6 @@ class Config(Settings):
     n_layers_conditions: int = setting(1, "layers of the condition MLP", ge=1)
     n_layers_time: int = setting(1, "layers of the time MLP", ge=1)
     n_layers_decoding: int = setting(3, "hidden layers after the concatenation", ge=0)
-    use_covariates: bool = setting(
-        True,
-        "tell the network of covariates; without them, and from control cells, groups are known by these alone, new "
-        "ones as well",
-    )
     prob_unconditional: float = setting(
         0.1, "probability that a cell's condition is replaced by the null condition", ge=0, lt=1
     )
@@ -77,6 +72,11 @@ class Config(Settings):
     tau_b: float = setting(1.0, "weight of the target marginal", gt=0, le=1)
     solver: str = setting("ab2", "default solver of predict", choices=SOLVER_NAMES)
     steps: int = setting(20, "default number of steps of the solver", ge=1)
+    use_covariates: bool = setting(
+        True,
+        "tell the network of covariates; without them, and from control cells, groups are known by these alone, new "
+        "ones as well",
+    )
 
 
 class Velocity(nn.Module):
