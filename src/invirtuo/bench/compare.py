@@ -199,8 +199,7 @@ class _Asked:
 
     def perturbed(self, part: str) -> pd.DataFrame:
         """Perturbed conditions of a part, tidy."""
-        obs = self.adata.obs[(self.split == part).to_numpy()]
-        return self.design.unique_conditions(obs[~self.design.is_control(obs)])[0]
+        return self.design.conditions(self.adata.obs[(self.split == part).to_numpy()])
 
     def singles(self, part: str) -> set[str]:
         """Single perturbations of a part."""

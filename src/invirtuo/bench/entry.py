@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from invirtuo.fit import FitConfig
-from invirtuo.models import MODELS, model_class, model_names
+from invirtuo.models import model_class, model_names
 from invirtuo.reports.tables import FLOOR
 from invirtuo.settings import comparable
 from invirtuo.verbs.generate import CountGenerator
@@ -61,9 +61,7 @@ class Entry:
     def __post_init__(self) -> None:
         """A class is known by its name or address."""
         if not isinstance(self.model, str):
-            kind = self.model
-            is_named = MODELS.get(kind.name) is kind
-            object.__setattr__(self, "model", kind.name if is_named else f"{kind.__module__}:{kind.__qualname__}")
+            object.__setattr__(self, "model", self.model.address())
 
     @property
     def kind(self) -> type[Model]:

@@ -283,7 +283,8 @@ class CellDataset:
         rows = self.rows(part) if isinstance(part, str) else part
 
         # number of the condition of every row, conditions sorted by name
-        table, position = self.design.unique_conditions(self.obs.iloc[rows])
+        obs = self.obs.iloc[rows]
+        table, position = self.design.unique_conditions(obs)
         codes, names = pd.factorize(self.design.names(table), sort=True)
         number = np.zeros(len(self.split), dtype=np.int64)
         number[rows] = codes[position]
@@ -299,7 +300,7 @@ class CellDataset:
             square += group_sums(x.multiply(x), number[own], len(names))
         mean = total / n_cells[:, None]
         variance = np.maximum(square / n_cells[:, None] - mean**2, 0)
-        batch = self.design.batches(self.obs.iloc[rows])
+        batch = self.design.batches(obs)
         if batch is not None:
             self.looked_at_batches = True
             mean = np.maximum(mean + self._between_batches(rows, batch, number[rows], len(names), linear=linear), 0)

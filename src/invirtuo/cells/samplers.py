@@ -88,9 +88,10 @@ class Layout:
     def of(cls, obs: pd.DataFrame, design: Design, rows: np.ndarray, spare: np.ndarray | None = None) -> Layout:
         """Read the layout of rows of obs; control cells among the `spare` rows help groups that have none."""
         rows = np.asarray(rows)
+        chosen = obs.iloc[rows]
 
         # labels are read once per distinct condition, then spread to its cells
-        table, position = design.unique_conditions(obs.iloc[rows])
+        table, position = design.unique_conditions(chosen)
         group, names = pd.factorize(design.groups(table), sort=True)
         condition, _ = pd.factorize(design.names(table), sort=True)
         is_control = design.is_control(table)[position]
@@ -105,7 +106,7 @@ class Layout:
             groups = design.groups(spare_table).to_numpy()[spare_position[control]]
             pools = {g: spare_controls[groups == name] for g, name in enumerate(names)}
         own = group[position], condition[position], is_control, time, tuple(map(str, names)), pools
-        return cls(rows, *own, batch=design.batches(obs.iloc[rows]))
+        return cls(rows, *own, batch=design.batches(chosen))
 
     def only(self, positions: np.ndarray, spare: Mapping[int, np.ndarray]) -> Layout:
         """The layout of the given positions in `rows`, with spare control cells that join those of every group."""

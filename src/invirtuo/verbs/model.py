@@ -286,9 +286,10 @@ class Model(Shown, Trainable):
 
     def _warn_of_batches(self, dataset: CellDataset) -> None:
         """Say so if technical batches that the Design names made no difference."""
-        in_pairs = isinstance(named(self.sampler, self.set_size), Pairs | Sets) and dataset.layout().batch is not None
-        in_pairs = in_pairs and not dataset.on_disk
-        if self.design.batch is not None and not (dataset.looked_at_batches or in_pairs):
+        if self.design.batch is None or dataset.looked_at_batches:
+            return
+        is_paired = isinstance(named(self.sampler, self.set_size), Pairs | Sets) and not dataset.on_disk
+        if not is_paired or dataset.layout().batch is None:
             logger.warning(
                 "%s pairs no cells with control cells%s: the batches in %r make no difference to it",
                 self.name,
@@ -435,9 +436,12 @@ class Model(Shown, Trainable):
         np.savez_compressed(folder / "transforms.npz", **arrays)
         self.history.to_csv(folder / "history.csv", index=False)
         write_tensors(folder / "weights.safetensors", self.state_dict())
-        own, kind = type(self).__module__.startswith("invirtuo."), type(self)
-        address = self.name if own else f"{kind.__module__}:{kind.__name__}"
-        return {"model": address, "preset": self.preset, "config": asdict(self.config), "genes": self.genes}
+        return {"model": self.address(), "preset": self.preset, "config": asdict(self.config), "genes": self.genes}
+
+    @classmethod
+    def address(cls) -> str:
+        """By what `invirtuo.models.model_class` finds it: its name, or ``module:Class`` in another package."""
+        return cls.name if cls.__module__.startswith("invirtuo.") else f"{cls.__module__}:{cls.__qualname__}"
 
     @classmethod
     def restore(cls, folder: str | Path) -> Self:
