@@ -13,8 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
+from invirtuo.bench.by_gene import by_gene
 from invirtuo.bench.cell import as_json, scores_of
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry
@@ -35,7 +37,6 @@ from invirtuo.reports import report
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
-    import numpy as np
     from anndata import AnnData
 
     from invirtuo.bench.entry import Predictor, Spec
@@ -82,9 +83,10 @@ def compare(
         "train" / "val" / "test" per cell, as made by :mod:`invirtuo.splits`. Effects have intervals if it holds out
         conditions for validation.
     out
-        Folder for the page ``report.html`` and what it shows: ``scores.csv``, ``predicted.h5ad`` and ``effects.csv``
-        (of the first model), ``history.csv``, ``panels.csv``, ``flags.csv`` (:func:`invirtuo.metrics.flags`),
-        ``discrimination.csv`` (:func:`invirtuo.metrics.calibration`), ``run.json``; and for the fitted models.
+        Folder for the page ``report.html`` and what it shows: ``scores.csv``, ``predicted.h5ad``, ``effects.csv`` and
+        ``distributions.npz`` (of the first model), ``history.csv``, ``panels.csv``, ``flags.csv``
+        (:func:`invirtuo.metrics.flags`), ``discrimination.csv`` (:func:`invirtuo.metrics.calibration`), ``run.json``;
+        and for the fitted models.
     part
         Which held-out part is predicted and scored.
     baselines
@@ -232,7 +234,11 @@ def _computed(rows: Sequence[_Row], asked: _Asked, out: Path) -> list[pd.DataFra
                 else pair.against(predicted)
             )
             if is_first:
-                write_table(out / "effects.csv", effects_of(predicted, asked.adata, asked.design))
+                effects = effects_of(predicted, asked.adata, asked.design)
+                effects, distributions = by_gene(effects, predicted, asked.adata, asked.design)
+                write_table(out / "effects.csv", effects)
+                with writing(out / "distributions.npz") as path:
+                    np.savez_compressed(path, allow_pickle=False, **distributions)
                 write_h5ad(predicted, out / "predicted.h5ad")
             label = row.entry.label
             points = predicted_points(predicted, label, asked.design, asked.axes, asked.seed)
