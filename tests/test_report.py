@@ -219,7 +219,7 @@ def test_every_gene_can_be_looked_up(results):
     assert not [attributes for tag, attributes in page.tags if tag == "script" and "src" in attributes]
 
     # files that do not belong together
-    np.savez(results / "distributions.npz", **{**arrays, "gene": np.array(list("abd"))})
+    np.savez(results / "distributions.npz", **{**arrays, "gene": np.array(list("abx"))})
     with pytest.raises(ValueError, match="different cells"):
         render(results)
     np.savez(results / "distributions.npz", gene=np.array(list("abc")))
