@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 from pathlib import Path
@@ -28,12 +29,26 @@ FILES = {
     "effects.csv": "predicted and seen effects, a row for each gene and condition",
     "distributions.npz": "distributions of the values of genes",
     "predicted.h5ad": "predicted cells of the first model",
+    "ahead.h5ad": "forecasts of the first model",
+    "edges.csv": "its network",
     "models": "fitted models, for `invirtuo predict`",
     "history.csv": "losses by step",
     "panels.csv": "cells on two principal components",
     "discrimination.csv": "what each score can tell apart here",
     "flags.csv": "what is suspect about predicted cells",
     "run.json": "data, split, settings, versions",
+}
+PICTURES = {
+    "courses.png": (
+        "Forecasts",
+        "Genes that change most along the held-out courses: lines with intervals are forecast from the first state of "
+        "a course, dots are means of its cells.",
+    ),
+    "network.png": (
+        "Network",
+        "The strongest edges, read from the field along the training courses: predictive dependencies, no proof of "
+        "regulation.",
+    ),
 }
 MAX_CELLS = 5000  # numbers in the tables by condition of a benchmark; beyond, the charts must do
 
@@ -116,6 +131,7 @@ def report(
     shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}
     shown |= {"genes": genes, "genes_left_out": n_left_out, "files": _files(path, Path(out))}
     shown |= {"effects": _effects(effects, run), "populations": structure, "populations_columns": n_origins}
+    shown |= {"pictures": _pictures(path)}
     shown |= {"curves": curves(history) if history is not None else "", "notes": _notes(run), "run": _flat(settings)}
     return render("page.html.j2", shown, out)
 
@@ -228,6 +244,16 @@ def _genes(effects: pd.DataFrame | None, path: Path) -> tuple[Markup | str, int]
     if effects is None:
         return "", 0
     return gene_data(effects, folder.read_distributions(path / "distributions.npz", effects))
+
+
+def _pictures(path: Path) -> list[dict[str, str]]:
+    """Pictures of time courses that lie in the folder, with words."""
+    found = []
+    for name, (title, text) in PICTURES.items():
+        if (path / name).is_file():
+            address = "data:image/png;base64," + base64.b64encode((path / name).read_bytes()).decode()
+            found.append({"title": title, "text": text, "address": address})
+    return found
 
 
 def _files(path: Path, out: Path) -> list[tuple[str, str]]:
