@@ -127,8 +127,10 @@ def _features() -> list[tuple[str, ...]]:
 def _datasets() -> list[tuple[str, ...]]:
     from invirtuo.cells import datasets
 
-    rows = datasets.describe().iterrows()
-    return [(str(name), row["title"], "here" if row["here"] else f"needs {row['file']}") for name, row in rows]
+    return [
+        (str(name), row["title"], f"{row['cells']:,} x {row['genes']:,}", row["status"], row["licence"])
+        for name, row in datasets.describe().iterrows()
+    ]
 
 
 def _tasks() -> list[tuple[str, ...]]:
