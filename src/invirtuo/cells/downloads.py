@@ -111,12 +111,10 @@ def fingerprint(adata: AnnData, columns: Sequence[str]) -> dict[str, str]:
     x.eliminate_zeros()
     has_all = set(columns) <= set(adata.obs.columns)
     labels = [line for column in columns for line in _text(adata.obs[column])] if has_all else []
-    return {
-        "cells": _sha256(_lines(adata.obs_names)),
-        "genes": _sha256(_lines(adata.var_names)),
-        "values": _sha256(x.data.astype("<f4"), x.indices.astype("<i8"), x.indptr.astype("<i8")),
-        "labels": _sha256(_lines(labels)) if has_all else "",
-    }
+    values = (x.data.astype("<f4"), x.indices.astype("<i8"), x.indptr.astype("<i8"))
+    found = [_sha256(_lines(adata.obs_names)), _sha256(_lines(adata.var_names)), _sha256(*values)]
+    found.append(_sha256(_lines(labels)) if has_all else "")
+    return dict(zip(PARTS, found, strict=True))
 
 
 def _text(column: pd.Series) -> list[str]:

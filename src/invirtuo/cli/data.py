@@ -127,10 +127,11 @@ def _features() -> list[tuple[str, ...]]:
 def _datasets() -> list[tuple[str, ...]]:
     from invirtuo.cells import datasets
 
-    return [
-        (str(name), row["title"], f"{row['cells']:,} x {row['genes']:,}", row["status"], row["licence"])
-        for name, row in datasets.describe().iterrows()
-    ]
+    rows: list[tuple[str, ...]] = []
+    for name, row in datasets.describe().iterrows():
+        size = f"{row['cells']:,} x {row['genes']:,}"
+        rows.append((str(name), row["title"], size, row["status"], row["licence"]))
+    return rows
 
 
 def _tasks() -> list[tuple[str, ...]]:
