@@ -105,6 +105,26 @@ def test_absent_file_says_where_to_put_it(tmp_path):
         iv.datasets.load("kang", tmp_path / "none.h5ad")
 
 
+def test_a_task_without_its_data_says_the_same_at_once(tmp_path):
+    for name, task in {"kang_full": "kang-celltype", "norman19": "norman19", "jiang24": "jiang24"}.items():
+        with pytest.raises(ValueError, match="is not at .* data_dir=") as caught:
+            iv.datasets.look(name, data_dir=tmp_path)
+        with pytest.raises(ValueError) as of_task:
+            iv.bench.TASKS[task].look(tmp_path)
+        assert str(of_task.value) == str(caught.value)
+
+
+def test_the_command_lists_what_is_here(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, said, _ = run("list", "datasets")
+    assert code == 0
+    lines = {line.split()[0]: line for line in said.splitlines() if line[0] != " "}
+    assert list(lines) == list(datasets.DATASETS)
+    assert "13,999 x 2,010" in lines["kang"] and "bundled" in lines["kang"]
+    assert "downloadable" in lines["jiang24"] and "CC BY-NC" in lines["jiang24"]
+    assert "to be rebuilt" in lines["pbmc3k"] and "by hand" in lines["norman19"]
+
+
 def test_data_folder_may_come_from_the_environment(monkeypatch, toy, toy_source, tmp_path):
     toy.write_h5ad(tmp_path / "toy.h5ad")
     monkeypatch.setenv("INVIRTUO_DATA", str(tmp_path))

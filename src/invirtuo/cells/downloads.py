@@ -52,9 +52,10 @@ def download(url: str, file: Path, md5: str | None = None) -> Path:
     """
     import pooch
 
-    known_hash = None if md5 is None else f"md5:{md5}"
+    registry = {file.name: None if md5 is None else f"md5:{md5}"}
+    cache = pooch.create(path=file.parent, base_url="", registry=registry, urls={file.name: url})
     try:
-        pooch.retrieve(url, known_hash, fname=file.name, path=file.parent, downloader=_fetch)
+        cache.fetch(file.name, downloader=_fetch)
     except (OSError, ValueError, EOFError, zlib.error) as error:  # OSError: also what requests raises
         raise ValueError(f"cannot download {url} ({error})") from error
     return file
