@@ -412,21 +412,22 @@ def _locate(
 ) -> Path:
     """The file of a data set, downloaded if it has to be."""
     source = _source(name)
-    address = path if is_address(path) else None
-    file = _found(source, data_dir) if path is None else Path(path)
-    if address is None and file is not None and file.is_file():
+    if is_address(path):
+        file, address = folder(data_dir) / source.file, str(path)
+    elif path is not None:
+        file, address = Path(path), None
+    else:
+        file = _found(source, data_dir) or _home(source, data_dir) / source.file
+        address = source.address if may_download else None
+    if file.is_file() and not is_address(path):
         return file
 
-    # a known address stands in for a file that is nowhere
-    if path is None and may_download:
-        address = source.address
-    missing = file if file and address is None else _home(source, data_dir) / source.file
-    absent = f"the file of data set {name!r} is not at {missing}. {_how_to_get(name, source)}"
+    absent = f"the file of data set {name!r} is not at {file}. {_how_to_get(name, source)}"
     if address is None:
         raise ValueError(absent)
     log.info("%s comes under these terms: %s", name, source.licence)
     try:
-        return download(str(address), folder(data_dir) / source.file, source.md5)
+        return download(address, file, source.md5)
     except ValueError as error:
         raise ValueError(f"{error}; {absent}") from error
 
