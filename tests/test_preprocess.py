@@ -556,3 +556,17 @@ def test_knockdown_reference(shared, name, options):
     design = iv.Design.from_adata(adata, perturbation="target_gene", control="non-targeting")
     kept = preprocess.knockdown(adata, design, scale="as_is", strict=True, gene_names="gene_name", **options)
     assert set(kept.obs_names) == set(pd.read_csv(folder / f"{name}.csv")["cell"])
+
+
+def test_check_knows_time_courses():
+    rng = np.random.default_rng(0)
+    toy = iv.datasets.toy()
+    toy.obs["hours"] = rng.random(toy.n_obs)
+    first = (toy.obs["cell_type"] == toy.obs["cell_type"].iloc[0]).to_numpy()
+    toy.obs.loc[first, "hours"] = 0.5
+    findings = iv.preprocess.check(toy, iv.Design.from_adata(toy, covariates=["cell_type"], time="hours"))
+    courses = findings[findings["about"] == "courses"]
+    assert "conditions" not in set(findings["about"])
+    assert courses["level"].tolist() == ["warning", "warning", "note"]
+    assert "one time only" in courses["finding"].iloc[0] and "begin after a quarter" in courses["finding"].iloc[1]
+    assert "3 time courses by cell_type; hours from" in courses["finding"].iloc[2]

@@ -87,7 +87,8 @@ def check(
         rows += _cell_findings(adata)
         if design is not None:
             rows += [("warning", "labels", finding) for finding in label_findings(adata.obs, design)]
-            rows += _condition_findings(adata.obs, design)
+            is_course = design.perturbation is None and design.time is not None
+            rows += (_course_findings if is_course else _condition_findings)(adata.obs, design)
     order = {"error": 0, "warning": 1, "note": 2}
     rows.sort(key=lambda row: order[row[0]])
     return pd.DataFrame(rows, columns=["level", "about", "finding"])
@@ -245,6 +246,22 @@ def _condition_findings(obs: pd.DataFrame, design: Design) -> list[Finding]:
     if len(few):
         text = f"{len(few)} conditions have fewer than {FEW_CELLS} cells: {preview(few.index)}; their scores are noise"
         found.append(("warning", "conditions", text))
+    return found
+
+
+def _course_findings(obs: pd.DataFrame, design: Design) -> list[Finding]:
+    """How many time courses there are, how far they reach, and which can hardly be followed."""
+    time = pd.to_numeric(obs[design.time]).astype(float)
+    by_course = time.groupby(design.groups(obs).to_numpy()).agg(["size", "nunique", "min", "max"])
+    span = f"{design.time} from {time.min():.3g} to {time.max():.3g}"
+    found = [("note", "courses", f"{len(by_course)} time courses by {preview(design.covariates)}; {span}")]
+    still = by_course.index[by_course["nunique"] < 2]
+    if len(still):
+        found.append(("warning", "courses", f"{len(still)} courses have one time only: {preview(still)}"))
+    late = by_course.index[by_course["min"] > time.min() + 0.25 * (time.max() - time.min())]
+    if len(late):
+        text = f"{len(late)} courses begin after a quarter of the time: {preview(late)}; a forecast starts there"
+        found.append(("warning", "courses", text))
     return found
 
 

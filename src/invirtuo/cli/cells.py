@@ -29,6 +29,7 @@ from invirtuo.cli.options import (
     Solver,
     Split,
     Steps,
+    Time,
     Unknown,
     Weights,
     given,
@@ -57,7 +58,7 @@ def fit(
     covariate: Covariate = None,
     unknown: Unknown = None,
     dose: Annotated[str | None, typer.Option(help="Numeric column with the dose.")] = None,
-    time: Annotated[str | None, typer.Option(help="Numeric column with time or pseudotime.")] = None,
+    time: Time = None,
     batch: Batch = None,
     separator: Separator = "+",
     features: Annotated[

@@ -19,6 +19,7 @@ from invirtuo.cli.options import (
     Quiet,
     Separator,
     Split,
+    Time,
     Unknown,
     fail,
     named_splits,
@@ -163,6 +164,7 @@ def check(
     covariate: Covariate = None,
     separator: Separator = "+",
     unknown: Unknown = None,
+    time: Time = None,
 ) -> None:
     """Say what is in a file, and what would go wrong with it; exit code 2 if something would."""
     from invirtuo.cells import preprocess
@@ -171,7 +173,7 @@ def check(
 
     adata = read_h5ad(data)
     columns = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
-    design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown)  # type: ignore[arg-type]
+    design = Design.from_adata(adata, **columns, separator=separator, unknown=unknown, time=time)  # type: ignore[arg-type]
     findings = preprocess.check(adata, design)
     print_rows(findings.itertuples(index=False))
     n_errors = int((findings["level"] == "error").sum())

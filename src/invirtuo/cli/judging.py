@@ -28,6 +28,7 @@ from invirtuo.cli.options import (
     Separator,
     Set,
     Split,
+    Time,
     model_with,
     pairs,
     print_rows,
@@ -73,7 +74,7 @@ def compare(
             "-n", "--n-cells", help="Cells drawn for each condition, 1000 if not given; of generators in all."
         ),
     ] = None,
-    time: Annotated[str | None, typer.Option(help="Column of obs with time, of time courses.")] = None,
+    time: Time = None,
     fit_set: FitSet = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     seed: int = 0,

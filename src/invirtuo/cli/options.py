@@ -113,6 +113,7 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda or cuda:1; if not given, a GPU that the fit was allowed."),
 ]
+Time = Annotated[str | None, typer.Option(help="Numeric column of obs with time or pseudotime.")]
 Separator = Annotated[str, typer.Option(help="Joins the parts of a combination.")]
 Out = Annotated[Path, typer.Option(help="Where the result goes.", callback=writable_file)]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder where the results go.", callback=writable_folder)]
