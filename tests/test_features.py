@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 import invirtuo as iv
+from invirtuo.bench.gene_sets import gene_sets
 from invirtuo.cells import features
 
 NAMES = ["A", "B", "C", "D"]
@@ -202,3 +204,28 @@ def test_sources_are_listed(run):
     code, said, _ = run("list", "features")
     assert code == 0
     assert all(source in said for source in ("FILE.npz", "coexpression"))
+
+
+def test_sets_of_genes_are_tested(tmp_path):
+    rng = np.random.default_rng(0)
+    genes = [f"g{i}" for i in range(60)]
+    effect = rng.normal(size=60)
+    effect[:10] += 3
+    table = pd.DataFrame({"condition": "T|A", "gene": genes, "effect": effect, "real": -effect})
+    unseen = table.assign(condition="T|B", real=np.nan)
+    sets = {"up": genes[:10], "rest": genes[10:40], "few": genes[:3], "other": ["x1", "x2", "x3", "x4", "x5"]}
+    path = tmp_path / "sets.gmt"
+    path.write_text("".join("\t".join([name, "", *own]) + "\n" for name, own in sets.items()))
+    found = gene_sets(pd.concat([table, unseen]), path)
+    assert found["gene_set"].tolist() == ["up", "rest"] * 2 and found["n_genes"].tolist() == [10, 30] * 2
+    first = found.iloc[0]
+    test = stats.mannwhitneyu(effect[:10], effect[10:], method="asymptotic", use_continuity=False)
+    rest = stats.mannwhitneyu(
+        effect[10:40], np.delete(effect, range(10, 40)), method="asymptotic", use_continuity=False
+    )
+    assert first["q"] == pytest.approx(stats.false_discovery_control([test.pvalue, rest.pvalue])[0])
+    assert first["z"] > 0 > first["z_real"] and first["effect"] == pytest.approx(effect[:10].mean())
+    assert found["q_real"].isna().tolist() == [False, False, True, True]
+    path.write_text("other\t\tx1\tx2\tx3\tx4\tx5\n")
+    with pytest.raises(ValueError, match="no set of .* has 5 of the 60 genes"):
+        gene_sets(table, path)

@@ -21,6 +21,7 @@ from invirtuo.bench.cell import scores_of
 from invirtuo.bench.compare_unperturbed import compare_courses, compare_populations
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry
+from invirtuo.bench.gene_sets import gene_sets as gene_sets_of
 from invirtuo.bench.notes import discrimination, flagged
 from invirtuo.bench.panels import predicted_points, real_points
 from invirtuo.bench.rows import Row, rows_of, seeded, write_history
@@ -64,6 +65,7 @@ def compare(
     metrics: Sequence[str] | None = JUDGED,
     n_cells: int | None = None,
     n_pcs: int = 30,
+    gene_sets: str | Path | None = None,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -108,6 +110,9 @@ def compare(
         Cells drawn for each condition, 1,000 if not given; of generators: in all, as many as were held out.
     n_pcs
         As in `evaluate`.
+    gene_sets
+        .gmt or .gmt.gz file: which sets of genes go up or down, predicted and seen, ``gene_sets.csv``
+        (:func:`invirtuo.bench.gene_sets.gene_sets`).
     seed
         Of sampling, of the halves of the noise floor, and of fits, unless an entry brings a FitConfig or a seed.
     about
@@ -133,6 +138,7 @@ def compare(
     if design.perturbation is None:
         options: dict[str, Any] = {"part": part, "baselines": baselines, "n_genes": n_genes, "seed": int(seed)}
         options |= {"about": about, "overwrite": overwrite, "size_factor": size_factor}
+        options["gene_sets"] = gene_sets
         options |= {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}
         return _unperturbed(adata, design, entries, split, out, **options)
     if split is None:
@@ -162,6 +168,9 @@ def compare(
     write_table(out / "panels.csv", pd.concat([points, *(row.table("panels.csv") for row in rows)], ignore_index=True))
     write_table(out / "flags.csv", pd.concat([row.table("flags.csv") for row in rows], ignore_index=True))
     write_history(rows, out)
+    if gene_sets is not None:
+        table = gene_sets_of(pd.read_csv(out / "effects.csv", dtype={"gene": str, "condition": str}), gene_sets)
+        write_table(out / "gene_sets.csv", table)
 
     # how all of this was made
     facts = {
@@ -190,15 +199,16 @@ def _unperturbed(
     n_cells: int | None,
     n_pcs: int,
     size_factor: str | None,
+    gene_sets: str | Path | None,
     **options: Any,
 ) -> pd.DataFrame:
     """Compare what generates populations, or what forecasts time courses; options that do not act are refused."""
     verbs = {entry.kind.verb for entry in entries}
-    if size_factor is not None or len(verbs) > 1 or not verbs <= {"generate", "forecast"}:
+    if size_factor is not None or gene_sets is not None or len(verbs) > 1 or not verbs <= {"generate", "forecast"}:
         given = preview([entry.label for entry in entries])
         raise ValueError(
-            f"the Design names no perturbation: compare generators, or models of time courses, without size_factor; "
-            f"found {given}. To predict perturbed cells, name the column with perturbation="
+            "the Design names no perturbation: compare generators, or models of time courses, without size_factor and "
+            f"gene_sets; found {given}. To predict perturbed cells, name the column with perturbation="
         )
     if verbs == {"generate"}:
         split = splits.cells(adata.obs, design, seed=options["seed"]) if split is None else split

@@ -6,7 +6,6 @@ for the perturbations that a model shall know; the result is `features` of :meth
 
 from __future__ import annotations
 
-import gzip
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from scipy import sparse
 
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.genes import delimited, read_table
+from invirtuo.cells.gmt import read_gmt
 from invirtuo.errors import preview
 
 if TYPE_CHECKING:
@@ -72,19 +72,7 @@ def gene_sets(path: str | Path, *, n_components: int = WIDTH, smallest: int = 5,
     """
     from sklearn.preprocessing import normalize
 
-    path = Path(path)
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = [line.rstrip("\n").split("\t") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable .gmt file: {error}") from error
-    sets = [set(line[2:]) - {""} for line in lines]
-    sets = [genes for genes in sets if smallest <= len(genes) <= largest]
-    if not sets:
-        raise ValueError(
-            f"{path} holds no set of {smallest} to {largest} genes; expected name, description and genes in each line, "
-            "separated by tabs"
-        )
+    sets = list(read_gmt(path, smallest=smallest, largest=largest).values())
     names = sorted(set().union(*sets))
     place = {name: i for i, name in enumerate(names)}
     rows = [place[gene] for genes in sets for gene in genes]

@@ -74,6 +74,9 @@ def compare(
             "-n", "--n-cells", help="Cells drawn for each condition, 1000 if not given; of generators in all."
         ),
     ] = None,
+    gene_sets: Annotated[
+        Path | None, typer.Option(help="FILE.gmt of gene sets (GO terms, pathways): which go up or down.")
+    ] = None,
     time: Time = None,
     fit_set: FitSet = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
@@ -107,6 +110,7 @@ def compare(
     about |= {"date": f"{datetime.now():%Y-%m-%d}"} | ({"title": title} if title else {})
     options: dict[str, Any] = {"baselines": baselines, "n_genes": n_genes, "size_factor": size_factor, "seed": seed}
     options |= {"metrics": JUDGED if metrics is None else metrics.split(","), "n_cells": n_cells}
+    options["gene_sets"] = gene_sets
     parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
     scores = invirtuo.compare(adata, design, entries, split=parts, out=out, about=about, overwrite=overwrite, **options)
     write_run(context, out)

@@ -17,6 +17,7 @@ __all__ = [
     "read_distributions",
     "read_effects",
     "read_flags",
+    "read_gene_sets",
     "read_history",
     "read_panels",
     "read_populations",
@@ -28,7 +29,10 @@ __all__ = [
 NEEDED = ("condition", "metric", "value")
 EMPTY = ("", "nan", "NaN", "NA")  # how a missing number is written
 PUBLISHED = ("published", "published_sd", "ours", "ours_sd", "difference")
-LABELS = {"against", "condition", "error", "flag", "gene", "kind", "metric", "model", "perturbation", "status", "task"}
+LABELS = {
+    "against", "condition", "error", "flag", "gene", "gene_set", "kind", "metric", "model", "perturbation", "status",
+    "task",
+}  # fmt: skip
 PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
 DISTRIBUTIONS = ("condition", "gene", "top", "control", "real", "predicted")
 COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
@@ -139,6 +143,11 @@ def read_run(path: Path) -> dict[str, Any]:
 def read_flags(path: Path) -> pd.DataFrame:
     """What is suspect about predicted cells; no row if the file is not there."""
     return _by_task(path, ("model", "flag", "text"), ())
+
+
+def read_gene_sets(path: Path) -> pd.DataFrame | None:
+    """Tests of sets of genes by condition, if there are any."""
+    return _optional(path, ("condition", "gene_set"), (), ("n_genes", "effect", "q", "real", "q_real"))
 
 
 def read_discrimination(path: Path) -> pd.DataFrame:

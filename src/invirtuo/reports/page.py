@@ -13,7 +13,7 @@ from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
 from invirtuo.reports.figures import as_png, condition_panels, curves, panels, populations
 from invirtuo.reports.genes import gene_data
 from invirtuo.reports.render import render
-from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, published_table, score_table
+from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, number, published_table, score_table
 from invirtuo.reports.verdict import verdict
 
 if TYPE_CHECKING:
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["report"]
 
 UNDER_PANELS = ("mmd_gex", "mmd_pca", "deg_recall")  # scores under cells of a benchmark, as in the figures of PRiMeFlow
+CONDITIONS, SETS = 12, 15  # conditions of which sets of genes are shown, and how many sets of each
 GENES = 12  # largest effects of a condition that are drawn
 FILES = {
     "scores.csv": "scores, a row for each model, condition and metric",
     "effects.csv": "predicted and seen effects, a row for each gene and condition",
+    "gene_sets.csv": "sets of genes that go up or down",
     "distributions.npz": "distributions of the values of genes",
     "predicted.h5ad": "predicted cells of the first model",
     "ahead.h5ad": "forecasts of the first model",
@@ -131,7 +133,7 @@ def report(
     shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}
     shown |= {"genes": genes, "genes_left_out": n_left_out, "files": _files(path, Path(out))}
     shown |= {"effects": _effects(effects, run), "populations": structure, "populations_columns": n_origins}
-    shown |= {"pictures": _pictures(path)}
+    shown |= {"pictures": _pictures(path), "gene_sets": _gene_sets(folder.read_gene_sets(path / "gene_sets.csv"))}
     shown |= {"curves": curves(history) if history is not None else "", "notes": _notes(run), "run": _flat(settings)}
     return render("page.html.j2", shown, out)
 
@@ -244,6 +246,20 @@ def _genes(effects: pd.DataFrame | None, path: Path) -> tuple[Markup | str, int]
     if effects is None:
         return "", 0
     return gene_data(effects, folder.read_distributions(path / "distributions.npz", effects))
+
+
+def _gene_sets(table: pd.DataFrame | None) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Conditions, and the sets of genes that their predictions change most, as text."""
+    if table is None:
+        return []
+    found = []
+    for condition, own in list(table.groupby("condition", sort=False))[:CONDITIONS]:
+        rows = []
+        for row in own.head(SETS).itertuples():
+            cells = (number(value) for value in (row.effect, row.q, row.real, row.q_real))
+            rows.append((str(row.gene_set), f"{row.n_genes:.0f}", *cells))
+        found.append((str(condition), rows))
+    return found
 
 
 def _pictures(path: Path) -> list[dict[str, str]]:
