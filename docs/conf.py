@@ -86,7 +86,17 @@ def _of_models():
     return shown
 
 
-autosummary_context = {"models": _of_models()}
+def _rooms():
+    """Address and title of the page whose table lists a name, by name."""
+    found = {}
+    for page in (Path(__file__).parent / "api").glob("*.md"):
+        title, *lines = page.read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in lines if re.fullmatch(r"   [\w.]+", line)]
+        found |= {f"invirtuo.{name}": (page.stem, title.removeprefix("# ")) for name in names}
+    return found
+
+
+autosummary_context = {"models": _of_models(), "rooms": _rooms()}
 TABLES = {  # registries and names of types, which have no docstring of their own
     "AnyMatrix": "A matrix of cells and genes (n, g): CSR or a dense array.",
     "COEFFICIENTS": "Weights of x0 and x1 at time t, and their derivatives, by name of a path.",
