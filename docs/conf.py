@@ -97,6 +97,16 @@ def _rooms():
 
 
 autosummary_context = {"models": _of_models(), "rooms": _rooms()}
+
+
+def remove_stale_pages(_):
+    """Remove the pages of names that no table lists any more."""
+    kept = {autosummary_filename_map.get(name, name) for name in autosummary_context["rooms"]}
+    for page in (Path(__file__).parent / "generated").glob("invirtuo.*.rst"):
+        if page.stem not in kept:
+            page.unlink()
+
+
 TABLES = {  # registries and names of types, which have no docstring of their own
     "AnyMatrix": "A matrix of cells and genes (n, g): CSR or a dense array.",
     "COEFFICIENTS": "Weights of x0 and x1 at time t, and their derivatives, by name of a path.",
@@ -225,4 +235,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", tidy_docstring, priority=100)
     app.connect("autodoc-process-docstring", keep_returned, priority=200)
     app.connect("autodoc-process-docstring", put_returned, priority=900)
+    app.connect("builder-inited", remove_stale_pages, priority=50)
     app.connect("builder-inited", write_command_line, priority=100)
