@@ -11,6 +11,7 @@ import click
 import typer.main
 from sphinx.ext.autosummary import autosummary_toc
 
+from invirtuo.cells.datasets import DATASETS
 from invirtuo.cli import PANELS, app
 from invirtuo.metrics import METRICS
 from invirtuo.models import MODELS
@@ -33,7 +34,14 @@ myst_substitutions = {
     "metrics_table": "\n".join(
         ["| name | better | definition | reference |", "|---|---|---|---|"]
         + [f"| `{m.name}` | {m.direction} | {m.definition} | {m.reference} |" for m in METRICS.values()]
-    )
+    ),
+    "data_table": "\n".join(
+        ["| name | what | cells x genes | licence | citation | how to get it |", "|---|---|---|---|---|---|"]
+        + [
+            f"| `{name}` | {d.title} | {d.shape[0]:,} x {d.shape[1]:,} | {d.licence} | {d.citation} | {d.access} |"
+            for name, d in DATASETS.items()
+        ]
+    ),
 }
 myst_heading_anchors = 3
 

@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 import invirtuo as iv
 from invirtuo.bench import Entry, compare
@@ -73,6 +74,32 @@ def test_effects_have_intervals_where_conditions_are_held_out_for_validation(com
     np.testing.assert_allclose(table["effect"] + table["control"], predicted.X.mean(0), atol=1e-5)
     page = iv.report(tmp_path / "b", tmp_path / "report.html").read_text()
     assert "cover 90% of all genes" in page
+
+
+def test_every_gene_is_tested_and_its_values_counted(comparison, toy, design, tmp_path):
+    comparison("a")
+    table = pd.read_csv(tmp_path / "a" / "effects.csv")
+    predicted = ad.read_h5ad(tmp_path / "a" / "predicted.h5ad")
+    adata = iv.preprocess.normalize(toy)
+    condition, gene = table["condition"].iloc[-1], table["gene"].iloc[3]
+    cell_type = condition.split("|")[0]
+    of_type = (adata.obs["cell_type"] == cell_type).to_numpy()
+    is_control = of_type & design.is_control(adata.obs)
+    values = {"control": adata[is_control], "real": adata[(design.names(adata.obs) == condition).to_numpy()]}
+    values["predicted"] = predicted[(design.names(predicted.obs) == condition).to_numpy()]
+    values = {origin: np.asarray(cells[:, gene].to_df()[gene]) for origin, cells in values.items()}
+
+    # the test, before adjusting, orders genes; the smallest adjusted p-value of a gene is at least its own
+    own = table[(table["condition"] == condition) & (table["gene"] == gene)].iloc[0]
+    for origin, column in (("predicted", "q"), ("real", "q_real")):
+        p = stats.mannwhitneyu(values[origin], values["control"], method="asymptotic").pvalue
+        assert p - 1e-9 <= own[column] <= 1
+    arrays = np.load(tmp_path / "a" / "distributions.npz")
+    i, j = list(arrays["condition"]).index(condition), list(arrays["gene"]).index(gene)
+    assert arrays["top"][j] == pytest.approx(max(adata[:, gene].X.max(), predicted[:, gene].X.max()))
+    for origin, own_values in values.items():
+        shares = arrays[origin][i, j]
+        assert shares.sum() == pytest.approx(1) and shares[0] == pytest.approx((own_values <= 0).mean())
 
 
 def test_groups_without_control_cells_have_no_effects(toy, design, tmp_path):

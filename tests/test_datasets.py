@@ -6,6 +6,9 @@ import functools
 import gzip
 import http.server
 import logging
+import socket
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 import invirtuo as iv
-from invirtuo.cells import datasets
+from invirtuo.cells import datasets, downloads
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,7 @@ def served(tmp_path):
 
 @pytest.fixture
 def toy_source(monkeypatch, toy):
-    """The toy cells as a named data set, not checked by md5."""
+    """The toy cells as a named data set, not checked."""
     source = replace(datasets.DATASETS["kang_full"], file="toy.h5ad", shape=toy.shape, md5=None, size_factor=None)
     source = replace(source, covariates=("cell_type",))
     monkeypatch.setitem(datasets.DATASETS, "toy", source)
@@ -73,6 +76,9 @@ def test_describe_has_a_row_for_each():
     assert table.loc["kang", "here"]
     assert not table.loc["pbmc3k", "here"]
     assert (table[["title", "licence", "citation", "file"]] != "").all(axis=None)
+    assert table.loc[["kang", "jiang24", "norman19", "pbmc3k"], "status"].tolist() == [
+        *("bundled", "downloadable", "by hand", "to be rebuilt")
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, source in datasets.DATASETS.items() if source.md5])
@@ -90,12 +96,33 @@ def test_shared_files_are_what_they_should_be(shared, name, caplog):
 
 
 def test_absent_file_says_where_to_put_it(tmp_path):
-    with pytest.raises(ValueError, match=r"pbmc3k.h5ad. Put .* data_dir= or the environment variable INVIRTUO_DATA"):
+    put = "pbmc3k.h5ad. It has no public address; see docs/data.md how to rebuild it. Put .* data_dir= .* INVIRTUO_DATA"
+    with pytest.raises(ValueError, match=put):
         iv.datasets.load("pbmc3k")
     with pytest.raises(ValueError, match="is not at .*elsewhere"):
         iv.datasets.load("pbmc3k", data_dir=tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"is not at .*none\.h5ad"):
         iv.datasets.load("kang", tmp_path / "none.h5ad")
+
+
+def test_a_task_without_its_data_says_the_same_at_once(tmp_path):
+    for name, task in {"kang_full": "kang-celltype", "norman19": "norman19", "jiang24": "jiang24"}.items():
+        with pytest.raises(ValueError, match="is not at .* data_dir=") as caught:
+            iv.datasets.look(name, data_dir=tmp_path)
+        with pytest.raises(ValueError) as of_task:
+            iv.bench.TASKS[task].look(tmp_path)
+        assert str(of_task.value) == str(caught.value)
+
+
+def test_the_command_lists_what_is_here(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, said, _ = run("list", "datasets")
+    assert code == 0
+    lines = {line.split()[0]: line for line in said.splitlines() if line[0] != " "}
+    assert list(lines) == list(datasets.DATASETS)
+    assert "13,999 x 2,010" in lines["kang"] and "bundled" in lines["kang"]
+    assert "downloadable" in lines["jiang24"] and "CC BY-NC" in lines["jiang24"]
+    assert "to be rebuilt" in lines["pbmc3k"] and "by hand" in lines["norman19"]
 
 
 def test_data_folder_may_come_from_the_environment(monkeypatch, toy, toy_source, tmp_path):
@@ -120,7 +147,7 @@ def test_another_file_under_the_name(toy, tmp_path, caplog):
     file = tmp_path / "pbmc3k.h5ad"
     toy.obs["umi_total"] = 1.0
     toy.write_h5ad(file)
-    with pytest.raises(ValueError, match="has md5 .*; expected fcde6881"):
+    with pytest.raises(ValueError, match="has md5 .*; expected fcde6881.*other cells, genes, values, labels"):
         iv.datasets.load("pbmc3k", data_dir=tmp_path)
     assert iv.datasets.load("pbmc3k", file).shape == toy.shape
     assert "not the published file" in caplog.text
@@ -158,6 +185,17 @@ def test_published_expression_needs_a_file_with_it(monkeypatch, toy, toy_source,
 # Downloads ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def remote(monkeypatch, toy, toy_source, served):
+    """The toy cells behind an address that the data set knows, and the file that is served there."""
+    folder, address = served
+    file = folder / "x.h5ad"
+    toy.write_h5ad(file)
+    source = replace(toy_source, address=f"{address}/x.h5ad", md5=downloads.md5_of(file))
+    monkeypatch.setitem(datasets.DATASETS, "toy", source)
+    return file
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_download_is_kept(toy, toy_source, served, tmp_path, packed):
     folder, address = served
@@ -173,18 +211,119 @@ def test_download_is_kept(toy, toy_source, served, tmp_path, packed):
     assert iv.datasets.load("toy", url, data_dir=cache).shape == toy.shape
 
 
+def test_a_known_address_is_downloaded_from_once(toy, remote, tmp_path):
+    cache = tmp_path / "cache"
+    assert iv.datasets.describe(data_dir=cache).loc["toy", "status"] == "downloadable"
+    assert iv.datasets.load("toy", data_dir=cache).shape == toy.shape
+    assert [file.name for file in cache.iterdir()] == ["toy.h5ad"]
+    assert iv.datasets.describe(data_dir=cache).loc["toy", "status"] == "here"
+    remote.unlink()
+    assert iv.datasets.load("toy", data_dir=cache).shape == toy.shape
+    assert iv.datasets.look("toy", data_dir=cache)[1].shape == toy.shape
+
+
+def test_to_look_downloads_nothing(remote, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"is not at .*toy.h5ad\. invirtuo.datasets.load\('toy'\) downloads it from http"
+    ):
+        iv.datasets.look("toy", data_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_download_that_is_not_what_it_should_be(monkeypatch, toy_source, served, tmp_path):
     folder, address = served
+    cache = tmp_path / "cache"
     (folder / "x.h5ad").write_text("no cells")
+    (folder / "z.h5ad.gz").write_text("not packed")
     monkeypatch.setitem(datasets.DATASETS, "toy", replace(toy_source, md5="0" * 32))
-    with pytest.raises(ValueError, match="has md5 .* Nothing was kept"):
-        iv.datasets.load("toy", f"{address}/x.h5ad", data_dir=tmp_path / "cache")
-    with pytest.raises(ValueError, match="cannot download .*404"):
-        iv.datasets.load("toy", f"{address}/y.h5ad", data_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"cannot download .*MD5 hash .* does not match"):
+        iv.datasets.load("toy", f"{address}/x.h5ad", data_dir=cache)
+    with pytest.raises(ValueError, match=r"cannot download .*404.*is not at .*toy.h5ad.*data_dir=.*INVIRTUO_DATA"):
+        iv.datasets.load("toy", f"{address}/y.h5ad", data_dir=cache)
+    with pytest.raises(ValueError, match="cannot download .*[Nn]ot a gzipped file"):
+        iv.datasets.load("toy", f"{address}/z.h5ad.gz", data_dir=cache)
+    assert not list(cache.iterdir())
+
+
+def test_a_download_that_ends_half_way_leaves_nothing(monkeypatch, remote, tmp_path):
+    def half(handler, source, target):
+        target.write(source.read()[:1000])
+
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", half)
     with pytest.raises(ValueError, match="cannot download"):
-        (folder / "z.h5ad.gz").write_text("not packed")
-        iv.datasets.load("toy", f"{address}/z.h5ad.gz", data_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+        iv.datasets.load("toy", data_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_download_that_is_killed_leaves_no_half_file(remote, tmp_path):
+    """The end of the process, of which no clean-up hears."""
+    code = f"""
+import os, pathlib, sys
+from invirtuo.cells import downloads
+class Stop:
+    def __init__(self, **options): pass
+    def __call__(self, url, target, _):
+        pathlib.Path(target).write_bytes(b"half")
+        os._exit(9)
+import pooch
+pooch.HTTPDownloader = Stop
+downloads.download({datasets.DATASETS["toy"].address!r}, pathlib.Path({str(tmp_path)!r}, "cache", "toy.h5ad"))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert not (tmp_path / "cache" / "toy.h5ad").exists()
+    iv.datasets.load("toy", data_dir=tmp_path / "cache")
+
+
+def test_offline_says_what_was_tried_and_what_to_do(monkeypatch, toy_source, tmp_path):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{nobody.getsockname()[1]}/x.h5ad"
+        monkeypatch.setitem(datasets.DATASETS, "toy", replace(toy_source, address=address))
+        with pytest.raises(ValueError) as caught:
+            iv.datasets.load("toy", data_dir=tmp_path)
+    told = str(caught.value)
+    for words in (f"cannot download {address}", f"is not at {tmp_path / 'toy.h5ad'}", "data_dir=", "INVIRTUO_DATA"):
+        assert words in told
+    assert "\n" not in told
+
+
+# Rebuilt files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rebuilt_file_counts_by_its_cells(monkeypatch, toy, toy_source, tmp_path, caplog):
+    known = " ".join(downloads.fingerprint(toy, toy_source.columns).values())
+    monkeypatch.setitem(datasets.DATASETS, "toy", replace(toy_source, md5="0" * 32, content=known))
+    file = tmp_path / "toy.h5ad"
+    toy.write_h5ad(file, compression="gzip")
+    assert iv.datasets.load("toy", data_dir=tmp_path).shape == toy.shape
+    assert not caplog.records
+
+    toy.X.data[5] += 1
+    toy.obs["cell_type"] = toy.obs["cell_type"].cat.rename_categories({"b_cell": "B cell"})
+    toy.write_h5ad(file)
+    with pytest.raises(ValueError, match=r"other values, labels\. Copy or rebuild it again"):
+        iv.datasets.load("toy", data_dir=tmp_path)
+    assert iv.datasets.load("toy", file).shape == toy.shape
+    assert "not the published file" in caplog.text
+
+
+def test_fingerprint_names_the_part_that_differs(toy):
+    columns = ["cell_type", "batch"]
+    known = downloads.fingerprint(toy, columns)
+    other = toy.copy()
+    other.obs_names = [f"{name}-1" for name in toy.obs_names]
+    other.obs["batch"] = other.obs["batch"].astype(str)  # the same labels in another form
+    found = downloads.fingerprint(other, columns)
+    assert [part for part in known if known[part] != found[part]] == ["cells"]
+    assert downloads.fingerprint(toy[:, ::-1].copy(), columns)["genes"] != known["genes"]
+    assert downloads.fingerprint(toy, ["no such column"])["labels"] == ""
+
+
+@pytest.mark.parametrize("name", [name for name, source in datasets.DATASETS.items() if source.md5])
+def test_known_fingerprints_are_those_of_the_known_files(shared, name):
+    folder = shared("data")
+    adata = iv.datasets.load(name, data_dir=folder)
+    assert datasets.differences(name, adata) == []
 
 
 # Toy ------------------------------------------------------------------------------------------------------------------

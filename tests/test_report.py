@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html.parser
 import json
 import re
@@ -79,14 +81,14 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br", "link"):
+        if tag not in ("meta", "img", "br", "link", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.text += data
 
 
@@ -187,6 +189,60 @@ def test_effects_are_drawn_with_how_often_intervals_hold(results):
     table.drop(columns=["low", "high"]).to_csv(results / "effects.csv", index=False)
     text = render(results)[1].text
     assert "largest predicted changes" in text and "lie within" not in text
+
+
+def looked_up(text):
+    """What the script of a page reads."""
+    packed = re.search(r'id="gene-data">([^<]*)<', text).group(1)
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def test_every_gene_can_be_looked_up(results):
+    assert 'id="genes"' not in render(results)[0]
+    table = pd.DataFrame({"condition": ["T|A"] * 3 + ["B|A"] * 3, "gene": list("abc") * 2})
+    table = table.assign(effect=[1.0, -2.0, 0.123456, 0.0, 0.0, 0.0], low=np.nan, high=np.nan, real=1.0, q=0.01)
+    table.to_csv(results / "effects.csv", index=False)
+    data = looked_up(render(results)[0])
+    assert data["genes"] == ["a", "b", "c"] and [own["name"] for own in data["conditions"]] == ["T|A", "B|A"]
+    first = data["conditions"][0]
+    assert first["effect"] == [1.0, -2.0, 0.1235] and first["low"] == [None] * 3 == first["q_real"]
+    assert "shares" not in first
+
+    # with distributions, of which those of real cells are not known
+    shares = np.full((2, 3, 4), 0.25, np.float32)
+    arrays = {"condition": np.array(["T|A", "B|A"]), "gene": np.array(list("abc")), "top": np.ones(3)}
+    arrays |= {"control": shares, "real": np.full_like(shares, np.nan), "predicted": shares}
+    np.savez(results / "distributions.npz", **arrays)
+    text, page = render(results)
+    own = looked_up(text)["conditions"][1]["shares"]
+    assert own["control"] == own["predicted"] == [[250] * 4] * 3 and own["real"] is None
+    assert not [attributes for tag, attributes in page.tags if tag == "script" and "src" in attributes]
+
+    # files that do not belong together
+    np.savez(results / "distributions.npz", **{**arrays, "gene": np.array(list("abx"))})
+    with pytest.raises(ValueError, match="different cells"):
+        render(results)
+    np.savez(results / "distributions.npz", gene=np.array(list("abc")))
+    with pytest.raises(ValueError, match="lacks condition"):
+        render(results)
+
+
+def test_a_page_in_its_folder_names_the_files(results):
+    page = iv.report(results, results / "report.html").read_text()
+    assert '<a href="scores.csv">' in page and "predicted.h5ad" not in page
+    assert "<h2>Files</h2>" not in render(results)[0]
+
+
+def test_a_page_with_many_genes_is_small(results):
+    genes, conditions = [f"gene{i}" for i in range(2000)], [f"type{i}|drug" for i in range(12)]
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"condition": np.repeat(conditions, 2000), "gene": genes * 12})
+    numbers = {name: rng.normal(size=len(table)) for name in ("effect", "low", "high", "real", "q", "q_real")}
+    table.assign(**numbers).to_csv(results / "effects.csv", index=False)
+    shares = rng.dirichlet(np.linspace(3, 0.01, 16), (12, 2000)).astype(np.float32)
+    arrays = {"condition": np.array(conditions), "gene": np.array(genes), "top": np.ones(2000)}
+    np.savez(results / "distributions.npz", **arrays, control=shares, real=shares, predicted=shares)
+    assert len(render(results)[0]) < 3_000_000
 
 
 def test_tasks_have_sections_and_seeds_a_spread(results, scores):
@@ -457,7 +513,7 @@ def test_many_conditions_are_charts_only(benchmark_results, benchmark_tables, mo
     assert "type0|drug0" in render(benchmark_results)[1].text
     monkeypatch.setattr("invirtuo.reports.page.MAX_CELLS", 100)
     text, page = render(benchmark_results)
-    table_heads = re.findall(r"<tr><th>(type\d\|drug\d+)</th>", text)
+    table_heads = re.findall(r'<tr><th scope="row">(type\d\|drug\d+)</th>', text)
     assert set(table_heads) == {"type0|drug0"}  # the task of one condition
     assert "type1|drug1: " in page.text  # a dot tells its name
 

@@ -560,12 +560,28 @@ def test_file_needs_unique_cells(tmp_path):
 def test_public_names():
     assert set(splits.__all__) == {
         "SPLITS",
+        "cells",
         "courses",
         "from_csv",
         "from_toml",
         "regimes",
         *SPLITS,
-    }  # courses: a design with time
+    }  # cells, courses: of a design without perturbation
+
+
+# cells at random
+
+
+def test_cells_are_held_out_class_by_class():
+    obs = pd.DataFrame({"line": ["h"] * 100 + ["k"] * 10})
+    design = Design.from_adata(obs, covariates="line")
+    split = splits.cells(obs, design, test_fraction=0.2, val_fraction=0.1)
+    counts = pd.crosstab(obs["line"], split)
+    assert counts.loc["h"].to_dict() == {"test": 20, "train": 70, "val": 10}
+    assert counts.loc["k"].to_dict() == {"test": 2, "train": 7, "val": 1}
+    assert not split.equals(splits.cells(obs, design, seed=1))
+    with pytest.raises(ValueError, match="add up to below 1"):
+        splits.cells(obs, design, test_fraction=0.9, val_fraction=0.1)
 
 
 # unseen targets

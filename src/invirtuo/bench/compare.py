@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
-from invirtuo.bench.cell import as_json, scores_of
+from invirtuo import splits
+from invirtuo.bench.by_gene import by_gene
+from invirtuo.bench.cell import scores_of
+from invirtuo.bench.compare_unperturbed import compare_courses, compare_populations
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
 from invirtuo.bench.panels import predicted_points, real_points
+from invirtuo.bench.rows import Row, rows_of, seeded, write_history
 from invirtuo.bench.run import chosen_entries, software, write_table
 from invirtuo.bench.task import JUDGED
 from invirtuo.cells import preprocess
@@ -28,14 +32,12 @@ from invirtuo.cells.files import check_writable, write_h5ad, writing
 from invirtuo.cells.values import looks_like_counts, require_log
 from invirtuo.design import Design
 from invirtuo.errors import preview
-from invirtuo.fit import FitConfig
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.numerics.axes import principal_axes
 from invirtuo.reports import report
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
-    import numpy as np
     from anndata import AnnData
 
     from invirtuo.bench.entry import Predictor, Spec
@@ -44,6 +46,7 @@ __all__ = ["compare"]
 
 logger = logging.getLogger(__name__)
 
+N_CELLS = 1000  # drawn for each condition
 EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
 
 
@@ -52,14 +55,14 @@ def compare(
     design: Design,
     models: Sequence[Spec] | Spec,
     *,
-    split: pd.Series,
+    split: pd.Series | None = None,
     out: str | Path = "results",
     part: str = "test",
     baselines: bool = True,
     n_genes: int | None = None,
     size_factor: str | None = None,
     metrics: Sequence[str] | None = JUDGED,
-    n_cells: int = 1000,
+    n_cells: int | None = None,
     n_pcs: int = 30,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
@@ -69,6 +72,9 @@ def compare(
 
     Scores are written as they come. A comparison that was stopped goes on with the same call: models that are done are
     read, a fit goes on from its last checkpoint, and the numbers are the same.
+
+    Where nothing was perturbed (the Design names no perturbation), generators are compared by the populations that they
+    draw (:func:`invirtuo.bench.judge`), and models of time courses by their forecasts of what was held out.
 
     Parameters
     ----------
@@ -80,11 +86,13 @@ def compare(
         Entries, names of models, ``model:preset``, or classes of your own. Effects are shown of the first.
     split
         "train" / "val" / "test" per cell, as made by :mod:`invirtuo.splits`. Effects have intervals if it holds out
-        conditions for validation.
+        conditions for validation. None, for generators alone: cells at random, :func:`invirtuo.splits.cells`.
     out
-        Folder for the page ``report.html`` and what it shows: ``scores.csv``, ``predicted.h5ad`` and ``effects.csv``
-        (of the first model), ``history.csv``, ``panels.csv``, ``flags.csv`` (:func:`invirtuo.metrics.flags`),
-        ``discrimination.csv`` (:func:`invirtuo.metrics.calibration`), ``run.json``; and for the fitted models.
+        Folder for the page ``report.html`` and what it shows: ``scores.csv``, ``predicted.h5ad``, ``effects.csv`` and
+        ``distributions.npz`` (of the first model), ``history.csv``, ``panels.csv``, ``flags.csv``
+        (:func:`invirtuo.metrics.flags`), ``discrimination.csv`` (:func:`invirtuo.metrics.calibration`), ``run.json``;
+        and for the fitted models. Of populations `judge` says what is written, of time courses there are
+        ``ahead.h5ad``, forecasts of the first model, and ``edges.csv``, its network.
     part
         Which held-out part is predicted and scored.
     baselines
@@ -94,8 +102,12 @@ def compare(
         Number of variable genes to keep, chosen on training cells; None keeps all. For raw counts.
     size_factor
         Column of obs with the depth of each cell, for raw counts of some of the genes.
-    metrics, n_cells, n_pcs
-        As in `evaluate` and `PerturbationModel.predict`.
+    metrics
+        As in `evaluate`; generators are judged by the profile "generation" unless others are named.
+    n_cells
+        Cells drawn for each condition, 1,000 if not given; of generators: in all, as many as were held out.
+    n_pcs
+        As in `evaluate`.
     seed
         Of sampling, of the halves of the noise floor, and of fits, unless an entry brings a FitConfig or a seed.
     about
@@ -115,7 +127,17 @@ def compare(
     """
     check_writable(out, folder=True)
     out = Path(out)
-    entries = [_seeded(entry, int(seed)) for entry in chosen_entries(models, baselines=False, floor=False)]
+    verb = "predict" if design.perturbation else None
+    entries = [seeded(entry, int(seed)) for entry in chosen_entries(models, baselines=False, floor=False, verb=verb)]
+    about = dict(about or {})
+    if design.perturbation is None:
+        options: dict[str, Any] = {"part": part, "baselines": baselines, "n_genes": n_genes, "seed": int(seed)}
+        options |= {"about": about, "overwrite": overwrite, "size_factor": size_factor}
+        options |= {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}
+        return _unperturbed(adata, design, entries, split, out, **options)
+    if split is None:
+        raise ValueError("nothing is held out; pass split=, as made by invirtuo.splits")
+    n_cells = N_CELLS if n_cells is None else n_cells
     adata = _log_values(adata, n_genes, size_factor, split)
     dataset = CellDataset(adata, design, split)
     asked = _Asked(adata, design, split, part, metrics, n_cells, n_pcs, int(seed))
@@ -123,11 +145,7 @@ def compare(
         entries += _baselines(entries, asked)
 
     # rows that an earlier call computed are read, the others fitted, drawn and scored
-    split_hash = hashlib.sha256("|".join(split).encode()).hexdigest()[:16]
-    plan = {"data": dataset.fingerprint(), "split": split_hash, "asked": asked.plan()}
-    rows = [_Row(out, entry, plan) for entry in entries]
-    for row in rows:
-        row.check(overwrite=overwrite)
+    rows = rows_of(out, entries, dataset, split, asked.plan(), overwrite=overwrite)
     done = _computed(rows, asked, out)
 
     # scores of all rows and of the noise floor, for the conditions of the first
@@ -143,15 +161,13 @@ def compare(
     points = real_points(adata, asked.real, design, asked.axes, asked.seed)
     write_table(out / "panels.csv", pd.concat([points, *(row.table("panels.csv") for row in rows)], ignore_index=True))
     write_table(out / "flags.csv", pd.concat([row.table("flags.csv") for row in rows], ignore_index=True))
-    history = pd.concat([row.table("history.csv") for row in rows], ignore_index=True)
-    if "step" in history:  # something was trained
-        write_table(out / "history.csv", history)
+    write_history(rows, out)
 
     # how all of this was made
     facts = {
         **asked.described(),
         "baselines": [entry.label for entry in entries if entry in BASELINES],
-        **(about or {}),
+        **about,
     }
     facts |= {"seed": asked.seed, "cells per condition": n_cells, "software": software()}
     facts["models"] = [row.record["facts"] for row in rows]
@@ -161,6 +177,37 @@ def compare(
         path.write_text(json.dumps(facts, indent=2))
     report(out, out / "report.html")
     return scores
+
+
+def _unperturbed(
+    adata: AnnData,
+    design: Design,
+    entries: Sequence[Entry],
+    split: pd.Series | None,
+    out: Path,
+    *,
+    metrics: Sequence[str] | None,
+    n_cells: int | None,
+    n_pcs: int,
+    size_factor: str | None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Compare what generates populations, or what forecasts time courses; options that do not act are refused."""
+    verbs = {entry.kind.verb for entry in entries}
+    if size_factor is not None or len(verbs) > 1 or not verbs <= {"generate", "forecast"}:
+        given = preview([entry.label for entry in entries])
+        raise ValueError(
+            f"the Design names no perturbation: compare generators, or models of time courses, without size_factor; "
+            f"found {given}. To predict perturbed cells, name the column with perturbation="
+        )
+    if verbs == {"generate"}:
+        split = splits.cells(adata.obs, design, seed=options["seed"]) if split is None else split
+        metrics = "generation" if metrics == JUDGED else metrics
+        options |= {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}
+        return compare_populations(adata, design, entries, split=split, out=out, **options)
+    if split is None or n_cells is not None or metrics != JUDGED:
+        raise ValueError("forecasts need a split, like iv.splits.courses, and take neither metrics nor n_cells")
+    return compare_courses(adata, design, entries, split=split, out=out, **options)
 
 
 @dataclass(frozen=True)
@@ -218,7 +265,7 @@ class _Asked:
         return {"title": f"How well were {tested} predicted?", "dataset": shape, "split": held_out}
 
 
-def _computed(rows: Sequence[_Row], asked: _Asked, out: Path) -> list[pd.DataFrame]:
+def _computed(rows: Sequence[Row], asked: _Asked, out: Path) -> list[pd.DataFrame]:
     """Scores of all rows; what was not computed before is fitted and drawn, effects are those of the first."""
     pair: Pair | None = None
     done: list[pd.DataFrame] = []
@@ -232,7 +279,11 @@ def _computed(rows: Sequence[_Row], asked: _Asked, out: Path) -> list[pd.DataFra
                 else pair.against(predicted)
             )
             if is_first:
-                write_table(out / "effects.csv", effects_of(predicted, asked.adata, asked.design))
+                effects = effects_of(predicted, asked.adata, asked.design)
+                effects, distributions = by_gene(effects, predicted, asked.adata, asked.design)
+                write_table(out / "effects.csv", effects)
+                with writing(out / "distributions.npz") as path:
+                    np.savez_compressed(path, allow_pickle=False, **distributions)
                 write_h5ad(predicted, out / "predicted.h5ad")
             label = row.entry.label
             points = predicted_points(predicted, label, asked.design, asked.axes, asked.seed)
@@ -243,13 +294,6 @@ def _computed(rows: Sequence[_Row], asked: _Asked, out: Path) -> list[pd.DataFra
         done = [scores_of(row.record) for row in rows if row.record]
         write_table(out / "scores.csv", pd.concat(done))
     return done
-
-
-def _seeded(entry: Entry, seed: int) -> Entry:
-    """The entry, fitted with the seed unless it says how."""
-    if isinstance(entry.fit, FitConfig):
-        return entry
-    return replace(entry, fit={"seed": seed, **(entry.fit or {})})
 
 
 def _log_values(adata: AnnData, n_genes: int | None, size_factor: str | None, split: pd.Series) -> AnnData:
@@ -272,64 +316,15 @@ def _baselines(entries: Sequence[Entry], asked: _Asked) -> list[Entry]:
     return [entry for entry in able if entry.label not in labels]
 
 
-class _Row:
-    """One entry of a comparison in a folder of its own, by which a comparison that was stopped goes on."""
-
-    def __init__(self, out: Path, entry: Entry, plan: Mapping[str, Any]):
-        self.out, self.entry = out, entry
-        self.folder = out / "rows" / entry.label
-        described = entry.describe()
-        for options in (described["fit"], described["predict"]):
-            (options or {}).pop("progress", None)  # changes no number
-        self.settings = json.loads(json.dumps({**plan, "entry": described}))
-        self.record: dict[str, Any] = {}  # empty until the row is done
-
-    def check(self, *, overwrite: bool) -> None:
-        """Read what an earlier call computed, if it asked for the same.
-
-        Raises
-        ------
-        ValueError
-            If the folder holds a row with other settings, unless it may be overwritten.
-        """
-        path = self.folder / "record.json"
-        if not path.is_file():
-            return
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["settings"] == self.settings:
-            self.record = record
-        elif not overwrite:
-            other = [name for name in self.settings if record["settings"].get(name) != self.settings[name]]
-            raise ValueError(
-                f"{self.out} holds {self.entry.label} with another {preview(other)}; give another folder, or "
-                "overwrite it"
-            )
-
-    def table(self, name: str) -> pd.DataFrame:
-        """A table of the row; labels stay as they are written."""
-        return pd.read_csv(self.folder / name, keep_default_na=False, na_values=[""])
-
-    def write(self, scores: pd.DataFrame, facts: Mapping[str, Any]) -> None:
-        """Write the record, after everything else: it marks the row as done."""
-        self.record = {"settings": self.settings, "facts": facts, "scores": as_json(scores)}
-        with writing(self.folder / "record.json") as path:
-            path.write_text(json.dumps(self.record), encoding="utf-8")
-
-
-def _drawn(row: _Row, asked: _Asked, level: float | None) -> tuple[AnnData, dict[str, Any], pd.DataFrame]:
+def _drawn(row: Row, asked: _Asked, level: float | None) -> tuple[AnnData, dict[str, Any], pd.DataFrame]:
     """Cells that an entry draws, facts about it, and its history; the model is saved."""
+    model, facts = row.fitted(asked.design, asked.adata, asked.split)
     started = time.perf_counter()
-    model, fit = row.entry.make(asked.design, asked.adata.var_names)
-    logger.info("fitting %s", row.entry.label)
-    model.fit(asked.adata, split=asked.split, config=fit, folder=row.folder / "checkpoints", resume=True)
-    fitted = time.perf_counter()
     options = dict(row.entry.predict)
     if level is not None and _gives_intervals(model, asked.part):
         options.setdefault("effect_level", level)
     predicted = model.predict(asked.part, n_cells=asked.n_cells, seed=asked.seed, **options)
-    done = time.perf_counter()
-    model.save(row.out / "models" / row.entry.label, overwrite=True)
-    facts = _facts(row.entry, model, fit, fitted - started, done - fitted)
+    facts["predict seconds"] = round(time.perf_counter() - started, 1)
     facts["intervals"] = "effect" in predicted.varm
     return predicted, facts, model.history.assign(model=row.entry.label)
 
@@ -342,20 +337,3 @@ def _gives_intervals(model: Predictor, part: str) -> bool:
         return False
     conditions = pd.DataFrame(held_out["val"] + held_out[part], columns=design.columns)
     return set(design.groups(conditions)) <= set(observed.groups)
-
-
-def _facts(
-    entry: Entry, model: Predictor, fit: FitConfig, fit_seconds: float, predict_seconds: float
-) -> dict[str, Any]:
-    trained = any(p.requires_grad for p in model.parameters())
-    n_parameters = sum(p.numel() for p in model.parameters())
-    return {
-        "label": entry.label,
-        "model": entry.model,
-        "config": asdict(model.config),
-        "fit": asdict(fit) if trained else "closed form",
-        "parameters": n_parameters,
-        "fit seconds": round(fit_seconds, 1),
-        "predict seconds": round(predict_seconds, 1),
-        "data hash": model.card["data_hash"],
-    }

@@ -107,13 +107,20 @@ BASELINES = (
 )
 
 
-def as_entries(spec: Spec) -> list[Entry]:
+def as_entries(spec: Spec, verb: str | None = "predict") -> list[Entry]:
     """Entries from an Entry, a class, from ``model``, ``model:preset``, ``module:Class``, or from a JSON file of some.
+
+    Parameters
+    ----------
+    spec
+        What stands for them.
+    verb
+        What they are wanted for, and whose options their field `predict` holds; None: what each model is for.
 
     Raises
     ------
     ValueError
-        If the model, its preset, a field, or an option of its `predict` is unknown.
+        If the model, its preset, a field, or an option of the verb is unknown, or the model has not got the verb.
     """
     if isinstance(spec, Entry):
         entries = [spec]
@@ -130,7 +137,7 @@ def as_entries(spec: Spec) -> list[Entry]:
         try:
             config, _ = entry.settings()
             for options in entry.rows.values():
-                kind.check_options("predict", options, config)
+                kind.check_options(verb or kind.verb, options, config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"entry {entry.label!r}: {error}") from error
     return entries

@@ -196,13 +196,15 @@ def one_task(task: Task | str) -> Task:
     return TASKS[task] if isinstance(task, str) else task
 
 
-def chosen_entries(models: Sequence[Spec] | Spec | None, *, baselines: bool, floor: bool = True) -> list[Entry]:
+def chosen_entries(
+    models: Sequence[Spec] | Spec | None, *, baselines: bool, floor: bool = True, verb: str | None = "predict"
+) -> list[Entry]:
     """Entries as asked for, the simple baselines that are missing, and the noise floor."""
     if models is None:
         models = [name for name, model in MODELS.items() if model.verb == "predict"]
     elif isinstance(models, Entry | str | Path | type):
         models = [models]
-    chosen = [entry for spec in models for entry in as_entries(spec)]
+    chosen = [entry for spec in models for entry in as_entries(spec, verb)]
     if baselines:
         labels = {entry.label for entry in chosen}
         chosen += [entry for entry in BASELINES if entry.label not in labels]

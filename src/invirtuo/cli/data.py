@@ -127,8 +127,11 @@ def _features() -> list[tuple[str, ...]]:
 def _datasets() -> list[tuple[str, ...]]:
     from invirtuo.cells import datasets
 
-    rows = datasets.describe().iterrows()
-    return [(str(name), row["title"], "here" if row["here"] else f"needs {row['file']}") for name, row in rows]
+    rows: list[tuple[str, ...]] = []
+    for name, row in datasets.describe().iterrows():
+        size = f"{row['cells']:,} x {row['genes']:,}"
+        rows.append((str(name), row["title"], size, row["status"], row["licence"]))
+    return rows
 
 
 def _tasks() -> list[tuple[str, ...]]:

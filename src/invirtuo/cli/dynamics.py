@@ -160,6 +160,7 @@ def _intervene(
 
 def _write_scores(model: Any, cells: Any, level: float, folder: Path, quiet: bool) -> None:
     """Scores of forecasts as a folder that `report` reads."""
+    from invirtuo.bench.compare_unperturbed import forecast_scores
     from invirtuo.cells.files import writing
 
     with warnings.catch_warnings(record=True) as caught:
@@ -167,10 +168,8 @@ def _write_scores(model: Any, cells: Any, level: float, folder: Path, quiet: boo
         table = model.evaluate_forecast(cells, level=level)
 
     # scores and facts, as the report expects them
-    metrics = ["mse", "mse_bins", "r2", "coverage"]
-    tidy = table.melt(["condition", "model"], metrics, var_name="metric").dropna(subset="value")
     with writing(folder / "scores.csv") as path:
-        tidy.to_csv(path, index=False)
+        forecast_scores(table, model.name).to_csv(path, index=False)
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     facts = {"title": "Forecasts of time courses", "notes": notes}
     facts["beats_baselines"] = table.attrs["beats_baselines"]

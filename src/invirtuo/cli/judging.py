@@ -67,7 +67,13 @@ def compare(
     size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
     baselines: Annotated[bool, typer.Option(help="Add the simple baselines.")] = True,
     metrics: Annotated[str | None, typer.Option(help="Names joined by commas; see `invirtuo list metrics`.")] = None,
-    n_cells: Annotated[int, typer.Option("-n", "--n-cells", help="Cells drawn for each condition.")] = 1000,
+    n_cells: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--n-cells", help="Cells drawn for each condition, 1000 if not given; of generators in all."
+        ),
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Column of obs with time, of time courses.")] = None,
     fit_set: FitSet = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     seed: int = 0,
@@ -77,6 +83,8 @@ def compare(
 ) -> None:
     """From a file to an answer: fit models, predict what is held out, judge all beside simple baselines; a page.
 
+    Without --perturbation generators are judged on cells held out at random, models of time courses (--time) on what
+    --hold-out or --split says.
     Stopped, it goes on with the same command.
     """
     import invirtuo
@@ -84,14 +92,14 @@ def compare(
     from invirtuo.bench.task import JUDGED
     from invirtuo.cells.files import read_h5ad
 
-    if not (split or hold_out):
+    if perturbation and not (split or hold_out):
         raise ValueError("nothing is held out; name conditions with --hold-out, or a split with --split")
     adata = read_h5ad(data)
     columns: dict[str, Any] = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
-    design = invirtuo.Design.from_adata(adata, **columns, separator=separator, batch=batch)
+    design = invirtuo.Design.from_adata(adata, **columns, separator=separator, batch=batch, time=time)
     fields = [*(fit_set or []), f"progress={str(not quiet).lower()}", f"seed={seed}"]
     entries = []
-    for entry in (entry for name in model for entry in as_entries(name)):
+    for entry in (entry for name in model for entry in as_entries(name, "predict" if perturbation else None)):
         fit = with_fields(entry.settings()[1], fields, f"invirtuo list models {entry.model} --fit")
         entries.append(replace(entry, fit=fit))
     about = {"data": str(data), "command": shlex.join(["invirtuo", *sys.argv[1:]])}

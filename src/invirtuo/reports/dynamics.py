@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.figure import Figure
 
-__all__ = ["forecast", "intervention", "network", "tradeoff"]
+__all__ = ["forecast", "forecast_figure", "intervention", "network", "network_figure", "tradeoff"]
 
 MAX_GENES = 12
 
@@ -38,6 +38,13 @@ def forecast(
     time
         Column with time.
     """
+    return as_png(forecast_figure(predicted, observed, genes, time=time))
+
+
+def forecast_figure(
+    predicted: AnnData, observed: AnnData | None = None, genes: Sequence[str] | None = None, *, time: str
+) -> Figure:
+    """The figure of :func:`forecast`."""
     # unless genes are named, those that change most along a course
     names = labels_of(predicted.obs, time)
     x = pd.DataFrame(np.asarray(predicted.X), columns=predicted.var_names)
@@ -48,7 +55,7 @@ def forecast(
         courses(predicted, gene, time=time, observed=observed, ax=ax)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=MAX_COURSES, frameon=False, fontsize=8)
-    return as_png(figure)
+    return figure
 
 
 def network(edges: pd.DataFrame) -> str:
@@ -59,12 +66,17 @@ def network(edges: pd.DataFrame) -> str:
     edges
         What `network` of a model gave.
     """
+    return as_png(network_figure(edges))
+
+
+def network_figure(edges: pd.DataFrame) -> Figure:
+    """The figure of :func:`network`."""
     top = edges.head(MAX_EDGES)
     n_targets, n_regulators = top["target"].nunique(), top["regulator"].nunique()
     figure = new_figure(2.0 + 0.24 * n_targets, 1.6 + 0.22 * n_regulators)
     draw_network(edges, n_edges=MAX_EDGES, ax=figure.subplots())
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return as_png(figure)
+    return figure
 
 
 def intervention(change: AnnData, *, time: str) -> str:

@@ -14,6 +14,7 @@ __all__ = [
     "read_comparisons",
     "read_costs",
     "read_discrimination",
+    "read_distributions",
     "read_effects",
     "read_flags",
     "read_history",
@@ -29,6 +30,7 @@ EMPTY = ("", "nan", "NaN", "NA")  # how a missing number is written
 PUBLISHED = ("published", "published_sd", "ours", "ours_sd", "difference")
 LABELS = {"against", "condition", "error", "flag", "gene", "kind", "metric", "model", "perturbation", "status", "task"}
 PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
+DISTRIBUTIONS = ("condition", "gene", "top", "control", "real", "predicted")
 COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
 
 
@@ -54,11 +56,10 @@ def read_panels(folder: Path) -> pd.DataFrame | None:
     """Cells on two components, from the packed or the plain table."""
     packed, plain = folder / "panels.npz", folder / "panels.csv"
     if packed.is_file():
-        try:
-            with np.load(packed, allow_pickle=False) as arrays:
-                table = pd.DataFrame({name: arrays[name] for name in arrays.files})
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{packed} is not a readable npz of equally long arrays: {error}") from error
+        arrays = _read_npz(packed)
+        if len({array.shape for array in arrays.values()}) > 1:
+            raise ValueError(f"{packed} is not a readable npz of equally long arrays")
+        table = pd.DataFrame(arrays)
     elif plain.is_file():
         table = _read_csv(plain, ("pc1", "pc2", "kind"))
     else:
@@ -85,8 +86,22 @@ def read_populations(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame] | None:
 
 def read_effects(path: Path) -> pd.DataFrame | None:
     """Predicted effects gene by gene, with intervals and what was seen, if there are any."""
-    table = _optional(path, ("condition", "gene"), (), ("effect", "low", "high", "real"))
+    table = _optional(path, ("condition", "gene"), (), ("effect", "low", "high", "real", "q", "q_real"))
     return None if table is None or table["effect"].isna().all() else table
+
+
+def read_distributions(path: Path, effects: pd.DataFrame) -> dict[str, np.ndarray] | None:
+    """Distributions of the values of genes, if there are any; those of the conditions and genes of the effects."""
+    if not path.is_file():
+        return None
+    arrays = _read_npz(path)
+    lacking = [name for name in DISTRIBUTIONS if name not in arrays]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}; found {', '.join(arrays)}")
+    same_genes = list(arrays["gene"]) == list(dict.fromkeys(effects["gene"]))
+    if not same_genes or not set(effects["condition"]) <= set(arrays["condition"]):
+        raise ValueError(f"{path} and effects.csv are of different cells; run the comparison again")
+    return arrays
 
 
 def read_history(path: Path) -> pd.DataFrame | None:
@@ -98,6 +113,14 @@ def read_history(path: Path) -> pd.DataFrame | None:
         table["model"] = "model"
     numeric = table.drop(columns=["step", "model"]).select_dtypes("number")
     return table if len(table) > 1 and numeric.shape[1] else None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable npz of arrays: {error}") from error
 
 
 def read_run(path: Path) -> dict[str, Any]:

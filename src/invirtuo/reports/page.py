@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 from pathlib import Path
@@ -10,17 +11,45 @@ from typing import TYPE_CHECKING, Any
 from invirtuo.reports import benchmark, folder
 from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
 from invirtuo.reports.figures import as_png, condition_panels, curves, panels, populations
+from invirtuo.reports.genes import gene_data
 from invirtuo.reports.render import render
 from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, published_table, score_table
 from invirtuo.reports.verdict import verdict
 
 if TYPE_CHECKING:
     import pandas as pd
+    from markupsafe import Markup
 
 __all__ = ["report"]
 
 UNDER_PANELS = ("mmd_gex", "mmd_pca", "deg_recall")  # scores under cells of a benchmark, as in the figures of PRiMeFlow
 GENES = 12  # largest effects of a condition that are drawn
+FILES = {
+    "scores.csv": "scores, a row for each model, condition and metric",
+    "effects.csv": "predicted and seen effects, a row for each gene and condition",
+    "distributions.npz": "distributions of the values of genes",
+    "predicted.h5ad": "predicted cells of the first model",
+    "ahead.h5ad": "forecasts of the first model",
+    "edges.csv": "its network",
+    "models": "fitted models, for `invirtuo predict`",
+    "history.csv": "losses by step",
+    "panels.csv": "cells on two principal components",
+    "discrimination.csv": "what each score can tell apart here",
+    "flags.csv": "what is suspect about predicted cells",
+    "run.json": "data, split, settings, versions",
+}
+PICTURES = {
+    "courses.png": (
+        "Forecasts",
+        "Genes that change most along the held-out courses: lines with intervals are forecast from the first state of "
+        "a course, dots are means of its cells.",
+    ),
+    "network.png": (
+        "Network",
+        "The strongest edges, read from the field along the training courses: predictive dependencies, no proof of "
+        "regulation.",
+    ),
+}
 MAX_CELLS = 5000  # numbers in the tables by condition of a benchmark; beyond, the charts must do
 
 
@@ -79,6 +108,7 @@ def report(
     history = folder.read_history(path / "history.csv")
     counted = folder.read_populations(path)
     effects = folder.read_effects(path / "effects.csv")
+    genes, n_left_out = _genes(effects, path)
 
     # pictures, and the words above and below them
     by_task = cells is not None and (cells["task"] != "").any()
@@ -99,7 +129,9 @@ def report(
     shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle)}
     shown |= {"sections": sections, "benchmark": _benchmark(scores, sections, costs, comparisons)}
     shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}
+    shown |= {"genes": genes, "genes_left_out": n_left_out, "files": _files(path, Path(out))}
     shown |= {"effects": _effects(effects, run), "populations": structure, "populations_columns": n_origins}
+    shown |= {"pictures": _pictures(path)}
     shown |= {"curves": curves(history) if history is not None else "", "notes": _notes(run), "run": _flat(settings)}
     return render("page.html.j2", shown, out)
 
@@ -205,6 +237,30 @@ def _effects(table: pd.DataFrame | None, run: dict[str, Any]) -> dict[str, Any] 
     picture = as_png(effects_figure(table, GENES))
     n_columns = min(table["condition"].nunique(), COLUMNS)
     return {"picture": picture, "columns": n_columns, "n_genes": GENES, "level": named_level, "covered": covered}
+
+
+def _genes(effects: pd.DataFrame | None, path: Path) -> tuple[Markup | str, int]:
+    """What the script of the page shows of every gene, and the number of conditions that it leaves out."""
+    if effects is None:
+        return "", 0
+    return gene_data(effects, folder.read_distributions(path / "distributions.npz", effects))
+
+
+def _pictures(path: Path) -> list[dict[str, str]]:
+    """Pictures of time courses that lie in the folder, with words."""
+    found = []
+    for name, (title, text) in PICTURES.items():
+        if (path / name).is_file():
+            address = "data:image/png;base64," + base64.b64encode((path / name).read_bytes()).decode()
+            found.append({"title": title, "text": text, "address": address})
+    return found
+
+
+def _files(path: Path, out: Path) -> list[tuple[str, str]]:
+    """Files beside the page that it is made of, and what they hold."""
+    if path.resolve() != out.resolve().parent:
+        return []
+    return [(name, text) for name, text in FILES.items() if (path / name).exists()]
 
 
 def _notes(run: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from invirtuo import __version__
 from invirtuo.cells.files import writing
@@ -23,6 +24,7 @@ def render(template: str, shown: Mapping[str, Any], out: str | os.PathLike[str])
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["asset"] = lambda name: Markup(files.joinpath(name).read_text(encoding="utf-8"))
     page = environment.get_template(template).render(shown, version=__version__)
     path = Path(out)
     with writing(path) as temporary:

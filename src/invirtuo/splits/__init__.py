@@ -8,6 +8,7 @@ and agree with its code cell by cell; `scaling` and `imbalanced` follow its rule
 training data. `under_represented` and `zero_shot` are the tasks of STATE; `from_toml` reads the files in which its
 public implementation writes splits down. `unseen_targets` holds out perturbations that are seen nowhere; `regimes` says
 of every tested condition what of it was seen. `hold_out` is the plain choice when the wanted conditions are known.
+Where nothing was perturbed, `cells` holds out cells at random, and `courses` time courses.
 
 A control cell lies in one part, like any other cell: those in train are what a model learns from, those in test what
 the effects of the test conditions are measured against. Hence a context whose controls are "available in training"
@@ -23,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from invirtuo.splits.cells import cells
 from invirtuo.splits.contexts import hold_out, under_represented, zero_shot
 from invirtuo.splits.courses import courses
 from invirtuo.splits.file import from_csv
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SPLITS",
+    "cells",
     "combine",
     "combine_inverse",
     "courses",

@@ -1,0 +1,191 @@
+"""Comparisons of cells of which none was perturbed: populations that are generated, time courses that are forecast."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from invirtuo.bench.cell import scores_of
+from invirtuo.bench.entry import Entry
+from invirtuo.bench.populations import judge
+from invirtuo.bench.rows import Row, rows_of, write_history
+from invirtuo.bench.run import software, write_table
+from invirtuo.cells import preprocess
+from invirtuo.cells.dataset import CellDataset
+from invirtuo.cells.files import read_h5ad, write_h5ad, writing
+from invirtuo.cells.values import looks_like_counts
+from invirtuo.errors import preview
+from invirtuo.reports import report
+from invirtuo.reports.figures import save
+from invirtuo.reports.tables import FLOOR
+from invirtuo.verbs.naive_forecasts import ORACLES
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from invirtuo.design import Design
+
+__all__ = ["compare_courses", "compare_populations", "forecast_scores"]
+
+NAIVE = Entry("independent_nb", "independent_nb")  # genes drawn independently
+REAL = "training cells"  # what a generator could reach by copying
+DIRECTIONS = {"mse": "lower", "mse_bins": "lower", "r2": "higher", "coverage": ""}  # of what forecasts are judged by
+DRAWN_GENES, DRAWN_EDGES = 12, 100
+
+
+def compare_populations(
+    adata: AnnData,
+    design: Design,
+    entries: Sequence[Entry],
+    *,
+    split: pd.Series,
+    part: str,
+    out: Path,
+    baselines: bool,
+    n_genes: int | None,
+    metrics: Sequence[str] | str,
+    n_cells: int | None,
+    n_pcs: int,
+    seed: int,
+    about: Mapping[str, Any],
+    overwrite: bool,
+) -> pd.DataFrame:
+    """Fit generators, draw a cell for each held-out one, judge them beside independent genes and training cells.
+
+    As :func:`invirtuo.bench.compare`, with raw counts; `n_cells`: at most so many cells are drawn.
+    """
+    if not looks_like_counts(adata.X):
+        raise ValueError("generators learn raw counts, and X holds other values; give counts")
+    if n_genes is not None:
+        adata = adata[:, preprocess.normalize(adata, n_genes=n_genes, split=split).var_names].copy()
+    if baselines and NAIVE.label not in {entry.label for entry in entries}:
+        entries = [*entries, NAIVE]
+
+    # cells with the labels of those that were held out
+    real = _of_part(adata, split, part)
+    wanted = real.obs if n_cells is None else real.obs.sample(min(n_cells, len(real.obs)), random_state=seed)
+    rows = rows_of(out, entries, CellDataset(adata, design, split), split, [part, n_cells, seed], overwrite=overwrite)
+    for row in rows:
+        if not row.record:
+            model, facts = row.fitted(design, adata, split)
+            made = model.generate(labels=wanted[design.columns], seed=seed, **row.entry.predict)
+            write_h5ad(made, row.folder / "generated.h5ad")
+            write_table(row.folder / "history.csv", model.history.assign(model=row.entry.label))
+            row.write(pd.DataFrame(), facts)
+    write_history(rows, out)
+    origins: dict[str, Any] = {row.entry.label: read_h5ad(row.folder / "generated.h5ad") for row in rows}
+    origins[REAL] = _of_part(adata, split, "train")
+    title = {"title": "Do generated cells look real?"}
+    facts = title | _described(adata, design, split, part, rows) | dict(about)
+    return judge(origins, real, design, out, metrics=metrics, n_pcs=n_pcs, seed=seed, about=facts)
+
+
+def compare_courses(
+    adata: AnnData,
+    design: Design,
+    entries: Sequence[Entry],
+    *,
+    split: pd.Series,
+    part: str,
+    out: Path,
+    baselines: bool,
+    n_genes: int | None,
+    seed: int,
+    about: Mapping[str, Any],
+    overwrite: bool,
+) -> pd.DataFrame:
+    """Fit models of time courses, forecast what was held out, judge them beside means, lines and smoothers.
+
+    As :func:`invirtuo.bench.compare`; ``ahead.h5ad`` holds the forecasts of the first model, ``edges.csv`` its network.
+    """
+    if looks_like_counts(adata.X):
+        adata = preprocess.normalize(adata, n_genes=n_genes, split=split)
+    elif n_genes is not None:
+        raise ValueError("n_genes acts on raw counts, and X holds other values; give counts, or leave it out")
+    rows = rows_of(out, entries, CellDataset(adata, design, split), split, [part, seed], overwrite=overwrite)
+    for row in rows:
+        if not row.record:
+            model, facts = row.fitted(design, adata, split)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                table = model.evaluate_forecast(adata, split, part)
+            facts["notes"] = [f"{row.entry.label}: {w.message}" for w in caught if w.category is UserWarning]
+            if row is rows[0]:
+                _draw_forecasts(model, _of_part(adata, split, part), out, row.entry.predict)
+            row.write(forecast_scores(table, row.entry.label), facts)
+
+    # the rules without a model are those of the first row
+    tables = [scores_of(row.record) for row in rows]
+    labels = [row.entry.label for row in rows]
+    rules = tables[0][~tables[0]["model"].isin(labels)]
+    own = [table[table["model"] == label] for table, label in zip(tables, labels, strict=True)]
+    scores = pd.concat([*own, rules], ignore_index=True)
+    naive = [name for name in dict.fromkeys(rules["model"]) if name != FLOOR]
+    scores = scores if baselines else scores[~scores["model"].isin(naive)]
+    write_table(out / "scores.csv", scores)
+    facts = {"title": "How well were time courses forecast?", **_described(adata, design, split, part, rows), **about}
+    notes = [note for row in rows for note in row.record["facts"]["notes"]]
+    notes.append(f"{FLOOR}: a smoother that looks at the held-out course itself.")
+    facts |= {"baselines": naive, "seed": seed, "notes": notes}
+    with writing(out / "run.json") as path:
+        path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
+    report(out, out / "report.html")
+    return scores
+
+
+def forecast_scores(table: pd.DataFrame, label: str) -> pd.DataFrame:
+    """Errors of forecasts as tidy scores.
+
+    Parameters
+    ----------
+    table
+        As `evaluate_forecast` of a model gives it.
+    label
+        What the model is to be called.
+
+    Returns
+    -------
+    Columns ``condition``, ``model``, ``metric``, ``value`` and ``direction``. The smoother that looks at the course
+    itself is the noise floor; other rules that look at it are left out.
+    """
+    own = set(table["model"]) - set(ORACLES)
+    last = next(reversed(ORACLES))
+    names = {name: name for name in own} | {table["model"].iloc[0]: label, last: FLOOR}
+    tidy = table.melt(["condition", "model"], list(DIRECTIONS), var_name="metric").dropna(subset="value")
+    tidy = tidy[tidy["model"].isin(list(names))]
+    return tidy.assign(model=tidy["model"].map(names), direction=tidy["metric"].map(DIRECTIONS))
+
+
+def _draw_forecasts(model: Any, cells: AnnData, out: Path, options: Mapping[str, Any]) -> None:
+    """Forecasts of the held-out courses and the network, as files and pictures."""
+    from invirtuo.reports import dynamics
+
+    ahead = model.forecast(cells, **options)
+    write_h5ad(ahead, out / "ahead.h5ad")
+    save(dynamics.forecast_figure(ahead, cells, time=model.design.time), out / "courses.png")
+    if hasattr(model, "network"):
+        edges = model.network(n_edges=DRAWN_EDGES)
+        write_table(out / "edges.csv", edges)
+        if len(edges):
+            save(dynamics.network_figure(edges), out / "network.png")
+
+
+def _of_part(adata: AnnData, split: pd.Series, part: str) -> AnnData:
+    chosen = (split == part).to_numpy()
+    if not chosen.any():
+        raise ValueError(f"the split calls no cells {part!r}; found {preview(split.unique())}")
+    return adata[chosen].copy()
+
+
+def _described(adata: AnnData, design: Design, split: pd.Series, part: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the page says of cells, split and models."""
+    n_classes = design.groups(adata.obs).nunique()
+    shape = f"{adata.n_obs:,} cells, {adata.n_vars:,} genes; {n_classes} classes by {preview(design.covariates)}"
+    tested = design.groups(adata.obs[(split == part).to_numpy()]).unique()
+    held_out = f"held out: {(split == part).sum():,} cells of {preview(sorted(tested))}"
+    return {"dataset": shape, "split": held_out, "models": [row.record["facts"] for row in rows]}
