@@ -83,21 +83,26 @@ def test_unknown_name():
 
 
 def documented() -> set[int]:
-    """Identities of what docs/api.md names, by module and members."""
-    directive = re.compile(r"^\.\. auto(\w+):: (\S+)\n((?:   .*\n)*)", re.MULTILINE)
+    """Identities of what has a page: entries of the tables with a toctree in docs/api/*.md."""
+    table = re.compile(r"^\.\. autosummary::\n   :toctree: ../generated\n((?:   .*\n|\n)*)", re.MULTILINE)
     found = set()
-    for kind, path, options in directive.findall((ROOT / "docs" / "api.md").read_text()):
-        if kind != "module":
-            found.add(id(pkgutil.resolve_name(path)))
-            continue
-        module = importlib.import_module(path)
-        members = re.search(r":members:([^:]*)", options)
-        names = [name.strip() for name in members[1].split(",")] if members and members[1].strip() else module.__all__
-        found |= {id(getattr(module, name)) for name in names}
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for entries in table.findall(page.read_text(encoding="utf-8")):
+            names = [line.strip() for line in entries.splitlines() if line.strip() and ":" not in line]
+            found |= {id(called(name)) for name in names}
     return found
 
 
-def test_every_public_name_stands_in_the_pages_of_the_api():
+def called(name: str) -> object:
+    """What ``iv.name`` is; of names that lie deeper, what their module holds."""
+    try:
+        return pkgutil.resolve_name(f"invirtuo:{name}")
+    except AttributeError:
+        module, _, attribute = f"invirtuo.{name}".rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def test_every_public_name_has_a_page_in_the_api():
     """What `__all__` of the package and of its public modules names, but for types of arguments and the version."""
     known, modules, missing = documented(), [iv], []
     for module in modules:
@@ -108,6 +113,12 @@ def test_every_public_name_stands_in_the_pages_of_the_api():
             elif (callable(value) or isinstance(value, dict)) and id(value) not in known:
                 missing.append(f"{module.__name__}.{name}")
     assert missing == []
+
+
+def test_every_room_of_the_api_is_listed():
+    entry = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rooms = {f"api/{page.stem}" for page in (ROOT / "docs" / "api").glob("*.md")}
+    assert rooms == set(re.findall(r"^(api/\S+)$", entry, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", iv.models.MODELS)
