@@ -78,7 +78,6 @@ def test_no_paper_imports_another():
 
 EXCEPTIONS = {  # full statements by file; records and calls that hand many arguments on are read entry by entry
     "invirtuo.bench.cell": 1,
-    "invirtuo.bench.compare": 1,
     "invirtuo.bench.run": 1,
     "invirtuo.cells.one_file": 3,  # its form is measured
     "invirtuo.cli.judging": 1,

@@ -127,12 +127,6 @@ class Row:
 def _facts(entry: Entry, model: Model, fit: FitConfig, seconds: float) -> dict[str, Any]:
     trained = any(p.requires_grad for p in model.parameters())
     n_parameters = sum(p.numel() for p in model.parameters())
-    return {
-        "label": entry.label,
-        "model": entry.model,
-        "config": asdict(model.config),
-        "fit": asdict(fit) if trained else "closed form",
-        "parameters": n_parameters,
-        "fit seconds": round(seconds, 1),
-        "data hash": model.card["data_hash"],
-    }
+    facts: dict[str, Any] = {"label": entry.label, "model": entry.model, "config": asdict(model.config)}
+    facts |= {"fit": asdict(fit) if trained else "closed form", "parameters": n_parameters}
+    return facts | {"fit seconds": round(seconds, 1), "data hash": model.card["data_hash"]}

@@ -110,6 +110,7 @@ def curves(ax: Axes, table: pd.DataFrame, columns: list[str]) -> Axes:
             is_validation = column.startswith("val_")
             label = None if is_validation else str(model)
             style = "--" if is_validation else "-"
-            ax.plot(line["step"], line[column], color=color, ls=style, lw=1.4, label=label)
+            marker = "o" if len(line) == 1 else None  # a line needs two points
+            ax.plot(line["step"], line[column], color=color, ls=style, lw=1.4, marker=marker, label=label)
     ax.set_xlabel("step", fontsize=9)
     return clean(ax)
