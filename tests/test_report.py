@@ -205,7 +205,7 @@ def test_every_gene_can_be_looked_up(results):
     data = looked_up(render(results)[0])
     assert data["genes"] == ["a", "b", "c"] and [own["name"] for own in data["conditions"]] == ["T|A", "B|A"]
     first = data["conditions"][0]
-    assert first["effect"] == [1.0, -2.0, 0.1235] and first["low"] == [None] * 3 == first["q_real"]
+    assert first["effect"] == [1.0, -2.0, 0.123] and first["low"] == [None] * 3 == first["q_real"]
     assert "shares" not in first
 
     # with distributions, of which those of real cells are not known
@@ -215,7 +215,7 @@ def test_every_gene_can_be_looked_up(results):
     np.savez(results / "distributions.npz", **arrays)
     text, page = render(results)
     own = looked_up(text)["conditions"][1]["shares"]
-    assert own["control"] == own["predicted"] == [[250] * 4] * 3 and own["real"] is None
+    assert own["control"] == own["predicted"] == [[25] * 4] * 3 and own["real"] is None
     assert not [attributes for tag, attributes in page.tags if tag == "script" and "src" in attributes]
 
     # files that do not belong together
@@ -233,15 +233,25 @@ def test_a_page_in_its_folder_names_the_files(results):
     assert "<h2>Files</h2>" not in render(results)[0]
 
 
+@pytest.mark.slow
 def test_a_page_with_many_genes_is_small(results):
     genes, conditions = [f"gene{i}" for i in range(2000)], [f"type{i}|drug" for i in range(12)]
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"condition": np.repeat(conditions, 2000), "gene": genes * 12})
     numbers = {name: rng.normal(size=len(table)) for name in ("effect", "low", "high", "real", "q", "q_real")}
     table.assign(**numbers).to_csv(results / "effects.csv", index=False)
-    shares = rng.dirichlet(np.linspace(3, 0.01, 16), (12, 2000)).astype(np.float32)
+    shares = rng.dirichlet(np.geomspace(3, 0.01, 16), (12, 2000)).astype(np.float32)
     arrays = {"condition": np.array(conditions), "gene": np.array(genes), "top": np.ones(2000)}
     np.savez(results / "distributions.npz", **arrays, control=shares, real=shares, predicted=shares)
+    cells = [pd.DataFrame({"kind": "background", "model": "", "condition": ""}, index=range(3000))]
+    for condition in conditions:
+        for model in ("", *"abcde"):
+            kind = "predicted" if model else "real"
+            cells.append(pd.DataFrame({"kind": kind, "model": model, "condition": condition}, index=range(300)))
+    panels = pd.concat(cells)
+    panels.assign(pc1=rng.normal(size=len(panels)), pc2=rng.normal(size=len(panels))).to_csv(
+        results / "panels.csv", index=False
+    )
     assert len(render(results)[0]) < 3_000_000
 
 

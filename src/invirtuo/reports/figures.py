@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["as_png", "condition_panels", "curves", "new_figure", "panels", "populations", "save"]
 
 MAX_ROWS, MAX_COLUMNS = 12, 6
+COLOURS = 256  # of a picture in a page
 PER_ROW = 5  # models beside each other, where those of one condition fill several rows
 
 
@@ -185,7 +186,11 @@ def save(figure: Figure, out: str | os.PathLike[str]) -> None:
 
 
 def as_png(figure: Figure) -> str:
-    """The figure as a data address."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    """The figure as a data address, in so few colours that the page stays small."""
+    from PIL import Image
+
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    picture = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    picture.save(packed, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()

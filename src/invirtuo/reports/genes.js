@@ -91,7 +91,7 @@
     shares.data.labels = Array.from({ length: steps + 1 }, (_, i) => (i ? (top * (i - 0.5) / steps).toFixed(1) : "0"));
     const colours = { control: "#9aa3ab", real: "#0072b2", predicted: "#d55e00" };
     shares.data.datasets = Object.keys(ORIGINS).filter((origin) => own[origin]).map((origin) => ({
-      label: ORIGINS[origin], data: own[origin][chosen.gene].map((x) => x / 10), borderColor: colours[origin],
+      label: ORIGINS[origin], data: own[origin][chosen.gene], borderColor: colours[origin],
       backgroundColor: colours[origin], stepped: "middle", borderDash: origin === "control" ? [4, 3] : [],
     }));
     shares.update();

@@ -19,7 +19,7 @@ __all__ = ["ORIGINS", "gene_data"]
 NUMBERS = ("effect", "low", "high", "real", "q", "q_real")
 ORIGINS = ("control", "real", "predicted")
 MOST = 60_000  # genes of conditions in a page
-DIGITS = 4  # significant digits of a number
+DIGITS = 3  # significant digits of a number
 
 
 def gene_data(effects: pd.DataFrame, distributions: Mapping[str, np.ndarray] | None) -> tuple[Markup, int]:
@@ -59,5 +59,5 @@ def _numbers(values: Any) -> list[float | None]:
 
 
 def _percent(shares: np.ndarray) -> list[list[int]] | None:
-    """(g, bins) shares in tenths of a percent; None if there are no cells."""
-    return None if np.isnan(shares).any() else np.rint(1000 * shares).astype(int).tolist()
+    """(g, bins) shares in percent; None if there are no cells."""
+    return None if np.isnan(shares).any() else np.rint(100 * shares).astype(int).tolist()
