@@ -7,7 +7,7 @@ from typing import Any
 
 from invirtuo import _former
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "bench": "bench",
