@@ -470,3 +470,31 @@ def test_modalities_apart(cells):
     parts = multimodal.part(joined)
     assert isinstance(parts, mudata.MuData) and parts["atac"].var_names[0] == "p0"
     assert (multimodal.join(parts).X != joined.X).nnz == 0
+
+
+# ---- dispersions of the encoder that is used ---------------------------------------------------------------------
+
+
+def test_dispersions_are_fitted_to_cells_that_the_encoder_sees_whole(cells, design):
+    split = iv.splits.cells(cells.obs, design, test_fraction=0.0, val_fraction=0.3)
+    fit = iv.FitConfig(steps=120, batch_size=64, lr=3e-3, warmup=0, val_every=0, progress=False, accelerator="cpu")
+    options = {"hidden_rna": (32,), "n_latent": 5, "hidden": 16, "embedding": 16, "n_blocks": 1, "input_dropout": 0.8}
+    models = []
+    for refit in (False, True):
+        config = CFGen.Config(**options, refit_dispersion=refit)
+        models.append(CFGen(design, cells.var_names, config).fit(cells, split, fit))
+    learned, refitted = models
+
+    # all but the dispersions is the same, and held-out cells are likelier
+    first, second = (dict(model.autoencoder.named_parameters()) for model in models)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == ["dispersion.weight"]
+    batch = iv.CellDataset(cells, design, split).take(np.flatnonzero((split == "val").to_numpy()))
+    losses = []
+    for model in models:
+        with torch.no_grad():
+            z = model.autoencoder.encode(batch.target)
+            losses.append(
+                float(model.reconstruction_losses(batch.target, z, model.total(batch.target), batch.condition)["total"])
+            )
+    assert losses[1] < losses[0] - 0.5
+    assert refitted.autoencoder.dispersion.weight.median() > learned.autoencoder.dispersion.weight.median()

@@ -48,7 +48,7 @@ def test_heavy_packages_wait_for_their_use():
 def test_version_is_one():
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", iv.__version__)
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert "## [Unreleased]" in changes
+    assert "## [0.2.0]" in changes
     assert "dynamic" in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -54,6 +54,8 @@ FIT = FitConfig(  # of our presets
 CHUNK = 2048  # cells encoded at once
 ROUND_TRIP = 50  # steps to noise, and back
 NOISE, DRAWS = 0.05, 10  # of impute: jitter, and how many of them are averaged
+REFIT_CELLS, REFIT_STEPS = 2048, 40  # of the dispersions
+REFIT_SD = 2.0  # how far the logarithm of a dispersion may be expected to move
 COLLAPSE = 2.0  # weights above this make batches mix because cells become alike (CFGen, table 11)
 
 
@@ -115,6 +117,8 @@ class LatentFlow(CountGenerator):
         if stage != "flow":
             self._start_dispersions(dataset)
             return dataset
+        if getattr(self.config, "refit_dispersion", False) and self.n_counted:
+            self._refit_dispersions(dataset)
         self.latent_mean.zero_()
         self.latent_sd.fill_(1.0)
         z = self._encoded(dataset)
@@ -130,6 +134,41 @@ class LatentFlow(CountGenerator):
         if self.n_counted:
             overdispersion = dataset.overdispersion()[: self.n_counted]
             self.autoencoder.dispersion.start(torch.from_numpy(overdispersion))
+
+    def _refit_dispersions(self, dataset: CellDataset) -> None:
+        """Maximise the likelihood of validation cells over the dispersions alone, cells encoded as they will be.
+
+        While it is trained the encoder does not see a part of its input, and what it cannot know counts as dispersion.
+        Genes of which these cells say little stay near where they were.
+        """
+        dispersion, rows = self.autoencoder.dispersion, dataset.rows("val")
+        if not len(rows):
+            return
+        rows = rows[:: -(-len(rows) // REFIT_CELLS)]
+        self.eval()
+        chunks = []
+        with torch.no_grad():
+            for start in range(0, len(rows), 256):
+                batch = dataset.take(rows[start : start + 256]).to(dispersion.weight.device)
+                cells = self.autoencoder.decode(
+                    self.autoencoder.encode(batch.target), self.total(batch.target), batch.condition
+                )
+                chunks.append((batch, cells.log_mean))
+
+        # every entry is a problem of its own: steps of the size and sign that suit it
+        learned = dispersion.weight.detach().clone()
+        dispersion.weight.requires_grad_(True)
+        optimizer = torch.optim.Rprop([dispersion.weight], lr=0.3 / dispersion.speed)
+        for _ in range(REFIT_STEPS):
+            optimizer.zero_grad()
+            (0.5 * (dispersion.speed * (dispersion.weight - learned) / REFIT_SD).square().sum()).backward()
+            for batch, log_mean in chunks:
+                counts = batch.target[:, : self.n_counted]
+                cells = CountLikelihood(log_mean, self.autoencoder.dispersions(batch.condition))
+                (-cells.log_prob_genes(counts).sum()).backward()
+            optimizer.step()
+        dispersion.weight.requires_grad_(False)
+        optimizer.zero_grad()
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of the stage that is being trained; outside of a fit, of both."""

@@ -88,6 +88,9 @@ class Config(Settings):
     flow_lr: float = setting(1.0, "learning rate of the flow, in units of FitConfig.lr", gt=0)
     solver: str = setting("midpoint", "default solver of generate", choices=SOLVER_NAMES)
     steps: int = setting(10, "default number of steps of the solver", ge=1)
+    refit_dispersion: bool = setting(
+        True, "fit dispersions anew to validation cells that the encoder sees whole; off in the paper"
+    )
 
 
 class Autoencoder(nn.Module):
@@ -140,8 +143,12 @@ class Autoencoder(nn.Module):
             nothing = z.new_zeros(len(z), 0)
             return CountLikelihood(nothing, nothing, logits["atac"])
         log_mean = logits["rna"].log_softmax(dim=1) + size.log()[:, None]
-        dispersion = self.dispersion(None if self.by is None else condition.covariates[self.by])
-        return CountLikelihood(log_mean, dispersion, logits.get("atac"))
+        return CountLikelihood(log_mean, self.dispersions(condition), logits.get("atac"))
+
+    def dispersions(self, condition: Condition) -> Tensor:
+        """Log inverse dispersions, (g,) or (n, g)."""
+        log_dispersion: Tensor = self.dispersion(None if self.by is None else condition.covariates[self.by])
+        return log_dispersion
 
 
 _PAPER = Config(
@@ -152,6 +159,7 @@ _PAPER = Config(
     sigma_min=1e-4,
     autoencoder_share=0.2,
     solver="dopri5",
+    refit_dispersion=False,
 )
 _PAPER_FIT = replace(FIT, steps=20_000)
 _SMALL = Config(hidden_rna=(128, 64), n_latent=20, hidden=128, embedding=64)
