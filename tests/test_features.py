@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import invirtuo as iv
-from invirtuo.bench.gene_sets import gene_sets
+from invirtuo.bench.compare.gene_sets import gene_sets
 from invirtuo.cells import features
 
 NAMES = ["A", "B", "C", "D"]

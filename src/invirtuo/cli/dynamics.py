@@ -160,7 +160,7 @@ def _intervene(
 
 def _write_scores(model: Any, cells: Any, level: float, folder: Path, quiet: bool) -> None:
     """Scores of forecasts as a folder that `report` reads."""
-    from invirtuo.bench.compare_unperturbed import forecast_scores
+    from invirtuo.bench.compare.courses import forecast_scores
     from invirtuo.cells.files import writing
 
     with warnings.catch_warnings(record=True) as caught:

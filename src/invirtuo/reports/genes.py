@@ -28,7 +28,7 @@ def gene_data(effects: pd.DataFrame, distributions: Mapping[str, np.ndarray] | N
     Parameters
     ----------
     effects
-        As :func:`invirtuo.bench.by_gene.by_gene` gives them; ``q`` and ``q_real`` may be NaN.
+        As :func:`invirtuo.bench.compare.by_gene.by_gene` gives them; ``q`` and ``q_real`` may be NaN.
     distributions
         As it gives them; None: not known.
 

@@ -1,4 +1,4 @@
-"""Comparisons of cells of which none was perturbed: populations that are generated, time courses that are forecast."""
+"""Forecasts of time courses beside what was held out."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from invirtuo.bench.cell import scores_of
+from invirtuo.bench.compare.rows import described, of_part, rows_of
 from invirtuo.bench.entry import Entry
-from invirtuo.bench.populations import judge
-from invirtuo.bench.rows import Row, rows_of, write_history
 from invirtuo.bench.run import software, write_table
 from invirtuo.cells import preprocess
 from invirtuo.cells.dataset import CellDataset
-from invirtuo.cells.files import read_h5ad, write_h5ad, writing
+from invirtuo.cells.files import write_h5ad, writing
 from invirtuo.cells.values import looks_like_counts
-from invirtuo.errors import preview
 from invirtuo.reports import report
 from invirtuo.reports.figures import save
 from invirtuo.reports.tables import FLOOR
@@ -30,59 +28,10 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["compare_courses", "compare_populations", "forecast_scores"]
+__all__ = ["compare_courses", "forecast_scores"]
 
-NAIVE = Entry("independent_nb", "independent_nb")  # genes drawn independently
-REAL = "training cells"  # what a generator could reach by copying
 DIRECTIONS = {"mse": "lower", "mse_bins": "lower", "r2": "higher", "coverage": ""}  # of what forecasts are judged by
-DRAWN_GENES, DRAWN_EDGES = 12, 100
-
-
-def compare_populations(
-    adata: AnnData,
-    design: Design,
-    entries: Sequence[Entry],
-    *,
-    split: pd.Series,
-    part: str,
-    out: Path,
-    baselines: bool,
-    n_genes: int | None,
-    metrics: Sequence[str] | str,
-    n_cells: int | None,
-    n_pcs: int,
-    seed: int,
-    about: Mapping[str, Any],
-    overwrite: bool,
-) -> pd.DataFrame:
-    """Fit generators, draw a cell for each held-out one, judge them beside independent genes and training cells.
-
-    As :func:`invirtuo.bench.compare`, with raw counts; `n_cells`: at most so many cells are drawn.
-    """
-    if not looks_like_counts(adata.X):
-        raise ValueError("generators learn raw counts, and X holds other values; give counts")
-    if n_genes is not None:
-        adata = adata[:, preprocess.normalize(adata, n_genes=n_genes, split=split).var_names].copy()
-    if baselines and NAIVE.label not in {entry.label for entry in entries}:
-        entries = [*entries, NAIVE]
-
-    # cells with the labels of those that were held out
-    real = _of_part(adata, split, part)
-    wanted = real.obs if n_cells is None else real.obs.sample(min(n_cells, len(real.obs)), random_state=seed)
-    rows = rows_of(out, entries, CellDataset(adata, design, split), split, [part, n_cells, seed], overwrite=overwrite)
-    for row in rows:
-        if not row.record:
-            model, facts = row.fitted(design, adata, split)
-            made = model.generate(labels=wanted[design.columns], seed=seed, **row.entry.predict)
-            write_h5ad(made, row.folder / "generated.h5ad")
-            write_table(row.folder / "history.csv", model.history.assign(model=row.entry.label))
-            row.write(pd.DataFrame(), facts)
-    write_history(rows, out)
-    origins: dict[str, Any] = {row.entry.label: read_h5ad(row.folder / "generated.h5ad") for row in rows}
-    origins[REAL] = _of_part(adata, split, "train")
-    title = {"title": "Do generated cells look real?"}
-    facts = title | _described(adata, design, split, part, rows) | dict(about)
-    return judge(origins, real, design, out, metrics=metrics, n_pcs=n_pcs, seed=seed, about=facts)
+DRAWN_EDGES = 100
 
 
 def compare_courses(
@@ -116,7 +65,7 @@ def compare_courses(
                 table = model.evaluate_forecast(adata, split, part)
             facts["notes"] = [f"{row.entry.label}: {w.message}" for w in caught if w.category is UserWarning]
             if row is rows[0]:
-                _draw_forecasts(model, _of_part(adata, split, part), out, row.entry.predict)
+                _draw_forecasts(model, of_part(adata, split, part), out, row.entry.predict)
             row.write(forecast_scores(table, row.entry.label), facts)
 
     # the rules without a model are those of the first row
@@ -128,7 +77,7 @@ def compare_courses(
     naive = [name for name in dict.fromkeys(rules["model"]) if name != FLOOR]
     scores = scores if baselines else scores[~scores["model"].isin(naive)]
     write_table(out / "scores.csv", scores)
-    facts = {"title": "How well were time courses forecast?", **_described(adata, design, split, part, rows), **about}
+    facts = {"title": "How well were time courses forecast?", **described(adata, design, split, part, rows), **about}
     notes = [note for row in rows for note in row.record["facts"]["notes"]]
     notes.append(f"{FLOOR}: a smoother that looks at the held-out course itself.")
     facts |= {"baselines": naive, "seed": seed, "notes": notes}
@@ -173,19 +122,3 @@ def _draw_forecasts(model: Any, cells: AnnData, out: Path, options: Mapping[str,
         write_table(out / "edges.csv", edges)
         if len(edges):
             save(dynamics.network_figure(edges), out / "network.png")
-
-
-def _of_part(adata: AnnData, split: pd.Series, part: str) -> AnnData:
-    chosen = (split == part).to_numpy()
-    if not chosen.any():
-        raise ValueError(f"the split calls no cells {part!r}; found {preview(split.unique())}")
-    return adata[chosen].copy()
-
-
-def _described(adata: AnnData, design: Design, split: pd.Series, part: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page says of cells, split and models."""
-    n_classes = design.groups(adata.obs).nunique()
-    shape = f"{adata.n_obs:,} cells, {adata.n_vars:,} genes; {n_classes} classes by {preview(design.covariates)}"
-    tested = design.groups(adata.obs[(split == part).to_numpy()]).unique()
-    held_out = f"held out: {(split == part).sum():,} cells of {preview(sorted(tested))}"
-    return {"dataset": shape, "split": held_out, "models": [row.record["facts"] for row in rows]}

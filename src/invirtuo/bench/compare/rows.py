@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.verbs.model import Model
 
-__all__ = ["Row", "rows_of", "seeded", "write_history"]
+__all__ = ["Row", "described", "of_part", "rows_of", "seeded", "write_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,23 @@ def write_history(rows: Sequence[Row], out: Path) -> None:
     history = pd.concat([row.table("history.csv") for row in rows], ignore_index=True)
     if "step" in history:
         write_table(out / "history.csv", history)
+
+
+def of_part(adata: AnnData, split: pd.Series, part: str) -> AnnData:
+    """The cells of a part; it is an error if there are none."""
+    chosen = (split == part).to_numpy()
+    if not chosen.any():
+        raise ValueError(f"the split calls no cells {part!r}; found {preview(split.unique())}")
+    return adata[chosen].copy()
+
+
+def described(adata: AnnData, design: Design, split: pd.Series, part: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the page says of cells, split and models."""
+    n_classes = design.groups(adata.obs).nunique()
+    shape = f"{adata.n_obs:,} cells, {adata.n_vars:,} genes; {n_classes} classes by {preview(design.covariates)}"
+    tested = design.groups(adata.obs[(split == part).to_numpy()]).unique()
+    held_out = f"held out: {(split == part).sum():,} cells of {preview(sorted(tested))}"
+    return {"dataset": shape, "split": held_out, "models": [row.record["facts"] for row in rows]}
 
 
 def seeded(entry: Entry, seed: int) -> Entry:

@@ -15,21 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from invirtuo import splits
-from invirtuo.bench.by_gene import by_gene
 from invirtuo.bench.cell import scores_of
-from invirtuo.bench.compare_unperturbed import compare_courses, compare_populations
+from invirtuo.bench.compare.by_gene import by_gene
+from invirtuo.bench.compare.gene_sets import gene_sets as gene_sets_of
+from invirtuo.bench.compare.rows import Row, rows_of, write_history
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry
-from invirtuo.bench.gene_sets import gene_sets as gene_sets_of
 from invirtuo.bench.notes import discrimination, flagged
 from invirtuo.bench.panels import predicted_points, real_points
-from invirtuo.bench.rows import Row, rows_of, seeded, write_history
-from invirtuo.bench.run import chosen_entries, software, write_table
-from invirtuo.bench.task import JUDGED
+from invirtuo.bench.run import software, write_table
 from invirtuo.cells import preprocess
 from invirtuo.cells.dataset import CellDataset
-from invirtuo.cells.files import check_writable, write_h5ad, writing
+from invirtuo.cells.files import write_h5ad, writing
 from invirtuo.cells.values import looks_like_counts, require_log
 from invirtuo.design import Design
 from invirtuo.errors import preview
@@ -41,9 +38,9 @@ from invirtuo.verbs.predict import PerturbationModel
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from invirtuo.bench.entry import Predictor, Spec
+    from invirtuo.bench.entry import Predictor
 
-__all__ = ["compare"]
+__all__ = ["compare_perturbed"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,104 +48,35 @@ N_CELLS = 1000  # drawn for each condition
 EFFECT_LEVEL = 0.9  # share of genes that intervals of effects cover
 
 
-def compare(
+def compare_perturbed(
     adata: AnnData,
     design: Design,
-    models: Sequence[Spec] | Spec,
+    entries: Sequence[Entry],
     *,
-    split: pd.Series | None = None,
-    out: str | Path = "results",
-    part: str = "test",
-    baselines: bool = True,
-    n_genes: int | None = None,
-    size_factor: str | None = None,
-    metrics: Sequence[str] | None = JUDGED,
-    n_cells: int | None = None,
-    n_pcs: int = 30,
-    gene_sets: str | Path | None = None,
-    seed: int = 0,
-    about: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    split: pd.Series,
+    part: str,
+    out: Path,
+    baselines: bool,
+    n_genes: int | None,
+    size_factor: str | None,
+    metrics: Sequence[str] | None,
+    n_cells: int | None,
+    n_pcs: int,
+    gene_sets: str | Path | None,
+    seed: int,
+    about: Mapping[str, Any],
+    overwrite: bool,
 ) -> pd.DataFrame:
-    """From cells to an answer: fit models, predict what was held out, judge all beside baselines and the noise floor.
+    """Fit models, predict perturbed cells that were held out, judge them beside baselines and the noise floor.
 
-    Scores are written as they come. A comparison that was stopped goes on with the same call: models that are done are
-    read, a fit goes on from its last checkpoint, and the numbers are the same.
-
-    Where nothing was perturbed (the Design names no perturbation), generators are compared by the populations that they
-    draw (:func:`invirtuo.bench.judge`), and models of time courses by their forecasts of what was held out.
-
-    Parameters
-    ----------
-    adata
-        Raw counts, which are normalised, or log1p of normalised counts.
-    design
-        Roles of the columns.
-    models
-        Entries, names of models, ``model:preset``, or classes of your own. Effects are shown of the first.
-    split
-        "train" / "val" / "test" per cell, as made by :mod:`invirtuo.splits`. Effects have intervals if it holds out
-        conditions for validation. None, for generators alone: cells at random, :func:`invirtuo.splits.cells`.
-    out
-        Folder for the page ``report.html`` and what it shows: ``scores.csv``, ``predicted.h5ad``, ``effects.csv`` and
-        ``distributions.npz`` (of the first model), ``history.csv``, ``panels.csv``, ``flags.csv``
-        (:func:`invirtuo.metrics.flags`), ``discrimination.csv`` (:func:`invirtuo.metrics.calibration`), ``run.json``;
-        and for the fitted models. Of populations `judge` says what is written, of time courses there are
-        ``ahead.h5ad``, forecasts of the first model, and ``edges.csv``, its network.
-    part
-        Which held-out part is predicted and scored.
-    baselines
-        Add the simple baselines that are not among the models; without those that know nothing of a perturbation that
-        training has not seen.
-    n_genes
-        Number of variable genes to keep, chosen on training cells; None keeps all. For raw counts.
-    size_factor
-        Column of obs with the depth of each cell, for raw counts of some of the genes.
-    metrics
-        As in `evaluate`; generators are judged by the profile "generation" unless others are named.
-    n_cells
-        Cells drawn for each condition, 1,000 if not given; of generators: in all, as many as were held out.
-    n_pcs
-        As in `evaluate`.
-    gene_sets
-        .gmt or .gmt.gz file: which sets of genes go up or down, predicted and seen, ``gene_sets.csv``
-        (:func:`invirtuo.bench.gene_sets.gene_sets`).
-    seed
-        Of sampling, of the halves of the noise floor, and of fits, unless an entry brings a FitConfig or a seed.
-    about
-        More facts for ``run.json`` and the page: ``title``, ``dataset``, ``split``, ``notes``.
-    overwrite
-        Compute anew what `out` holds with other settings or of other data.
-
-    Returns
-    -------
-    The tidy scores with a column ``model``, the noise floor among them.
-
-    Raises
-    ------
-    ValueError
-        If the values are neither counts nor logarithms of them, a model is unknown, nothing is held out, or `out` holds
-        a model with other settings and is not to be overwritten.
+    As :func:`invirtuo.bench.compare`.
     """
-    check_writable(out, folder=True)
-    out = Path(out)
-    verb = "predict" if design.perturbation else None
-    entries = [seeded(entry, int(seed)) for entry in chosen_entries(models, baselines=False, floor=False, verb=verb)]
-    about = dict(about or {})
-    if design.perturbation is None:
-        options: dict[str, Any] = {"part": part, "baselines": baselines, "n_genes": n_genes, "seed": int(seed)}
-        options |= {"about": about, "overwrite": overwrite, "size_factor": size_factor}
-        options["gene_sets"] = gene_sets
-        options |= {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}
-        return _unperturbed(adata, design, entries, split, out, **options)
-    if split is None:
-        raise ValueError("nothing is held out; pass split=, as made by invirtuo.splits")
     n_cells = N_CELLS if n_cells is None else n_cells
     adata = _log_values(adata, n_genes, size_factor, split)
     dataset = CellDataset(adata, design, split)
-    asked = _Asked(adata, design, split, part, metrics, n_cells, n_pcs, int(seed))
+    asked = _Asked(adata, design, split, part, metrics, n_cells, n_pcs, seed)
     if baselines:
-        entries += _baselines(entries, asked)
+        entries = [*entries, *_baselines(entries, asked)]
 
     # rows that an earlier call computed are read, the others fitted, drawn and scored
     rows = rows_of(out, entries, dataset, split, asked.plan(), overwrite=overwrite)
@@ -186,38 +114,6 @@ def compare(
         path.write_text(json.dumps(facts, indent=2))
     report(out, out / "report.html")
     return scores
-
-
-def _unperturbed(
-    adata: AnnData,
-    design: Design,
-    entries: Sequence[Entry],
-    split: pd.Series | None,
-    out: Path,
-    *,
-    metrics: Sequence[str] | None,
-    n_cells: int | None,
-    n_pcs: int,
-    size_factor: str | None,
-    gene_sets: str | Path | None,
-    **options: Any,
-) -> pd.DataFrame:
-    """Compare what generates populations, or what forecasts time courses; options that do not act are refused."""
-    verbs = {entry.kind.verb for entry in entries}
-    if size_factor is not None or gene_sets is not None or len(verbs) > 1 or not verbs <= {"generate", "forecast"}:
-        given = preview([entry.label for entry in entries])
-        raise ValueError(
-            "the Design names no perturbation: compare generators, or models of time courses, without size_factor and "
-            f"gene_sets; found {given}. To predict perturbed cells, name the column with perturbation="
-        )
-    if verbs == {"generate"}:
-        split = splits.cells(adata.obs, design, seed=options["seed"]) if split is None else split
-        metrics = "generation" if metrics == JUDGED else metrics
-        options |= {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}
-        return compare_populations(adata, design, entries, split=split, out=out, **options)
-    if split is None or n_cells is not None or metrics != JUDGED:
-        raise ValueError("forecasts need a split, like iv.splits.courses, and take neither metrics nor n_cells")
-    return compare_courses(adata, design, entries, split=split, out=out, **options)
 
 
 @dataclass(frozen=True)
