@@ -10,7 +10,8 @@ author = "The invirtuo authors"
 copyright = "2026, The invirtuo authors"
 version = release = importlib.metadata.version("invirtuo")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc"]  # myst_nb brings myst_parser
+nb_execution_mode = "off"  # notebooks are shown with the outputs that they were stored with
 myst_enable_extensions = ["colon_fence", "substitution"]
 myst_substitutions = {
     "metrics_table": "\n".join(
