@@ -22,13 +22,14 @@ copyright = "2026, The invirtuo authors"
 version = release = importlib.metadata.version("invirtuo")
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # brings myst_parser
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
 ]
+nb_execution_mode = "off"  # notebooks are shown with the outputs that they were stored with
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
 myst_substitutions = {
     "metrics_table": "\n".join(
