@@ -66,7 +66,9 @@ def effects(table: pd.DataFrame, condition: str | None = None, *, n_genes: int =
     drawn.tick_params(axis="x", labelsize=7)
     drawn.set_xlabel("change of mean log expression", fontsize=8)
     drawn.set_title(str(wanted), fontsize=9)
-    return drawn
+    if ax is None:
+        drawn.legend(frameon=False, fontsize=7)
+    return clean(drawn)
 
 
 def check_effects(table: pd.DataFrame) -> None:

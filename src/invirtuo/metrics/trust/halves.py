@@ -14,7 +14,7 @@ from scipy import stats
 from invirtuo.cells.source import AnyCells
 from invirtuo.cells.values import AnyMatrix
 from invirtuo.design import Design
-from invirtuo.errors import whole_number
+from invirtuo.errors import preview, whole_number
 from invirtuo.metrics.cells import Cells, Layer, Scale, read_scaled
 from invirtuo.metrics.measures.others import Others, Tests, keep_others, others_of, welch
 from invirtuo.metrics.measures.wilcoxon import rank_sum
@@ -219,7 +219,8 @@ def _too_small(cells: Cells, min_cells: int) -> dict[str, str]:
             f"no condition has {min_cells} cells or more to divide; the largest has {largest}. Lower min_cells"
         )
     if small:
-        logger.warning("%d conditions have fewer than %d cells and are left out", len(small), min_cells)
+        text = "not divided into halves, for which %d cells are needed: %s"
+        logger.warning(text, min_cells, preview(small))
     return small
 
 
