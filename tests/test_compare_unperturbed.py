@@ -80,6 +80,7 @@ def test_what_cannot_be_compared(toy, series, design, tmp_path):
         ({"size_factor": "total"}, "without size_factor"),
         ({"adata": logs}, "generators learn raw counts"),
         ({"adata": series, "design": timed, "models": "sparse_ode"}, "forecasts need a split"),
+        ({"adata": series, "design": timed, "models": "sparse_ode", "n_pcs": 5}, "do not take metrics, n_cells, n_pcs"),
         ({"design": design, "split": None, "models": "ridge"}, "nothing is held out"),
         ({"design": design, "models": "sparse_ode"}, "sparse_ode cannot predict"),
     ):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
+N_PCS = 30  # of metrics in the space of principal components
+
 
 def compare(
     adata: AnnData,
@@ -39,7 +41,7 @@ def compare(
     size_factor: str | None = None,
     metrics: Sequence[str] | None = JUDGED,
     n_cells: int | None = None,
-    n_pcs: int = 30,
+    n_pcs: int = N_PCS,
     gene_sets: str | Path | None = None,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
@@ -141,6 +143,6 @@ def _unperturbed(
         split = splits.cells(adata.obs, design, seed=shared["seed"]) if split is None else split
         metrics = "generation" if judged["metrics"] == JUDGED else judged["metrics"]
         return compare_populations(adata, design, entries, split=split, **shared, **{**judged, "metrics": metrics})
-    if split is None or judged["n_cells"] is not None or judged["metrics"] != JUDGED:
-        raise ValueError("forecasts need a split, like iv.splits.courses, and take neither metrics nor n_cells")
+    if split is None or judged != {"metrics": JUDGED, "n_cells": None, "n_pcs": N_PCS}:
+        raise ValueError(f"forecasts need a split, like iv.splits.courses, and do not take {', '.join(judged)}")
     return compare_courses(adata, design, entries, split=split, **shared)

@@ -88,9 +88,7 @@ class Config(Settings):
     flow_lr: float = setting(1.0, "learning rate of the flow, in units of FitConfig.lr", gt=0)
     solver: str = setting("midpoint", "default solver of generate", choices=SOLVER_NAMES)
     steps: int = setting(10, "default number of steps of the solver", ge=1)
-    refit_dispersion: bool = setting(
-        True, "fit dispersions anew to validation cells that the encoder sees whole; off in the paper"
-    )
+    refit_dispersion: bool = setting(False, "fit dispersions anew to validation cells that the encoder sees whole")
 
 
 class Autoencoder(nn.Module):
@@ -159,7 +157,6 @@ _PAPER = Config(
     sigma_min=1e-4,
     autoencoder_share=0.2,
     solver="dopri5",
-    refit_dispersion=False,
 )
 _PAPER_FIT = replace(FIT, steps=20_000)
 _SMALL = Config(hidden_rna=(128, 64), n_latent=20, hidden=128, embedding=64)
