@@ -16,10 +16,12 @@ from invirtuo.bench.demo import HELD_OUT, demo
 from invirtuo.bench.entry import BASELINES
 
 
-@pytest.fixture
-def comparison(toy, design, tmp_path):
-    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A", "b_cell|A+B"])
-    adata = iv.preprocess.normalize(toy, split=split)
+def compared(out, split=None):
+    """A comparison of toy cells, written into a folder."""
+    toy = iv.datasets.toy()
+    design = iv.Design.from_adata(toy, perturbation="perturbation", control="control", covariates=["cell_type"])
+    held_out = iv.splits.hold_out(toy.obs, design, ["monocyte|A", "b_cell|A+B"])
+    adata = iv.preprocess.normalize(toy, split=held_out)
     tiny = iv.models.PRiMeFlow.Config(hidden_dim=32, cell_width=32, gene_width=16, n_blocks=1, steps=3)
     fit = iv.FitConfig(steps=8, batch_size=32, val_every=4, progress=False)
     entries = [
@@ -27,42 +29,48 @@ def comparison(toy, design, tmp_path):
         Entry("mean", "perturbation_mean", "shift-cells"),
         Entry("none", "no_change"),
     ]
-
-    def run(name: str, split: pd.Series = split) -> pd.DataFrame:
-        return compare(adata, design, entries, split=split, out=tmp_path / name, baselines=False, n_cells=30,
-                       about={"title": "toy"})  # fmt: skip
-
-    return run
+    return compare(adata, design, entries, split=held_out if split is None else split, out=out, baselines=False,
+                   n_cells=30, about={"title": "toy"})  # fmt: skip
 
 
-def test_scores_are_complete_and_tidy(comparison, tmp_path):
-    scores = comparison("a")
+@pytest.fixture
+def comparison(tmp_path):
+    return lambda name, split=None: compared(tmp_path / name, split)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """Folder and scores of a comparison that nothing is done to."""
+    folder = tmp_path_factory.mktemp("once")
+    return folder, compared(folder)
+
+
+def test_scores_are_complete_and_tidy(once):
+    folder, scores = once
     assert scores.columns[:4].tolist() == ["condition", "perturbation", "cell_type", "metric"]
     counts = scores.groupby("model").size()
     assert set(counts.index) == {"flow", "mean", "none", "noise_floor"}
     assert (counts == 2 * 11).all()  # conditions x metrics
-    pd.testing.assert_frame_equal(scores, pd.read_csv(tmp_path / "a" / "scores.csv"), check_dtype=False)
+    pd.testing.assert_frame_equal(scores, pd.read_csv(folder / "scores.csv"), check_dtype=False)
     floor = scores[(scores["model"] == "noise_floor") & (scores["metric"] == "rmse_mean")]["value"].mean()
     none = scores[(scores["model"] == "none") & (scores["metric"] == "rmse_mean")]["value"].mean()
     assert floor < none
 
 
-def test_everything_a_report_needs(comparison, tmp_path):
-    comparison("a")
-    folder = tmp_path / "a"
+def test_everything_a_report_needs(once, tmp_path):
+    folder, _ = once
     assert ad.read_h5ad(folder / "predicted.h5ad").uns["invirtuo"]["model"] == "primeflow"
     assert set(pd.read_csv(folder / "panels.csv")["kind"]) == {"background", "real", "predicted"}
     run = json.loads((folder / "run.json").read_text())
     assert [entry["label"] for entry in run["models"]] == ["flow", "mean", "none"]
     assert run["models"][0]["fit"]["steps"] == 8
-    page = iv.report(folder, folder / "report.html").read_text()
+    page = iv.report(folder, tmp_path / "report.html").read_text()
     assert "noise_floor" in page
     assert iv.load(folder / "models" / "flow").name == "primeflow"
 
 
-def test_effects_have_intervals_where_conditions_are_held_out_for_validation(comparison, toy, design, tmp_path):
-    comparison("a")
-    plain = pd.read_csv(tmp_path / "a" / "effects.csv")
+def test_effects_have_intervals_where_conditions_are_held_out_for_validation(once, comparison, toy, design, tmp_path):
+    plain = pd.read_csv(once[0] / "effects.csv")
     assert plain["low"].isna().all() and plain["real"].notna().all()
     split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"], val_fraction=0.0)
     comparison("b", split.mask(design.names(toy.obs) == "b_cell|B", "val"))
@@ -76,10 +84,10 @@ def test_effects_have_intervals_where_conditions_are_held_out_for_validation(com
     assert "cover 90% of all genes" in page
 
 
-def test_every_gene_is_tested_and_its_values_counted(comparison, toy, design, tmp_path):
-    comparison("a")
-    table = pd.read_csv(tmp_path / "a" / "effects.csv")
-    predicted = ad.read_h5ad(tmp_path / "a" / "predicted.h5ad")
+def test_every_gene_is_tested_and_its_values_counted(once, toy, design):
+    folder, _ = once
+    table = pd.read_csv(folder / "effects.csv")
+    predicted = ad.read_h5ad(folder / "predicted.h5ad")
     adata = iv.preprocess.normalize(toy)
     condition, gene = table["condition"].iloc[-1], table["gene"].iloc[3]
     cell_type = condition.split("|")[0]
@@ -94,7 +102,7 @@ def test_every_gene_is_tested_and_its_values_counted(comparison, toy, design, tm
     for origin, column in (("predicted", "q"), ("real", "q_real")):
         p = stats.mannwhitneyu(values[origin], values["control"], method="asymptotic").pvalue
         assert p - 1e-9 <= own[column] <= 1
-    arrays = np.load(tmp_path / "a" / "distributions.npz")
+    arrays = np.load(folder / "distributions.npz")
     i, j = list(arrays["condition"]).index(condition), list(arrays["gene"]).index(gene)
     assert arrays["top"][j] == pytest.approx(max(adata[:, gene].X.max(), predicted[:, gene].X.max()))
     for origin, own_values in values.items():
@@ -116,8 +124,8 @@ def test_groups_without_control_cells_have_no_effects(toy, design, tmp_path):
     assert set(table["condition"]) == {"monocyte|A"} and table["low"].isna().all()
 
 
-def test_same_seed_same_table(comparison):
-    pd.testing.assert_frame_equal(comparison("a"), comparison("b"))
+def test_same_seed_same_table(once, comparison):
+    pd.testing.assert_frame_equal(once[1], comparison("b"))
 
 
 def test_a_comparison_goes_on_and_replaces_nothing_unasked(comparison, tmp_path, monkeypatch):
