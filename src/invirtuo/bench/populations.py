@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,13 @@ from scipy import sparse
 
 from invirtuo.bench.entry import FLOOR
 from invirtuo.bench.panels import panels
-from invirtuo.bench.run import software, write_table
-from invirtuo.cells.files import read_h5ad, writing
+from invirtuo.bench.run import software, write_page, write_table
+from invirtuo.cells.files import read_h5ad
 from invirtuo.cells.multimodal import PEAK
 from invirtuo.cells.values import looks_like_counts
 from invirtuo.errors import preview, whole_number
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.cells import per_10k
-from invirtuo.reports import report
 from invirtuo.verbs.model import track
 
 if TYPE_CHECKING:
@@ -123,9 +121,7 @@ def judge(
             f"Of each class and origin, and of all cells together, at most {max_cells:,} cells were scored, "
             f"drawn at random with seed {seed}."
         ]
-    with writing(out / "run.json") as path:
-        path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
-    report(out, out / "report.html")
+    write_page(out, facts | {"software": software()})
     return scores
 
 

@@ -172,6 +172,13 @@ def resumable(out: Path) -> Iterator[None]:
         raise
 
 
+def write_page(out: Path, facts: Mapping[str, Any]) -> None:
+    """Write down what was run, and make the page of the tables in the folder."""
+    with writing(out / "run.json") as path:
+        path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    report(out, out / "report.html")
+
+
 def software() -> dict[str, str]:
     """Versions of packages and machine, on which the last digits of numbers depend."""
     packages = {name: version(name) for name in ("invirtuo", "torch", "lightning", "anndata", "numpy")}
@@ -351,9 +358,7 @@ def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.Dat
     if len(points):
         write_table(out / "panels.csv", points.drop(columns="fold"))
     write_table(out / "comparisons.csv", paired_differences(scores[scores["model"] != FLOOR]))
-    with writing(out / "run.json") as path:
-        path.write_text(json.dumps(_facts(grid), indent=2), encoding="utf-8")
-    report(out, out / "report.html")
+    write_page(out, _facts(grid))
     return scores
 
 

@@ -109,8 +109,8 @@ def compare(
     about = {"data": str(data), "command": shlex.join(["invirtuo", *sys.argv[1:]])}
     about |= {"date": f"{datetime.now():%Y-%m-%d}"} | ({"title": title} if title else {})
     options: dict[str, Any] = {"baselines": baselines, "n_genes": n_genes, "size_factor": size_factor, "seed": seed}
-    options |= {"metrics": JUDGED if metrics is None else metrics.split(","), "n_cells": n_cells}
-    options["gene_sets"] = gene_sets
+    options |= {"n_cells": n_cells, "gene_sets": gene_sets}
+    options["metrics"] = JUDGED if metrics is None else metrics.split(",")
     parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
     scores = invirtuo.compare(adata, design, entries, split=parts, out=out, about=about, overwrite=overwrite, **options)
     write_run(context, out)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from invirtuo.reports.genes import ORIGINS
+
 __all__ = [
     "read_comparisons",
     "read_costs",
@@ -34,7 +36,7 @@ LABELS = {
     "task",
 }  # fmt: skip
 PANEL_COLUMNS = ("pc1", "pc2", "kind", "model", "condition")
-DISTRIBUTIONS = ("condition", "gene", "top", "control", "real", "predicted")
+DISTRIBUTIONS = ("condition", "gene", "top", *ORIGINS)
 COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
 
 

@@ -9,6 +9,7 @@ from scipy import stats
 
 from invirtuo.metrics.measures.wilcoxon import rank_sum
 from invirtuo.metrics.numerics.streamed import dense
+from invirtuo.reports.genes import ORIGINS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["by_gene"]
 
 BINS = 16  # of a distribution; the first holds zeros alone
-ORIGINS = ("control", "real", "predicted")
 
 
 def by_gene(

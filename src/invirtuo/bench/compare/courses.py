@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from invirtuo.bench.cell import scores_of
-from invirtuo.bench.compare.rows import described, of_part, rows_of
+from invirtuo.bench.compare.rows import described, normalized, of_part, rows_of
 from invirtuo.bench.entry import Entry
-from invirtuo.bench.run import software, write_table
-from invirtuo.cells import preprocess
+from invirtuo.bench.run import software, write_page, write_table
 from invirtuo.cells.dataset import CellDataset
-from invirtuo.cells.files import write_h5ad, writing
-from invirtuo.cells.values import looks_like_counts
-from invirtuo.reports import report
+from invirtuo.cells.files import write_h5ad
 from invirtuo.reports.figures import save
 from invirtuo.reports.tables import FLOOR
 from invirtuo.verbs.naive_forecasts import ORACLES
@@ -52,10 +48,7 @@ def compare_courses(
 
     As :func:`invirtuo.bench.compare`; ``ahead.h5ad`` holds the forecasts of the first model, ``edges.csv`` its network.
     """
-    if looks_like_counts(adata.X):
-        adata = preprocess.normalize(adata, n_genes=n_genes, split=split)
-    elif n_genes is not None:
-        raise ValueError("n_genes acts on raw counts, and X holds other values; give counts, or leave it out")
+    adata = normalized(adata, n_genes, None, split)
     rows = rows_of(out, entries, CellDataset(adata, design, split), split, [part, seed], overwrite=overwrite)
     for row in rows:
         if not row.record:
@@ -81,9 +74,7 @@ def compare_courses(
     notes = [note for row in rows for note in row.record["facts"]["notes"]]
     notes.append(f"{FLOOR}: a smoother that looks at the held-out course itself.")
     facts |= {"baselines": naive, "seed": seed, "notes": notes}
-    with writing(out / "run.json") as path:
-        path.write_text(json.dumps(facts | {"software": software()}, indent=2), encoding="utf-8")
-    report(out, out / "report.html")
+    write_page(out, facts | {"software": software()})
     return scores
 
 

@@ -16,7 +16,9 @@ import pandas as pd
 from invirtuo.bench.cell import as_json
 from invirtuo.bench.entry import Entry
 from invirtuo.bench.run import write_table
+from invirtuo.cells import preprocess
 from invirtuo.cells.files import writing
+from invirtuo.cells.values import looks_like_counts
 from invirtuo.errors import preview
 from invirtuo.fit import FitConfig
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.verbs.model import Model
 
-__all__ = ["Row", "described", "of_part", "rows_of", "seeded", "write_history"]
+__all__ = ["Row", "described", "normalized", "of_part", "rows_of", "seeded", "write_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,17 @@ def write_history(rows: Sequence[Row], out: Path) -> None:
         write_table(out / "history.csv", history)
 
 
+def normalized(adata: AnnData, n_genes: int | None, size_factor: str | None, split: pd.Series) -> AnnData:
+    """Raw counts as log1p values of genes chosen on training cells; other values as they are, without such choices."""
+    if looks_like_counts(adata.X):
+        return preprocess.normalize(adata, n_genes=n_genes, size_factor=size_factor, split=split)
+    if n_genes is not None or size_factor is not None:
+        raise ValueError(
+            "n_genes and size_factor act on raw counts, and X holds other values; give counts, or leave them out"
+        )
+    return adata
+
+
 def of_part(adata: AnnData, split: pd.Series, part: str) -> AnnData:
     """The cells of a part; it is an error if there are none."""
     chosen = (split == part).to_numpy()
@@ -93,10 +106,10 @@ class Row:
     def __init__(self, out: Path, entry: Entry, plan: Mapping[str, Any]):
         self.out, self.entry = out, entry
         self.folder = out / "rows" / entry.label
-        described = entry.describe()
-        for options in (described["fit"], described["predict"]):
+        fields = entry.describe()
+        for options in (fields["fit"], fields["predict"]):
             (options or {}).pop("progress", None)  # changes no number
-        self.settings = json.loads(json.dumps({**plan, "entry": described}))
+        self.settings = json.loads(json.dumps({**plan, "entry": fields}))
         self.record: dict[str, Any] = {}  # empty until the row is done
 
     def check(self, *, overwrite: bool) -> None:
