@@ -124,6 +124,18 @@ def test_groups_without_control_cells_have_no_effects(toy, design, tmp_path):
     assert set(table["condition"]) == {"monocyte|A"} and table["low"].isna().all()
 
 
+def test_sets_of_genes_hold_genes_of_any_name(toy, design, tmp_path):
+    toy.var_names = ["NA", *toy.var_names[1:]]
+    genes = list(toy.var_names[:5])
+    (tmp_path / "sets.gmt").write_text("\t".join(["first five", "", *genes]) + "\n")
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"])
+    iv.compare(toy, design, "no_change", split=split, out=tmp_path / "out", baselines=False, n_cells=20,
+               metrics=["rmse_mean"], gene_sets=tmp_path / "sets.gmt")  # fmt: skip
+    table = pd.read_csv(tmp_path / "out" / "gene_sets.csv")
+    assert table["n_genes"].tolist() == [5] and table["gene_set"].tolist() == ["first five"]
+    assert "Sets of genes" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_same_seed_same_table(once, comparison):
     pd.testing.assert_frame_equal(once[1], comparison("b"))
 

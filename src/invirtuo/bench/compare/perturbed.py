@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,21 +17,20 @@ import pandas as pd
 from invirtuo.bench.cell import scores_of
 from invirtuo.bench.compare.by_gene import by_gene
 from invirtuo.bench.compare.gene_sets import gene_sets as gene_sets_of
-from invirtuo.bench.compare.rows import Row, rows_of, write_history
+from invirtuo.bench.compare.rows import Row, normalized, of_part, rows_of, write_history
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
 from invirtuo.bench.panels import predicted_points, real_points
-from invirtuo.bench.run import software, write_table
-from invirtuo.cells import preprocess
+from invirtuo.bench.run import software, write_page, write_table
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import write_h5ad, writing
-from invirtuo.cells.values import looks_like_counts, require_log
+from invirtuo.cells.values import require_log
 from invirtuo.design import Design
 from invirtuo.errors import preview
 from invirtuo.metrics import Pair, noise_floor, score
 from invirtuo.metrics.numerics.axes import principal_axes
-from invirtuo.reports import report
+from invirtuo.reports import folder
 from invirtuo.verbs.predict import PerturbationModel
 
 if TYPE_CHECKING:
@@ -72,7 +70,8 @@ def compare_perturbed(
     As :func:`invirtuo.bench.compare`.
     """
     n_cells = N_CELLS if n_cells is None else n_cells
-    adata = _log_values(adata, n_genes, size_factor, split)
+    adata = normalized(adata, n_genes, size_factor, split)
+    require_log(adata)
     dataset = CellDataset(adata, design, split)
     asked = _Asked(adata, design, split, part, metrics, n_cells, n_pcs, seed)
     if baselines:
@@ -97,8 +96,10 @@ def compare_perturbed(
     write_table(out / "flags.csv", pd.concat([row.table("flags.csv") for row in rows], ignore_index=True))
     write_history(rows, out)
     if gene_sets is not None:
-        table = gene_sets_of(pd.read_csv(out / "effects.csv", dtype={"gene": str, "condition": str}), gene_sets)
-        write_table(out / "gene_sets.csv", table)
+        effects = folder.read_effects(out / "effects.csv")
+        if effects is None:
+            raise ValueError("gene_sets are tested on effects, and no condition has control cells of its covariates")
+        write_table(out / "gene_sets.csv", gene_sets_of(effects, gene_sets))
 
     # how all of this was made
     facts = {
@@ -110,9 +111,7 @@ def compare_perturbed(
     facts["models"] = [row.record["facts"] for row in rows]
     if rows[0].record["facts"]["intervals"]:
         facts["effect level"] = EFFECT_LEVEL
-    with writing(out / "run.json") as path:
-        path.write_text(json.dumps(facts, indent=2))
-    report(out, out / "report.html")
+    write_page(out, facts)
     return scores
 
 
@@ -139,7 +138,7 @@ class _Asked:
     @cached_property
     def real(self) -> AnnData:
         """Cells of the part that is predicted, controls among them."""
-        return self.adata[(self.split == self.part).to_numpy()].copy()
+        return of_part(self.adata, self.split, self.part)
 
     @cached_property
     def axes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -200,18 +199,6 @@ def _computed(rows: Sequence[Row], asked: _Asked, out: Path) -> list[pd.DataFram
         done = [scores_of(row.record) for row in rows if row.record]
         write_table(out / "scores.csv", pd.concat(done))
     return done
-
-
-def _log_values(adata: AnnData, n_genes: int | None, size_factor: str | None, split: pd.Series) -> AnnData:
-    """The cells as log1p values: raw counts normalised, with genes chosen on training cells."""
-    if looks_like_counts(adata.X):
-        return preprocess.normalize(adata, n_genes=n_genes, size_factor=size_factor, split=split)
-    if n_genes is not None or size_factor is not None:
-        raise ValueError(
-            "n_genes and size_factor act on raw counts, and X holds other values; give counts, or leave them out"
-        )
-    require_log(adata)
-    return adata
 
 
 def _baselines(entries: Sequence[Entry], asked: _Asked) -> list[Entry]:
