@@ -67,7 +67,9 @@ def report(
         ``task``, ``direction``). Shown if present: ``panels.npz`` or ``panels.csv`` (``pc1``, ``pc2``, ``kind``,
         ``model``, ``condition``; with ``task`` one picture for each condition of a task), ``history.csv`` (``step``,
         ``model``, one column per quantity), ``effects.csv`` (``condition``, ``gene``, ``effect``, ``low``, ``high``,
-        ``real``; `invirtuo.bench.effects`) and ``run.json``
+        ``real``; `invirtuo.bench.effects`; optionally ``q`` and ``q_real``), with it ``distributions.npz`` (shares of
+        cells by value, of every gene), ``gene_sets.csv`` (``condition``, ``gene_set``, ``n_genes``, ``effect``, ``q``,
+        ``real``, ``q_real``), of time courses the pictures ``courses.png`` and ``network.png``, and ``run.json``
         (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor``, ``effect level`` and
         ``notes`` are shown on their own, anything else is listed); of generated populations ``genes.csv``
         (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
