@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -377,7 +378,7 @@ def test_preconditioning_by_hand(interpolant, plan, cells, batch, dataset):
     velocity = db * mean + covariance / variance * residual
     left = (da**2 + (db * sd) ** 2 - covariance**2 / variance).sqrt()
     cell = (residual / variance.sqrt()).float()
-    network = model.velocity(Point(x, cell, t, batch.condition, None, model.anchor(batch.condition)))
+    network = model.velocity(Point(x, cell, t, batch.condition, None, partial(model.anchor, batch.condition)))
     expected = velocity.float() + left.float() * network
     torch.testing.assert_close(model.evaluate(x, t, batch.condition), expected, atol=1e-4, rtol=1e-3)
     assert float(network.detach().abs().mean()) > 0.05

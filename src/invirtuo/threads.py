@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
+from typing import TypeVar
 
-__all__ = ["VARIABLES", "n_cores", "size_threads"]
+__all__ = ["VARIABLES", "in_threads", "n_cores", "size_threads"]
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -36,3 +42,34 @@ def size_threads() -> None:
         threadpool_limits(limit)
     if "torch" in sys.modules and sys.modules["torch"].get_num_threads() > limit:
         sys.modules["torch"].set_num_threads(limit)
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """What a function makes of every item, in order, on as many threads as torch has, with one of torch in each.
+
+    For items of a millisecond or more of tensor operations without gradients: threads that share every operation wait
+    for each other after each. Results do not depend on the number of threads.
+    """
+    import torch
+
+    n = torch.get_num_threads()
+    if n == 1:
+        return [function(item) for item in items]
+
+    def without_gradients(item: Item) -> Result:
+        with torch.no_grad():  # a thread has this setting to itself
+            return function(item)
+
+    return list(_pool(n, os.getpid()).map(without_gradients, items))
+
+
+@cache
+def _pool(n: int, process: int) -> ThreadPoolExecutor:
+    """Threads of a process (a fork inherits none), in each of which torch computes with one."""
+    import torch
+
+    pool = ThreadPoolExecutor(n, "one-thread", torch.set_num_threads, (1,))
+    all_began = Barrier(n)
+    list(pool.map(lambda _: all_began.wait(), range(n)))
+    torch.set_num_threads(n)  # what threads to come begin with is one setting of the process
+    return pool

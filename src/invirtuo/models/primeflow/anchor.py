@@ -99,15 +99,28 @@ class PseudobulkAnchor(nn.Module):
             self.control_sd = torch.cat([self.control_sd, v.sqrt().float()[None]])
         self._expected.clear()
 
-    def forward(self, condition: Condition, is_null: Tensor | None = None) -> Tensor:
-        """Features (n, g, 4) of n conditions; null rows hold the statistics of all control cells and no effect."""
-        rows, effect = self._rows(condition.groups), self.effect(condition)
+    def forward(self, condition: Condition, is_null: Tensor | None = None, genes: Tensor | None = None) -> Tensor:
+        """Features of n conditions; null rows hold the statistics of all control cells and no effect.
+
+        Parameters
+        ----------
+        is_null
+            (n,) bool, rows whose condition is the null condition.
+        genes
+            (m,), numbers of the genes that are asked for; None for all.
+
+        Returns
+        -------
+        (n, m, 4)
+        """
+        means, sds = (x if genes is None else x.index_select(1, genes) for x in (self.control_mean, self.control_sd))
+        rows, effect = self._rows(condition.groups), self.effect(condition, genes)
         if is_null is not None:
             rows = torch.where(is_null, 0, rows)
             effect = torch.where(is_null[:, None], 0.0, effect)
-        mean = self.control_mean[rows]
+        mean = means[rows]
         expected = (mean + effect).clamp_min(0)
-        return torch.stack([mean, self.control_sd[rows], expected, expected - mean], dim=-1)
+        return torch.stack([mean, sds[rows], expected, expected - mean], dim=-1)
 
     def estimate(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """Means of n conditions as pseudobulks predict them.
@@ -132,7 +145,7 @@ class PseudobulkAnchor(nn.Module):
             known = torch.where(observed, 2, known)
         return (self.control_mean[rows] + effect).clamp_min(0), known
 
-    def effect(self, condition: Condition) -> Tensor:
+    def effect(self, condition: Condition, genes: Tensor | None = None) -> Tensor:
         """(n, g), expected difference to the control mean; every distinct condition is computed once and kept."""
         codes, multi_hot = condition.groups.cpu(), condition.code.detach().cpu()
         keys = [(c.tobytes(), m.tobytes()) for c, m in zip(codes.numpy(), multi_hot.numpy(), strict=True)]
@@ -145,6 +158,7 @@ class PseudobulkAnchor(nn.Module):
 
         # from distinct conditions to all rows
         table = torch.stack([self._expected[key] for key in row_of]).to(self.effects.device)
+        table = table if genes is None else table.index_select(1, genes)
         position = {key: i for i, key in enumerate(row_of)}
         positions = [position[key] for key in keys]
         return table[torch.tensor(positions, device=table.device)]

@@ -91,9 +91,9 @@ class GenewiseVelocity(nn.Module):
         embedding
             (n, d_embedding), time and condition, after the activation.
         features
-            (n, g, n_features), condition features of each gene.
+            (n, m, n_features), condition features of the genes to evaluate.
         genes
-            (m,), numbers of the genes to evaluate; None for all.
+            (m,), their numbers; None for all.
 
         Returns
         -------
@@ -112,8 +112,7 @@ class GenewiseVelocity(nn.Module):
         own = values if genes is None else values.index_select(1, genes)
         rest = F.linear(hidden, weight, bias).view(*own.shape, -1)
         if features is not None:
-            given = features if genes is None else features.index_select(1, genes)
-            rest = torch.cat([rest, given.to(dtype)], dim=-1)
+            rest = torch.cat([rest, features.to(dtype)], dim=-1)
 
         # scale and shift of every cell go into its own weights: a pass over all activations less
         factor, offset = self.modulate(embedding).to(dtype).chunk(2, dim=-1)

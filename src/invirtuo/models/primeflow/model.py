@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -365,7 +366,7 @@ class PRiMeFlow(PerturbationModel):
     ) -> Tensor:
         """The velocity field: x (n, g), t (n,), depth (n,) if `config.depth` -> (n, g), or (n, m) for chosen genes."""
         config, network = self.config, network or self.velocity
-        features = None if self.anchor is None else self.anchor(condition, is_null)
+        anchors = None if self.anchor is None else partial(self.anchor, condition, is_null)
         log_depth = None if self.depth is None else size_factor.clamp_min(1e-3).log()
 
         # with preconditioning, relative to the field of Gaussian genes
@@ -376,10 +377,11 @@ class PRiMeFlow(PerturbationModel):
             a, b, _, _ = COEFFICIENTS[config.interpl_type](t[:, None])
             variance = a**2 + (b * self.gene_sd) ** 2 + config.sigma**2
             cell = (x - b * self.gene_mean) / variance.sqrt()
-            v, spread = gaussian_velocity(x, t, self.gene_mean, self.gene_sd, config.interpl_type, config.sigma)
-            centre, scale = (v, spread) if genes is None else (v.index_select(1, genes), spread.index_select(1, genes))
+            of_all = (x, self.gene_mean, self.gene_sd)
+            xt, mean, sd = of_all if genes is None else (each.index_select(-1, genes) for each in of_all)
+            centre, scale = gaussian_velocity(xt, t, mean, sd, config.interpl_type, config.sigma)
 
-        v = network(Point(x, cell, t, condition, is_null, features, genes, log_depth))
+        v = network(Point(x, cell, t, condition, is_null, anchors, genes, log_depth))
         return centre + scale * v
 
     def sample(self, batch: Batch, generator: torch.Generator, config: FlowSampling) -> Tensor:

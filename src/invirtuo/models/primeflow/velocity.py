@@ -6,6 +6,7 @@ asked for. Whether it is preconditioned, and what it stands for, is decided outs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Point(NamedTuple):
     t: Tensor  # (n,)
     condition: Condition
     is_null: Tensor | None = None  # (n,) bool, cells whose condition is the null condition
-    features: Tensor | None = None  # (n, g, f), of the condition for every gene
+    anchors: Callable[[Tensor | None], Tensor] | None = None  # features (n, m, f) of the condition for genes, or all
     genes: Tensor | None = None  # (m,), numbers of the genes that are asked for; None for all
     log_depth: Tensor | None = None  # (n,), log of the depth over its training median
 
@@ -116,7 +117,7 @@ class UNetVelocity(nn.Module):
         h = self.values(sinusoids(self._padded(at.x), self.width, self.value_scale).to(rows.dtype))
         h = h + rows.to(h.dtype)
         if self.anchors is not None:
-            h = h + self.anchors(self._padded(at.features).to(h.dtype))
+            h = h + self.anchors(self._padded(at.anchors(None)).to(h.dtype))
 
         v = self.unet(h, (time + encoded).to(h.dtype))[:, : self.n_genes, 0].float()
         return v if at.genes is None else v.index_select(1, at.genes)
@@ -142,7 +143,7 @@ class MLPVelocity(nn.Module):
     def forward(self, at: Point) -> Tensor:
         dtype = self.values[0].weight.dtype
         cell = [at.cell]
-        cell += [] if at.features is None else [at.features.flatten(1)]
+        cell += [] if at.anchors is None else [at.anchors(None).flatten(1)]
         cell += [] if at.log_depth is None else [at.log_depth[:, None]]
         time = self.time(sinusoids(at.t, self.d_time, self.time_scale).to(dtype))
         encoded = [self.values(torch.cat(cell, dim=1).to(dtype)), self.condition(at.condition, at.is_null), time]
@@ -171,7 +172,8 @@ class GenewiseField(nn.Module):
 
     def forward(self, at: Point) -> Tensor:
         time, encoded = self.embed(at)
-        return self.field(at.x, at.cell, F.silu(time + encoded), at.features, at.genes)
+        features = None if at.anchors is None else at.anchors(at.genes)
+        return self.field(at.x, at.cell, F.silu(time + encoded), features, at.genes)
 
 
 VELOCITIES = {"unet": UNetVelocity, "mlp": MLPVelocity, "genewise": GenewiseField}
