@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from threading import Barrier
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from invirtuo.models.primeflow.shared import shared_network
 from invirtuo.models.primeflow.unet import Attention, GroupNormAct, UNet1d
 from invirtuo.nn import MLP, ConditionEncoder, ModulatedBlock, sinusoids
 from invirtuo.nn.moved import with_mean
+from invirtuo.threads import in_threads, operations_on_one_thread
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -668,3 +670,46 @@ def test_tabulated_sinusoids_are_as_exact_as_bf16(value_scale):
             tabulated = network(4 * x, x, e, f)
     assert not tabulated.equal(plain)
     assert (tabulated - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
+
+
+# ---- work in threads -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_items_are_shared_by_threads_and_come_in_order(two_threads):
+    met = Barrier(2)  # passed only if two threads are at work
+
+    def work(i: int) -> tuple[int, int, bool]:
+        met.wait(timeout=30)
+        return i, torch.get_num_threads(), torch.is_grad_enabled()
+
+    assert in_threads(work, range(4)) == [(i, 1, False) for i in range(4)]
+    with operations_on_one_thread():
+        assert torch.get_num_threads() == 1
+        assert in_threads(work, range(4)) == [(i, 1, False) for i in range(4)]
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda i: 1 // i, [1, 0, 1])
+    assert in_threads(str, []) == []
+
+
+def test_tiles_are_the_same_on_one_thread_and_on_two(two_threads, monkeypatch):
+    monkeypatch.setattr("invirtuo.models.primeflow.shared.TILE", 1000)
+
+    def found() -> list[torch.Tensor]:
+        field = fill(genewise())
+        out = field(*inputs(300))
+        out.square().sum().backward()
+        return [out.detach(), *(parameter.grad for parameter in field.parameters())]
+
+    on_two = found()
+    torch.set_num_threads(1)
+    for one, two in zip(found(), on_two, strict=True):
+        assert torch.equal(one, two)

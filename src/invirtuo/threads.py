@@ -1,18 +1,21 @@
-"""How many threads a process may use, and telling torch, BLAS and numba; entry points call it, never an import."""
+"""How many threads a process may use, telling torch, BLAS and numba (never at an import), and sharing work by items."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from threading import Barrier
 from typing import TypeVar
 
-__all__ = ["VARIABLES", "in_threads", "n_cores", "size_threads"]
+__all__ = ["VARIABLES", "in_threads", "n_cores", "operations_on_one_thread", "size_threads"]
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_kept_for_items = ContextVar("threads of in_threads where torch has fewer", default=1)  # of each thread
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -52,15 +55,42 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
     """
     import torch
 
-    n = torch.get_num_threads()
-    if n == 1:
-        return [function(item) for item in items]
+    todo = list(items)
+    n = max(_kept_for_items.get(), torch.get_num_threads())
+    if n == 1 or len(todo) == 1:
+        return [function(item) for item in todo]
+    numbers, results = iter(range(len(todo))), dict[int, Result]()
 
-    def without_gradients(item: Item) -> Result:
+    def work() -> None:
         with torch.no_grad():  # a thread has this setting to itself
-            return function(item)
+            for i in numbers:
+                results[i] = function(todo[i])
 
-    return list(_pool(n, os.getpid()).map(without_gradients, items))
+    # This thread works, too: one that went to sleep at once would be found on the core of those that it woke.
+    others = [_pool(n - 1, os.getpid()).submit(work) for _ in range(n - 1)]
+    with operations_on_one_thread():
+        work()
+    for other in others:
+        other.result()
+    return [results[i] for i in range(len(todo))]
+
+
+@contextmanager
+def operations_on_one_thread() -> Iterator[None]:
+    """Let torch do with one thread what is not done by :func:`in_threads`, which keeps those that torch had.
+
+    Sharing them wins little in operations of less than a millisecond, and on two cores it often loses.
+    """
+    import torch
+
+    n = torch.get_num_threads()
+    token = _kept_for_items.set(max(_kept_for_items.get(), n))
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
+        _kept_for_items.reset(token)
 
 
 @cache
@@ -68,8 +98,4 @@ def _pool(n: int, process: int) -> ThreadPoolExecutor:
     """Threads of a process (a fork inherits none), in each of which torch computes with one."""
     import torch
 
-    pool = ThreadPoolExecutor(n, "one-thread", torch.set_num_threads, (1,))
-    all_began = Barrier(n)
-    list(pool.map(lambda _: all_began.wait(), range(n)))
-    torch.set_num_threads(n)  # what threads to come begin with is one setting of the process
-    return pool
+    return ThreadPoolExecutor(n, "one-thread", torch.set_num_threads, (1,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from invirtuo.fit.machine import keep_freed_memory
 from invirtuo.fit.stream import Stream
 from invirtuo.fit.trainable import Trainable
 from invirtuo.fit.training import Training
+from invirtuo.threads import operations_on_one_thread
 
 if TYPE_CHECKING:
     import lightning
@@ -69,7 +70,7 @@ def run(
         for unfinished in folder.glob(".*.part.*"):  # of a process that was killed while it wrote
             unfinished.unlink(missing_ok=True)
     keep_freed_memory()
-    with _interruptible(folder):
+    with _interruptible(folder), operations_on_one_thread() if model.spreads_work else nullcontext():
         return _train(model, dataset, config, folder, resume, list(callbacks), list(loggers))
 
 

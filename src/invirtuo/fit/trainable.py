@@ -21,6 +21,7 @@ class Trainable(nn.Module):
 
     name: ClassVar[str]
     cpu_only: ClassVar[bool] = False  # whether it computes on CPUs alone
+    spreads_work: bool = False  # whether its work on a CPU is shared by threads that it asks for itself
     has_unused_parameters: ClassVar[bool] = False  # whether a step may use parameters of a block without calling it
     has_proximal_step: ClassVar[bool] = False  # whether `proximal_step` does anything
     sampler: str | Sampler = "cells"  # forms training batches: a name in SAMPLERS, or a sampler; `build` may choose

@@ -195,6 +195,7 @@ class PRiMeFlow(PerturbationModel):
         levels = tuple(len(level) for level in design.covariates.values())
         sizes = Sizes(len(self.genes), design.code_width, levels, int(design.time is not None))
         self.keeps_zeros = config.hurdle
+        self.spreads_work = config.velocity == "genewise"
         self.groups_by_controls = config.anchor and not (config.covariate_scale or config.depth)
         self.velocity = VELOCITIES[config.velocity](config, sizes)
         self.register_buffer("gene_mean", torch.zeros(sizes.n_genes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,14 @@ from torch.nn import functional as F
 from invirtuo.nn.embed import sinusoids
 from invirtuo.threads import in_threads
 
+if TYPE_CHECKING:
+    import numpy as np
+
 __all__ = ["shared_network"]
 
 TILE = 32_768  # values of a tile
-RESOLUTION = (
-    50.0  # rows of a table per unit of scale x value: the fastest sinusoid turns by 0.02, twice what bf16 tells
-)
+RESOLUTION = 50.0  # rows of a table per unit of scale x value: half of 0.02 is less than bf16 tells near 1
 BLOCK = 256  # rows of a table come in blocks, so that the next batch finds it made
-
-silu_backward = torch.ops.aten.silu_backward
 
 
 def shared_network(
@@ -122,61 +121,84 @@ def _table(low: int, high: int, k: int, scale: float) -> Tensor:
 class _Tiled(torch.autograd.Function):
     """:func:`shared_network`, cells so few at a time that activations stay in caches, with its derivative written out.
 
-    Autograd would pass over activations of all cells, far larger than the caches, about three times as often. Tiles
-    have threads of their own.
+    Autograd would pass over activations of all cells, far larger than the caches, several times as often. Tiles have
+    threads of their own.
     """
 
     @staticmethod
     def forward(ctx: Any, scale: float, *inputs: Tensor) -> Tensor:
+        from invirtuo.models.primeflow import fused
+
         values, rest, shift, second, second_bias, first, first_bias, who, read_out = inputs
         keeps = any(ctx.needs_input_grad)
         waves = _Waves(values, first.shape[1] - rest.shape[2], scale, first, first_bias)
         of_rest = first[:, waves.k :].t()
+        out = torch.empty(values.shape, dtype=torch.promote_types(first.dtype, torch.float32))
 
         def tile(rows: slice) -> tuple[Tensor, ...]:
-            z1 = who + shift[rows, None]
+            z1 = waves.first_layer(values[rows])
             z1.flatten(0, 1).addmm_(rest[rows].flatten(0, 1), of_rest)
-            z1.add_(waves.first_layer(values[rows]))
-            a1 = F.silu(z1, inplace=not keeps)
+            a1 = torch.empty_like(z1)
+            fused.first(*map(_array, (z1, who, shift[rows], a1)))
             z2 = torch.baddbmm(second_bias[rows, None], a1, second[rows])
-            a2 = F.silu(z2, inplace=not keeps)
-            out = torch.bmm(a2.transpose(0, 1), read_out[:, :, None])[:, :, 0].t()
-            return (out, z1, a1, z2, a2) if keeps else (out,)
+            fused.second(*map(_array, (z2, read_out, out[rows])))
+            return (z1, a1, z2) if keeps else ()
 
-        tiles = in_threads(tile, _tiles(values))
+        activations = in_threads(tile, _tiles(values))
         if keeps:
-            ctx.waves, ctx.activations = waves, [activations for _, *activations in tiles]
+            ctx.waves, ctx.activations = waves, activations
             ctx.save_for_backward(values, rest, second, first, read_out)
-        return torch.cat([out for out, *_ in tiles])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, rest, second, first, read_out = ctx.saved_tensors
-        waves, gradient = ctx.waves, gradients[0]
+        from invirtuo.models.primeflow import fused
 
-        def tile(which: tuple[slice, list[Tensor]]) -> tuple[Tensor, ...]:
-            rows, (z1, a1, z2, a2) = which
-            own = gradient[rows]
+        values, rest, second, first, read_out = ctx.saved_tensors
+        waves, d_out = ctx.waves, gradients[0].contiguous()
+        (n, m), w = values.shape, len(first)
+        d_shift, d_second_bias = torch.zeros(2, n, w, dtype=d_out.dtype)
+
+        def tile(which: tuple[slice, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            rows, (z1, a1, z2) = which
+            d_who, d_read_out = torch.zeros(2, m, w, dtype=d_out.dtype)
 
             # read-out and second layer
-            d_read_out = torch.bmm(own.t()[:, None], a2.transpose(0, 1))[:, 0]
-            d2 = silu_backward(read_out * own[:, :, None], z2)
+            d2 = torch.empty_like(z2)
+            fused.back_second(*map(_array, (z2, read_out, d_out[rows], d2, d_read_out, d_second_bias[rows])))
             d_second = torch.bmm(a1.transpose(1, 2), d2)
 
             # first layer
-            d1 = silu_backward(torch.bmm(d2, second[rows].transpose(1, 2)), z1)
+            d1 = torch.bmm(d2, second[rows].transpose(1, 2))
+            fused.back_first(*map(_array, (z1, d1, d_who, d_shift[rows])))
             d_rest = d1 @ first[:, waves.k :]
             inputs = waves(values[rows]), rest[rows]
             d_first = torch.cat([each.flatten(0, 1).t() @ d1.flatten(0, 1) for each in inputs])
-            return d_rest, d1.sum(1), d_second, d2.sum(1), d_first, d1.sum(0), d_read_out
+            return d_rest, d_second, d_first, d_who, d_read_out
 
         of_tiles = in_threads(tile, zip(_tiles(values), ctx.activations, strict=True))
         parts = list(zip(*of_tiles, strict=True))
-        d_rest, d_shift, d_second, d_second_bias = map(torch.cat, parts[:4])
-        d_first, d_who, d_read_out = (torch.stack(part).sum(0) for part in parts[4:])
-        of_cells = d_rest, d_shift, d_second, d_second_bias
-        return None, None, *of_cells, d_first.t(), d_shift.sum(0), d_who, d_read_out
+        d_rest, d_second = map(torch.cat, parts[:2])
+        d_first, d_who, d_read_out = (torch.stack(part).sum(0) for part in parts[2:])
+        return (
+            None,
+            None,
+            d_rest,
+            d_shift,
+            d_second,
+            d_second_bias,
+            d_first.t(),
+            d_shift.sum(0),
+            d_who,
+            d_read_out,
+        )
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """The memory of a tensor; bf16, which numpy does not have, as its bits."""
+    array: np.ndarray = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()
+    return array
 
 
 def _tiles(values: Tensor) -> list[slice]:
