@@ -47,7 +47,8 @@ def once(tmp_path_factory):
 
 def test_scores_are_complete_and_tidy(once):
     folder, scores = once
-    assert scores.columns[:4].tolist() == ["condition", "perturbation", "cell_type", "metric"]
+    columns = ["condition", "perturbation", "cell_type", "metric", "value", "direction"]
+    assert scores.columns[:6].tolist() == columns
     counts = scores.groupby("model").size()
     assert set(counts.index) == {"flow", "mean", "none", "noise_floor"}
     assert (counts == 2 * 11).all()  # conditions x metrics

@@ -33,7 +33,7 @@ def test_populations(toy, tmp_path):
     design = iv.Design.from_adata(toy, covariates=["cell_type"])
     scores = iv.compare(toy, design, CFGEN, out=tmp_path, n_genes=20, metrics=["rmse_mean", "zeros_distance"])
     assert set(scores["model"]) == {"flow", "independent_nb", "training cells", "noise_floor"}
-    assert set(scores["task"]) == {"class by class", "all cells together"}
+    assert set(scores["task"]) == {"class by class", "all cells together"} and set(scores["direction"]) == {"lower"}
 
     # as many cells of each class as were held out, counts of the genes chosen
     held_out = iv.splits.cells(toy.obs, design) == "test"

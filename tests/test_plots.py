@@ -90,8 +90,16 @@ def test_the_best_model_is_on_top(ax, metric, best):
     table = pd.DataFrame({"model": ["a", "b"] * 2, "metric": metric, "value": [0.1, 0.5, 0.2, 0.6]})
     iv.pl.scores(table, ax=ax)
     assert ax.get_yticklabels()[-1].get_text() == best
+    assert ax.get_xlabel().split()[1] == {"a": "↓", "b": "↑"}[best]
     with pytest.raises(ValueError, match="no scores of 'mmd_gex'"):
         iv.pl.scores(table, "mmd_gex", ax=ax)
+
+
+@pytest.mark.parametrize(("direction", "best"), [("lower", "a"), ("higher", "b"), (np.nan, "b")])
+def test_the_table_says_what_is_better_of_metrics_from_elsewhere(ax, direction, best):
+    table = pd.DataFrame({"model": ["a", "b"], "metric": "wonder", "value": [0.1, 0.5], "direction": direction})
+    iv.pl.scores(table, ax=ax)
+    assert ax.get_yticklabels()[-1].get_text() == best
 
 
 def test_history_of_a_model_and_of_several(cells, design, ax):

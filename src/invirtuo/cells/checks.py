@@ -30,7 +30,19 @@ __all__ = [
 FEW_CELLS = 20
 MISSING = {"", "nan", "none", "na", "n/a", "null", "<na>"}
 CONTROLS = {"control", "ctrl", "non-targeting", "non_targeting", "nontargeting", "nt", "ntc", "dmso", "vehicle", "mock"}
-SCORE_COLUMNS = {"condition", "perturbation", "metric", "value", "n_pred", "n_real", "model", "task", "seed", "_group"}
+SCORE_COLUMNS = {
+    "condition",
+    "perturbation",
+    "metric",
+    "value",
+    "direction",
+    "n_pred",
+    "n_real",
+    "model",
+    "task",
+    "seed",
+    "_group",
+}
 EFFECT_COLUMNS = {"condition", "gene", "control", "effect", "low", "high", "real"}
 RESERVED = SCORE_COLUMNS | EFFECT_COLUMNS
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-BETTER = {"higher": "↑", "lower": "↓"}
 TABLES = (".csv", ".tsv", ".txt", ".h5ad")  # endings that name a file and no condition
 GROUPS = {
     "groups": "GROUP,GROUP",
@@ -265,14 +264,11 @@ def _named_split(obs: Any, design: Any, split: str) -> Any:
 
 def print_scores(scores: pd.DataFrame, console: Console | None = None) -> None:
     """Mean over conditions: a row per model, or, of many metrics or for one model, a row per metric."""
-    from invirtuo.metrics import METRICS
+    from invirtuo.metrics.scores import ARROWS, directions
 
-    def labelled(name: str) -> str:
-        direction = METRICS[name].direction if name in METRICS else None
-        return f"{name} {BETTER[direction]}" if direction else name
-
+    labels = {name: f"{name} {ARROWS[direction]}" for name, direction in directions(scores).items()}
     table = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", sort=False)
-    table = table.rename(columns=labelled)
+    table = table.rename(columns=labels)
     if len(table) == 1 or table.shape[1] > MOST_COLUMNS:
         table = table.T
     rows = []

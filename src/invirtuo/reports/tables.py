@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-if TYPE_CHECKING:
-    from invirtuo.metrics import Metric
+from invirtuo.metrics import METRICS
+from invirtuo.metrics.scores import ARROWS, directions
 
 __all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline", "published_table", "score_table"]
 
@@ -54,7 +54,7 @@ class Column:
 
     @property
     def arrow(self) -> str:
-        return {"lower": "↓", "higher": "↑"}.get(self.direction or "", "")
+        return ARROWS.get(self.direction or "", "")
 
 
 @dataclass(frozen=True)
@@ -282,31 +282,21 @@ def number(value: float, significant: int = 3) -> str:
 
 def _columns(scores: pd.DataFrame) -> list[Column]:
     """The metrics, known ones first in the order of their registry."""
-    records = _records()
     present = list(dict.fromkeys(scores["metric"]))
-    order = [name for name in records if name in present]
-    order += [name for name in present if name not in records]
-    # what the table says goes before what the registry says
-    given = scores.groupby("metric")["direction"].first() if "direction" in scores else {}
+    order = [name for name in METRICS if name in present]
+    order += [name for name in present if name not in METRICS]
+    known = directions(scores)
     counted = scores[scores["value"].notna()].groupby("metric")["condition"].nunique()
     columns = []
     for name in order:
-        record = records.get(name)
-        direction = given.get(name) or getattr(record, "direction", None)
+        record = METRICS.get(name)  # scores of metrics from elsewhere are shown all the same
         label = getattr(record, "label", name)
         definition = getattr(record, "definition", "")
         of_mistakes = getattr(record, "of_mistakes", False)
-        columns.append(Column(name, label, direction, definition, int(counted.get(name, 0)), of_mistakes=of_mistakes))
+        columns.append(
+            Column(name, label, known.get(name), definition, int(counted.get(name, 0)), of_mistakes=of_mistakes)
+        )
     return columns
-
-
-def _records() -> dict[str, Metric]:
-    """The registry of metrics; scores of metrics it does not know are shown all the same."""
-    try:
-        from invirtuo.metrics import METRICS
-    except ImportError:  # the table may come from elsewhere
-        return {}
-    return METRICS
 
 
 def _marks(values: pd.Series, direction: str | None) -> tuple[dict[str, str], list[str]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_courses", "forecast_scores"]
 
-DIRECTIONS = {"mse": "lower", "mse_bins": "lower", "r2": "higher", "coverage": ""}  # of what forecasts are judged by
+DIRECTIONS = {"mse": "lower", "mse_bins": "lower", "r2": "higher", "coverage": None}  # of what forecasts are judged by
 DRAWN_EDGES = 100
 
 
