@@ -14,6 +14,7 @@ import invirtuo as iv
 from invirtuo.bench import Entry, compare
 from invirtuo.bench.demo import HELD_OUT, demo
 from invirtuo.bench.entry import BASELINES
+from invirtuo.metrics.scores import FLOOR_NOTE
 
 
 def compared(out, split=None):
@@ -53,6 +54,7 @@ def test_scores_are_complete_and_tidy(once):
     assert set(counts.index) == {"flow", "mean", "none", "noise_floor"}
     assert (counts == 2 * 11).all()  # conditions x metrics
     pd.testing.assert_frame_equal(scores, pd.read_csv(folder / "scores.csv"), check_dtype=False)
+    assert FLOOR_NOTE in (folder / "report.html").read_text(encoding="utf-8")
     floor = scores[(scores["model"] == "noise_floor") & (scores["metric"] == "rmse_mean")]["value"].mean()
     none = scores[(scores["model"] == "none") & (scores["metric"] == "rmse_mean")]["value"].mean()
     assert floor < none

@@ -264,9 +264,12 @@ def _named_split(obs: Any, design: Any, split: str) -> Any:
 
 def print_scores(scores: pd.DataFrame, console: Console | None = None) -> None:
     """Mean over conditions: a row per model, or, of many metrics or for one model, a row per metric."""
-    from invirtuo.metrics.scores import ARROWS, directions
+    from rich.console import Console
+
+    from invirtuo.metrics.scores import ARROWS, directions, floor_note
 
     labels = {name: f"{name} {ARROWS[direction]}" for name, direction in directions(scores).items()}
+    console = console or Console()
     table = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", sort=False)
     table = table.rename(columns=labels)
     if len(table) == 1 or table.shape[1] > MOST_COLUMNS:
@@ -275,6 +278,8 @@ def print_scores(scores: pd.DataFrame, console: Console | None = None) -> None:
     for name, row in table.iterrows():
         rows.append((str(name), *(f"{value:.3f}" for value in row)))
     print_rows(rows, header=(str(table.index.name), *map(str, table.columns)), console=console)
+    if note := floor_note(scores):
+        console.print(f"\n{note}", highlight=False)
 
 
 def print_rows(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-__all__ = ["PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize", "values_of"]
+__all__ = ["FLOOR", "PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize", "values_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,12 @@ EXTRAPOLATED = {
     *("de_spearman_size", "de_spearman_lfc", "de_direction_match", "de_recall", "de_pr_auc", "de_roc_auc"),
 }
 MEASURED = ("value", "direction", "n_pred", "n_real")  # columns that say nothing of which cells, or which metric
+FLOOR = "noise_floor"  # what its rows are called beside models
+FLOOR_NOTE = (
+    "The noise floor is half of the real cells of a condition against the other half: fewer cells on each side than "
+    "models are scored with. Distances grow and effects blur with fewer cells, so that a model may score better than "
+    "it, above all where effects are small. It is a mark, not a limit."
+)
 ARROWS = {"higher": "↑", "lower": "↓"}
 ABSENT = ("de_direction_match", "de_recall", "de_spearman_lfc")  # no value, not NaN, without real DE genes in cell-eval
 
@@ -232,6 +238,11 @@ def directions(scores: pd.DataFrame) -> dict[str, str]:
         said = scores[scores["direction"].isin(ARROWS)]
         known |= dict(zip(said["metric"], said["direction"], strict=True))
     return {name: str(known[name]) for name in present if known.get(name)}
+
+
+def floor_note(scores: pd.DataFrame, floor: str = FLOOR) -> str:
+    """What a reader must know of the noise floor of a table; "" if it has none, or one of another kind."""
+    return FLOOR_NOTE if "n_real" in scores and (scores["model"] == floor).any() else ""
 
 
 def values_of(pair: Pair, records: Mapping[str, Metric]) -> pd.DataFrame:

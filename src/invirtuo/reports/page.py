@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from invirtuo.metrics.scores import FLOOR, floor_note
 from invirtuo.reports import benchmark, folder
 from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
 from invirtuo.reports.figures import as_png, condition_panels, curves, panels, populations
 from invirtuo.reports.genes import gene_data
 from invirtuo.reports.render import render
-from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, number, published_table, score_table
+from invirtuo.reports.tables import BASELINES, condition_tables, headline, number, published_table, score_table
 from invirtuo.reports.verdict import verdict
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def _sections(
         table = score_table(own, baselines, floor, failed, known.groupby("metric")["drf"].mean().to_dict())
         section = {"task": task, "about": str(about.get(task, "")), "scores": own, "verdict": ""}
         section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
+        section["floor_note"] = floor_note(own, floor)
         section["flags"] = _flagged(flags[flags["task"] == task])
         section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
         found.append(section)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.metrics import METRICS
-from invirtuo.metrics.scores import ARROWS, directions
+from invirtuo.metrics.scores import ARROWS, FLOOR, directions
 
 __all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline", "published_table", "score_table"]
 
@@ -25,7 +25,6 @@ BASELINES = (  # what everybody must beat
     "ridge",
     "ridge:move-cells",
 )
-FLOOR = "noise_floor"
 WEAK = 0.3  # dynamic range fraction below which a metric crowns nobody
 MAX_CONDITIONS = 200  # rows of a per-condition table; the rest stays in scores.csv
 
