@@ -46,6 +46,36 @@ def test_cells_lie_on_the_components_of_the_real_ones(cells, design, ax):
         iv.pl.cells(own[:, :3], cells, design, ax=ax)
 
 
+def test_pictures_warn_of_cells_of_another_depth(cells, design, ax, caplog):
+    """Real cells over a depth that was noted for more genes, others over the sum of the genes that are there."""
+    counts = iv.datasets.toy(n_genes=12)
+    more = np.random.default_rng(0).uniform(8, 12, counts.n_obs)
+    counts.obs["depth"] = more * np.asarray(counts.X.sum(axis=1)).ravel()
+    counts.obs["total"] = np.asarray(counts.X.sum(axis=1)).ravel()
+    counts.uns["invirtuo"] = {"size_factor": "depth"}
+    noted = iv.preprocess.normalize(counts)
+    condition, name = noted[design.names(noted.obs) == "t_cell|A"], "t_cell|A"
+    draw = {
+        "cells": lambda other: iv.pl.cells(other, noted, design, name, ax=ax),
+        "gene": lambda other: iv.pl.gene("gene_0", {"seen": noted, "made": other}, ax=ax),
+        "volcano": lambda other: iv.pl.volcano(other, design, name, controls=noted, ax=ax),
+    }
+    for picture in draw.values():
+        picture(condition)
+        assert not caplog.records
+        picture(cells[design.names(cells.obs) == name])
+        assert "hardly brought to the same depth" in caplog.records[-1].message
+        caplog.clear()
+    iv.pl.gene("gene_0", {"seen": counts, "made": counts[:20]}, ax=ax)  # counts beside counts
+    assert not caplog.records
+    with pytest.raises(ValueError, match="seen looks like log1p values .* expected files on one scale"):
+        iv.pl.gene(
+            "gene_0",
+            {"seen": iv.preprocess.normalize(counts, target_sum=500, size_factor="total"), "made": cells},
+            ax=ax,
+        )
+
+
 def test_a_volcano_has_every_gene_and_names_the_strongest(cells, design, ax):
     shifted = cells.copy()
     x = shifted.X.toarray()

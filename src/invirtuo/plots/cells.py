@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.errors import preview
+from invirtuo.metrics.cells import compare_populations
 from invirtuo.metrics.numerics.axes import principal_axes
 from invirtuo.metrics.numerics.streamed import dense
 from invirtuo.plots.style import GREY, LINES, PREDICTED, REAL, axes_or_new, clean
@@ -52,7 +53,8 @@ def cells(
     Raises
     ------
     ValueError
-        If the condition has no predicted cells, or genes differ.
+        If the condition has no predicted cells, or genes or scales differ. Where scales only seem to, a warning is
+        logged, as by :func:`invirtuo.evaluate`.
     """
     names = design.names(predicted.obs)
     wanted = str(names.iloc[0]) if condition is None else condition
@@ -60,6 +62,7 @@ def cells(
         raise ValueError(f"condition {wanted!r} has no predicted cells; found {preview(sorted(set(names)))}")
     if list(predicted.var_names) != list(real.var_names):
         raise ValueError("predicted and real cells have other genes, or an other order of them; select the same ones")
+    compare_populations({"real": real, "predicted": predicted})
     is_real = (design.names(real.obs) == wanted).to_numpy()
     is_predicted = (names == wanted).to_numpy()
     parts = {"background": real, "real": real[is_real], "predicted": predicted[is_predicted]}
@@ -115,10 +118,11 @@ def gene(name: str, cells: Mapping[str, AnnData], *, ax: Axes | None = None) -> 
     Raises
     ------
     ValueError
-        If a population lacks the gene.
+        If a population lacks the gene, or scales differ; where they only seem to, a warning is logged.
     """
     if missing := [label for label, population in cells.items() if name not in population.var_names]:
         raise ValueError(f"gene {name!r} is not among the genes of {preview(missing)}")
+    compare_populations(cells)
     drawn = axes_or_new(ax, 1.2 + 1.1 * len(cells))
     for place, population in enumerate(cells.values()):
         values = dense(population[:, name].X).ravel()
