@@ -246,6 +246,19 @@ def test_what_cannot_be_compared(toy, design, tmp_path):
     assert not (tmp_path / "out" / "scores.csv").exists()
 
 
+def test_bars_are_shown_or_not(toy, tmp_path, capfd):
+    design = iv.Design.from_adata(toy, perturbation="perturbation", control="control", covariates=["cell_type"])
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"])
+    entry = Entry("linear", "linear_additive", fit=iv.FitConfig(steps=2, batch_size=32, progress=True))
+    options = {"split": split, "baselines": False, "n_cells": 5, "metrics": ["rmse_mean"]}
+    said = {}
+    for progress in (True, False):
+        iv.compare(toy, design, entry, out=tmp_path / str(progress), progress=progress, **options)
+        said[progress] = "".join(capfd.readouterr())
+    assert "fitting" in said[True] and "predicting" in said[True]
+    assert "fitting" not in said[False] and "predicting" not in said[False]
+
+
 def test_the_shell_compares(run, toy, tmp_path):
     toy.write_h5ad(tmp_path / "cells.h5ad")
     columns = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]

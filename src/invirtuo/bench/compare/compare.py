@@ -10,7 +10,7 @@ from invirtuo import splits
 from invirtuo.bench.compare.courses import compare_courses
 from invirtuo.bench.compare.perturbed import compare_perturbed
 from invirtuo.bench.compare.populations import compare_populations
-from invirtuo.bench.compare.rows import seeded
+from invirtuo.bench.compare.rows import as_asked
 from invirtuo.bench.run import chosen_entries
 from invirtuo.bench.task import JUDGED
 from invirtuo.cells.files import check_writable
@@ -46,6 +46,7 @@ def compare(
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """From cells to an answer: fit models, predict what was held out, judge all beside baselines and the noise floor.
 
@@ -96,6 +97,8 @@ def compare(
         More facts for ``run.json`` and the page: ``title``, ``dataset``, ``split``, ``notes``.
     overwrite
         Compute anew what `out` holds with other settings or of other data.
+    progress
+        Show progress bars of fits and of drawing; False shows none, whatever an entry says.
 
     Returns
     -------
@@ -110,7 +113,8 @@ def compare(
     check_writable(out, folder=True)
     out = Path(out)
     verb = "predict" if design.perturbation else None
-    entries = [seeded(entry, int(seed)) for entry in chosen_entries(models, baselines=False, floor=False, verb=verb)]
+    chosen = chosen_entries(models, baselines=False, floor=False, verb=verb)
+    entries = [as_asked(entry, int(seed), progress=progress) for entry in chosen]
     shared: dict[str, Any] = {"part": part, "out": out, "baselines": baselines, "n_genes": n_genes, "seed": int(seed)}
     shared |= {"about": dict(about or {}), "overwrite": overwrite}
     judged: dict[str, Any] = {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.verbs.model import Model
 
-__all__ = ["Row", "described", "normalized", "of_part", "rows_of", "seeded", "write_history"]
+__all__ = ["Row", "as_asked", "described", "normalized", "of_part", "rows_of", "write_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +93,16 @@ def described(adata: AnnData, design: Design, split: pd.Series, part: str, rows:
     return {"dataset": shape, "split": held_out, "models": [row.record["facts"] for row in rows]}
 
 
-def seeded(entry: Entry, seed: int) -> Entry:
-    """The entry, fitted with the seed unless it says how."""
+def as_asked(entry: Entry, seed: int, *, progress: bool) -> Entry:
+    """The entry, fitted with the seed unless it says how, and with progress bars only if they are wanted."""
+    silent: dict[str, Any] = {} if progress else {"progress": False}
     if isinstance(entry.fit, FitConfig):
+        entry = replace(entry, fit=replace(entry.fit, **silent))
+    else:
+        entry = replace(entry, fit={"seed": seed, **(entry.fit or {}), **silent})
+    if entry.kind.verb == "forecast":  # quick, without a bar
         return entry
-    return replace(entry, fit={"seed": seed, **(entry.fit or {})})
+    return replace(entry, predict={"progress": progress, **entry.predict, **silent})
 
 
 class Row:
