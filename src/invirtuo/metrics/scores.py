@@ -240,9 +240,9 @@ def directions(scores: pd.DataFrame) -> dict[str, str]:
     return {name: str(known[name]) for name in present if known.get(name)}
 
 
-def floor_note(scores: pd.DataFrame, floor: str = FLOOR) -> str:
+def floor_note(scores: pd.DataFrame) -> str:
     """What a reader must know of the noise floor of a table; "" if it has none, or one of another kind."""
-    return FLOOR_NOTE if "n_real" in scores and (scores["model"] == floor).any() else ""
+    return FLOOR_NOTE if "n_real" in scores and (scores["model"] == FLOOR).any() else ""
 
 
 def values_of(pair: Pair, records: Mapping[str, Metric]) -> pd.DataFrame:

@@ -162,7 +162,7 @@ def _sections(
         table = score_table(own, baselines, floor, failed, known.groupby("metric")["drf"].mean().to_dict())
         section = {"task": task, "about": str(about.get(task, "")), "scores": own, "verdict": ""}
         section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
-        section["floor_note"] = floor_note(own, floor)
+        section["floor_note"] = floor_note(own)
         section["flags"] = _flagged(flags[flags["task"] == task])
         section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
         found.append(section)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,7 +101,7 @@ class ScoreTable:
 def score_table(
     scores: pd.DataFrame,
     baselines: Iterable[str] = BASELINES,
-    floor: str = FLOOR,
+    floor: str | Sequence[str] = FLOOR,
     failed: Mapping[str, str] | None = None,
     discrimination: Mapping[str, float] | None = None,
 ) -> ScoreTable:
@@ -112,13 +112,14 @@ def score_table(
     scores
         Columns ``condition``, ``metric``, ``value``, ``model``; optionally ``seed`` and ``direction``.
     baselines, floor
-        Names in ``model`` that are set apart.
+        Names in ``model`` that are set apart: what everybody must beat, and real cells, which nobody is to beat.
     failed
         Model to what failed of it; one without scores gets a row that says so.
     discrimination
         Metric to its dynamic range fraction; below .3 nobody is marked as best.
     """
     failed = dict(failed or {})
+    floors = [floor] if isinstance(floor, str) else list(floor)
     means = _means(scores)
     columns = [replace(column, drf=(discrimination or {}).get(column.name, np.nan)) for column in _columns(scores)]
 
@@ -135,10 +136,10 @@ def score_table(
 
     # best and second best of every metric
     marks: dict[str, dict[str, str]] = {}
-    wins: dict[str, list[str]] = {name: [] for name in means.index if name != floor}
+    wins: dict[str, list[str]] = {name: [] for name in means.index if name not in floors}
     ties = []
     for column in columns:
-        marks[column.name], winners = _marks(means[column.name].drop(floor, errors="ignore"), column.crowns)
+        marks[column.name], winners = _marks(means[column.name].drop(floors, errors="ignore"), column.crowns)
         if len(winners) == 1:
             wins[winners[0]].append(column.label)
         elif winners:
@@ -147,8 +148,8 @@ def score_table(
     # models, then baselines, then the floor: most wins first, then best mean rank
     every = [*means.index, *(name for name in failed if name not in means.index)]
     kinds = dict.fromkeys(every, "model") | {name: "baseline" for name in every if name in set(baselines)}
-    kinds |= {name: "floor" for name in every if name == floor}
-    mean_rank = _mean_ranks(means.drop(floor, errors="ignore"), columns)
+    kinds |= {name: "floor" for name in every if name in floors}
+    mean_rank = _mean_ranks(means.drop(floors, errors="ignore"), columns)
 
     def order(name: str) -> tuple[int, int, float, str]:
         n_wins = len(wins.get(name, ()))
