@@ -263,10 +263,14 @@ def test_the_shell_compares(run, toy, tmp_path):
     toy.write_h5ad(tmp_path / "cells.h5ad")
     columns = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]
     asked = ["compare", tmp_path / "cells.h5ad", *columns, "--model", "ridge", "--out", tmp_path / "out", "-n", 20]
-    code, said, error = run(*asked, "--hold-out", "monocyte|A", "--metrics", "rmse_mean,deg_recall")
+    code, said, error = run(*asked, "--hold-out", "monocyte|A", "--metrics", "rmse_mean,deg_recall", "--umap")
     assert code == 0 and "ridge" in said and "report.html" in said, error
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["data"].endswith("cells.h5ad") and facts["command"].startswith("invirtuo ") and facts["date"]
+    counts = pd.read_csv(tmp_path / "out" / "umap.csv", keep_default_na=False).groupby(["kind", "model"]).size()
+    n_cells = counts.to_dict()
+    assert n_cells["predicted", "ridge"] == 20 and n_cells["background", ""] + n_cells["real", ""] == toy.n_obs
+    assert "UMAP of real and predicted cells together" in (tmp_path / "out" / "report.html").read_text()
     code, _, error = run(*asked)
     assert code == 2 and "nothing is held out" in error
     code, _, error = run(*asked, "--hold-out", "monocyte|A", "--seed", 1)

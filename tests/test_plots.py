@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy.spatial import distance
 
 import invirtuo as iv
 
@@ -44,6 +45,23 @@ def test_cells_lie_on_the_components_of_the_real_ones(cells, design, ax):
         iv.pl.cells(own, cells, design, "nobody", ax=ax)
     with pytest.raises(ValueError, match="other genes"):
         iv.pl.cells(own[:, :3], cells, design, ax=ax)
+
+
+def test_cells_that_are_like_no_real_ones_are_an_island(cells, design, ax):
+    """On a UMAP of all together; on a map of the real cells alone they would land among these."""
+    own = cells[design.names(cells.obs) == "t_cell|A"].copy()
+    own.X = own.X.toarray() / 10 + np.tile([8, 0], cells.n_vars // 2)
+    iv.pl.cells(own, cells, design, basis="umap", ax=ax)
+    background, real, predicted = (np.asarray(drawn.get_offsets()) for drawn in ax.collections)
+    assert (len(background) + len(real), len(predicted)) == (cells.n_obs, own.n_obs)
+    to_real, among = (distance.cdist(predicted, others) for others in (np.concatenate([background, real]), predicted))
+    np.fill_diagonal(among, np.inf)
+    assert (among.min(axis=1) < to_real.min(axis=1)).all()
+    again = Figure().subplots()
+    iv.pl.cells(own, cells, design, basis="umap", ax=again)
+    np.testing.assert_array_equal(np.asarray(again.collections[2].get_offsets()), predicted)
+    with pytest.raises(ValueError, match="basis is 'tsne'; expected 'pca' or 'umap'"):
+        iv.pl.cells(own, cells, design, basis="tsne", ax=ax)
 
 
 def test_pictures_warn_of_cells_of_another_depth(cells, design, ax, caplog):

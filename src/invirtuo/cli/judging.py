@@ -77,6 +77,9 @@ def compare(
     gene_sets: Annotated[
         Path | None, typer.Option(help="FILE.gmt of gene sets (GO terms, pathways): which go up or down.")
     ] = None,
+    umap: Annotated[
+        bool, typer.Option("--umap", help="Also draw the cells of the first model on a UMAP; takes seconds.")
+    ] = False,
     time: Time = None,
     fit_set: FitSet = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
@@ -109,7 +112,7 @@ def compare(
     about = {"data": str(data), "command": shlex.join(["invirtuo", *sys.argv[1:]])}
     about |= {"date": f"{datetime.now():%Y-%m-%d}"} | ({"title": title} if title else {})
     options: dict[str, Any] = {"baselines": baselines, "n_genes": n_genes, "size_factor": size_factor, "seed": seed}
-    options |= {"n_cells": n_cells, "gene_sets": gene_sets, "overwrite": overwrite, "progress": not quiet}
+    options |= {"n_cells": n_cells, "gene_sets": gene_sets, "umap": umap, "overwrite": overwrite, "progress": not quiet}
     options["metrics"] = JUDGED if metrics is None else metrics.split(",")
     parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
     scores = invirtuo.compare(adata, design, entries, split=parts, out=out, about=about, **options)

@@ -43,6 +43,7 @@ def compare(
     n_cells: int | None = None,
     n_pcs: int = N_PCS,
     gene_sets: str | Path | None = None,
+    umap: bool = False,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -91,6 +92,8 @@ def compare(
     gene_sets
         .gmt or .gmt.gz file: which sets of genes go up or down, predicted and seen, ``gene_sets.csv``
         (:func:`invirtuo.bench.compare.gene_sets.gene_sets`).
+    umap
+        Also draw real and predicted cells of the first model on a UMAP, ``umap.csv``; takes some seconds more.
     seed
         Of sampling, of the halves of the noise floor, and of fits, unless an entry brings a FitConfig or a seed.
     about
@@ -118,7 +121,7 @@ def compare(
     shared: dict[str, Any] = {"part": part, "out": out, "baselines": baselines, "n_genes": n_genes, "seed": int(seed)}
     shared |= {"about": dict(about or {}), "overwrite": overwrite}
     judged: dict[str, Any] = {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}
-    own: dict[str, Any] = {"size_factor": size_factor, "gene_sets": gene_sets}
+    own: dict[str, Any] = {"size_factor": size_factor, "gene_sets": gene_sets, "umap": umap or None}
     if design.perturbation is None:
         return _unperturbed(adata, design, entries, split, shared, judged, own)
     if split is None:
