@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import anndata as ad
@@ -54,6 +55,10 @@ def test_populations_go_on(toy, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(iv.compare(toy, design, CFGEN, **options), whole)
     with pytest.raises(ValueError, match="holds flow with another asked"):
         iv.compare(toy, design, CFGEN, **options | {"n_cells": 60})
+    rows = importlib.import_module("invirtuo.bench.compare.rows")
+    monkeypatch.setattr(rows, "version", lambda name: "0.0.1")  # other numbers
+    with pytest.raises(ValueError, match="holds flow with another asked"):
+        iv.compare(toy, design, CFGEN, **options)
 
 
 def test_time_courses(series, tmp_path):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +153,7 @@ class _Asked:
 
     def plan(self) -> list[Any]:
         """What other numbers would follow from."""
-        return [self.part, self.metrics, self.n_cells, self.n_pcs, self.seed, version("invirtuo")]
+        return [self.part, self.metrics, self.n_cells, self.n_pcs, self.seed]
 
     def perturbed(self, part: str) -> pd.DataFrame:
         """Perturbed conditions of a part, tidy."""

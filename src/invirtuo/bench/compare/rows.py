@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,15 @@ def rows_of(
 ) -> list[Row]:
     """A row for each entry, what earlier calls computed read; `asked`: what other numbers would follow from.
 
+    They also follow from the version of this package, whatever was asked.
+
     Raises
     ------
     ValueError
         If the folder holds a row with other settings, unless it may be overwritten.
     """
     split_hash = hashlib.sha256("|".join(split).encode()).hexdigest()[:16]
-    plan = {"data": dataset.fingerprint(), "split": split_hash, "asked": list(asked)}
+    plan = {"data": dataset.fingerprint(), "split": split_hash, "asked": [*asked, version("invirtuo")]}
     rows = [Row(out, entry, plan) for entry in entries]
     for row in rows:
         row.check(overwrite=overwrite)
