@@ -14,6 +14,7 @@ import invirtuo as iv
 from invirtuo.bench import Entry, compare
 from invirtuo.bench.demo import HELD_OUT, demo
 from invirtuo.bench.entry import BASELINES
+from invirtuo.metrics.scores import FLOOR_NOTE
 
 
 def compared(out, split=None):
@@ -47,11 +48,13 @@ def once(tmp_path_factory):
 
 def test_scores_are_complete_and_tidy(once):
     folder, scores = once
-    assert scores.columns[:4].tolist() == ["condition", "perturbation", "cell_type", "metric"]
+    columns = ["condition", "perturbation", "cell_type", "metric", "value", "direction"]
+    assert scores.columns[:6].tolist() == columns
     counts = scores.groupby("model").size()
     assert set(counts.index) == {"flow", "mean", "none", "noise_floor"}
     assert (counts == 2 * 11).all()  # conditions x metrics
     pd.testing.assert_frame_equal(scores, pd.read_csv(folder / "scores.csv"), check_dtype=False)
+    assert FLOOR_NOTE in (folder / "report.html").read_text(encoding="utf-8")
     floor = scores[(scores["model"] == "noise_floor") & (scores["metric"] == "rmse_mean")]["value"].mean()
     none = scores[(scores["model"] == "none") & (scores["metric"] == "rmse_mean")]["value"].mean()
     assert floor < none
@@ -243,14 +246,31 @@ def test_what_cannot_be_compared(toy, design, tmp_path):
     assert not (tmp_path / "out" / "scores.csv").exists()
 
 
+def test_bars_are_shown_or_not(toy, tmp_path, capfd):
+    design = iv.Design.from_adata(toy, perturbation="perturbation", control="control", covariates=["cell_type"])
+    split = iv.splits.hold_out(toy.obs, design, ["monocyte|A"])
+    entry = Entry("linear", "linear_additive", fit=iv.FitConfig(steps=2, batch_size=32, progress=True))
+    options = {"split": split, "baselines": False, "n_cells": 5, "metrics": ["rmse_mean"]}
+    said = {}
+    for progress in (True, False):
+        iv.compare(toy, design, entry, out=tmp_path / str(progress), progress=progress, **options)
+        said[progress] = "".join(capfd.readouterr())
+    assert "fitting" in said[True] and "predicting" in said[True]
+    assert "fitting" not in said[False] and "predicting" not in said[False]
+
+
 def test_the_shell_compares(run, toy, tmp_path):
     toy.write_h5ad(tmp_path / "cells.h5ad")
     columns = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]
     asked = ["compare", tmp_path / "cells.h5ad", *columns, "--model", "ridge", "--out", tmp_path / "out", "-n", 20]
-    code, said, error = run(*asked, "--hold-out", "monocyte|A", "--metrics", "rmse_mean,deg_recall")
+    code, said, error = run(*asked, "--hold-out", "monocyte|A", "--metrics", "rmse_mean,deg_recall", "--umap")
     assert code == 0 and "ridge" in said and "report.html" in said, error
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["data"].endswith("cells.h5ad") and facts["command"].startswith("invirtuo ") and facts["date"]
+    counts = pd.read_csv(tmp_path / "out" / "umap.csv", keep_default_na=False).groupby(["kind", "model"]).size()
+    n_cells = counts.to_dict()
+    assert n_cells["predicted", "ridge"] == 20 and n_cells["background", ""] + n_cells["real", ""] == toy.n_obs
+    assert "UMAP of real and predicted cells together" in (tmp_path / "out" / "report.html").read_text()
     code, _, error = run(*asked)
     assert code == 2 and "nothing is held out" in error
     code, _, error = run(*asked, "--hold-out", "monocyte|A", "--seed", 1)

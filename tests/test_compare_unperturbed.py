@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import anndata as ad
@@ -33,7 +34,7 @@ def test_populations(toy, tmp_path):
     design = iv.Design.from_adata(toy, covariates=["cell_type"])
     scores = iv.compare(toy, design, CFGEN, out=tmp_path, n_genes=20, metrics=["rmse_mean", "zeros_distance"])
     assert set(scores["model"]) == {"flow", "independent_nb", "training cells", "noise_floor"}
-    assert set(scores["task"]) == {"class by class", "all cells together"}
+    assert set(scores["task"]) == {"class by class", "all cells together"} and set(scores["direction"]) == {"lower"}
 
     # as many cells of each class as were held out, counts of the genes chosen
     held_out = iv.splits.cells(toy.obs, design) == "test"
@@ -54,6 +55,10 @@ def test_populations_go_on(toy, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(iv.compare(toy, design, CFGEN, **options), whole)
     with pytest.raises(ValueError, match="holds flow with another asked"):
         iv.compare(toy, design, CFGEN, **options | {"n_cells": 60})
+    rows = importlib.import_module("invirtuo.bench.compare.rows")
+    monkeypatch.setattr(rows, "version", lambda name: "0.0.1")  # other numbers
+    with pytest.raises(ValueError, match="holds flow with another asked"):
+        iv.compare(toy, design, CFGEN, **options)
 
 
 def test_time_courses(series, tmp_path):

@@ -234,8 +234,10 @@ def test_input_is_not_changed():
 
 def test_table_is_tidy(reference):
     table = evaluate(PRED, REAL, DESIGN)
-    columns = ["condition", "perturbation", "kind", "metric", "value", "n_pred", "n_real"]
+    columns = ["condition", "perturbation", "kind", "metric", "value", "direction", "n_pred", "n_real"]
     assert list(table.columns) == columns
+    better = dict(zip(table["metric"], table["direction"], strict=True))
+    assert better["rmse_mean"] == "lower" and better["cosine_logfc"] == "higher"
     assert len(table) == 8 * sum(record.default for record in METRICS.values())
     row = table[(table["condition"] == "t2|A+B") & (table["metric"] == "rmse_mean")].iloc[0]
     assert (row["perturbation"], row["kind"], row["n_pred"], row["n_real"]) == ("A+B", "t2", 27, 27)

@@ -14,6 +14,7 @@ from statistics import median
 from types import ModuleType
 
 import pytest
+import yaml
 
 import invirtuo as iv
 from invirtuo import _former
@@ -72,6 +73,24 @@ def test_constraints_pin_plain_versions():
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["dev"], "torchmetrics", "pytorch-lightning"]
     assert {re.split(r"[<>=; \[]", line)[0].lower() for line in wanted} <= names
+
+
+def test_the_conda_recipe_says_what_the_project_says():
+    recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    about, needed = project["project"], recipe["requirements"]
+    named = {"matplotlib": "matplotlib-base", "pooch[progress]": "pooch", "torch": "pytorch"}
+
+    wanted = {f"python {about['requires-python']}", "tqdm"}
+    for line in about["dependencies"]:
+        name, bounds = re.fullmatch(r"([\w.\[\]-]+?)([<>=].*)", line).groups()
+        wanted.add(f"{named.get(name, name)} {bounds}")
+    assert set(needed["run"]) == wanted
+    builder = project["build-system"]["requires"][0].replace(">", " >", 1)
+    assert builder in needed["host"] and needed["run"][0] in needed["host"]
+    assert (recipe["package"]["version"], recipe["about"]["license"]) == (iv.__version__, about["license"])
+    entry = f"invirtuo = {about['scripts']['invirtuo']}"
+    assert recipe["build"]["python"]["entry_points"] == [entry] and recipe["about"]["summary"] == about["description"]
 
 
 def test_unknown_name():

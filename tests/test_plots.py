@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy.spatial import distance
 
 import invirtuo as iv
 
@@ -44,6 +45,53 @@ def test_cells_lie_on_the_components_of_the_real_ones(cells, design, ax):
         iv.pl.cells(own, cells, design, "nobody", ax=ax)
     with pytest.raises(ValueError, match="other genes"):
         iv.pl.cells(own[:, :3], cells, design, ax=ax)
+
+
+def test_cells_that_are_like_no_real_ones_are_an_island(cells, design, ax):
+    """On a UMAP of all together; on a map of the real cells alone they would land among these."""
+    own = cells[design.names(cells.obs) == "t_cell|A"].copy()
+    own.X = own.X.toarray() / 10 + np.tile([8, 0], cells.n_vars // 2)
+    iv.pl.cells(own, cells, design, basis="umap", ax=ax)
+    background, real, predicted = (np.asarray(drawn.get_offsets()) for drawn in ax.collections)
+    assert (len(background) + len(real), len(predicted)) == (cells.n_obs, own.n_obs)
+    to_real, among = (distance.cdist(predicted, others) for others in (np.concatenate([background, real]), predicted))
+    np.fill_diagonal(among, np.inf)
+    assert (among.min(axis=1) < to_real.min(axis=1)).all()
+    again = Figure().subplots()
+    iv.pl.cells(own, cells, design, basis="umap", ax=again)
+    np.testing.assert_array_equal(np.asarray(again.collections[2].get_offsets()), predicted)
+    with pytest.raises(ValueError, match="basis is 'tsne'; expected 'pca' or 'umap'"):
+        iv.pl.cells(own, cells, design, basis="tsne", ax=ax)
+
+
+def test_pictures_warn_of_cells_of_another_depth(cells, design, ax, caplog):
+    """Real cells over a depth that was noted for more genes, others over the sum of the genes that are there."""
+    counts = iv.datasets.toy(n_genes=12)
+    more = np.random.default_rng(0).uniform(8, 12, counts.n_obs)
+    counts.obs["depth"] = more * np.asarray(counts.X.sum(axis=1)).ravel()
+    counts.obs["total"] = np.asarray(counts.X.sum(axis=1)).ravel()
+    counts.uns["invirtuo"] = {"size_factor": "depth"}
+    noted = iv.preprocess.normalize(counts)
+    condition, name = noted[design.names(noted.obs) == "t_cell|A"], "t_cell|A"
+    draw = {
+        "cells": lambda other: iv.pl.cells(other, noted, design, name, ax=ax),
+        "gene": lambda other: iv.pl.gene("gene_0", {"seen": noted, "made": other}, ax=ax),
+        "volcano": lambda other: iv.pl.volcano(other, design, name, controls=noted, ax=ax),
+    }
+    for picture in draw.values():
+        picture(condition)
+        assert not caplog.records
+        picture(cells[design.names(cells.obs) == name])
+        assert "hardly brought to the same depth" in caplog.records[-1].message
+        caplog.clear()
+    iv.pl.gene("gene_0", {"seen": counts, "made": counts[:20]}, ax=ax)  # counts beside counts
+    assert not caplog.records
+    with pytest.raises(ValueError, match="seen looks like log1p values .* expected files on one scale"):
+        iv.pl.gene(
+            "gene_0",
+            {"seen": iv.preprocess.normalize(counts, target_sum=500, size_factor="total"), "made": cells},
+            ax=ax,
+        )
 
 
 def test_a_volcano_has_every_gene_and_names_the_strongest(cells, design, ax):
@@ -90,8 +138,16 @@ def test_the_best_model_is_on_top(ax, metric, best):
     table = pd.DataFrame({"model": ["a", "b"] * 2, "metric": metric, "value": [0.1, 0.5, 0.2, 0.6]})
     iv.pl.scores(table, ax=ax)
     assert ax.get_yticklabels()[-1].get_text() == best
+    assert ax.get_xlabel().split()[1] == {"a": "↓", "b": "↑"}[best]
     with pytest.raises(ValueError, match="no scores of 'mmd_gex'"):
         iv.pl.scores(table, "mmd_gex", ax=ax)
+
+
+@pytest.mark.parametrize(("direction", "best"), [("lower", "a"), ("higher", "b"), (np.nan, "b")])
+def test_the_table_says_what_is_better_of_metrics_from_elsewhere(ax, direction, best):
+    table = pd.DataFrame({"model": ["a", "b"], "metric": "wonder", "value": [0.1, 0.5], "direction": direction})
+    iv.pl.scores(table, ax=ax)
+    assert ax.get_yticklabels()[-1].get_text() == best
 
 
 def test_history_of_a_model_and_of_several(cells, design, ax):

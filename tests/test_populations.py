@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import anndata
@@ -12,6 +13,7 @@ import pytest
 import invirtuo as iv
 from invirtuo.bench import judge
 from invirtuo.bench.comparators import embeddings, posterior_mean, sample_prior
+from invirtuo.bench.populations import REAL_NOTE
 from invirtuo.metrics import PROFILES
 from invirtuo.reports import folder
 
@@ -46,6 +48,13 @@ def test_scores_are_by_class_and_together(judged, design):
     assert set(scores.loc[scores["task"] != "class by class", "condition"]) == {"all"}
     written = pd.read_csv(out / "scores.csv")
     np.testing.assert_allclose(written["value"], scores["value"], equal_nan=True)
+
+
+def test_training_cells_are_no_baseline(judged):
+    page = (judged[1] / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<tr class="(\w+)"><th scope="row">([\w ]+)', page)
+    assert {("baseline", "independent_nb"), ("floor", "training cells"), ("floor", "noise_floor")} <= set(rows)
+    assert "training cells is best" not in page and REAL_NOTE in page
 
 
 def test_independent_genes_are_found_out(judged):
@@ -94,7 +103,7 @@ def test_large_classes_are_cut_to_so_many_cells(cells, design, tmp_path, capsys)
     more = judge({"a": cells[:300], "b": cells[:100]}, cells[300:], design, tmp_path / "more", **arguments)
     pd.testing.assert_frame_equal(more[more["model"] == "a"].reset_index(drop=True), kept.reset_index(drop=True))
     whole = judge({"a": cells[:300]}, cells[300:], design, tmp_path / "whole", **(arguments | {"max_cells": None}))
-    assert whole["n_real"].max() == 300 and "notes" not in folder.read_run(tmp_path / "whole" / "run.json")
+    assert whole["n_real"].max() == 300 and not folder.read_run(tmp_path / "whole" / "run.json")["notes"]
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match="max_cells is 0; expected at least 1"):
         judge({"a": cells}, cells, design, tmp_path / "none", max_cells=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import anndata as ad
@@ -137,6 +138,9 @@ def test_check_lists_all_findings(toy, design):
     toy.X.data[0] = np.nan
     bad = preprocess.check(toy, design, expect="log")
     assert bad["level"].tolist()[:3] == ["error"] * 3
+    errors = bad[bad["level"] == "error"]
+    for text in (repr(errors), errors._repr_html_()):
+        assert all(finding in html.unescape(text) for finding in errors["finding"])
     assert {"genes", "values", "scale"} <= set(bad.loc[bad["level"] == "error", "about"])
 
 

@@ -344,6 +344,7 @@ def test_forecast_of_cells(cells):
     found = model.forecast(adata)
     assert found.shape == (4 * 30, 8) and list(found.var_names) == list(adata.var_names)
     assert (found.layers["lower"] <= found.X + 1e-6).all() and (found.X <= found.layers["upper"] + 1e-6).all()
+    assert (found.layers["lower"] >= np.minimum(found.X, 0)).all()  # log values
     assert set(found.obs["lineage"]) == {"a", "b"} and found.obs["scaled_time"].between(0, 1.0001).all()
     wide, narrow = (model.forecast(adata, level=level) for level in (0.95, 0.5))
     assert (wide.layers["upper"] - narrow.layers["upper"]).min() > -1e-6

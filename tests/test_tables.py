@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,11 @@ from invirtuo.cli.data import print_model
 from invirtuo.cli.options import print_rows, print_scores
 from invirtuo.fit import FitConfig
 from invirtuo.metrics import METRICS, PROFILES
+from invirtuo.metrics.scores import FLOOR_NOTE
 from invirtuo.models import MODELS as KINDS
 from invirtuo.settings import described
 
+DOCS = Path(__file__).parents[1] / "docs"
 MODELS = ["primeflow", "perturbation_mean:shift-cells", "noise_floor", "cfgen", "independent_nb", "training cells"]
 
 
@@ -57,6 +60,15 @@ def test_few_metrics_have_a_column_each():
     lines = shown(print_scores, scores(["cpa", "ridge"], ["mmd_gex", "deg_recall"])).splitlines()
     assert lines[0].split() == ["model", "mmd_gex", "↓", "deg_recall", "↑"]
     assert lines[2].split() == ["ridge", "1.000", "1.123"]
+
+
+def test_the_noise_floor_is_explained_where_it_stands():
+    table = scores(["cfgen", "noise_floor"], ["rmse_mean"])
+    halves = table.assign(n_real=30)
+    assert " ".join(shown(print_scores, halves).split()).endswith(FLOOR_NOTE)
+    for other in (table, halves[halves["model"] == "cfgen"]):  # a floor of another kind, none
+        assert "noise floor" not in shown(print_scores, other)
+    assert FLOOR_NOTE in (DOCS / "metrics.md").read_text(encoding="utf-8")
 
 
 def test_arrows_say_what_is_better():

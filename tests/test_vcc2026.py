@@ -319,6 +319,16 @@ def test_false_calls_are_seen_where_nothing_changes():
     assert table["n_both"].le(table[["n_real", "n_pred"]].min(axis=1)).all()
 
 
+def test_false_discoveries_take_the_cells_that_evaluate_takes():
+    log = [anndata.AnnData(np.log1p(x.X.toarray()), obs=x.obs, var=x.var) for x in (screen(9), REAL)]
+    names = ["de_false_calls", "de_fdr", "de_recall_active"]
+    means = metrics.summarize(metrics.evaluate(*log, DESIGN, names))["mean"]
+    found = metrics.false_discoveries(*log, DESIGN)
+    np.testing.assert_allclose(found[["false_calls_mean", "fdr", "recall"]], means[names])
+    with pytest.raises(ValueError, match="real seems to hold counts and pred seems to hold log1p"):
+        metrics.false_discoveries(log[0], REAL, DESIGN)
+
+
 def test_more_predicted_cells_call_no_more_genes():
     many = screen(9, n=700, effect=0.6)
     log = [anndata.AnnData(np.log1p(x.X.toarray()), obs=x.obs, var=x.var) for x in (many, REAL)]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Design"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Design(Shown):
     """Column roles and levels of an experiment.
 

@@ -25,6 +25,9 @@ class Shown:
         width = max(len(name) for name, _ in rows)
         return "\n".join([type(self).__name__, *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         """A table, in notebooks."""
         left = 'style="text-align: left"'

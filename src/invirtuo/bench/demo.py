@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from invirtuo import splits
 from invirtuo.bench.compare import compare
@@ -83,14 +83,14 @@ def demo(
     split = splits.hold_out(raw.obs, design, held_out, val=validation, seed=seed, control_fractions=(0.6, 0.1, 0.3))
 
     def training(preset: Preset, steps: int) -> FitConfig:
-        return replace(preset.fit, steps=max(int(steps * minutes / MINUTES), 2), seed=seed, progress=progress)
+        return replace(preset.fit, steps=max(int(steps * minutes / MINUTES), 2), seed=seed)
 
     fit = replace(training(PRiMeFlow.PRESETS["default"], STEPS), batch_size=CELLS)
     linear_fit = replace(training(LinearAdditive.PRESETS["default"], LINEAR_STEPS), lr=3e-2, schedule="cosine")
 
     # the model, and a baseline that is fitted; the others come with every comparison
     entries = [
-        Entry("primeflow", "primeflow", CONFIG, fit, {"progress": progress}),
+        Entry("primeflow", "primeflow", CONFIG, fit),
         Entry("linear_additive", "linear_additive", None, linear_fit),
     ]
 
@@ -107,4 +107,5 @@ def demo(
         "notes": list(NOTES),
         "minutes": minutes,
     }
-    return compare(raw, design, entries, split=split, out=out, seed=seed, about=about, overwrite=overwrite)
+    shared: dict[str, Any] = {"overwrite": overwrite, "progress": progress}
+    return compare(raw, design, entries, split=split, out=out, seed=seed, about=about, **shared)

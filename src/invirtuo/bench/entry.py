@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from invirtuo.fit import FitConfig
+from invirtuo.metrics.scores import FLOOR
 from invirtuo.models import model_class, model_names
-from invirtuo.reports.tables import FLOOR
 from invirtuo.settings import comparable
 from invirtuo.verbs.generate import CountGenerator
 from invirtuo.verbs.model import Model

@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 
 from invirtuo.metrics.numerics.axes import principal_axes
+from invirtuo.plots.cells import MAPPED, some, umap_of
+from invirtuo.reports.figures import MAX_ROWS
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.design import Design
 
-__all__ = ["PAPER_CELLS", "Axes", "panels", "predicted_points", "real_points", "tested_points"]
+__all__ = ["PAPER_CELLS", "Axes", "panels", "predicted_points", "real_points", "tested_points", "umap_points"]
 
 Axes: TypeAlias = tuple[np.ndarray, np.ndarray]  # (g,) centre and (g, 2) directions
 
@@ -55,6 +57,26 @@ def panels(
     tables = [real_points(adata, real, design, axes, seed)]
     for label, predicted in predictions.items():
         tables.append(predicted_points(predicted, label, design, axes, seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def umap_points(
+    predicted: AnnData, label: str, adata: AnnData, real: AnnData, design: Design, seed: int
+) -> pd.DataFrame:
+    """Real cells and those of a model, for the conditions that a page draws, on one map: UMAP, in the same columns."""
+    drawn = list(dict.fromkeys(design.names(predicted.obs)))[:MAX_ROWS]
+    others = adata[~design.names(adata.obs).isin(drawn).to_numpy()]
+    parts, labels = [some(others, MAPPED["background"], seed)], [("background", "", "")]
+    for condition in drawn:
+        for kind, cells, model in (("real", real, ""), ("predicted", predicted, label)):
+            own = cells[(design.names(cells.obs) == condition).to_numpy()]
+            parts.append(some(own, MAPPED[kind] // len(drawn), seed))
+            labels.append((kind, model, condition))
+
+    tables = []
+    for place, (kind, model, condition) in zip(umap_of(parts, seed), labels, strict=True):
+        pc1, pc2 = place.T.round(4)
+        tables.append(pd.DataFrame({"pc1": pc1, "pc2": pc2, "kind": kind, "model": model, "condition": condition}))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["judge", "marker_correlation"]
 
+REAL = "training cells"  # as an origin: real ones
+REAL_NOTE = f"{REAL}: real cells too, what a generator would reach that copies them; a mark like the noise floor."
 DRAWN = 2000  # cells whose empty genes are drawn
 BY_CLASS, TOGETHER = "class by class", "all cells together"
 
@@ -52,7 +54,8 @@ def judge(
     """Score generated cells of several origins against the same real cells; write tables, pictures and a report.
 
     Counts are brought to log1p of counts per 10,000, all files alike. Give real cells that no generator was trained on,
-    about as many generated cells, and real training cells as one of the origins: what they reach is the mark to meet.
+    about as many generated cells, and real training cells as the origin "training cells": what they reach is the mark
+    to meet.
 
     Parameters
     ----------
@@ -114,13 +117,14 @@ def judge(
 
     # facts for the reader, then the page
     about = {"title": "Do generated cells look real?", **(about or {})}
-    facts = {**about, "baselines": ["independent_nb", "training cells"], "seed": seed, "n_pcs": n_pcs}
+    facts = {**about, "baselines": ["independent_nb"], "floor": [FLOOR, REAL], "seed": seed, "n_pcs": n_pcs}
     facts["cells"] = {name: cells.n_obs for name, cells in with_real.items()}
+    facts["notes"] = [*about.get("notes", ()), *([REAL_NOTE] if REAL in origins else ())]
     if max_cells is not None and max(facts["cells"].values()) > max_cells:
-        facts["notes"] = [
+        facts["notes"].append(
             f"Of each class and origin, and of all cells together, at most {max_cells:,} cells were scored, "
             f"drawn at random with seed {seed}."
-        ]
+        )
     write_page(out, facts | {"software": software()})
     return scores
 

@@ -28,7 +28,8 @@ from invirtuo.cells.files import writing
 from invirtuo.cells.packed import Unpacked
 from invirtuo.errors import preview, with_likely
 from invirtuo.fit import bf16_pays
-from invirtuo.metrics import METRICS, choose
+from invirtuo.metrics import choose
+from invirtuo.metrics.scores import MEASURED
 from invirtuo.models import MODELS
 from invirtuo.reports import report
 
@@ -366,9 +367,9 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
     """Scores of all cells; covariates of any task between condition and metric."""
     scores = pd.concat(tables, ignore_index=True)
     front = [*LABELS, "condition", "perturbation"]
-    back = ["metric", "value", "n_pred", "n_real"]
+    back = ["metric", *MEASURED]
     covariates = [name for name in scores if name not in (*front, *back)]
-    return scores[[*front, *covariates, *back]]
+    return scores.reindex(columns=[*front, *covariates, *back])
 
 
 def _summary(scores: pd.DataFrame) -> pd.DataFrame:
@@ -408,14 +409,12 @@ def _costs(grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
 def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
     tasks = {cell.task.name: cell.task.title for cell in grid}
 
-    # models under the labels of the tables, metrics with their direction
-    entries, directions = {}, {}
+    # models under the labels of the tables
+    entries = {}
     for cell in grid:
         entry = cell.entry
         label = f"{entry.task}/{entry.label}" if entry.task else entry.label
         entries[label] = entry.describe()
-        for name in cell.metrics or cell.task.metrics:
-            directions[name] = METRICS[name].direction
     baselines = [entry.label for entry in BASELINES if entry.label in entries]
     seeds = {cell.seed for cell in grid}
     return {
@@ -426,7 +425,6 @@ def _facts(grid: Sequence[Cell]) -> dict[str, Any]:
         "seeds": sorted(seeds),
         "threads": grid[0].threads,
         "precision": grid[0].precision,
-        "directions": directions,
         "models": entries,
         "software": software(),
     }

@@ -30,7 +30,19 @@ __all__ = [
 FEW_CELLS = 20
 MISSING = {"", "nan", "none", "na", "n/a", "null", "<na>"}
 CONTROLS = {"control", "ctrl", "non-targeting", "non_targeting", "nontargeting", "nt", "ntc", "dmso", "vehicle", "mock"}
-SCORE_COLUMNS = {"condition", "perturbation", "metric", "value", "n_pred", "n_real", "model", "task", "seed", "_group"}
+SCORE_COLUMNS = {
+    "condition",
+    "perturbation",
+    "metric",
+    "value",
+    "direction",
+    "n_pred",
+    "n_real",
+    "model",
+    "task",
+    "seed",
+    "_group",
+}
 EFFECT_COLUMNS = {"condition", "gene", "control", "effect", "low", "high", "real"}
 RESERVED = SCORE_COLUMNS | EFFECT_COLUMNS
 
@@ -91,7 +103,31 @@ def check(
             rows += (_course_findings if is_course else _condition_findings)(adata.obs, design)
     order = {"error": 0, "warning": 1, "note": 2}
     rows.sort(key=lambda row: order[row[0]])
-    return pd.DataFrame(rows, columns=["level", "about", "finding"])
+    return Findings(rows, columns=["level", "about", "finding"])
+
+
+class Findings(pd.DataFrame):  # type: ignore[misc]  # pandas ships no types
+    """A table of sentences, which shows them whole."""
+
+    @property
+    def _constructor(self) -> type[Findings]:
+        """Of the rows that are chosen of it."""
+        return Findings
+
+    def __repr__(self) -> str:
+        with pd.option_context("display.max_colwidth", None):
+            return str(self.to_string(index=False, justify="left", formatters={c: _padded(self[c]) for c in self}))
+
+    def _repr_html_(self) -> str | None:
+        with pd.option_context("display.max_colwidth", None):
+            html: str | None = super()._repr_html_()
+            return html
+
+
+def _padded(column: pd.Series) -> Callable[[object], str]:
+    """What writes the values of a column, the shorter ones filled up on the right."""
+    width = column.astype(str).str.len().max()
+    return lambda value: f"{value!s:<{width}}"
 
 
 def check_genes(adata: AnnData) -> None:

@@ -76,7 +76,7 @@ def _files_in(given: Mapping[str, Any]) -> Iterator[Path]:
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {  # heading to verbs, in the order of work
     "From a file to an answer": (data.demo, judging.compare),
-    "Prepare": (data.check, data.prepare),
+    "Prepare": (data.check, data.prepare, screening.responses),
     "Fit and predict": (cells.fit, cells.predict, judging.effects, screening.screen, screening.interactions),
     "Judge": (judging.evaluate, judging.score, judging.judge, judging.benchmark, judging.tune, judging.report),
     "Generate and embed": (cells.generate, cells.augment, cells.correct, cells.impute, cells.embed),

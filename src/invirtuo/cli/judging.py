@@ -77,6 +77,9 @@ def compare(
     gene_sets: Annotated[
         Path | None, typer.Option(help="FILE.gmt of gene sets (GO terms, pathways): which go up or down.")
     ] = None,
+    umap: Annotated[
+        bool, typer.Option("--umap", help="Also draw the cells of the first model on a UMAP; takes seconds.")
+    ] = False,
     time: Time = None,
     fit_set: FitSet = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
@@ -101,7 +104,7 @@ def compare(
     adata = read_h5ad(data)
     columns: dict[str, Any] = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
     design = invirtuo.Design.from_adata(adata, **columns, separator=separator, batch=batch, time=time)
-    fields = [*(fit_set or []), f"progress={str(not quiet).lower()}", f"seed={seed}"]
+    fields = [*(fit_set or []), f"seed={seed}"]
     entries = []
     for entry in (entry for name in model for entry in as_entries(name, "predict" if perturbation else None)):
         fit = with_fields(entry.settings()[1], fields, f"invirtuo list models {entry.model} --fit")
@@ -109,10 +112,10 @@ def compare(
     about = {"data": str(data), "command": shlex.join(["invirtuo", *sys.argv[1:]])}
     about |= {"date": f"{datetime.now():%Y-%m-%d}"} | ({"title": title} if title else {})
     options: dict[str, Any] = {"baselines": baselines, "n_genes": n_genes, "size_factor": size_factor, "seed": seed}
-    options |= {"n_cells": n_cells, "gene_sets": gene_sets}
+    options |= {"n_cells": n_cells, "gene_sets": gene_sets, "umap": umap, "overwrite": overwrite, "progress": not quiet}
     options["metrics"] = JUDGED if metrics is None else metrics.split(",")
     parts = split_of(adata.obs, design, split, hold_out, hold_out_val)
-    scores = invirtuo.compare(adata, design, entries, split=parts, out=out, about=about, overwrite=overwrite, **options)
+    scores = invirtuo.compare(adata, design, entries, split=parts, out=out, about=about, **options)
     write_run(context, out)
     if not quiet:
         print_scores(scores)

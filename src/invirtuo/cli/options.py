@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-BETTER = {"higher": "↑", "lower": "↓"}
 TABLES = (".csv", ".tsv", ".txt", ".h5ad")  # endings that name a file and no condition
 GROUPS = {
     "groups": "GROUP,GROUP",
@@ -265,20 +264,22 @@ def _named_split(obs: Any, design: Any, split: str) -> Any:
 
 def print_scores(scores: pd.DataFrame, console: Console | None = None) -> None:
     """Mean over conditions: a row per model, or, of many metrics or for one model, a row per metric."""
-    from invirtuo.metrics import METRICS
+    from rich.console import Console
 
-    def labelled(name: str) -> str:
-        direction = METRICS[name].direction if name in METRICS else None
-        return f"{name} {BETTER[direction]}" if direction else name
+    from invirtuo.metrics.scores import ARROWS, directions, floor_note
 
+    labels = {name: f"{name} {ARROWS[direction]}" for name, direction in directions(scores).items()}
+    console = console or Console()
     table = scores.pivot_table(index="model", columns="metric", values="value", aggfunc="mean", sort=False)
-    table = table.rename(columns=labelled)
+    table = table.rename(columns=labels)
     if len(table) == 1 or table.shape[1] > MOST_COLUMNS:
         table = table.T
     rows = []
     for name, row in table.iterrows():
         rows.append((str(name), *(f"{value:.3f}" for value in row)))
     print_rows(rows, header=(str(table.index.name), *map(str, table.columns)), console=console)
+    if note := floor_note(scores):
+        console.print(f"\n{note}", highlight=False)
 
 
 def print_rows(

@@ -31,6 +31,37 @@ Page = Annotated[
 SHOWN = 10  # rows that are printed
 
 
+def responses(
+    cells: Annotated[Path, typer.Argument(help="h5ad with real cells, controls among them: counts or log1p values.")],
+    out: Out,
+    perturbation: Perturbation = None,
+    control: Control = None,
+    covariate: Covariate = None,
+    separator: Separator = "+",
+    draws: Annotated[int, typer.Option(help="Times that the control cells are halved.", min=1)] = 10,
+    scale: Annotated[str, typer.Option(help="log1p; counts; auto: what the file seems to hold.")] = "auto",
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Which perturbations act in real cells: genes that change, beside halves of the control cells; writes a CSV."""
+    from invirtuo.cells.files import writing
+    from invirtuo.cells.source import opened
+    from invirtuo.design import Design
+    from invirtuo.metrics import responses as measured
+
+    real = opened(cells, small_in_memory=True)
+    design = Design.from_adata(
+        real.obs, perturbation=perturbation, control=control, covariates=covariate or [], separator=separator
+    )
+    table = measured(real, design, n_draws=draws, seed=seed, scale=scale)  # type: ignore[arg-type]
+    with writing(out) as path:
+        table.to_csv(path, index=False)
+    if not quiet:
+        columns = ["condition", "n_cells", "n_control", "n_de", "n_de_null", "effect", "effect_null"]
+        print_rows(table[columns].round(3).head(SHOWN).itertuples(index=False), header=tuple(columns))
+        typer.echo(f"{out}: {table['acts'].sum():,} of {len(table):,} conditions change more genes than chance does")
+
+
 def screen(
     run: Run,
     towards: Annotated[

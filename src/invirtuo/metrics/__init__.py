@@ -11,6 +11,7 @@ from invirtuo.metrics.applications.copies import copying
 from invirtuo.metrics.applications.embedding import label_scores
 from invirtuo.metrics.applications.hits import hit_recall, hits_from_effects, retrieval
 from invirtuo.metrics.applications.phenotypes import phenotype
+from invirtuo.metrics.applications.responses import responses
 from invirtuo.metrics.challenge.anchors import mean_response, replicates
 from invirtuo.metrics.challenge.baseline import score_against
 from invirtuo.metrics.challenge.panel import vcc2026
@@ -68,6 +69,7 @@ __all__ = [
     "rank",
     "read_contract",
     "replicates",
+    "responses",
     "retrieval",
     "score",
     "score_against",

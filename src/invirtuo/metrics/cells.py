@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from invirtuo.design import Design
 from invirtuo.errors import preview, require_column
 from invirtuo.metrics.numerics.streamed import BLOCK, Streamed
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
 __all__ = [
     "Cells",
     "Layer",
@@ -26,6 +29,7 @@ __all__ = [
     "Side",
     "common_scale",
     "compare_levels",
+    "compare_populations",
     "labels_of",
     "of_side",
     "per_10k",
@@ -215,12 +219,7 @@ class Cells:
     @cached_property
     def looks_like(self) -> tuple[Values, float]:
         """What a sample of the cells holds, and the median of their totals, the logarithm undone."""
-        # evenly spaced cells
-        rows = np.unique(np.linspace(0, self.n_cells - 1, min(self.n_cells, SAMPLE)).astype(int))
-        block = sparse.csr_matrix(_read(self.source, rows))[:, self.columns]
-        found = look(block)
-        block.data = np.expm1(np.clip(block.data, 0, MAX_LOG1P))
-        return found, float(np.median(np.asarray(block.sum(axis=1))))
+        return _level(sparse.csr_matrix(_read(self.source, _some_rows(self.n_cells)))[:, self.columns])
 
 
 def read_cells(
@@ -342,21 +341,66 @@ def compare_levels(pred: Cells, real: Cells) -> None:
     ValueError
         If measured cells of one file are on another logarithm or another depth than those of the other.
     """
-    if "counts" in (pred.scale, real.scale):
-        return
-    (of_pred, pred_total), (of_real, real_total) = pred.looks_like, real.looks_like
+    if "counts" not in (pred.scale, real.scale):
+        _compare({"real": real.looks_like, "pred": pred.looks_like})
+
+
+def compare_populations(populations: Mapping[str, AnnData]) -> None:
+    """Like :func:`compare_levels`, of cells that are drawn beside each other; counts beside counts may be.
+
+    Parameters
+    ----------
+    populations
+        Words for messages to cells; all are held against the first, over the genes that they share.
+
+    Raises
+    ------
+    ValueError
+        As there.
+    """
+    first, *others = populations
+    for other in others:
+        genes = populations[first].var_names.intersection(populations[other].var_names)
+        found = {}
+        for name in (first, other):
+            cells = populations[name]
+            if cells.n_obs:
+                found[name] = _level(sparse.csr_matrix(cells[_some_rows(cells.n_obs), genes].X, copy=True))
+        are_counts = all(values.kind in ("counts", "zeros") for values, _ in found.values())
+        if len(found) == 2 and not are_counts:
+            _compare(found)
+
+
+def _some_rows(n_cells: int) -> np.ndarray:
+    """Up to 1,000 rows, evenly spaced."""
+    return np.unique(np.linspace(0, n_cells - 1, min(n_cells, SAMPLE)).astype(int))
+
+
+def _level(block: sparse.csr_matrix) -> tuple[Values, float]:
+    """What some cells (n, g) hold, and the median of their totals, the logarithm undone, in place."""
+    found = look(block)
+    block.data = np.expm1(np.clip(block.data, 0, MAX_LOG1P))
+    return found, float(np.median(np.asarray(block.sum(axis=1))))
+
+
+def _compare(found: Mapping[str, tuple[Values, float]]) -> None:
+    """Errors and warnings about two populations of log values, the second held against the first."""
+    (first, (of_first, first_total)), (second, (of_second, second_total)) = found.items()
     # an error where a scale is certain, else a warning
-    if of_pred.certain and of_real.certain:
-        require_same_scale([("real", of_real), ("pred", of_pred)])
-    for name, found in (("real", of_real), ("pred", of_pred)):
-        if not found.is_usual and found.kind != "zeros":
-            logger.warning("%s looks like %s; expected log1p values", name, found.text)
+    if of_first.certain and of_second.certain:
+        require_same_scale([(first, of_first), (second, of_second)])
+    for name, (values, _) in found.items():
+        if values.kind not in ("log1p", "negative", "zeros"):
+            logger.warning("%s looks like %s; expected log1p values", name, values.text)
     # one logarithm, but other depths
-    ratio = pred_total / real_total if real_total > 0 else 1.0
+    ratio = second_total / first_total if first_total > 0 else 1.0
     if not FAR[0] < ratio < FAR[1]:
         logger.warning(
-            "cells of pred add up to %.2g times those of real, logarithms undone; were both normalised alike?",
-            ratio,
+            "cells of %s add up to %.2g times those of %s, logarithms undone: they were hardly brought to the same "
+            "depth, so that differences between them mean little. Normalise both alike: iv.preprocess.normalize "
+            'divides by the column that uns["invirtuo"]["size_factor"] names, where none is noted by the sum of the '
+            "genes",
+            *(second, ratio, first),
         )
 
 

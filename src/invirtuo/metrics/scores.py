@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-__all__ = ["PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize", "values_of"]
+__all__ = ["FLOOR", "PROFILES", "ceiling", "choose", "evaluate", "noise_floor", "score", "summarize", "values_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ EXTRAPOLATED = {
     *(name for name in METRICS if name.startswith(("de_overlap_", "de_precision_"))),
     *("de_spearman_size", "de_spearman_lfc", "de_direction_match", "de_recall", "de_pr_auc", "de_roc_auc"),
 }
+MEASURED = ("value", "direction", "n_pred", "n_real")  # columns that say nothing of which cells, or which metric
+FLOOR = "noise_floor"  # what its rows are called beside models
+FLOOR_NOTE = (
+    "The noise floor is half of the real cells of a condition against the other half: fewer cells on each side than "
+    "models are scored with. Distances grow and effects blur with fewer cells, so that a model may score better than "
+    "it, above all where effects are small. It is a mark, not a limit."
+)
+ARROWS = {"higher": "↑", "lower": "↓"}
 ABSENT = ("de_direction_match", "de_recall", "de_spearman_lfc")  # no value, not NaN, without real DE genes in cell-eval
 
 
@@ -97,7 +105,8 @@ def evaluate(
     -------
     pd.DataFrame
         One row per condition and metric: `condition`, `perturbation`, one column per covariate, `metric`, `value`,
-        `n_pred`, `n_real`. ``attrs["skipped"]`` maps every condition that is in one file only to the reason,
+        `direction` ("lower" or "higher" is better; missing where a metric only describes), `n_pred`, `n_real`.
+        ``attrs["skipped"]`` maps every condition that is in one file only to the reason,
         ``attrs["n_scored"]`` and ``attrs["n_nan"]`` count values and missing values (NaN) per metric, and
         ``attrs["reasons"]`` says of metrics that mean nothing here (ranks of a single perturbation, the top 50 of 50
         genes) why they are NaN.
@@ -204,6 +213,7 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     table = table.sort_values(["condition", "metric"], ignore_index=True).astype({"metric": str})
     result = labels_of(pair.conditions.loc[table["condition"]], pair.design)
     result[["metric", "value"]] = table[["metric", "value"]]
+    result["direction"] = result["metric"].map({name: METRICS[name].direction for name in chosen})
     for side in ("pred", "real"):
         n_cells = {name: pair.n_cells(side, name) for name in pair.conditions.index}
         result[f"n_{side}"] = result["condition"].map(n_cells)
@@ -215,6 +225,24 @@ def score(pair: Pair, metrics: Sequence[str] | str | None = None) -> pd.DataFram
     for reason in dict.fromkeys(reasons.values()):
         logger.warning("NaN for %s: %s", preview([name for name in reasons if reasons[name] == reason]), reason)
     return result
+
+
+def directions(scores: pd.DataFrame) -> dict[str, str]:
+    """Metrics of a table to "lower" or "higher" is better, those left out that only describe.
+
+    What the table says in its column ``direction`` goes before what is known of the metric.
+    """
+    present = dict.fromkeys(scores["metric"])
+    known = {name: METRICS[name].direction for name in present if name in METRICS}
+    if "direction" in scores:
+        said = scores[scores["direction"].isin(ARROWS)]
+        known |= dict(zip(said["metric"], said["direction"], strict=True))
+    return {name: str(known[name]) for name in present if known.get(name)}
+
+
+def floor_note(scores: pd.DataFrame) -> str:
+    """What a reader must know of the noise floor of a table; "" if it has none, or one of another kind."""
+    return FLOOR_NOTE if "n_real" in scores and (scores["model"] == FLOOR).any() else ""
 
 
 def values_of(pair: Pair, records: Mapping[str, Metric]) -> pd.DataFrame:
@@ -279,7 +307,7 @@ def summarize(scores: pd.DataFrame, by: Sequence[str] = ("metric",), *, compat: 
 def _absent(scores: pd.DataFrame) -> pd.Series:
     """Which values do not exist because the condition has no real DE gene."""
     # all columns that name a condition, also model, task and seed
-    keys = [column for column in scores.columns if column not in ("metric", "value", "n_pred", "n_real")]
+    keys = [column for column in scores.columns if column not in ("metric", *MEASURED)]
     # de_recall is NaN where the condition has no real DE gene
     no_genes = (scores["metric"] == "de_recall") & scores["value"].isna()
     condition_without = no_genes

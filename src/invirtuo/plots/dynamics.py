@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from invirtuo.metrics.cells import compare_populations
 from invirtuo.plots.style import GREY, LINES, PREDICTED, REAL, axes_or_new, clean
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ def courses(
     Raises
     ------
     ValueError
-        If the gene is not among the predicted ones.
+        If the gene is not among the predicted ones, or scales differ; where they only seem to, a warning is logged.
     """
     if gene not in predicted.var_names:
         raise ValueError(f"gene {gene!r} is not among the {predicted.n_vars:,} predicted genes")
+    if observed is not None:
+        compare_populations({"observed": observed, "forecast": predicted})
     names = labels_of(predicted.obs, time)
     shared = None if observed is None else [column for column in predicted.obs if column in observed.obs]
     seen = None if observed is None else labels_of(observed.obs, time, shared)

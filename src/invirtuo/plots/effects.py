@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 from invirtuo.errors import preview
+from invirtuo.metrics.cells import compare_populations
 from invirtuo.metrics.measures.wilcoxon import log2_fold_change, rank_sum
 from invirtuo.metrics.numerics.streamed import dense
 from invirtuo.plots.style import GREY, PREDICTED, REAL, axes_or_new, clean
@@ -110,7 +111,8 @@ def volcano(
     Raises
     ------
     ValueError
-        If the condition or its control cells are missing.
+        If the condition or its control cells are missing, or their scales differ; where they only seem to, a warning
+        is logged.
     """
     names = design.names(cells.obs)
     if condition not in set(names):
@@ -121,6 +123,8 @@ def volcano(
     control = reference[of_group & design.is_control(reference.obs)]
     if not control.n_obs:
         raise ValueError(f"no control cells for {condition!r}; pass the cells that hold them as controls=")
+
+    compare_populations({"control": control, condition: own})
 
     # tests of all genes
     x, reference_x = dense(own.X), dense(control.X)

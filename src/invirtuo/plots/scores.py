@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from invirtuo.errors import preview
-from invirtuo.metrics import METRICS
+from invirtuo.metrics.scores import ARROWS, directions
 from invirtuo.plots.style import GREY, LINES, PREDICTED, axes_or_new, clean
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ __all__ = ["curves", "history", "quantities", "scores"]
 
 def scores(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = None) -> Axes:
     """A metric by model: a dot for each condition (and seed), a line at the mean; the best on top.
+
+    Which values are better says the column ``direction`` of the table, else the metric; where neither does, models keep
+    the order of the table.
 
     Parameters
     ----------
@@ -44,18 +47,18 @@ def scores(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = 
         raise ValueError(f"no scores of {wanted!r} in the table; found {preview(sorted(set(table['metric'])))}")
     if "model" not in own:
         own = own.assign(model="")
-    direction = METRICS[wanted].direction if wanted in METRICS else None
-    means = own.groupby("model", sort=False)["value"].mean().sort_values(ascending=direction == "higher")
-    if direction == "lower":
-        means = means.sort_values(ascending=False)
+    direction = directions(own).get(wanted)
+    means = own.groupby("model", sort=False)["value"].mean()
+    if direction:
+        means = means.sort_values(ascending=direction == "higher")
     drawn = axes_or_new(ax, 4.5, 0.3 * len(means) + 0.9)
     for row, (model, mean) in enumerate(means.items()):
         values = own.loc[own["model"] == model, "value"]
         drawn.plot(values, np.full(len(values), row), "o", color=GREY, markersize=4)
         drawn.plot([mean, mean], [row - 0.3, row + 0.3], color=PREDICTED, linewidth=2)
     drawn.set_yticks(range(len(means)), list(map(str, means.index)), fontsize=8)
-    arrow = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(str(direction), "")
-    drawn.set_xlabel(f"{wanted}{arrow}", fontsize=8)
+    better = f" {ARROWS[direction]} ({direction} is better)" if direction else ""
+    drawn.set_xlabel(f"{wanted}{better}", fontsize=8)
     return clean(drawn)
 
 

@@ -58,9 +58,9 @@ def read_scores(path: Path) -> pd.DataFrame:
     return table
 
 
-def read_panels(folder: Path) -> pd.DataFrame | None:
-    """Cells on two components, from the packed or the plain table."""
-    packed, plain = folder / "panels.npz", folder / "panels.csv"
+def read_panels(folder: Path, name: str = "panels") -> pd.DataFrame | None:
+    """Cells on two components (or on a map, "umap"), from the packed or the plain table."""
+    packed, plain = folder / f"{name}.npz", folder / f"{name}.csv"
     if packed.is_file():
         arrays = _read_npz(packed)
         if len({array.shape for array in arrays.values()}) > 1:

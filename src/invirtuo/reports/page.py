@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from invirtuo.metrics.scores import FLOOR, floor_note
 from invirtuo.reports import benchmark, folder
 from invirtuo.reports.effects import COLUMNS, coverage, effects_figure
 from invirtuo.reports.figures import as_png, condition_panels, curves, panels, populations
 from invirtuo.reports.genes import gene_data
 from invirtuo.reports.render import render
-from invirtuo.reports.tables import BASELINES, FLOOR, condition_tables, headline, number, published_table, score_table
+from invirtuo.reports.tables import BASELINES, condition_tables, headline, number, published_table, score_table
 from invirtuo.reports.verdict import verdict
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ FILES = {
     "models": "fitted models, for `invirtuo predict`",
     "history.csv": "losses by step",
     "panels.csv": "cells on two principal components",
+    "umap.csv": "cells of the first model on a UMAP",
     "discrimination.csv": "what each score can tell apart here",
     "flags.csv": "what is suspect about predicted cells",
     "run.json": "data, split, settings, versions",
@@ -65,22 +67,22 @@ def report(
     results
         Folder with ``scores.csv`` (columns ``condition``, ``metric``, ``value``, ``model``; optionally ``seed``,
         ``task``, ``direction``). Shown if present: ``panels.npz`` or ``panels.csv`` (``pc1``, ``pc2``, ``kind``,
-        ``model``, ``condition``; with ``task`` one picture for each condition of a task), ``history.csv`` (``step``,
-        ``model``, one column per quantity), ``effects.csv`` (``condition``, ``gene``, ``effect``, ``low``, ``high``,
-        ``real``; `invirtuo.bench.effects`; optionally ``q`` and ``q_real``), with it ``distributions.npz`` (shares of
-        cells by value, of every gene), ``gene_sets.csv`` (``condition``, ``gene_set``, ``n_genes``, ``effect``, ``q``,
-        ``real``, ``q_real``), of time courses the pictures ``courses.png`` and ``network.png``, and ``run.json``
-        (what was run; the keys ``title``, ``dataset``, ``split``, ``baselines``, ``floor``, ``effect level`` and
-        ``notes`` are shown on their own, anything else is listed); of generated populations ``genes.csv``
-        (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``, ``zeros``). A benchmark
-        has more: ``costs.csv`` (``task``, ``model``, ``seed``, ``status``, ``error``, seconds, memory, parameters),
-        ``discrimination.csv`` (``metric``, ``drf``, optionally ``task``; `invirtuo.metrics.calibration`),
-        ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``; `invirtuo.metrics.flags`),
-        ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``, ``low``, ``high``,
-        ``n_conditions``), ``published.csv`` (``task``, ``model``, ``name``, ``metric``, ``source``, ``published``,
-        ``published_sd``, ``ours``, ``ours_sd``, ``difference``), and in ``run.json`` ``tasks`` (name to description)
-        and ``directions`` (metric to "lower" or "higher" is better). With these, or with several tasks, the page also
-        compares models over tasks.
+        ``model``, ``condition``; with ``task`` one picture for each condition of a task), ``umap.csv`` (the same
+        columns, of a UMAP), ``history.csv`` (``step``, ``model``, one column per quantity), ``effects.csv``
+        (``condition``, ``gene``, ``effect``, ``low``, ``high``, ``real``; `invirtuo.bench.effects`; optionally ``q``
+        and ``q_real``), with it ``distributions.npz`` (shares of cells by value, of every gene), ``gene_sets.csv``
+        (``condition``, ``gene_set``, ``n_genes``, ``effect``, ``q``, ``real``, ``q_real``), of time courses the
+        pictures ``courses.png`` and ``network.png``, and ``run.json`` (what was run; the keys ``title``, ``dataset``,
+        ``split``, ``baselines``, ``floor``, ``effect level`` and ``notes`` are shown on their own, anything else is
+        listed); of generated populations ``genes.csv`` (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and
+        ``cells.csv`` (``model``, ``zeros``). A benchmark has more: ``costs.csv`` (``task``, ``model``, ``seed``,
+        ``status``, ``error``, seconds, memory, parameters), ``discrimination.csv`` (``metric``, ``drf``, optionally
+        ``task``; `invirtuo.metrics.calibration`), ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``;
+        `invirtuo.metrics.flags`), ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``,
+        ``low``, ``high``, ``n_conditions``), ``published.csv`` (``task``, ``model``, ``name``, ``metric``, ``source``,
+        ``published``, ``published_sd``, ``ours``, ``ours_sd``, ``difference``), and in ``run.json`` ``tasks`` (name to
+        description) and ``directions`` (metric to "lower" or "higher" is better). With these, or with several tasks,
+        the page also compares models over tasks.
     out
         The page to write; an existing one is replaced only when the new one is complete.
     title
@@ -108,7 +110,7 @@ def report(
     run = folder.read_run(path / "run.json")
     costs = folder.read_costs(path / "costs.csv")
     comparisons = folder.read_comparisons(path / "comparisons.csv")
-    cells = folder.read_panels(path)
+    cells, mapped = folder.read_panels(path), folder.read_panels(path, "umap")
     history = folder.read_history(path / "history.csv")
     counted = folder.read_populations(path)
     effects = folder.read_effects(path / "effects.csv")
@@ -117,6 +119,7 @@ def report(
     # pictures, and the words above and below them
     by_task = cells is not None and (cells["task"] != "").any()
     picture, n_columns, left_out = panels(cells) if cells is not None and not by_task else ("", 0, "")
+    umap, n_maps, _ = panels(mapped) if mapped is not None else ("", 0, "")
     structure, n_origins = populations(*counted) if counted is not None else ("", 0)
     discrimination = folder.read_discrimination(path / "discrimination.csv")
     sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
@@ -133,6 +136,7 @@ def report(
     shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle)}
     shown |= {"sections": sections, "benchmark": _benchmark(scores, sections, costs, comparisons)}
     shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}
+    shown |= {"umap": umap, "umap_columns": n_maps}
     shown |= {"genes": genes, "genes_left_out": n_left_out, "files": _files(path, Path(out))}
     shown |= {"effects": _effects(effects, run), "populations": structure, "populations_columns": n_origins}
     shown |= {"pictures": _pictures(path), "gene_sets": _gene_sets(folder.read_gene_sets(path / "gene_sets.csv"))}
@@ -161,6 +165,7 @@ def _sections(
         table = score_table(own, baselines, floor, failed, known.groupby("metric")["drf"].mean().to_dict())
         section = {"task": task, "about": str(about.get(task, "")), "scores": own, "verdict": ""}
         section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
+        section["floor_note"] = floor_note(own)
         section["flags"] = _flagged(flags[flags["task"] == task])
         section["n_seeds"] = own["seed"].nunique() if "seed" in own else 1
         found.append(section)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-if TYPE_CHECKING:
-    from invirtuo.metrics import Metric
+from invirtuo.metrics import METRICS
+from invirtuo.metrics.scores import ARROWS, FLOOR, directions
 
 __all__ = ["Cell", "Column", "Row", "ScoreTable", "condition_tables", "headline", "published_table", "score_table"]
 
@@ -25,7 +25,6 @@ BASELINES = (  # what everybody must beat
     "ridge",
     "ridge:move-cells",
 )
-FLOOR = "noise_floor"
 WEAK = 0.3  # dynamic range fraction below which a metric crowns nobody
 MAX_CONDITIONS = 200  # rows of a per-condition table; the rest stays in scores.csv
 
@@ -54,7 +53,7 @@ class Column:
 
     @property
     def arrow(self) -> str:
-        return {"lower": "↓", "higher": "↑"}.get(self.direction or "", "")
+        return ARROWS.get(self.direction or "", "")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class ScoreTable:
 def score_table(
     scores: pd.DataFrame,
     baselines: Iterable[str] = BASELINES,
-    floor: str = FLOOR,
+    floor: str | Sequence[str] = FLOOR,
     failed: Mapping[str, str] | None = None,
     discrimination: Mapping[str, float] | None = None,
 ) -> ScoreTable:
@@ -113,13 +112,14 @@ def score_table(
     scores
         Columns ``condition``, ``metric``, ``value``, ``model``; optionally ``seed`` and ``direction``.
     baselines, floor
-        Names in ``model`` that are set apart.
+        Names in ``model`` that are set apart: what everybody must beat, and real cells, which nobody is to beat.
     failed
         Model to what failed of it; one without scores gets a row that says so.
     discrimination
         Metric to its dynamic range fraction; below .3 nobody is marked as best.
     """
     failed = dict(failed or {})
+    floors = [floor] if isinstance(floor, str) else list(floor)
     means = _means(scores)
     columns = [replace(column, drf=(discrimination or {}).get(column.name, np.nan)) for column in _columns(scores)]
 
@@ -136,10 +136,10 @@ def score_table(
 
     # best and second best of every metric
     marks: dict[str, dict[str, str]] = {}
-    wins: dict[str, list[str]] = {name: [] for name in means.index if name != floor}
+    wins: dict[str, list[str]] = {name: [] for name in means.index if name not in floors}
     ties = []
     for column in columns:
-        marks[column.name], winners = _marks(means[column.name].drop(floor, errors="ignore"), column.crowns)
+        marks[column.name], winners = _marks(means[column.name].drop(floors, errors="ignore"), column.crowns)
         if len(winners) == 1:
             wins[winners[0]].append(column.label)
         elif winners:
@@ -148,8 +148,8 @@ def score_table(
     # models, then baselines, then the floor: most wins first, then best mean rank
     every = [*means.index, *(name for name in failed if name not in means.index)]
     kinds = dict.fromkeys(every, "model") | {name: "baseline" for name in every if name in set(baselines)}
-    kinds |= {name: "floor" for name in every if name == floor}
-    mean_rank = _mean_ranks(means.drop(floor, errors="ignore"), columns)
+    kinds |= {name: "floor" for name in every if name in floors}
+    mean_rank = _mean_ranks(means.drop(floors, errors="ignore"), columns)
 
     def order(name: str) -> tuple[int, int, float, str]:
         n_wins = len(wins.get(name, ()))
@@ -282,31 +282,21 @@ def number(value: float, significant: int = 3) -> str:
 
 def _columns(scores: pd.DataFrame) -> list[Column]:
     """The metrics, known ones first in the order of their registry."""
-    records = _records()
     present = list(dict.fromkeys(scores["metric"]))
-    order = [name for name in records if name in present]
-    order += [name for name in present if name not in records]
-    # what the table says goes before what the registry says
-    given = scores.groupby("metric")["direction"].first() if "direction" in scores else {}
+    order = [name for name in METRICS if name in present]
+    order += [name for name in present if name not in METRICS]
+    known = directions(scores)
     counted = scores[scores["value"].notna()].groupby("metric")["condition"].nunique()
     columns = []
     for name in order:
-        record = records.get(name)
-        direction = given.get(name) or getattr(record, "direction", None)
+        record = METRICS.get(name)  # scores of metrics from elsewhere are shown all the same
         label = getattr(record, "label", name)
         definition = getattr(record, "definition", "")
         of_mistakes = getattr(record, "of_mistakes", False)
-        columns.append(Column(name, label, direction, definition, int(counted.get(name, 0)), of_mistakes=of_mistakes))
+        columns.append(
+            Column(name, label, known.get(name), definition, int(counted.get(name, 0)), of_mistakes=of_mistakes)
+        )
     return columns
-
-
-def _records() -> dict[str, Metric]:
-    """The registry of metrics; scores of metrics it does not know are shown all the same."""
-    try:
-        from invirtuo.metrics import METRICS
-    except ImportError:  # the table may come from elsewhere
-        return {}
-    return METRICS
 
 
 def _marks(values: pd.Series, direction: str | None) -> tuple[dict[str, str], list[str]]:

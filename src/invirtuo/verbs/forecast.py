@@ -326,6 +326,8 @@ class Forecaster(Model):
         obs = self.table_of(starts, asked, ends)
         adata = anndata.AnnData(self.unscaled(mean), obs=obs, var=pd.DataFrame(index=pd.Index(self.genes)))
         adata.layers["lower"], adata.layers["upper"] = self.unscaled(lower), self.unscaled(upper)
+        if not self.signed:  # no log value lies below 0; a mean that does keeps its place within the interval
+            adata.layers["lower"] = np.maximum(adata.layers["lower"], np.minimum(adata.X, 0))
         adata.uns["invirtuo"] = self.made_by("forecast") | {"level": level}
         return adata
 

@@ -185,9 +185,6 @@ class Model(Shown, Trainable):
                 rows.append((f"held out, {part}", preview(list(self.design.names(table)))))
         return rows
 
-    def __repr__(self) -> str:
-        return str(self)
-
     def replaced_by_fits(self) -> list[Any]:
         """Objects that a fit replaces and never changes: a copy of the model may share them."""
         return [self.design, self.config, self.fit_config]

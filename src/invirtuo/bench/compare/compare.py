@@ -10,7 +10,7 @@ from invirtuo import splits
 from invirtuo.bench.compare.courses import compare_courses
 from invirtuo.bench.compare.perturbed import compare_perturbed
 from invirtuo.bench.compare.populations import compare_populations
-from invirtuo.bench.compare.rows import seeded
+from invirtuo.bench.compare.rows import as_asked
 from invirtuo.bench.run import chosen_entries
 from invirtuo.bench.task import JUDGED
 from invirtuo.cells.files import check_writable
@@ -43,9 +43,11 @@ def compare(
     n_cells: int | None = None,
     n_pcs: int = N_PCS,
     gene_sets: str | Path | None = None,
+    umap: bool = False,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """From cells to an answer: fit models, predict what was held out, judge all beside baselines and the noise floor.
 
@@ -90,12 +92,16 @@ def compare(
     gene_sets
         .gmt or .gmt.gz file: which sets of genes go up or down, predicted and seen, ``gene_sets.csv``
         (:func:`invirtuo.bench.compare.gene_sets.gene_sets`).
+    umap
+        Also draw real and predicted cells of the first model on a UMAP, ``umap.csv``; takes some seconds more.
     seed
         Of sampling, of the halves of the noise floor, and of fits, unless an entry brings a FitConfig or a seed.
     about
         More facts for ``run.json`` and the page: ``title``, ``dataset``, ``split``, ``notes``.
     overwrite
         Compute anew what `out` holds with other settings or of other data.
+    progress
+        Show progress bars of fits and of drawing; False shows none, whatever an entry says.
 
     Returns
     -------
@@ -110,11 +116,12 @@ def compare(
     check_writable(out, folder=True)
     out = Path(out)
     verb = "predict" if design.perturbation else None
-    entries = [seeded(entry, int(seed)) for entry in chosen_entries(models, baselines=False, floor=False, verb=verb)]
+    chosen = chosen_entries(models, baselines=False, floor=False, verb=verb)
+    entries = [as_asked(entry, int(seed), progress=progress) for entry in chosen]
     shared: dict[str, Any] = {"part": part, "out": out, "baselines": baselines, "n_genes": n_genes, "seed": int(seed)}
     shared |= {"about": dict(about or {}), "overwrite": overwrite}
     judged: dict[str, Any] = {"metrics": metrics, "n_cells": n_cells, "n_pcs": n_pcs}
-    own: dict[str, Any] = {"size_factor": size_factor, "gene_sets": gene_sets}
+    own: dict[str, Any] = {"size_factor": size_factor, "gene_sets": gene_sets, "umap": umap or None}
     if design.perturbation is None:
         return _unperturbed(adata, design, entries, split, shared, judged, own)
     if split is None:

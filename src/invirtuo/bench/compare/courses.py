@@ -15,8 +15,8 @@ from invirtuo.bench.entry import Entry
 from invirtuo.bench.run import software, write_page, write_table
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import write_h5ad
+from invirtuo.metrics.scores import FLOOR
 from invirtuo.reports.figures import save
-from invirtuo.reports.tables import FLOOR
 from invirtuo.verbs.naive_forecasts import ORACLES
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_courses", "forecast_scores"]
 
-DIRECTIONS = {"mse": "lower", "mse_bins": "lower", "r2": "higher", "coverage": ""}  # of what forecasts are judged by
+DIRECTIONS = {"mse": "lower", "mse_bins": "lower", "r2": "higher", "coverage": None}  # of what forecasts are judged by
 DRAWN_EDGES = 100
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,10 @@ from invirtuo.bench.compare.rows import Row, normalized, of_part, rows_of, write
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry
 from invirtuo.bench.notes import discrimination, flagged
-from invirtuo.bench.panels import predicted_points, real_points
+from invirtuo.bench.panels import predicted_points, real_points, umap_points
 from invirtuo.bench.run import software, write_page, write_table
 from invirtuo.cells.dataset import CellDataset
-from invirtuo.cells.files import write_h5ad, writing
+from invirtuo.cells.files import read_h5ad, write_h5ad, writing
 from invirtuo.cells.values import require_log
 from invirtuo.design import Design
 from invirtuo.errors import preview
@@ -61,6 +60,7 @@ def compare_perturbed(
     n_cells: int | None,
     n_pcs: int,
     gene_sets: str | Path | None,
+    umap: bool | None,
     seed: int,
     about: Mapping[str, Any],
     overwrite: bool,
@@ -93,6 +93,12 @@ def compare_perturbed(
     write_table(out / "discrimination.csv", discrimination(asked.real, design, **judged))
     points = real_points(adata, asked.real, design, asked.axes, asked.seed)
     write_table(out / "panels.csv", pd.concat([points, *(row.table("panels.csv") for row in rows)], ignore_index=True))
+    if umap:
+        first = read_h5ad(out / "predicted.h5ad")
+        points = umap_points(first, rows[0].entry.label, adata, asked.real, design, asked.seed)
+        write_table(out / "umap.csv", points)
+    else:
+        (out / "umap.csv").unlink(missing_ok=True)  # of an earlier call, perhaps of other cells
     write_table(out / "flags.csv", pd.concat([row.table("flags.csv") for row in rows], ignore_index=True))
     write_history(rows, out)
     if gene_sets is not None:
@@ -147,7 +153,7 @@ class _Asked:
 
     def plan(self) -> list[Any]:
         """What other numbers would follow from."""
-        return [self.part, self.metrics, self.n_cells, self.n_pcs, self.seed, version("invirtuo")]
+        return [self.part, self.metrics, self.n_cells, self.n_pcs, self.seed]
 
     def perturbed(self, part: str) -> pd.DataFrame:
         """Perturbed conditions of a part, tidy."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from invirtuo.bench.compare.rows import described, of_part, rows_of, write_history
 from invirtuo.bench.entry import Entry
-from invirtuo.bench.populations import judge
+from invirtuo.bench.populations import REAL, judge
 from invirtuo.bench.run import write_table
 from invirtuo.cells import preprocess
 from invirtuo.cells.dataset import CellDataset
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["compare_populations"]
 
 NAIVE = Entry("independent_nb", "independent_nb")  # genes drawn independently
-REAL = "training cells"  # what a generator could reach by copying
 
 
 def compare_populations(

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.verbs.model import Model
 
-__all__ = ["Row", "described", "normalized", "of_part", "rows_of", "seeded", "write_history"]
+__all__ = ["Row", "as_asked", "described", "normalized", "of_part", "rows_of", "write_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,15 @@ def rows_of(
 ) -> list[Row]:
     """A row for each entry, what earlier calls computed read; `asked`: what other numbers would follow from.
 
+    They also follow from the version of this package, whatever was asked.
+
     Raises
     ------
     ValueError
         If the folder holds a row with other settings, unless it may be overwritten.
     """
     split_hash = hashlib.sha256("|".join(split).encode()).hexdigest()[:16]
-    plan = {"data": dataset.fingerprint(), "split": split_hash, "asked": list(asked)}
+    plan = {"data": dataset.fingerprint(), "split": split_hash, "asked": [*asked, version("invirtuo")]}
     rows = [Row(out, entry, plan) for entry in entries]
     for row in rows:
         row.check(overwrite=overwrite)
@@ -93,11 +96,16 @@ def described(adata: AnnData, design: Design, split: pd.Series, part: str, rows:
     return {"dataset": shape, "split": held_out, "models": [row.record["facts"] for row in rows]}
 
 
-def seeded(entry: Entry, seed: int) -> Entry:
-    """The entry, fitted with the seed unless it says how."""
+def as_asked(entry: Entry, seed: int, *, progress: bool) -> Entry:
+    """The entry, fitted with the seed unless it says how, and with progress bars only if they are wanted."""
+    silent: dict[str, Any] = {} if progress else {"progress": False}
     if isinstance(entry.fit, FitConfig):
+        entry = replace(entry, fit=replace(entry.fit, **silent))
+    else:
+        entry = replace(entry, fit={"seed": seed, **(entry.fit or {}), **silent})
+    if entry.kind.verb == "forecast":  # quick, without a bar
         return entry
-    return replace(entry, fit={"seed": seed, **(entry.fit or {})})
+    return replace(entry, predict={"progress": progress, **entry.predict, **silent})
 
 
 class Row:

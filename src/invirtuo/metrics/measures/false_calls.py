@@ -143,7 +143,7 @@ def false_discoveries(
     *,
     target_genes: TargetGenes | None = None,
     controls: Literal["real", "pred"] = "real",
-    scale: Scale = "counts",
+    scale: Scale = "auto",
 ) -> pd.Series:
     """How many genes a prediction calls that the real cells do not, and how many it finds, over all conditions.
 
@@ -151,8 +151,11 @@ def false_discoveries(
 
     Parameters
     ----------
-    pred, real, design, target_genes, controls, scale
+    pred, real, design, target_genes, controls
         As in :func:`invirtuo.metrics.vcc2026`.
+    scale
+        What the values are: "counts", or "log1p", taken for what they are the logarithm of, so that cells of all depths
+        weigh alike, as in :func:`evaluate`. "auto": whichever both files seem to hold; an error if they disagree.
 
     Returns
     -------
