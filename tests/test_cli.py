@@ -480,7 +480,10 @@ def test_cells_under_the_name_of_another_kind(run, files, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("root", "words"), [("mod", "iv.multimodal.join"), ("matrix", "read_10x_h5")])
+@pytest.mark.parametrize(
+    ("root", "words"),
+    [("mod", "holds no modality"), ("matrix", "not a readable 10x Genomics file"), ("col_attrs", "read_loom")],
+)
 def test_files_of_other_kinds_are_named(run, tmp_path, root, words):
     with h5py.File(tmp_path / "x.h5ad", "w") as file:
         file.create_group(root)

@@ -16,8 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from safetensors import SafetensorError
+from scipy import sparse
+from scipy.io import mmwrite
 
-from invirtuo.cells.files import check_writable, making, read_h5ad, write_h5ad, writing, writing_h5ad
+import invirtuo as iv
+from invirtuo.cells.files import check_h5ad, check_writable, making, read_h5ad, write_h5ad, writing, writing_h5ad
+from invirtuo.cells.source import opened
 
 
 def names(folder: Path) -> list[str]:
@@ -230,3 +234,78 @@ def test_a_missing_filter_is_named(file, monkeypatch):
         h5py.h5d.create(cells["uns"].id, b"packed", h5py.h5t.IEEE_F32LE, space, properties)
     with pytest.raises(ValueError, match="/uns/packed is compressed .* filter 32015.*pip install hdf5plugin"):
         read_h5ad(file)
+
+
+# ---- other kinds -----------------------------------------------------------------------------------------------------
+
+
+def write_mudata(path, modalities):
+    """As MuData lies in a file."""
+    shared = pd.DataFrame({"site": "s1"}, index=next(iter(modalities.values())).obs_names)
+    with h5py.File(path, "w") as file:
+        ad.io.write_elem(file, "obs", shared)
+        for name, modality in modalities.items():
+            ad.io.write_elem(file, f"mod/{name}", modality)
+
+
+def test_a_modality_of_mudata_is_read_with_what_the_modalities_share(tmp_path):
+    rna = iv.datasets.toy(n_cells=100, n_genes=12)
+    proteins = ad.AnnData(np.ones((100, 2), np.float32), obs=pd.DataFrame(index=rna.obs_names))
+    write_mudata(tmp_path / "x.h5mu", {"rna": rna, "prot": proteins})
+    cells = read_h5ad(tmp_path / "x.h5mu" / "rna")
+    np.testing.assert_array_equal(cells.X.toarray(), rna.X.toarray())
+    assert list(cells.obs["perturbation"]) == list(rna.obs["perturbation"]) and set(cells.obs["site"]) == {"s1"}
+    assert opened(tmp_path / "x.h5mu" / "prot", small_in_memory=True).shape == (100, 2)
+    with pytest.raises(ValueError, match="holds prot, rna; name one, as in .*x.h5mu/rna"):
+        read_h5ad(tmp_path / "x.h5mu")
+    with pytest.raises(ValueError, match="has no modality 'gex'; found prot, rna"):
+        read_h5ad(tmp_path / "x.h5mu" / "gex")
+    with pytest.raises(ValueError, match="is a MuData file, and here h5ad is expected"):
+        check_h5ad(tmp_path / "x.h5mu")
+
+
+def test_rna_and_atac_of_mudata_are_joined(tmp_path):
+    rna, peaks = iv.datasets.toy(n_cells=100, n_genes=12), iv.datasets.toy(n_cells=100, n_genes=10)
+    write_mudata(tmp_path / "x.h5mu", {"rna": rna, "atac": peaks})
+    joined = read_h5ad(tmp_path / "x.h5mu")
+    assert joined.shape == (100, 22) and list(joined.var["modality"]) == ["rna"] * 12 + ["atac"] * 10
+    write_mudata(tmp_path / "one.h5mu", {"rna": rna})
+    assert read_h5ad(tmp_path / "one.h5mu").shape == (100, 12)
+
+
+def test_hostile_mudata_is_refused(tmp_path):
+    write_mudata(tmp_path / "x.h5mu", {"rna": iv.datasets.toy(n_cells=100, n_genes=12)})
+    with h5py.File(tmp_path / "x.h5mu", "a") as file:
+        file["mod/rna/obsm/secret"] = h5py.ExternalLink("/etc/other.h5", "/")
+    with pytest.raises(ValueError, match="link"):
+        read_h5ad(tmp_path / "x.h5mu" / "rna")
+
+
+def test_counts_of_10x_genomics(tmp_path):
+    counts = sparse.csr_matrix(np.random.default_rng(0).poisson(0.5, (20, 4)).astype(np.float32))
+    cells, ids, names = [f"cell{i}" for i in range(20)], ["g0", "g1", "g2", "g3"], ["A", "B", "B", "C"]
+
+    # a folder of text
+    (tmp_path / "folder").mkdir()
+    mmwrite(tmp_path / "folder" / "matrix.mtx", counts.T)
+    (tmp_path / "folder" / "barcodes.tsv").write_text("\n".join(cells))
+    rows = [f"{i}\t{name}\tGene Expression" for i, name in zip(ids, names, strict=True)]
+    (tmp_path / "folder" / "genes.tsv").write_text("\n".join(rows))
+
+    # HDF5
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        group = file.create_group("matrix")
+        group["shape"], group["barcodes"] = counts.shape[::-1], np.array(cells, "S")
+        group["data"], group["indices"], group["indptr"] = counts.data, counts.indices, counts.indptr
+        for key, values in {
+            "id": ids,
+            "name": names,
+            "feature_type": ["Gene Expression"] * 4,
+            "genome": ["x"] * 4,
+        }.items():
+            group[f"features/{key}"] = np.array(values, "S")
+
+    for path in (tmp_path / "folder", tmp_path / "x.h5"):
+        read = read_h5ad(path)
+        np.testing.assert_array_equal(read.X.toarray(), counts.toarray())
+        assert list(read.var_names) == ["A", "B", "B-1", "C"] and list(read.obs_names) == cells

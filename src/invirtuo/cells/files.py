@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
+from invirtuo.cells.kinds import is_matrix_folder, modalities_of, modality_of, read_10x, read_mudata
 from invirtuo.cells.packed import MAGIC, Unpacked, plain
 
 if TYPE_CHECKING:
@@ -55,11 +56,8 @@ BLOCK = 1 << 22  # values read at a time
 INFLATION = 2000  # gzip reaches about 1000
 PATIENCE = 5.0  # seconds that the reader of a pipe may take
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors that only writing meets
-OTHER_KINDS = {  # a name at the root of a file of another kind, and how it is read
-    "mod": "a MuData file; put its modalities together with iv.multimodal.join, or take one (mudata.read(path)['rna'])",
-    "matrix": "a file of 10x Genomics; read it with scanpy.read_10x_h5",
-    "col_attrs": "a loom file; read it with scanpy.read_loom",
-}
+H5AD = "h5ad"
+ROOTS = {"mod": "MuData", "matrix": "10x Genomics", "col_attrs": "loom"}  # a name at the root of other kinds of files
 SYSTEM_ERROR = re.compile(r"(?:errno = |os error |\[Errno )(\d+)")  # as HDF5, Rust and Python name them
 # what readers raise for a damaged file
 UNREADABLE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError)
@@ -394,15 +392,17 @@ def _opened(path: Path) -> int:
 
 
 def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
-    """Read an h5ad file after :func:`check_h5ad` found nothing wrong with it, or the zarr folder of an AnnData.
+    """Read cells, after :func:`check_h5ad` found nothing wrong with their file.
 
     Parameters
     ----------
     path
-        File or folder written by AnnData; a file may be packed with gzip (``.h5ad.gz``).
+        File or zarr folder written by AnnData; a file may be packed with gzip (``.h5ad.gz``). Of MuData
+        ``cells.h5mu/rna``, or the whole file where it has one modality, or RNA and ATAC, which are joined. Counts of
+        10x Genomics, as HDF5 or a folder with ``matrix.mtx``.
     backed
-        Leave X on disk (read-only); X of a zarr folder is read. What a packed file holds lies in the folder for
-        temporary files as long as the cells are there.
+        Leave X of an h5ad on disk (read-only). What a packed file holds lies in the folder for temporary files as long
+        as the cells are there.
 
     Raises
     ------
@@ -411,12 +411,24 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     """
     import anndata
 
-    is_zarr = is_zarr_folder(path)
-    path = plain(path)
-    if not is_zarr:
-        check_h5ad(path)
-    with reading(path, "zarr folder" if is_zarr else "h5ad file"):
-        adata = anndata.io.read_zarr(path) if is_zarr else anndata.io.read_h5ad(path, backed="r" if backed else None)
+    given, modality = modality_of(path)
+    path = plain(given)
+    if is_zarr_folder(path):
+        with reading(path, "zarr folder"):
+            adata = anndata.io.read_zarr(path)
+    elif is_matrix_folder(path):
+        with reading(path, "folder of 10x Genomics"):
+            adata = read_10x(path)
+    else:
+        kind = _checked_kind(path, values=True)
+        wanted = modalities_of(path, modality) if kind == ROOTS["mod"] else []
+        with reading(path, f"{kind} file"):
+            if wanted:
+                adata = read_mudata(path, wanted)
+            elif kind == ROOTS["matrix"]:
+                adata = read_10x(path)
+            else:
+                adata = anndata.io.read_h5ad(path, backed="r" if backed else None)
     if adata.X is None:
         raise ValueError(
             f"{path} has no X; expected cells x genes. Put the matrix into adata.X and write the file again"
@@ -473,8 +485,8 @@ def bytes_by_row(path: str | os.PathLike[str]) -> int:
     ValueError
         As :func:`check_h5ad`.
     """
-    path = plain(path)
-    check_h5ad(path, values=False)
+    path = plain(modality_of(path)[0])
+    _checked_kind(path, values=False)
     with h5py.File(path, "r") as file:
         x = file.get("X")
         if isinstance(x, h5py.Group) and x.attrs.get("encoding-type") == "csr_matrix":
@@ -494,7 +506,13 @@ def check_h5ad(path: str | os.PathLike[str], *, values: bool = True) -> None:
     ValueError
         Saying what was found where.
     """
-    path = plain(path)
+    kind = _checked_kind(plain(path), values)
+    if kind != H5AD:
+        raise ValueError(f"{path} is a {kind} file, and here h5ad is expected; write it with adata.write_h5ad")
+
+
+def _checked_kind(path: AnyPath, values: bool) -> str:
+    """What kind of file it is, after nothing wrong was found with it."""
     if not os.path.isfile(path):
         raise ValueError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; expected an h5ad file")
     try:
@@ -505,16 +523,18 @@ def check_h5ad(path: str | os.PathLike[str], *, values: bool = True) -> None:
             raise ValueError(f"{path} is packed with gzip; give it a name that ends in .gz, or unpack it")
         if not h5py.is_hdf5(path):
             raise ValueError(
-                f"{path} is not an HDF5 file; expected an h5ad file written by AnnData. Read other kinds with scanpy "
-                "(read_10x_mtx, read_csv, ...) and write them with adata.write_h5ad"
+                f"{path} is not an HDF5 file; expected one written by AnnData, MuData or 10x Genomics. Read other "
+                "kinds with scanpy (read_csv, ...) and write them with adata.write_h5ad"
             )
         with h5py.File(path, "r") as file:
-            if kind := next((kind for name, kind in OTHER_KINDS.items() if name in file), None):
-                raise ValueError(f"{path} is {kind}, and write that with adata.write_h5ad")
+            kind = next((kind for name, kind in ROOTS.items() if name in file), H5AD)
+            if kind == ROOTS["col_attrs"]:
+                raise ValueError(f"{path} is a loom file; read it with anndata.io.read_loom, and use adata.write_h5ad")
             missing = [name for name in ("obs", "var") if name not in file]
-            if missing:
+            if missing and kind == H5AD:
                 raise ValueError(f"{path} is HDF5 but has no {' and no '.join(missing)}; expected an h5ad file")
             _check_group(file, path, (), values)
+            return kind
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(_why_unreadable(path, error)) from error
 

@@ -369,9 +369,10 @@ def _end_checkpoints(folder: Path, model: Any, config: Any) -> None:
 def _cells(data: list[Path], memory: str | None) -> Any:
     """One file in memory; more of them, a folder, or with a bound of memory, on disk."""
     from invirtuo.cells.files import read_h5ad
+    from invirtuo.cells.kinds import is_matrix_folder
     from invirtuo.cells.store import CellStore
 
-    if len(data) == 1 and memory is None and not data[0].is_dir():
+    if len(data) == 1 and memory is None and (is_matrix_folder(data[0]) or not data[0].is_dir()):
         return read_h5ad(data[0])
     return CellStore.open(data, memory=memory or "256 MiB")
 

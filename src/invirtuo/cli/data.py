@@ -158,7 +158,7 @@ def _first_line(record: Any) -> str:
 
 
 def check(
-    data: Annotated[Path, typer.Argument(help="h5ad file, or the zarr folder of an AnnData.")],
+    data: Annotated[Path, typer.Argument(help="Cells: h5ad, zarr, h5mu (FILE.h5mu/rna), or counts of 10x Genomics.")],
     perturbation: Perturbation = None,
     control: Control = None,
     covariate: Covariate = None,

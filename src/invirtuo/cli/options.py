@@ -79,7 +79,7 @@ Unknown = Annotated[
     str | None, typer.Option(help="Covariate label of cells whose label is not known; so are empty ones.")
 ]
 Run = Annotated[Path, typer.Argument(help="Folder of a fitted model.")]
-Cells = Annotated[Path, typer.Argument(help="h5ad file with raw counts.")]
+Cells = Annotated[Path, typer.Argument(help="File with raw counts: h5ad, zarr, h5mu (FILE.h5mu/rna), 10x Genomics.")]
 Weights = Annotated[
     list[str] | None,
     typer.Option("--guidance", help="Weight of all attributes, or attribute=weight; may be given several times."),
