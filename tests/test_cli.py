@@ -470,6 +470,20 @@ def test_a_fit_on_controls_alone_is_refused(run, files, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_page_about_cells_of_anybody(run, files, tmp_path):
+    cells, page = files / "log.h5ad", tmp_path / "page"
+    command = ["evaluate", cells, cells, "--metrics", "mmd_gex,rmse_mean", "--out", tmp_path / "s.csv", "--page", page]
+    code, _, err = run(*command, *COLUMNS)
+    assert code == 0, err
+    scores = pd.read_csv(page / "scores.csv")
+    means = scores[scores["metric"] == "rmse_mean"].groupby("model")["value"].mean()
+    assert means["log"] == pytest.approx(0, abs=1e-6) and min(means["noise_floor"], means["no_change"]) > 0.1
+    text = (page / "report.html").read_text()
+    assert "How near are the cells of log" in text and str(cells) in text
+    code, _, err = run(*command[:-1], tmp_path / "other")
+    assert code == 2 and "invirtuo judge" in err and not (tmp_path / "other").exists()
+
+
 def test_cells_under_the_name_of_another_kind(run, files, tmp_path):
     for command in (
         ["prepare", files / "counts.h5ad", tmp_path / "out.csv"],

@@ -137,6 +137,9 @@ def evaluate(
     layer: Annotated[
         list[str] | None, typer.Option(help="Layer or obsm with the values, or pred=LAYER and real=LAYER.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Folder for a page: the scores beside unchanged controls and the noise floor.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score predicted cells against real cells; writes a tidy CSV, and says what is suspect about the cells."""
@@ -158,6 +161,13 @@ def evaluate(
     scores = score(pair, chosen)
     with writing(out) as path:
         scores.to_csv(path, index=False)
+    if page is not None:
+        from invirtuo.bench.evaluation import evaluation_page
+
+        about = {"dataset": str(real), "predicted": str(pred), "scale": scale}
+        given = {name: options[name] for name in ("n_pcs", "scale", "layer")}
+        evaluation_page(scores, pair, real_cells, design, page, model=pred.stem, about=about, **given)
+        typer.echo(f"page: {page / 'report.html'}")
     if not quiet:
         print_scores(scores.assign(model=pred.stem))
         # the tests that flags need are there, if metrics were not chosen
