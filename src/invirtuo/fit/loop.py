@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -119,7 +120,10 @@ def _train(
     if goes_on:
         trainer = _trainer(training, callbacks, loggers)
         stream = Stream(dataset, model, config, training.step * config.accumulate)
-        trainer.fit(_shell(training, shards=shards), train_dataloaders=stream)
+        with warnings.catch_warnings():
+            # what Lightning 2.6 asks of torch 2.13, and no user can change
+            warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
+            trainer.fit(_shell(training, shards=shards), train_dataloaders=stream)
     training.finish()
     return pd.DataFrame(training.history)
 
