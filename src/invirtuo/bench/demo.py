@@ -21,7 +21,7 @@ __all__ = ["demo"]
 
 HELD_OUT = ("B cell", "CD14 monocyte")
 VALIDATION = "NK cell"  # its response sets the width of intervals
-STEPS, LINEAR_STEPS = 900, 400  # optimiser steps per `MINUTES`
+STEPS, LINEAR_STEPS = 1500, 400  # optimiser steps per `MINUTES`
 CELLS = 128  # cells of a step
 CONFIG = PRiMeFlow.Config(cell_width=256, n_context=4)  # a smaller network, trained for longer
 MINUTES = 2.0
