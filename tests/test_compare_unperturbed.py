@@ -43,7 +43,11 @@ def test_populations(toy, tmp_path):
     assert made.n_vars == 20 and iv.load(tmp_path / "models" / "flow").name == "cfgen"
     facts = json.loads((tmp_path / "run.json").read_text())
     assert [model["label"] for model in facts["models"]] == ["flow", "independent_nb"]
-    assert f"{held_out.sum()} cells of" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        f"{held_out.sum()} cells of" in page
+        and page.count("held-out groups flow is better than the simple baseline") == 1
+    )
 
 
 def test_populations_go_on(toy, tmp_path, monkeypatch):
@@ -70,6 +74,7 @@ def test_time_courses(series, tmp_path):
     assert set(ad.read_h5ad(tmp_path / "ahead.h5ad").obs["donor"]) == {"c"}
     page = (tmp_path / "report.html").read_text()
     assert "How well were time courses forecast?" in page and "<h2>Forecasts</h2>" in page
+    assert "Of 2 held-out courses ode is better than every simple baseline in" in page
     assert "smoother" in json.loads((tmp_path / "run.json").read_text())["baselines"]
     alone = iv.compare(series, design, ODE, split=split, out=tmp_path, baselines=False)  # what was computed is read
     assert set(alone["model"]) == {"ode", "noise_floor"}

@@ -73,11 +73,12 @@ def report(
         and ``q_real``), with it ``distributions.npz`` (shares of cells by value, of every gene), ``gene_sets.csv``
         (``condition``, ``gene_set``, ``n_genes``, ``effect``, ``q``, ``real``, ``q_real``), of time courses the
         pictures ``courses.png`` and ``network.png``, and ``run.json`` (what was run; the keys ``title``, ``dataset``,
-        ``split``, ``baselines``, ``floor``, ``effect level`` and ``notes`` are shown on their own, anything else is
-        listed); of generated populations ``genes.csv`` (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and
-        ``cells.csv`` (``model``, ``zeros``). A benchmark has more: ``costs.csv`` (``task``, ``model``, ``seed``,
-        ``status``, ``error``, seconds, memory, parameters), ``discrimination.csv`` (``metric``, ``drf``, optionally
-        ``task``; `invirtuo.metrics.calibration`), ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``;
+        ``split``, ``baselines``, ``floor``, ``effect level`` and ``notes`` are shown on their own, ``unit`` is what a
+        condition is called in the verdict, anything else is listed); of generated populations ``genes.csv``
+        (``model``, ``gene``, ``mean``, ``variance``, ``zeros``) and ``cells.csv`` (``model``,
+        ``zeros``). A benchmark has more: ``costs.csv`` (``task``, ``model``, ``seed``, ``status``,
+        ``error``, seconds, memory, parameters), ``discrimination.csv`` (``metric``, ``drf``, optionally ``task``;
+        `invirtuo.metrics.calibration`), ``flags.csv`` (``model``, ``flag``, ``text``, optionally ``task``;
         `invirtuo.metrics.flags`), ``comparisons.csv`` (``task``, ``metric``, ``model``, ``against``, ``difference``,
         ``low``, ``high``, ``n_conditions``), ``published.csv`` (``task``, ``model``, ``name``, ``metric``, ``source``,
         ``published``, ``published_sd``, ``ours``, ``ours_sd``, ``difference``), and in ``run.json`` ``tasks`` (name to
@@ -125,12 +126,14 @@ def report(
     sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
     for section in sections:
         section["drawn"] = _drawn(cells, section) if by_task else []
-    if len(sections) == 1:
-        sections[0]["verdict"] = verdict(sections[0]["scores"], sections[0]["table"], effects)
+    unit = str(run.get("unit", "held-out condition"))
+    for section in sections:
+        if len(sections) == 1 or ("unit" in run and section["table"].n_conditions > 1):
+            section["verdict"] = verdict(section["scores"], section["table"], effects, unit)
     _set_beside(sections, folder.read_published(path / "published.csv"))
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
-    settings = {key: value for key, value in run.items() if key != "notes"}
+    settings = {key: value for key, value in run.items() if key not in ("notes", "unit")}
 
     # what the template asks for
     shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle)}

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 __all__ = ["MAIN", "directions_right", "verdict"]
 
-MAIN = ("mmd_gex", "mmd_pca", "energy_distance", "rmse_mean")  # the metric that stands for all, the first that is there
+# the metric that stands for all, the first that is there
+MAIN = ("mmd_gex", "mmd_pca", "energy_distance", "rmse_mean", "mmd_rbf_disjoint", "mse")
 TOP = 100  # genes of which the direction is judged
 
 
-def verdict(scores: pd.DataFrame, table: ScoreTable, effects: pd.DataFrame | None) -> str:
+def verdict(
+    scores: pd.DataFrame, table: ScoreTable, effects: pd.DataFrame | None, unit: str = "held-out condition"
+) -> str:
     """How often the first model beats every simple baseline, and whether the directions of its effects can be trusted.
 
     Parameters
@@ -28,6 +31,8 @@ def verdict(scores: pd.DataFrame, table: ScoreTable, effects: pd.DataFrame | Non
         Made of them.
     effects
         Effects of the first model, as :func:`invirtuo.bench.effects` gives them; None: not known.
+    unit
+        What a condition is called.
 
     Returns
     -------
@@ -48,10 +53,8 @@ def verdict(scores: pd.DataFrame, table: ScoreTable, effects: pd.DataFrame | Non
     judged = sign * means[[first, *baselines]].dropna()
     n_ahead = int((judged[first] < judged[baselines].min(axis=1)).sum())
     every = "the simple baseline" if len(baselines) == 1 else "every simple baseline"
-    text = (
-        f"Of {len(judged):,} held-out condition{'s' * (len(judged) != 1)} {first} is better than {every} in {n_ahead:,}"
-    )
-    text += f" ({column.label})."
+    units = f"{len(judged):,} {unit}{'s' * (len(judged) != 1)}"
+    text = f"Of {units} {first} is better than {every} in {n_ahead:,} ({column.label})."
     right = None if effects is None else directions_right(effects)
     if right is not None:
         share, n_genes = right

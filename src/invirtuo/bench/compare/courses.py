@@ -73,7 +73,7 @@ def compare_courses(
     facts = {"title": "How well were time courses forecast?", **described(adata, design, split, part, rows), **about}
     notes = [note for row in rows for note in row.record["facts"]["notes"]]
     notes.append(f"{FLOOR}: a smoother that looks at the held-out course itself.")
-    facts |= {"baselines": naive, "seed": seed, "notes": notes}
+    facts |= {"baselines": naive, "unit": "held-out course", "seed": seed, "notes": notes}
     write_page(out, facts | {"software": software()})
     return scores
 

@@ -69,5 +69,5 @@ def compare_populations(
     write_history(rows, out)
     origins: dict[str, Any] = {row.entry.label: read_h5ad(row.folder / "generated.h5ad") for row in rows}
     origins[REAL] = of_part(adata, split, "train")
-    facts = described(adata, design, split, part, rows) | dict(about)
+    facts = described(adata, design, split, part, rows) | {"unit": "held-out group", **about}
     return judge(origins, real, design, out, metrics=metrics, n_pcs=n_pcs, seed=seed, about=facts)
