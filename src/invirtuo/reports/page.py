@@ -126,10 +126,10 @@ def report(
     sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
     for section in sections:
         section["drawn"] = _drawn(cells, section) if by_task else []
-    unit = str(run.get("unit", "held-out condition"))
-    for section in sections:
-        if len(sections) == 1 or ("unit" in run and section["table"].n_conditions > 1):
-            section["verdict"] = verdict(section["scores"], section["table"], effects, unit)
+    verdicts = []
+    if len(sections) == 1 or "unit" in run:
+        unit = str(run.get("unit", "held-out condition"))
+        verdicts = [verdict(section["scores"], section["table"], effects, unit) for section in sections]
     _set_beside(sections, folder.read_published(path / "published.csv"))
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
@@ -137,6 +137,7 @@ def report(
 
     # what the template asks for
     shown: dict[str, Any] = {"title": title, "subtitle": " · ".join(subtitle)}
+    shown["verdict"] = next(filter(None, verdicts), "")
     shown |= {"sections": sections, "benchmark": _benchmark(scores, sections, costs, comparisons)}
     shown |= {"panels": picture, "panels_columns": n_columns, "panels_note": left_out}
     shown |= {"umap": umap, "umap_columns": n_maps}
@@ -166,7 +167,7 @@ def _sections(
         failed = benchmark.failed_models(costs[costs["task"] == task]) if costs is not None else {}
         known = discrimination[discrimination["task"] == task]
         table = score_table(own, baselines, floor, failed, known.groupby("metric")["drf"].mean().to_dict())
-        section = {"task": task, "about": str(about.get(task, "")), "scores": own, "verdict": ""}
+        section = {"task": task, "about": str(about.get(task, "")), "scores": own}
         section |= {"headline": headline(table), "table": table, "conditions": condition_tables(own, table)}
         section["floor_note"] = floor_note(own)
         section["flags"] = _flagged(flags[flags["task"] == task])
