@@ -231,14 +231,23 @@ def cells(*, out: Path, data_dir: str | None = None, steps: int = 600, runs: Seq
         with spent() as cost:
             model = fit(SparseODE(design, raw.var_names, config), adata, split, steps=n, seed=seed)
         if run == "ours":
-            model.network(n_edges=500).to_csv(out / "edges.csv", index=False, float_format="%.4g")
+            edges = model.network()
+            edges.head(500).to_csv(out / "edges.csv", index=False, float_format="%.4g")
+            of_targets = edges.drop_duplicates("target")
+            found = {"edges": len(edges), "fdr_below_0.1": (edges["fdr"] <= 0.1).sum()}
+            found |= {"targets": len(of_targets), "targets_that_gain": (of_targets["gain_lower"] > 0).sum()}
+            found["targets_that_lose"] = (of_targets["gain_upper"] < 0).sum()
+            pd.Series(found).to_csv(out / "support.csv", header=["n"])
         sizes = model.sparsity(3).loc["evaluation"]
         facts = {"open_inputs": sizes["open_inputs"], "features": sizes["features"], "cpu_s": cost["cpu_seconds"]}
+        for name, value in (model.card["gain_of_connections"] or {}).items():
+            facts[f"gain_{name}"] = value
         return evaluated(model, adata, split).assign(**facts)
 
     table = filled(out / "hematopoiesis.csv", one, run=runs)
     by_donor = table.pivot_table(index=["run", "model"], columns="donor", values="mse", aggfunc="sum", sort=False)
-    return {"cells-by-donor": by_donor}
+    gains = table.groupby("run", sort=False)[["gain_mean", "gain_lower", "gain_upper"]].first()
+    return {"cells-by-donor": by_donor, "gain-of-connections": gains}
 
 
 def hematopoiesis(data_dir: str | None):

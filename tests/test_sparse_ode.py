@@ -19,12 +19,16 @@ from invirtuo.models.sparse_ode import gates as sparsity
 from invirtuo.models.sparse_ode.field import SharedField, TargetField
 from invirtuo.models.sparse_ode.gates import PENALTIES
 from invirtuo.models.sparse_ode.systems import simulate
+from invirtuo.verbs import edge_support
 from invirtuo.verbs import network as networks
 from invirtuo.verbs.saving import size_buffers
 
 SparseODE = iv.models.SparseODE
 FIT = replace(SparseODE.PRESETS["default"].fit, steps=40, progress=False, accelerator="cpu")
 SERIES = replace(SparseODE.PRESETS["series"].config, n_members=2, hidden=(4,))
+
+
+GAINS = "connections forecast the target better"
 
 
 def quietly(function, *arguments, **options):
@@ -324,7 +328,68 @@ def test_a_linear_network_is_recovered(fitted):
     right = [s == sign for s, sign in zip(edges["sign"], signs, strict=True) if sign]
     assert np.mean(right) > 0.9
     assert (edges["score"].diff().dropna() <= 0).all() and edges["frequency"].between(0, 1).all()
-    assert set(edges["support"]) == {"forecasts beat simple ones; edges not tested"}
+    assert edges["fdr"].between(0, 1).all() and (edges["fdr"].diff().dropna() >= 0).all()
+    assert ((edges["gain_lower"] < edges["gain"]) & (edges["gain"] < edges["gain_upper"])).all()
+    # two held-out courses: the interval is wide
+    assert set(edges["support"]) == {"connections forecast the target no better"}
+    assert (edges["gain"] > 0).all() and model.card["gain_of_connections"]["courses"] == 2
+
+
+def test_supported_edges_are_true_ones():
+    adata = simulate("linear_grn", 8, 13, 30, noise=0.05, seed=1)
+    design = iv.Design.from_adata(adata, covariates=["course"], time="time")
+    split = iv.splits.courses(adata.obs, design, [str(i) for i in range(8, 13)])
+    config = replace(SparseODE.PRESETS["series"].config, n_members=1)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, replace(FIT, steps=400))
+    scores = model.card["scores"]
+    assert scores["sparse_ode"] < scores["no_connections"] < scores["zero"]
+    assert model.card["gain_of_connections"]["lower"] > 0
+    edges = model.network()
+    truth = adata.varp["regulates"]
+    rows, columns = (pd.Index(model.genes).get_indexer(edges[name]) for name in ("regulator", "target"))
+    is_true = truth[rows, columns] != 0
+    supported = (edges["support"] == GAINS).to_numpy()
+    assert supported.sum() >= 2 and is_true[supported].all()
+    assert model.knock_out("x1").uns["invirtuo"]["support"] == "connections forecast courses better"
+
+
+def test_without_relations_nothing_is_supported():
+    """Genes on their own: connections gain nothing, and edges are no stronger than by chance."""
+    rng = np.random.default_rng(0)
+    adata = simulate("linear_grn", 6, 8, 25, seed=3)
+    time, course = adata.obs["time"].to_numpy(), adata.obs["course"].to_numpy().astype(int)
+    start, rate = rng.uniform(-3, 3, (8, 6)), rng.uniform(0.3, 1.5, 6)
+    values = start[course] * np.exp(-rate * time[:, None]) + 0.05 * rng.normal(size=adata.shape)
+    adata.X = values.astype(np.float32)
+    design = iv.Design.from_adata(adata, covariates=["course"], time="time")
+    split = iv.splits.courses(adata.obs, design, ["5", "6", "7"])
+    config = replace(SparseODE.PRESETS["series"].config, n_members=1)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, replace(FIT, steps=200))
+    assert GAINS not in set(model.network()["support"])
+
+
+def test_evidence_in_words():
+    lower = np.array([0.1, -0.1, np.nan, 0.2])
+    assert set(edge_support.words(None, lower)) == {"not checked"}
+    assert set(edge_support.words(False, lower)) == {"not supported by forecasting"}
+    found = edge_support.words(True, lower, np.array([0.05, 0.05, 0.05, 0.5]))
+    assert [word.split()[0] for word in found] == ["connections", "connections", "forecasts", "no"]
+    assert found[0] == GAINS and found[1].endswith("no better")
+
+
+def test_edges_that_stand_out_are_few_false_ones():
+    rng = np.random.default_rng(0)
+    null = edge_support.strengths_by_chance(rng.exponential(size=(100, 100)))
+    size = rng.exponential(size=(100, 100))
+    size[:5] += 20
+    source, target = np.divmod(np.argsort(-size, axis=None), 100)
+    different = source != target
+    edges = (source[different], target[different])
+    rate = edge_support.false_discovery_rate(null, size[None], edges)
+    assert rate[:490].max() < 0.01 and rate[3000:].min() > 0.8
+    _, lower, upper = edge_support.gain_interval(rng.normal(1.0, 1.0, (50, 2000)))
+    assert np.mean((lower < 1) & (1 < upper)) == pytest.approx(0.95, abs=0.02)
+    assert np.isnan(edge_support.gain_interval(np.ones((1, 3)))[1]).all()
 
 
 def test_forecasts_of_new_courses(fitted):

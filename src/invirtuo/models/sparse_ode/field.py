@@ -25,7 +25,7 @@ from invirtuo.models.sparse_ode.gates import (
     weight_path,
 )
 
-__all__ = ["ACTIVATIONS", "SharedField", "TargetField"]
+__all__ = ["ACTIVATIONS", "OwnField", "SharedField", "TargetField"]
 
 Gates = Sequence[Tensor]
 WIDEST = 1.0  # largest location of a gate of a single connection
@@ -204,6 +204,10 @@ class SharedField(nn.Module):
 
     def gate_path(self, gates: Gates) -> Tensor:
         return gate_path(gates, self.weight[-1].shape[-1])
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Numbers (..., in, out), which are those of all genes here."""
+        return rows
 
     def l0(self) -> Tensor:
         layers = zip(self.weight, self.bias, self.log_alpha, strict=True)
@@ -386,8 +390,21 @@ class TargetField(nn.Module):
     def _regulators(self, x: Tensor) -> Tensor:
         return x if len(self.regulators) == x.shape[-1] else x[..., self.regulators]
 
+    def spread(self, rows: Tensor) -> Tensor:
+        """Numbers (..., r, d) of connections from regulators as (..., d, d), 0 from other genes."""
+        full = rows.new_zeros(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
+        full[..., self.regulators, :] = rows
+        return full
+
     def _units(self, regulators: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """(m, n, d, h), what enters the activation."""
+        pre = self._inputs(regulators, weights)
+        if self.label is not None:
+            pre = pre + (labels @ self.label.flatten(2)).unflatten(-1, self.bias.shape[1:])
+        return pre
+
+    def _inputs(self, regulators: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """(m, n, d, h), the same without labels."""
         if weights[0].ndim == 4:
             first, positions = weights
             m, n = regulators.shape[:2]
@@ -398,8 +415,6 @@ class TargetField(nn.Module):
         else:
             pre = torch.baddbmm(self.bias.flatten(1)[:, None], regulators, weights[0])
             pre = pre.unflatten(-1, self.bias.shape[1:])
-        if self.label is not None:
-            pre = pre + (labels @ self.label.flatten(2)).unflatten(-1, self.bias.shape[1:])
         return pre
 
     def jacobian(self, x: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
@@ -411,9 +426,7 @@ class TargetField(nn.Module):
         partial = torch.einsum("mnjh,mijh->mnij", gain, first)
         if self.skip is not None:
             partial = partial + weights[1][:, None]
-        full = x.new_zeros(*x.shape, x.shape[-1])
-        full[..., self.regulators, :] = partial
-        return full - torch.diag_embed(F.softplus(self.raw_decay))[:, None]
+        return self.spread(partial) - torch.diag_embed(F.softplus(self.raw_decay))[:, None]
 
     def weights(self) -> list[Tensor]:
         return [self.weight, self.out, *([] if self.skip is None else [self.skip])]
@@ -441,9 +454,7 @@ class TargetField(nn.Module):
             p = self.open()[0]
         else:
             p = self._gated(p_open(self.log_alpha, self.temperature))
-        full = p.new_zeros(len(p), self.constant.shape[1], self.constant.shape[1])
-        full[:, self.regulators] = p
-        return full
+        return self.spread(p)
 
     @torch.no_grad()
     def shrink(self, kind: str, threshold: float, bound: float) -> None:
@@ -470,3 +481,31 @@ class TargetField(nn.Module):
             self.mask.copy_(used if self.skip is None else used | (self.skip != 0))
         self._open_rows = None
         self.is_frozen.fill_(True)
+
+
+class OwnField(TargetField):
+    """A small network for every target that is told of its own gene alone: the field without connections.
+
+    Parameters
+    ----------
+    n_genes, n_labels, hidden, n_members, activation
+        As in :class:`TargetField`.
+    """
+
+    def __init__(
+        self, n_genes: int, n_labels: int = 0, hidden: int = 16, n_members: int = 1, *, activation: str = "tanh"
+    ):
+        super().__init__(n_genes, n_labels, hidden, n_members, regulators=[0], activation=activation)
+        # the one row of weights is that of each gene to itself
+        self.own.fill_(1.0)
+        self.allowed.fill_(1.0)
+
+    def _regulators(self, x: Tensor) -> Tensor:
+        return x
+
+    def _inputs(self, regulators: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        first = weights[0].unflatten(-1, self.bias.shape[1:])  # (m, 1, d, h)
+        return self.bias[:, None] + regulators[..., None] * first
+
+    def spread(self, rows: Tensor) -> Tensor:
+        return torch.diag_embed(rows[..., 0, :])

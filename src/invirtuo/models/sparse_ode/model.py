@@ -38,7 +38,7 @@ from invirtuo.cells.preparation import PREPARATIONS
 from invirtuo.errors import preview
 from invirtuo.fit import FitConfig, seeded
 from invirtuo.flow import SOLVER_NAMES
-from invirtuo.models.sparse_ode.field import SharedField, TargetField
+from invirtuo.models.sparse_ode.field import OwnField, SharedField, TargetField
 from invirtuo.models.sparse_ode.gates import PENALTIES
 from invirtuo.settings import Settings, setting
 from invirtuo.verbs.model import Preset
@@ -56,7 +56,8 @@ class Config(Settings):
     )
     prepare: str = setting(
         "bins",
-        'preparation of courses: means of "bins", scaled by training cells, or "reference", as in the public code',
+        'preparation of courses: means of "bins", scaled by training cells; "reference", as in the public code; or '
+        '"apart", bins of which every gene is moved along time by itself, for edges that are found by chance',
         choices=PREPARATIONS,
     )
     lineage: str = setting("lineage", 'covariate that the field is told, if the Design has it; "" for none')
@@ -68,8 +69,10 @@ class Config(Settings):
     bandwidth: float = setting(
         0.0, "bandwidth of the smoother, as a share of the range; 0: by leaving out single bins", ge=0
     )
-    field: Literal["targets", "shared"] = setting(
-        "targets", 'networks of the field: one for every target, or one "shared" by all'
+    field: Literal["targets", "shared", "own"] = setting(
+        "targets",
+        'networks of the field: one for every target, one "shared" by all, or one for every target that is told of its '
+        '"own" gene alone',
     )
     hidden: tuple[int, ...] = setting(
         (), "hidden units; (): 16, 8 or 2 a target by the number of genes, or (100, 100) shared", ge=1
@@ -114,6 +117,9 @@ class Config(Settings):
     solver: str = setting("rk4", "solver of the differential equation", choices=SOLVER_NAMES)
     steps: int = setting(20, "steps of a fixed-step solver over a whole course", ge=1)
     tolerance: float = setting(1e-3, "tolerance of dopri5", gt=0)
+    null: bool = setting(
+        True, "also fit one member to courses of genes that are moved apart in time: how strong edges are by chance"
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other."""
@@ -203,6 +209,9 @@ class SparseODE(GeneNetwork):
         """Room for the training courses, and the field."""
         config = self.config
         self.keep_courses()
+        self._progress, self._n_steps = 1.0, 0
+        self._seen: OrderedDict[bytes, _Measured] = OrderedDict()
+        self.register_buffer("bandwidth", torch.tensor(float(config.bandwidth)))
         self.field: SharedField | TargetField
         self.penalty = PENALTIES[config.penalty]
         g, c, m = len(self.genes), len(self.levels), config.n_members
@@ -215,13 +224,13 @@ class SparseODE(GeneNetwork):
             self.field = SharedField(
                 g, c, hidden, m, activate_all=config.activate_all, decay=config.decay, **options
             )  # fmt: skip
+            return
+        hidden = config.hidden[0] if config.hidden else 16 if g <= 50 else 8 if g <= 200 else 2
+        if config.field == "own":
+            self.field = OwnField(g, c, hidden, m, activation=config.activation)
         else:
             chosen, allowed = self._allowed()
-            hidden = config.hidden[0] if config.hidden else 16 if g <= 50 else 8 if g <= 200 else 2
             self.field = TargetField(g, c, hidden, m, regulators=chosen, allowed=allowed, **options)
-        self._progress, self._n_steps = 1.0, 0
-        self._seen: OrderedDict[bytes, _Measured] = OrderedDict()
-        self.register_buffer("bandwidth", torch.tensor(float(config.bandwidth)))
 
     def _allowed(self) -> tuple[list[int] | None, Tensor | None]:
         """Positions of the regulators, and which connections may exist."""
@@ -273,6 +282,17 @@ class SparseODE(GeneNetwork):
         """As :meth:`Model.fit`; warns if held-out courses are not forecast better than without a model."""
         self.fit_plan = config or self.fit_config
         return super().fit(adata, split, config, **options)
+
+    def controls(self) -> dict[str, GeneNetwork]:
+        """Each gene on its own, and one member for genes that are moved apart; of means of bins alone."""
+        config = self.config
+        if config.prepare != "bins" or config.field == "own":
+            return {}
+        hidden = config.hidden if config.field == "targets" else ()
+        own = replace(config, field="own", penalty="none", activation="tanh", hidden=hidden, regulators=(), prior=())
+        apart = replace(config, prepare="apart", n_members=1, bandwidth=float(self.bandwidth))
+        configs = {"no_connections": own} | ({"by_chance": apart} if config.null else {})
+        return {name: type(self)(self.design, self.genes, config) for name, config in configs.items()}
 
     def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
         self._progress = step / max(self._n_steps, 1)
@@ -455,11 +475,7 @@ class SparseODE(GeneNetwork):
 
     def _sparsity(self, gates: Sequence[Tensor], other: np.ndarray) -> dict[str, float]:
         path = self.field.gate_path(gates)
-        if len(path[0]) < len(self.genes):  # regulators alone
-            full = path.new_zeros(len(path), len(self.genes), len(self.genes))
-            full[:, torch.isin(torch.arange(len(self.genes)), self.field.get_buffer("regulators"))] = path
-            path = full
-        closed = (path < 1e-5).float()
+        closed = (self.field.spread(path) < 1e-5).float()
         weights = torch.cat([w.flatten() for w in self.field.full(gates)])
         found = {"features": closed.mean(), "weights": (weights.abs() < 1e-5).float().mean()}
         found["spurious"] = closed[:, torch.from_numpy(other)].mean()  # NaN without other edges
