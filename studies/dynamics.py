@@ -28,22 +28,26 @@ from studies import harness
 from studies.harness import Rows, Tables, filled, in_turn, over_seeds, spent, study
 
 SparseODE = iv.models.SparseODE
-SERIES = replace(SparseODE.PRESETS["series"].config, n_members=1, match_share=0.8, refit_share=0.2)
+SERIES = replace(SparseODE.PRESETS["series"].config, n_members=1, match_share=0.8, refit_share=0.2, null=False)
 SHARED = replace(SERIES, field="shared", hidden=(64, 64), activation="elu", penalty="none")
-MODELS = {
+MODELS = {  # the same fit; penalties at their own weight
     "per-target, none": replace(SERIES, penalty="none"),
     "per-target, L0 gates": replace(SERIES, lam=0.2),
+    "per-target, groups (NGM)": replace(SERIES, penalty="group_lasso", lam=None),
+    "per-target, LassoNet": replace(SERIES, penalty="lassonet", lam=None),
     "shared, none": SHARED,
-    "shared, weight path (C-NODE)": replace(SHARED, penalty="cnode", lam=0.02, refit_share=0.0),
-    "shared, PathReg": replace(SHARED, penalty="pathreg", lam=0.002),
+    "shared, weight path (C-NODE)": replace(SHARED, penalty="cnode", lam=None),
+    "shared, PathReg": replace(SHARED, penalty="pathreg", lam=None),
+    "shared, PathReg, lam of C-NODE": replace(SHARED, penalty="pathreg", lam=0.02),
 }
 MODERATE, HARD = {"noise": 0.05}, {"noise": 0.3, "drop": 0.5}
-FEW = ("per-target, L0 gates", "shared, none", "shared, weight path (C-NODE)")
+FEW = ("per-target, none", "per-target, L0 gates", "per-target, groups (NGM)", "shared, none",
+       "shared, weight path (C-NODE)", "shared, PathReg")  # fmt: skip
 CASES = [  # system, data, models
     ("linear_grn", "moderate", tuple(MODELS)),
     ("hill_grn", "moderate", tuple(MODELS)),
     ("linear_grn", "hard", FEW),
-    ("lorenz96", "moderate", ("per-target, none", "per-target, L0 gates")),
+    ("lorenz96", "moderate", ("per-target, none", "per-target, L0 gates", "per-target, groups (NGM)")),
 ]
 DATA = {"moderate": MODERATE, "hard": HARD}
 RUNS = ("ours", "ours, seed 1", "lam 0", "lam 0.01", "lam 0.1", "jitter 0", "pathreg-paper")

@@ -171,6 +171,73 @@ def test_every_penalty_works_with_every_field(name, kind):
         assert after.norm() < before.norm()
 
 
+def test_gates_are_fast_and_do_not_decay():
+    adata, design, _ = series()
+    for name, speed in (("pathreg", 10.0), ("default", 1.0), ("pathreg-paper", 1.0)):  # single gates are scaled
+        model = SparseODE(design, adata.var_names, name)
+        weights, gates = model.parameter_groups()
+        assert (gates.speed, gates.decays) == (speed, False) and (weights.speed, weights.decays) == (1.0, True)
+        assert len(weights.parameters) + len(gates.parameters) == len(list(model.parameters()))
+    config = replace(SERIES, n_members=1, field="shared", hidden=(8,), penalty="pathreg", lam=0.0, null=False)
+    model = SparseODE(design, adata.var_names, replace(config, match_share=1.0, refit_share=0.0))
+    quietly(model.fit, adata, None, replace(FIT, steps=30, weight_decay=5.0))
+    assert float(model.field.log_alpha[0].detach().mean()) > 1.0  # it began at 1.39
+
+
+@pytest.mark.parametrize("preset", ["ngm", "lassonet"])
+def test_proximal_steps_cut(preset):
+    """In the scale of Adam's step: without, every connection comes back."""
+    adata, design, _ = series()
+    config = replace(SparseODE.PRESETS[preset].config, n_members=1, hidden=(4,), null=False)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, None, replace(FIT, steps=300))
+    found = networks.edge_matrices(model)["size"].mean(axis=0) > networks.OPEN
+    scores = network.edge_sets(found, adata.varp["regulates"])
+    assert scores["tpr"] > 0.6 and scores["fpr"] < 0.7
+
+
+def test_a_group_stays_at_zero_where_its_gradient_is_small():
+    torch.manual_seed(0)
+    field = TargetField(5, 0, 3, 1)
+
+    def size(parameter):
+        return torch.full_like(parameter, 1e-3)
+
+    with torch.no_grad():  # what one step of Adam at lr .01 makes of zero
+        field.weight.fill_(0.01)
+    field.shrink("groups", 0.01 * 0.1, 1.0, size)
+    closed = field.weight.detach().abs().amax(dim=-1) == 0
+    assert closed[field.own.expand_as(closed) == 0].all()
+    assert not closed[field.own.expand_as(closed) > 0].any()
+
+
+def test_a_penalty_that_closes_everything_says_so():
+    adata, design, _ = series()
+    config = replace(SERIES, n_members=1, lam=50.0, null=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SparseODE(design, adata.var_names, config).fit(adata, None, replace(FIT, steps=200))
+    assert "'target_l0' closed every connection between genes at lam=50" in str(caught[-1].message)
+
+
+def test_penalties_have_their_own_weight():
+    adata, design, _ = series()
+    for name, penalty in PENALTIES.items():
+        assert SparseODE(design, adata.var_names, SparseODE.Config(penalty=name, space="any")).lam == penalty.lam
+    torch.manual_seed(0)
+    field = TargetField(9, 0, 3, 2)
+    regulators, weights = (PENALTIES[name].value(field, field.draw()) for name in ("target_l0", "l0"))
+    torch.testing.assert_close(weights, regulators * 9 / 10)  # a tenth of the weights are not gated
+
+
+def test_expected_size_knows_the_temperature():
+    for beta in (0.33, 0.67):
+        field = SharedField(4, 0, (3,), temperature=beta)
+        wanted = sum(
+            sparsity.p_open(a, beta).sum() * w.shape[-1] for a, w in zip(field.log_alpha, field.weight, strict=True)
+        )
+        torch.testing.assert_close(field.l0()[0], wanted)
+
+
 def test_frozen_masks_are_exact_and_few_connections_are_quick():
     torch.manual_seed(0)
     field = TargetField(30, 0, 3, 2)

@@ -28,6 +28,7 @@ from invirtuo.models.sparse_ode.gates import (
 __all__ = ["ACTIVATIONS", "OwnField", "SharedField", "TargetField"]
 
 Gates = Sequence[Tensor]
+Size = Callable[[nn.Parameter], Tensor]  # running size of the gradient of every element
 WIDEST = 1.0  # largest location of a gate of a single connection
 SPEED = 10.0  # gates of single connections move so many times faster than weights
 
@@ -52,6 +53,18 @@ ACTIVATIONS: dict[str, tuple[Activation, Slope]] = {
     "elu": (F.elu, _elu_slope),
     "silu": (F.silu, _silu_slope),
 }
+
+
+def _scaled(threshold: float, size: Size | None, parameter: nn.Parameter, *, of_units: bool = True) -> float | Tensor:
+    """(..., 1), threshold of each group of a parameter (last axis, or single elements) in the scale of Adam's step.
+
+    Adam divides the gradient by its size, and so must the proximal step: else no group stays at zero.
+    """
+    if size is None:
+        return threshold
+    square = size(parameter).square()
+    mean = square.mean(dim=-1, keepdim=True) if of_units else square[..., None]
+    return threshold / mean.sqrt()
 
 
 class SharedField(nn.Module):
@@ -211,12 +224,16 @@ class SharedField(nn.Module):
 
     def l0(self) -> Tensor:
         layers = zip(self.weight, self.bias, self.log_alpha, strict=True)
-        sizes = [expected_l0(weight, bias, log_alpha) for weight, bias, log_alpha in layers]
+        sizes = [expected_l0(*layer, beta=self.temperature) for layer in layers]
         return torch.stack(sizes).sum(dim=0)
 
     def n_regulators(self) -> Tensor:
         n_open = p_open(self.log_alpha[0], self.temperature).sum(dim=-1, keepdim=True)
         return n_open.expand(-1, self.weight[-1].shape[-1])  # the same for all targets
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Locations of the gates, as they are trained."""
+        return list(self.log_alpha)
 
     def p_open(self) -> Tensor:
         """(m, in, out), probability that an input is open for an output: the same for all outputs."""
@@ -225,12 +242,16 @@ class SharedField(nn.Module):
         return p[..., None].expand(*p.shape, n_out)
 
     @torch.no_grad()
-    def shrink(self, kind: str, threshold: float, bound: float) -> None:
-        """Proximal step: "groups" are the weights of one input; "lasso" is LassoNet's on the skip connection."""
+    def shrink(self, kind: str, threshold: float, bound: float, size: Size | None = None) -> None:
+        """Proximal step: "groups" are the weights of one input; "lasso" is LassoNet's on the skip connection.
+
+        With `size`, the running size of gradients, thresholds are those of a step that was divided by it.
+        """
         if kind == "groups":
-            self.weight[0].copy_(group_prox(self.weight[0], threshold))
+            self.weight[0].copy_(group_prox(self.weight[0], _scaled(threshold, size, self.weight[0])))
         else:
-            theta, weight = lasso_prox(self.skip, self.weight[0], threshold, bound)
+            each = _scaled(threshold, size, self.skip)
+            theta, weight = lasso_prox(self.skip, self.weight[0], each, bound)
             self.skip.copy_(theta)
             self.weight[0].copy_(weight)
 
@@ -438,6 +459,10 @@ class TargetField(nn.Module):
     def gate_path(self, gates: Gates) -> Tensor:
         return gates[0] * self.bias.shape[-1]
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Locations of the gates, as they are trained."""
+        return [self.slow_alpha]
+
     def l0(self) -> Tensor:
         return self._p_open().flatten(1).sum(dim=1) * self.bias.shape[-1]
 
@@ -457,12 +482,18 @@ class TargetField(nn.Module):
         return self.spread(p)
 
     @torch.no_grad()
-    def shrink(self, kind: str, threshold: float, bound: float) -> None:
-        """Proximal step on the weights of every connection: "groups" as in NGM, "lasso" as in LassoNet."""
+    def shrink(self, kind: str, threshold: float, bound: float, size: Size | None = None) -> None:
+        """Proximal step on the weights of every connection: "groups" as in NGM, "lasso" as in LassoNet.
+
+        With `size` as in :class:`SharedField`; then the penalty is a mean over targets, as the loss is.
+        """
+        if size is not None:
+            threshold = threshold / self.weight.shape[2]
         if kind == "groups":
-            shrunk = group_prox(self.weight, threshold)
+            shrunk = group_prox(self.weight, _scaled(threshold, size, self.weight))
         else:
-            theta, shrunk = lasso_prox(self.skip[..., None], self.weight, threshold, bound)
+            each = _scaled(threshold, size, self.skip, of_units=False)
+            theta, shrunk = lasso_prox(self.skip[..., None], self.weight, each, bound)
             self.skip.copy_(torch.where(self.own > 0, self.skip, theta[..., 0]))
         self.weight.copy_(torch.where(self.own[..., None] > 0, self.weight, shrunk))
 

@@ -21,6 +21,7 @@ Solutions are computed on a coarse grid and interpolated.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,9 +37,9 @@ from invirtuo.cells.courses import Course, best_bandwidth
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.preparation import PREPARATIONS
 from invirtuo.errors import preview
-from invirtuo.fit import FitConfig, seeded
+from invirtuo.fit import FitConfig, ParameterGroup, seeded
 from invirtuo.flow import SOLVER_NAMES
-from invirtuo.models.sparse_ode.field import OwnField, SharedField, TargetField
+from invirtuo.models.sparse_ode.field import SPEED, OwnField, SharedField, TargetField
 from invirtuo.models.sparse_ode.gates import PENALTIES
 from invirtuo.settings import Settings, setting
 from invirtuo.verbs.model import Preset
@@ -95,7 +96,7 @@ class Config(Settings):
     n_members: int = setting(3, "members of the ensemble", ge=1)
     bootstrap: bool = setting(True, "give bins other weights for every member")
     penalty: str = setting("target_l0", "penalty that makes the field sparse", choices=PENALTIES)
-    lam: float = setting(0.03, "weight of the penalty", ge=0)
+    lam: float | None = setting(None, "weight of the penalty; None: that of the penalty, which lists them", ge=0)
     bound: float = setting(10.0, "bound M of the penalty lassonet", gt=0)
     normalise: Literal["reference", "per_path"] = setting(
         "reference", 'what paths are averaged over: (in, out), or "per_path" also over hidden units'
@@ -120,6 +121,7 @@ class Config(Settings):
     null: bool = setting(
         True, "also fit one member to courses of genes that are moved apart in time: how strong edges are by chance"
     )
+    gate_speed: float = setting(10.0, "gates learn so many times faster than weights", gt=0)
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other."""
@@ -157,7 +159,8 @@ _FIT = FitConfig(steps=600, batch_size=_ALL, optimizer="adamw", weight_decay=0.3
 _PAPER = Config(
     space="any", prepare="reference", lineage="", field="shared", hidden=(100, 100), activation="elu",
     activate_all=False, decay=False, n_members=1, bootstrap=False, penalty="pathreg", gates="per_eval", warmup=0.0,
-    ramp=0.0, jitter=0.0, lam=0.01, match_share=0.0, refit_share=0.0, halvings=0, solver="dopri5"
+    ramp=0.0, jitter=0.0, lam=0.01, match_share=0.0, refit_share=0.0, halvings=0, solver="dopri5",
+    gate_speed=1.0
 )  # fmt: skip
 _PAPER_FIT = replace(
     _FIT, steps=5000, optimizer="adam", weight_decay=0.0, lr=0.01, schedule="plateau", warmup=0, clip=0.0
@@ -181,15 +184,15 @@ class SparseODE(GeneNetwork):
         "series": Preset(_SERIES, _FIT, "ours, for repeated measurements in real time, any scale"),
         "node": Preset(replace(_SERIES, penalty="none"), _FIT, "ours without penalty"),
         "pathreg": Preset(
-            replace(_SHARED, penalty="pathreg", lam=0.002),
+            replace(_SHARED, penalty="pathreg", lam=None),
             _FIT, "PathReg penalty in our fit",
         ),
         "cnode": Preset(
-            replace(_SHARED, penalty="cnode", lam=0.02, refit_share=0.0),
+            replace(_SHARED, penalty="cnode", lam=None),
             _FIT, "weight path alone in our fit; arXiv:2106.12430",
         ),
-        "ngm": Preset(replace(_SERIES, penalty="group_lasso", lam=0.1), _FIT, "groups of NGM; arXiv:2105.02522"),
-        "lassonet": Preset(replace(_SERIES, penalty="lassonet", lam=0.1), _FIT, "LassoNet for every target"),
+        "ngm": Preset(replace(_SERIES, penalty="group_lasso", lam=None), _FIT, "groups of NGM; arXiv:2105.02522"),
+        "lassonet": Preset(replace(_SERIES, penalty="lassonet", lam=None), _FIT, "LassoNet for every target"),
         "pathreg-paper": Preset(_PAPER, _PAPER_FIT, "public code, theislab/PathReg at 46263bb, notebook of cells"),
     }  # fmt: skip
     SEARCH = {"fit.lr": (1e-3, 1e-1), "lam": (1e-4, 1e-1)}
@@ -298,16 +301,30 @@ class SparseODE(GeneNetwork):
         self._progress = step / max(self._n_steps, 1)
         return self.loss(batch)
 
-    def proximal_step(self, lr: float) -> None:
+    @property
+    def lam(self) -> float:
+        """Weight of the penalty: that of the Config, or its own."""
+        return self.penalty.lam if self.config.lam is None else self.config.lam
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Weights; and gates, which are faster and do not decay: decay would draw them half open."""
+        gates = self.field.gate_parameters()
+        known = set(map(id, gates))
+        weights = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        # gates of single connections are ten times as fast by the way that they are written
+        speed = self.config.gate_speed / (SPEED if isinstance(self.field, TargetField) else 1.0)
+        return [ParameterGroup(weights), ParameterGroup(gates, speed, decays=False)]
+
+    def proximal_step(self, lr: float, size: Callable[[nn.Parameter], Tensor]) -> None:
         self.field.keep_movable()
         if self.penalty.prox and self.stage != "refit":
-            self.field.shrink(self.penalty.prox, self.config.lam * self._strength() * lr, self.config.bound)
+            self.field.shrink(self.penalty.prox, self.lam * self._strength() * lr, self.config.bound, size)
 
     def _strength(self) -> float:
         """Share of the penalty that acts: none in the warm-up, then rising."""
         config = self.config
-        if self.stage == "refit":
-            return 0.0
+        if self.stage == "refit":  # what is kept of it then
+            return 1.0
         if not (config.warmup or config.ramp):
             return 1.0
         risen = (self._progress - config.warmup) / max(config.ramp, 1e-9)
@@ -325,9 +342,10 @@ class SparseODE(GeneNetwork):
             error = self._rollout(data, gates)
         losses = {"total": error.mean(), "error": error.mean().detach()}
         strength = self._strength()
-        if self.penalty.value is not None and self.stage != "refit":
+        value = self.penalty.kept if self.stage == "refit" else self.penalty.value
+        if value is not None:
             drawn = self.field.draw() if self.config.gates == "per_eval" else gates
-            term = self.config.lam * self.penalty.value(self.field, drawn) / self._n_paths()
+            term = self.lam * value(self.field, drawn) / self._n_paths()
             losses["total"] = losses["total"] + strength * term.mean()
             losses["penalty"] = term.mean().detach()
         return losses
@@ -378,6 +396,20 @@ class SparseODE(GeneNetwork):
             way = self.integrate(x0, None, float(part.time[-1]), sampled=self.training)
             total = total + (way.at(torch.from_numpy(part.time))[:, 0, 0] - value).square().mean()
         return total
+
+    def facts(self, dataset: CellDataset) -> dict[str, Any]:
+        """As every network's; warns if nothing is left that one gene could tell another."""
+        facts = super().facts(dataset)
+        with torch.no_grad():
+            path = self.field.spread(self.field.gate_path(self._still()))
+        between_genes = 1 - torch.eye(path.shape[-1])
+        if self.config.field != "own" and not (path * between_genes > 1e-5).any():
+            warnings.warn(
+                f"the penalty {self.config.penalty!r} closed every connection between genes at lam={self.lam:g}; "
+                "fit again with a smaller lam",
+                stacklevel=3,
+            )
+        return facts
 
     # ---- courses of a batch --------------------------------------------------------------------------------------
 
