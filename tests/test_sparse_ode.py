@@ -590,12 +590,42 @@ def test_overexpression_and_fate(cells):
     both = model.overexpress(["g1", "g2"], [0.5, 1.0], adata, [0.6, 0.9])
     np.testing.assert_allclose(both.layers["disturbed"][:, 2], 1.0, atol=1e-5)
     assert set(both.uns["fate"]["towards"]) == {"a", "b"}
-    np.testing.assert_allclose(both.uns["fate"]["shift"], both.uns["fate"]["distance"] - both.uns["fate"]["disturbed"])
+    assert (both.uns["fate"]["lower"] <= both.uns["fate"]["shift"]).all()
     np.testing.assert_allclose(both.X, both.layers["disturbed"] - both.layers["undisturbed"], atol=1e-4)
     with pytest.raises(ValueError, match="gene\\(s\\) nope are not in the model"):
         model.knock_out("nope")
     with pytest.raises(ValueError, match="repeat"):
         model.knock_out(["g1", "g1"])
+
+
+def test_fate_is_that_of_a_planted_field(cells):
+    """g0 is made in lineage a and raises g1 and g2; g3 is made in b; g4 differs between them and acts on nobody."""
+    model = copied(cells[0])
+    scale = model.transforms["scale"]
+    made = torch.tensor([[2.0, 0, 0, -1, 3, 0, 0, 0], [-2.0, 0, 0, 1, -3, 0, 0, 0]])
+
+    def velocity(labels, *, sampled=False, held=None, gates=None):
+        def f(x, t):
+            slope = labels @ made - x
+            slope[..., 1:3] += 1.5 * x[..., :1]
+            slope[..., 5] -= 1.5 * x[..., 3]
+            return 4 * slope * (1.0 if held is None else held)
+
+        return f
+
+    model.velocity = velocity
+    low = {gene: model.unscaled(np.full(8, -2.0))[i] for i, gene in enumerate(model.genes)}
+
+    def shifts(gene):
+        table = model.overexpress(gene, low[gene]).uns["fate"]
+        return table.groupby(["lineage", "towards"])["shift"].mean()
+
+    driver = shifts("g0")  # low in cells of a, where it was high: away from a, all of g1 and g2
+    assert driver["a", "a"] < -0.3 and driver["a", "b"] > 0.3 and abs(driver["b", "b"]) < 0.1
+    assert shifts("g3")["b", "b"] < -0.05  # g5 follows g3
+    marker = shifts("g4")
+    np.testing.assert_allclose(marker, 0.0, atol=1e-6)  # it moved itself alone
+    assert scale.sd.min() > 0
 
 
 def test_edges_of_a_lineage(cells):

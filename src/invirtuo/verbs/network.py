@@ -143,8 +143,8 @@ class GeneNetwork(Forecaster):
         -------
         AnnData as of :meth:`forecast`, X the change (disturbed minus undisturbed) in the data space, layers "lower" and
         "upper" (range of the ensemble), "undisturbed", "disturbed". ``var``: ``effect`` at the end in standard
-        deviations, ``agreement`` of its sign over the ensemble and courses. ``uns["fate"]``: how much nearer each
-        course comes to the end of each lineage. Directions are usable, sizes are not calibrated.
+        deviations, ``agreement`` of its sign over the ensemble and courses. ``uns["fate"]``: how far each course is
+        moved towards each lineage, see :func:`fate`. Directions are usable, sizes are not calibrated.
         """
         return self.overexpress(genes, 0.0, cells, times)
 
@@ -316,41 +316,61 @@ def intervene(
     result.var["effect"] = np.mean(effects, axis=0)
     result.var["agreement"] = np.abs(np.mean(signs, axis=0))
     result.var["is_clamped"] = np.isin(np.arange(len(model.genes)), columns)
-    result.uns["fate"] = fate(model, starts, undisturbed, disturbed)
+    result.uns["fate"] = fate(model, starts, undisturbed, disturbed, columns)
     result.uns["invirtuo"] = model.made_by("intervene") | {"genes": list(genes), "support": support(model)}
     return result
 
 
 def fate(
-    model: GeneNetwork, starts: Sequence[Start], undisturbed: Sequence[np.ndarray], disturbed: Sequence[np.ndarray]
+    model: GeneNetwork,
+    starts: Sequence[Start],
+    undisturbed: Sequence[np.ndarray],
+    disturbed: Sequence[np.ndarray],
+    clamped: Sequence[int],
 ) -> pd.DataFrame:
-    """How much nearer each course comes to the end points of the lineages (root mean square over genes, sd)."""
-    # last states of the training courses, by lineage
-    key = model.lineage
-    ends: dict[str, list[np.ndarray]] = {}
-    for course in model.training_courses():
-        lineage = course.labels.get(key, course.name) if key else course.name
-        ends.setdefault(lineage, []).append(course.values[-1])
+    """How far the other genes of each course are moved towards each lineage, as a share of the way between lineages.
 
+    The axis of a lineage leads to where the model itself ends it from where it ends the others (of a single lineage:
+    from where it begins). The change at the end of a course is projected on it, genes that are held left out.
+
+    Returns
+    -------
+    A row for each course and lineage: the labels, ``towards``, ``shift`` (1: all the way to it), ``lower`` and
+    ``upper``, the range of the ensemble.
+    """
+    axes = _lineage_axes(model)
+    is_free = np.ones(len(model.genes), dtype=bool)
+    is_free[list(clamped)] = False
     rows = []
     for start, before, after in zip(starts, undisturbed, disturbed, strict=True):
-        for lineage, states in ends.items():
-            end = np.mean(states, axis=0)
-            distance, new_distance = _end_distance(before, end), _end_distance(after, end)
-            row = {
-                "towards": lineage,
-                "distance": distance,
-                "disturbed": new_distance,
-                "shift": distance - new_distance,
-            }
+        change = (after - before)[:, -1, is_free]
+        for lineage, axis in axes.items():
+            way = axis[:, is_free]
+            length = np.maximum((way**2).sum(axis=1), 1e-12)
+            shift = (change * way).sum(axis=1) / length
+            row = {"towards": lineage, "shift": shift.mean(), "lower": shift.min(), "upper": shift.max()}
             rows.append({**start.labels, **row})
     return pd.DataFrame(rows)
 
 
-def _end_distance(path: np.ndarray, end: np.ndarray) -> float:
-    """Root mean square over genes between the last state of a path (m, t, g), mean of its members, and an end."""
-    last = path.mean(axis=0)[-1]
-    return float(np.sqrt(((last - end) ** 2).mean()))
+def _lineage_axes(model: GeneNetwork) -> dict[str, np.ndarray]:
+    """(m, g) from the ends of the other lineages to that of each, as the model forecasts its training courses."""
+    courses = model.training_courses()
+    starts = [model.preparation.first(course) for course in courses]
+    paths = model.paths(starts, [course.time[-1:] for course in courses])
+    ends: dict[str, list[np.ndarray]] = {}
+    for course, path in zip(courses, paths, strict=True):
+        lineage = course.labels.get(model.lineage, course.name) if model.lineage else course.name
+        ends.setdefault(lineage, []).append(path[:, -1])
+    means = {lineage: np.mean(states, axis=0) for lineage, states in ends.items()}
+    if len(means) == 1:
+        begin = np.mean([start.x0 for start in starts], axis=0)
+        return {lineage: mean - begin for lineage, mean in means.items()}
+    axes = {}
+    for lineage, mean in means.items():
+        others = [other for name, other in means.items() if name != lineage]
+        axes[lineage] = mean - np.mean(others, axis=0)
+    return axes
 
 
 def _columns(model: GeneNetwork, genes: Sequence[str]) -> list[int]:
