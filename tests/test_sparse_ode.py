@@ -709,6 +709,17 @@ def test_command_line(run, tmp_path):
     assert iv.files.read_h5ad(tmp_path / "out.h5ad").n_obs == 7 * 2
     assert run("network", tmp_path / "run", "-n", "5", "--out", tmp_path / "e.csv")[0] == 0
     assert len(pd.read_csv(tmp_path / "e.csv")) == 5
+    scores = pd.read_csv(tmp_path / "s" / "scores.csv")
+    assert set(scores["condition"]) == {7} and "mse_cells" in set(scores["metric"])  # that was held out
+    assert (
+        "175 cells of courses to which the model was fitted"
+        in json.loads((tmp_path / "s/run.json").read_text())["notes"][1]
+    )
+    adata[(adata.obs["course"] != "7").to_numpy()].write_h5ad(tmp_path / "known.h5ad")
+    asked = ("forecast", tmp_path / "run", tmp_path / "known.h5ad", "--scores", tmp_path / "known")
+    code, out, err = run(*asked, "--out", tmp_path / "k.h5ad")
+    assert code == 0 and "not of forecasts" in err and "own_smoother (sees the answer)" in out
+    assert json.loads((tmp_path / "known/run.json").read_text())["beats_baselines"] is None
     assert run("report", tmp_path / "s", "--out", tmp_path / "r.html")[0] == 0
     assert "does not forecast held-out courses better" in (tmp_path / "r.html").read_text()
     # first states, and courses, by name

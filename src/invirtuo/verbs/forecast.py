@@ -435,6 +435,18 @@ class Forecaster(Model):
         starts = [self.start(c) for c in parts]
         return starts, [np.maximum(c.time, s.time) for c, s in zip(parts, starts, strict=True)]
 
+    def parts_of(self, adata: AnnData) -> pd.Series:
+        """For each cell "train" if its course was fitted, else "test", as are later times of courses that were fitted.
+
+        A split for :meth:`evaluate_forecast`. Single cells that were held out of a fitted course count as "train".
+        """
+        obs = adata.obs
+        found = pd.Series("test", index=obs.index)
+        for course in courses(np.zeros((len(obs), 1)), obs, self.design):
+            if course.name in self.known and np.median(course.time) <= self.known[course.name]["high"]:
+                found.iloc[course.rows] = "train"
+        return found
+
     def judged(self, parts: Sequence[Course], *, sampled: bool = False, level: float = 0.9) -> pd.DataFrame:
         """The table of :meth:`evaluate_forecast` for courses of cells."""
         train = self.training_courses()
