@@ -306,6 +306,23 @@ def test_regulators_and_prior_edges_bind():
     assert set(zip(edges["regulator"], edges["target"], strict=True)) == set(prior)
 
 
+def test_regulators_from_a_file(run, tmp_path, caplog):
+    adata, _, _ = series()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "tfs.txt").write_text("# factors\nx1\tkinase\nGATA1\n\nx4,x\n")
+    asked = ["fit", "sparse_ode", tmp_path / "a.h5ad", "--time", "time", "--covariate", "course", "--preset", "series"]
+    asked += ["--fit-set", "steps=4", "--set", "n_members=1", "--quiet", "--out", tmp_path / "run"]
+    code, _, err = run(*asked, "--regulators", tmp_path / "tfs.txt")
+    assert code == 0 and "2 of the 3 genes" in err
+    assert iv.load(tmp_path / "run").config.regulators == ("x1", "x4")
+    (tmp_path / "tfs.txt").write_text("GATA1\n")
+    code, _, err = run(*asked, "--overwrite", "--regulators", tmp_path / "tfs.txt")
+    assert code == 2 and "none of the 1 genes" in err
+    wide, design, _ = series(n_genes=201, n_times=4)
+    SparseODE(design, wide.var_names, replace(SERIES, null=False)).fit(wide, config=replace(FIT, steps=1))
+    assert "all 201 genes may act on all" in caplog.text
+
+
 # ---- fitting -----------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ Solutions are computed on a coarse grid and interpolated.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ from invirtuo.verbs.model import Preset
 from invirtuo.verbs.network import GeneNetwork
 
 __all__ = ["Config", "SparseODE"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class _Measured(NamedTuple):
     shots: dict[int, _Shots]  # by halvings of the horizon
 
 
+MOST_REGULATORS = 200  # of which no choice need be made
 _ALL = 10**9  # cells in a batch: all courses
 _FIT = FitConfig(steps=600, batch_size=_ALL, optimizer="adamw", weight_decay=0.3, lr=0.02, warmup=20, clip=1.0, ema=0.0,
                  precision="fp32", val_every=0)  # fmt: skip
@@ -261,6 +265,13 @@ class SparseODE(GeneNetwork):
         """Scale, training courses, bandwidth of the smoother."""
         super().prepare(dataset)
         self._seen.clear()
+        chosen = self.config.field != "targets" or self.config.regulators or self.config.prior
+        if not chosen and self.config.prepare != "apart" and len(self.genes) > MOST_REGULATORS:
+            logger.warning(
+                "all %d genes may act on all; name those that can, such as transcription factors, with regulators= "
+                "(--regulators FILE): the fewer regulators, the fewer courses a network needs",
+                len(self.genes),
+            )
         if not self.preparation.keeps_cells and not self.config.bandwidth:
             self.bandwidth.fill_(best_bandwidth(self.training_courses()))
 
