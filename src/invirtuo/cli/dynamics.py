@@ -97,10 +97,11 @@ def network(
 
         _write_picture(dynamics.network(edges), figure)
     if not quiet and len(edges):
+        shown = edges.head(10)[["regulator", "target", "score", "sign", "gain", "fdr", "support"]]
         rows = []
-        for row in edges.head(10).itertuples(index=False):
+        for row in shown.itertuples(index=False):
             rows.append(tuple(f"{value:.3g}" if isinstance(value, float) else value for value in row))
-        print_rows(rows, header=tuple(edges.columns))
+        print_rows(rows, header=tuple(shown.columns))
     _done(model, out, len(edges), "edges", quiet)
 
 
