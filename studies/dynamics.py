@@ -28,22 +28,26 @@ from studies import harness
 from studies.harness import Rows, Tables, filled, in_turn, over_seeds, spent, study
 
 SparseODE = iv.models.SparseODE
-SERIES = replace(SparseODE.PRESETS["series"].config, n_members=1, match_share=0.8, refit_share=0.2)
+SERIES = replace(SparseODE.PRESETS["series"].config, n_members=1, match_share=0.8, refit_share=0.2, null=False)
 SHARED = replace(SERIES, field="shared", hidden=(64, 64), activation="elu", penalty="none")
-MODELS = {
+MODELS = {  # the same fit; penalties at their own weight
     "per-target, none": replace(SERIES, penalty="none"),
     "per-target, L0 gates": replace(SERIES, lam=0.2),
+    "per-target, groups (NGM)": replace(SERIES, penalty="group_lasso", lam=None),
+    "per-target, LassoNet": replace(SERIES, penalty="lassonet", lam=None),
     "shared, none": SHARED,
-    "shared, weight path (C-NODE)": replace(SHARED, penalty="cnode", lam=0.02, refit_share=0.0),
-    "shared, PathReg": replace(SHARED, penalty="pathreg", lam=0.002),
+    "shared, weight path (C-NODE)": replace(SHARED, penalty="cnode", lam=None),
+    "shared, PathReg": replace(SHARED, penalty="pathreg", lam=None),
+    "shared, PathReg, lam of C-NODE": replace(SHARED, penalty="pathreg", lam=0.02),
 }
 MODERATE, HARD = {"noise": 0.05}, {"noise": 0.3, "drop": 0.5}
-FEW = ("per-target, L0 gates", "shared, none", "shared, weight path (C-NODE)")
+FEW = ("per-target, none", "per-target, L0 gates", "per-target, groups (NGM)", "shared, none",
+       "shared, weight path (C-NODE)", "shared, PathReg")  # fmt: skip
 CASES = [  # system, data, models
     ("linear_grn", "moderate", tuple(MODELS)),
     ("hill_grn", "moderate", tuple(MODELS)),
     ("linear_grn", "hard", FEW),
-    ("lorenz96", "moderate", ("per-target, none", "per-target, L0 gates")),
+    ("lorenz96", "moderate", ("per-target, none", "per-target, L0 gates", "per-target, groups (NGM)")),
 ]
 DATA = {"moderate": MODERATE, "hard": HARD}
 RUNS = ("ours", "ours, seed 1", "lam 0", "lam 0.01", "lam 0.1", "jitter 0", "pathreg-paper")
@@ -231,14 +235,23 @@ def cells(*, out: Path, data_dir: str | None = None, steps: int = 600, runs: Seq
         with spent() as cost:
             model = fit(SparseODE(design, raw.var_names, config), adata, split, steps=n, seed=seed)
         if run == "ours":
-            model.network(n_edges=500).to_csv(out / "edges.csv", index=False, float_format="%.4g")
+            edges = model.network()
+            edges.head(500).to_csv(out / "edges.csv", index=False, float_format="%.4g")
+            of_targets = edges.drop_duplicates("target")
+            found = {"edges": len(edges), "fdr_below_0.1": (edges["fdr"] <= 0.1).sum()}
+            found |= {"targets": len(of_targets), "targets_that_gain": (of_targets["gain_lower"] > 0).sum()}
+            found["targets_that_lose"] = (of_targets["gain_upper"] < 0).sum()
+            pd.Series(found).to_csv(out / "support.csv", header=["n"])
         sizes = model.sparsity(3).loc["evaluation"]
         facts = {"open_inputs": sizes["open_inputs"], "features": sizes["features"], "cpu_s": cost["cpu_seconds"]}
+        for name, value in (model.card["gain_of_connections"] or {}).items():
+            facts[f"gain_{name}"] = value
         return evaluated(model, adata, split).assign(**facts)
 
     table = filled(out / "hematopoiesis.csv", one, run=runs)
     by_donor = table.pivot_table(index=["run", "model"], columns="donor", values="mse", aggfunc="sum", sort=False)
-    return {"cells-by-donor": by_donor}
+    gains = table.groupby("run", sort=False)[["gain_mean", "gain_lower", "gain_upper"]].first()
+    return {"cells-by-donor": by_donor, "gain-of-connections": gains}
 
 
 def hematopoiesis(data_dir: str | None):

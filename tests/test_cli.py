@@ -409,6 +409,17 @@ def test_prepare_chooses_genes_on_training_cells_alone(run, files, tmp_path):
     assert "genes are chosen on all cells" in err
 
 
+def test_prepare_keeps_the_genes_of_a_file(run, files, tmp_path):
+    genes = list(iv.files.read_h5ad(files / "counts.h5ad").var_names[::7])
+    (tmp_path / "tfs.txt").write_text("\n".join([*genes, "not_here"]))
+    asked = ["prepare", files / "counts.h5ad", tmp_path / "k.h5ad", "--n-genes", 2, "--keep", tmp_path / "tfs.txt"]
+    code, _, err = run(*asked)
+    assert code == 0 and f"{len(genes)} of the {len(genes) + 1} genes" in err
+    assert set(genes) <= set(iv.files.read_h5ad(tmp_path / "k.h5ad").var_names)
+    code, _, err = run(*asked[:-1], tmp_path / "none.txt")
+    assert code == 2 and "does not exist" in err
+
+
 def knocked_down(tmp_path, level: int):
     """Counts of a screen in which G is knocked down to a level, and H is no gene of the panel."""
     obs = pd.DataFrame({"target": ["nt"] * 40 + ["G"] * 40 + ["H"] * 40}, index=[f"c{i}" for i in range(120)])

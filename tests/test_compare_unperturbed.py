@@ -65,6 +65,7 @@ def test_populations_go_on(toy, tmp_path, monkeypatch):
         iv.compare(toy, design, CFGEN, **options)
 
 
+@pytest.mark.filterwarnings("ignore:sparse_ode does not forecast")
 def test_time_courses(series, tmp_path):
     design = iv.Design.from_adata(series, covariates=["lineage", "donor"], time="hours")
     split = iv.splits.courses(series.obs, design, {"donor": "c"})
@@ -100,6 +101,7 @@ def test_what_cannot_be_compared(toy, series, design, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:sparse_ode does not forecast")
 def test_the_shell_compares(run, toy, series, tmp_path):
     toy[:, :20].write_h5ad(tmp_path / "cells.h5ad")
     series.write_h5ad(tmp_path / "series.h5ad")

@@ -9,7 +9,7 @@ import torch
 from anndata import AnnData
 
 import invirtuo as iv
-from invirtuo.cells import courses
+from invirtuo.cells import courses, preparation
 from invirtuo.flow import trajectory
 from invirtuo.metrics.applications import network
 from invirtuo.models import sparse_ode
@@ -106,6 +106,35 @@ def test_a_noisy_course_gets_a_wider_bandwidth():
     assert courses.best_bandwidth([course(60)]) < courses.best_bandwidth([course(60, noise=0.7)])
 
 
+def test_a_noisy_course_gets_a_wider_kernel():
+    chosen = []
+    for noise in (0.0, 0.7):
+        cells = course(80, noise=noise)
+        chosen.append(courses.kernel_bandwidth(cells.time, cells.values, np.ones(80)))
+    assert chosen[0] < chosen[1]
+    # as by leaving out each point in turn
+    errors = []
+    for bandwidth in courses.BANDWIDTHS:
+        means = []
+        for k in range(80):
+            rest = np.arange(80) != k
+            means.append(courses.smoothed(cells.time[rest], cells.values[rest], cells.time[[k]], bandwidth)[0])
+        errors.append(((np.stack(means) - cells.values) ** 2).mean())
+    assert chosen[1] == courses.BANDWIDTHS[int(np.argmin(errors))]
+
+
+def test_genes_apart_keep_their_own_slopes():
+    cells = course(200)
+    rows, moved = (preparation.PREPARATIONS[name](20, 5) for name in ("bins", "apart"))
+    bins, apart = rows.rows(cells), moved.rows(cells)
+    np.testing.assert_allclose(np.sort(bins.values, axis=0), np.sort(apart.values, axis=0))
+    before, after = rows.curve(bins, 0.1), moved.curve(apart, 0.1)
+    for gene in range(3):
+        shift = int(np.flatnonzero(bins.values[:, gene] == apart.values[0, gene])[0])
+        np.testing.assert_allclose(np.roll(before[1][:, gene], -shift), after[1][:, gene])
+    assert not np.allclose(np.corrcoef(bins.values.T), np.corrcoef(apart.values.T), atol=0.1)
+
+
 def test_time_is_a_share_of_the_range():
     cells = course(50)
     moved = cells._replace(time=3 + 7 * cells.time)
@@ -128,6 +157,11 @@ def test_baselines_by_hand():
     assert (found["zero"] == 0).all()
     assert ((found["smoother"] - test.values) ** 2).mean() < 1e-3
     assert "last_value" not in found
+    # its bandwidth is its own, and the offset of the first state decays
+    moved = naive_forecasts.baselines([train], test, test.values[0] + 2.0, pull=3.0)
+    offset = moved["smoother_offset"] - moved["smoother"]
+    np.testing.assert_allclose(offset / offset[0], np.exp(-3 * (test.time - test.time[0]))[:, None] * np.ones(3))
+    np.testing.assert_allclose(moved["smoother_offset"][0], test.values[0] + 2.0)
 
 
 def test_bins_with_numbers_of_cells_have_the_mean_of_their_cells():

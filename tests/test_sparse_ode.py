@@ -19,12 +19,16 @@ from invirtuo.models.sparse_ode import gates as sparsity
 from invirtuo.models.sparse_ode.field import SharedField, TargetField
 from invirtuo.models.sparse_ode.gates import PENALTIES
 from invirtuo.models.sparse_ode.systems import simulate
+from invirtuo.verbs import edge_support
 from invirtuo.verbs import network as networks
 from invirtuo.verbs.saving import size_buffers
 
 SparseODE = iv.models.SparseODE
 FIT = replace(SparseODE.PRESETS["default"].fit, steps=40, progress=False, accelerator="cpu")
 SERIES = replace(SparseODE.PRESETS["series"].config, n_members=2, hidden=(4,))
+
+
+GAINS = "connections forecast the target better"
 
 
 def quietly(function, *arguments, **options):
@@ -167,6 +171,73 @@ def test_every_penalty_works_with_every_field(name, kind):
         assert after.norm() < before.norm()
 
 
+def test_gates_are_fast_and_do_not_decay():
+    adata, design, _ = series()
+    for name, speed in (("pathreg", 10.0), ("default", 1.0), ("pathreg-paper", 1.0)):  # single gates are scaled
+        model = SparseODE(design, adata.var_names, name)
+        weights, gates = model.parameter_groups()
+        assert (gates.speed, gates.decays) == (speed, False) and (weights.speed, weights.decays) == (1.0, True)
+        assert len(weights.parameters) + len(gates.parameters) == len(list(model.parameters()))
+    config = replace(SERIES, n_members=1, field="shared", hidden=(8,), penalty="pathreg", lam=0.0, null=False)
+    model = SparseODE(design, adata.var_names, replace(config, match_share=1.0, refit_share=0.0))
+    quietly(model.fit, adata, None, replace(FIT, steps=30, weight_decay=5.0))
+    assert float(model.field.log_alpha[0].detach().mean()) > 1.0  # it began at 1.39
+
+
+@pytest.mark.parametrize("preset", ["ngm", "lassonet"])
+def test_proximal_steps_cut(preset):
+    """In the scale of Adam's step: without, every connection comes back."""
+    adata, design, _ = series()
+    config = replace(SparseODE.PRESETS[preset].config, n_members=1, hidden=(4,), null=False)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, None, replace(FIT, steps=300))
+    found = networks.edge_matrices(model)["size"].mean(axis=0) > networks.OPEN
+    scores = network.edge_sets(found, adata.varp["regulates"])
+    assert scores["tpr"] > 0.6 and scores["fpr"] < 0.7
+
+
+def test_a_group_stays_at_zero_where_its_gradient_is_small():
+    torch.manual_seed(0)
+    field = TargetField(5, 0, 3, 1)
+
+    def size(parameter):
+        return torch.full_like(parameter, 1e-3)
+
+    with torch.no_grad():  # what one step of Adam at lr .01 makes of zero
+        field.weight.fill_(0.01)
+    field.shrink("groups", 0.01 * 0.1, 1.0, size)
+    closed = field.weight.detach().abs().amax(dim=-1) == 0
+    assert closed[field.own.expand_as(closed) == 0].all()
+    assert not closed[field.own.expand_as(closed) > 0].any()
+
+
+def test_a_penalty_that_closes_everything_says_so():
+    adata, design, _ = series()
+    config = replace(SERIES, n_members=1, lam=50.0, null=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SparseODE(design, adata.var_names, config).fit(adata, None, replace(FIT, steps=200))
+    assert "'target_l0' closed every connection between genes at lam=50" in str(caught[-1].message)
+
+
+def test_penalties_have_their_own_weight():
+    adata, design, _ = series()
+    for name, penalty in PENALTIES.items():
+        assert SparseODE(design, adata.var_names, SparseODE.Config(penalty=name, space="any")).lam == penalty.lam
+    torch.manual_seed(0)
+    field = TargetField(9, 0, 3, 2)
+    regulators, weights = (PENALTIES[name].value(field, field.draw()) for name in ("target_l0", "l0"))
+    torch.testing.assert_close(weights, regulators * 9 / 10)  # a tenth of the weights are not gated
+
+
+def test_expected_size_knows_the_temperature():
+    for beta in (0.33, 0.67):
+        field = SharedField(4, 0, (3,), temperature=beta)
+        wanted = sum(
+            sparsity.p_open(a, beta).sum() * w.shape[-1] for a, w in zip(field.log_alpha, field.weight, strict=True)
+        )
+        torch.testing.assert_close(field.l0()[0], wanted)
+
+
 def test_frozen_masks_are_exact_and_few_connections_are_quick():
     torch.manual_seed(0)
     field = TargetField(30, 0, 3, 2)
@@ -233,6 +304,23 @@ def test_regulators_and_prior_edges_bind():
     quietly(model.fit, adata, split, replace(FIT, steps=6))
     edges = model.network()
     assert set(zip(edges["regulator"], edges["target"], strict=True)) == set(prior)
+
+
+def test_regulators_from_a_file(run, tmp_path, caplog):
+    adata, _, _ = series()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "tfs.txt").write_text("# factors\nx1\tkinase\nGATA1\n\nx4,x\n")
+    asked = ["fit", "sparse_ode", tmp_path / "a.h5ad", "--time", "time", "--covariate", "course", "--preset", "series"]
+    asked += ["--fit-set", "steps=4", "--set", "n_members=1", "--quiet", "--out", tmp_path / "run"]
+    code, _, err = run(*asked, "--regulators", tmp_path / "tfs.txt")
+    assert code == 0 and "2 of the 3 genes" in err
+    assert iv.load(tmp_path / "run").config.regulators == ("x1", "x4")
+    (tmp_path / "tfs.txt").write_text("GATA1\n")
+    code, _, err = run(*asked, "--overwrite", "--regulators", tmp_path / "tfs.txt")
+    assert code == 2 and "none of the 1 genes" in err
+    wide, design, _ = series(n_genes=201, n_times=4)
+    SparseODE(design, wide.var_names, replace(SERIES, null=False)).fit(wide, config=replace(FIT, steps=1))
+    assert "all 201 genes may act on all" in caplog.text
 
 
 # ---- fitting -----------------------------------------------------------------------------------------------------
@@ -324,7 +412,68 @@ def test_a_linear_network_is_recovered(fitted):
     right = [s == sign for s, sign in zip(edges["sign"], signs, strict=True) if sign]
     assert np.mean(right) > 0.9
     assert (edges["score"].diff().dropna() <= 0).all() and edges["frequency"].between(0, 1).all()
-    assert set(edges["support"]) == {"forecasts beat simple ones; edges not tested"}
+    assert edges["fdr"].between(0, 1).all() and (edges["fdr"].diff().dropna() >= 0).all()
+    assert ((edges["gain_lower"] < edges["gain"]) & (edges["gain"] < edges["gain_upper"])).all()
+    # two held-out courses: the interval is wide
+    assert set(edges["support"]) == {"connections forecast the target no better"}
+    assert (edges["gain"] > 0).all() and model.card["gain_of_connections"]["courses"] == 2
+
+
+def test_supported_edges_are_true_ones():
+    adata = simulate("linear_grn", 8, 13, 30, noise=0.05, seed=1)
+    design = iv.Design.from_adata(adata, covariates=["course"], time="time")
+    split = iv.splits.courses(adata.obs, design, [str(i) for i in range(8, 13)])
+    config = replace(SparseODE.PRESETS["series"].config, n_members=1)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, replace(FIT, steps=400))
+    scores = model.card["scores"]
+    assert scores["sparse_ode"] < scores["no_connections"] < scores["zero"]
+    assert model.card["gain_of_connections"]["lower"] > 0
+    edges = model.network()
+    truth = adata.varp["regulates"]
+    rows, columns = (pd.Index(model.genes).get_indexer(edges[name]) for name in ("regulator", "target"))
+    is_true = truth[rows, columns] != 0
+    supported = (edges["support"] == GAINS).to_numpy()
+    assert supported.sum() >= 2 and is_true[supported].all()
+    assert model.knock_out("x1").uns["invirtuo"]["support"] == "connections forecast courses better"
+
+
+def test_without_relations_nothing_is_supported():
+    """Genes on their own: connections gain nothing, and edges are no stronger than by chance."""
+    rng = np.random.default_rng(0)
+    adata = simulate("linear_grn", 6, 8, 25, seed=3)
+    time, course = adata.obs["time"].to_numpy(), adata.obs["course"].to_numpy().astype(int)
+    start, rate = rng.uniform(-3, 3, (8, 6)), rng.uniform(0.3, 1.5, 6)
+    values = start[course] * np.exp(-rate * time[:, None]) + 0.05 * rng.normal(size=adata.shape)
+    adata.X = values.astype(np.float32)
+    design = iv.Design.from_adata(adata, covariates=["course"], time="time")
+    split = iv.splits.courses(adata.obs, design, ["5", "6", "7"])
+    config = replace(SparseODE.PRESETS["series"].config, n_members=1)
+    model = quietly(SparseODE(design, adata.var_names, config).fit, adata, split, replace(FIT, steps=200))
+    assert GAINS not in set(model.network()["support"])
+
+
+def test_evidence_in_words():
+    lower = np.array([0.1, -0.1, np.nan, 0.2])
+    assert set(edge_support.words(None, lower)) == {"not checked"}
+    assert set(edge_support.words(False, lower)) == {"not supported by forecasting"}
+    found = edge_support.words(True, lower, np.array([0.05, 0.05, 0.05, 0.5]))
+    assert [word.split()[0] for word in found] == ["connections", "connections", "forecasts", "no"]
+    assert found[0] == GAINS and found[1].endswith("no better")
+
+
+def test_edges_that_stand_out_are_few_false_ones():
+    rng = np.random.default_rng(0)
+    null = edge_support.strengths_by_chance(rng.exponential(size=(100, 100)))
+    size = rng.exponential(size=(100, 100))
+    size[:5] += 20
+    source, target = np.divmod(np.argsort(-size, axis=None), 100)
+    different = source != target
+    edges = (source[different], target[different])
+    rate = edge_support.false_discovery_rate(null, size[None], edges)
+    assert rate[:490].max() < 0.01 and rate[3000:].min() > 0.8
+    _, lower, upper = edge_support.gain_interval(rng.normal(1.0, 1.0, (50, 2000)))
+    assert np.mean((lower < 1) & (1 < upper)) == pytest.approx(0.95, abs=0.02)
+    assert np.isnan(edge_support.gain_interval(np.ones((1, 3)))[1]).all()
 
 
 def test_forecasts_of_new_courses(fitted):
@@ -459,12 +608,42 @@ def test_overexpression_and_fate(cells):
     both = model.overexpress(["g1", "g2"], [0.5, 1.0], adata, [0.6, 0.9])
     np.testing.assert_allclose(both.layers["disturbed"][:, 2], 1.0, atol=1e-5)
     assert set(both.uns["fate"]["towards"]) == {"a", "b"}
-    np.testing.assert_allclose(both.uns["fate"]["shift"], both.uns["fate"]["distance"] - both.uns["fate"]["disturbed"])
+    assert (both.uns["fate"]["lower"] <= both.uns["fate"]["shift"]).all()
     np.testing.assert_allclose(both.X, both.layers["disturbed"] - both.layers["undisturbed"], atol=1e-4)
     with pytest.raises(ValueError, match="gene\\(s\\) nope are not in the model"):
         model.knock_out("nope")
     with pytest.raises(ValueError, match="repeat"):
         model.knock_out(["g1", "g1"])
+
+
+def test_fate_is_that_of_a_planted_field(cells):
+    """g0 is made in lineage a and raises g1 and g2; g3 is made in b; g4 differs between them and acts on nobody."""
+    model = copied(cells[0])
+    scale = model.transforms["scale"]
+    made = torch.tensor([[2.0, 0, 0, -1, 3, 0, 0, 0], [-2.0, 0, 0, 1, -3, 0, 0, 0]])
+
+    def velocity(labels, *, sampled=False, held=None, gates=None):
+        def f(x, t):
+            slope = labels @ made - x
+            slope[..., 1:3] += 1.5 * x[..., :1]
+            slope[..., 5] -= 1.5 * x[..., 3]
+            return 4 * slope * (1.0 if held is None else held)
+
+        return f
+
+    model.velocity = velocity
+    low = {gene: model.unscaled(np.full(8, -2.0))[i] for i, gene in enumerate(model.genes)}
+
+    def shifts(gene):
+        table = model.overexpress(gene, low[gene]).uns["fate"]
+        return table.groupby(["lineage", "towards"])["shift"].mean()
+
+    driver = shifts("g0")  # low in cells of a, where it was high: away from a, all of g1 and g2
+    assert driver["a", "a"] < -0.3 and driver["a", "b"] > 0.3 and abs(driver["b", "b"]) < 0.1
+    assert shifts("g3")["b", "b"] < -0.05  # g5 follows g3
+    marker = shifts("g4")
+    np.testing.assert_allclose(marker, 0.0, atol=1e-6)  # it moved itself alone
+    assert scale.sd.min() > 0
 
 
 def test_edges_of_a_lineage(cells):
@@ -548,6 +727,17 @@ def test_command_line(run, tmp_path):
     assert iv.files.read_h5ad(tmp_path / "out.h5ad").n_obs == 7 * 2
     assert run("network", tmp_path / "run", "-n", "5", "--out", tmp_path / "e.csv")[0] == 0
     assert len(pd.read_csv(tmp_path / "e.csv")) == 5
+    scores = pd.read_csv(tmp_path / "s" / "scores.csv")
+    assert set(scores["condition"]) == {7} and "mse_cells" in set(scores["metric"])  # that was held out
+    assert (
+        "175 cells of courses to which the model was fitted"
+        in json.loads((tmp_path / "s/run.json").read_text())["notes"][1]
+    )
+    adata[(adata.obs["course"] != "7").to_numpy()].write_h5ad(tmp_path / "known.h5ad")
+    asked = ("forecast", tmp_path / "run", tmp_path / "known.h5ad", "--scores", tmp_path / "known")
+    code, out, err = run(*asked, "--out", tmp_path / "k.h5ad")
+    assert code == 0 and "not of forecasts" in err and "own_smoother (sees the answer)" in out
+    assert json.loads((tmp_path / "known/run.json").read_text())["beats_baselines"] is None
     assert run("report", tmp_path / "s", "--out", tmp_path / "r.html")[0] == 0
     assert "does not forecast held-out courses better" in (tmp_path / "r.html").read_text()
     # first states, and courses, by name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from invirtuo.cells.courses import Course, binned, local_fit, reference, rescaled
 from invirtuo.cells.transforms import Standardize
 
-__all__ = ["PREPARATIONS", "Bins", "Preparation", "Reference", "Start"]
+__all__ = ["PREPARATIONS", "Apart", "Bins", "Preparation", "Reference", "Start"]
 
 
 class Start(NamedTuple):
@@ -93,6 +94,35 @@ class Bins(Preparation):
         return self.first(self.rows(course))
 
 
+class Apart(Bins):
+    """Means of bins, every gene moved along time by itself: each keeps its own dynamics, and none goes with another.
+
+    What lies before a course comes after its end. Edges that are found in such courses are found by chance.
+    """
+
+    def rows(self, course: Course) -> Course:
+        bins = super().rows(course)
+        order = self._order(bins)
+        error = None if bins.error is None else np.take_along_axis(bins.error, order, axis=0)
+        return bins._replace(values=np.take_along_axis(bins.values, order, axis=0), error=error)
+
+    def curve(self, rows: Course, bandwidth: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of the genes where they were: the seam between end and beginning has no slope."""
+        order = self._order(rows)
+        values = np.empty_like(rows.values)
+        np.put_along_axis(values, order, rows.values, axis=0)
+        smooth, slope = super().curve(rows._replace(values=values), bandwidth)
+        return np.take_along_axis(smooth, order, axis=0), np.take_along_axis(slope, order, axis=0)
+
+    def _order(self, rows: Course) -> np.ndarray:
+        """(n, g), row that stands at each place, for every gene; the same for a course whenever it is asked for."""
+        n_rows, n_genes = rows.values.shape
+        rng = np.random.default_rng(zlib.crc32(rows.name.encode()))
+        shift = rng.integers(n_rows, size=n_genes)
+        order: np.ndarray = (np.arange(n_rows)[:, None] + shift) % n_rows
+        return order
+
+
 class Reference(Preparation):
     """Single cells, scaled to [0, 1] within each course; the mean of the first 5 is the first state.
 
@@ -125,4 +155,4 @@ class Reference(Preparation):
         return self.first(course)
 
 
-PREPARATIONS: dict[str, type[Preparation]] = {"bins": Bins, "reference": Reference}
+PREPARATIONS: dict[str, type[Preparation]] = {"bins": Bins, "reference": Reference, "apart": Apart}

@@ -37,6 +37,7 @@ from invirtuo.cli.options import (
     pairs,
     read_conditions,
     read_csv,
+    read_genes,
     split_of,
     with_fields,
 )
@@ -78,6 +79,10 @@ def fit(
     hold_out: HoldOut = None,
     hold_out_val: HoldOutVal = None,
     preset: Annotated[str | None, typer.Option(help="Preset of the model.")] = None,
+    regulators: Annotated[
+        list[str] | None,
+        typer.Option(help="Gene that may act on others, or FILE with one a line, such as transcription factors."),
+    ] = None,
     set_: Set = None,
     fit_set: FitSet = None,
     memory: Annotated[str | None, typer.Option(help="Leave cells on disk and hold this much, like 256 MiB.")] = None,
@@ -111,7 +116,12 @@ def fit(
     base = kind(design, adata.var_names, preset)
     listing = f"invirtuo list models {model}"
     chosen = with_fields(base.config, set_, listing)
-    fitted = kind(design, adata.var_names, chosen) if set_ else base
+    if regulators:
+        if not hasattr(chosen, "regulators"):
+            raise ValueError(f"{model} reads no network between genes; leave --regulators out, or fit sparse_ode")
+        names = tuple(read_genes(regulators, adata.var_names, "--regulators"))
+        chosen = dataclasses.replace(chosen, regulators=names)
+    fitted = kind(design, adata.var_names, chosen) if set_ or regulators else base
     fit_set = [*(fit_set or []), *(["progress=false"] if quiet else [])]
     asked = with_fields(base.fit_config, fit_set, f"{listing} --fit")
 

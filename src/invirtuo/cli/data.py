@@ -25,6 +25,7 @@ from invirtuo.cli.options import (
     named_splits,
     print_rows,
     print_scores,
+    read_genes,
     split_of,
 )
 
@@ -187,7 +188,8 @@ def prepare(
     ],
     n_genes: Annotated[int | None, typer.Option(help="Number of variable genes to keep; all if not given.")] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(help="Gene to keep in any case; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Gene to keep in any case, or FILE with one a line; may be given several times."),
     ] = None,
     size_factor: Annotated[str | None, typer.Option(help="Column of obs with the depth of each cell.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer that holds the raw counts, if not X.")] = None,
@@ -261,6 +263,7 @@ def _prepare(
     check_h5ad_name(out)
     check_writable(out, inputs=[data])
     adata = read_h5ad(data)
+    options["keep"] = read_genes(list(options["keep"]), adata.var_names, "--keep")
     prepared = preprocess.normalize(adata, split=split_for(adata.obs), **options)
 
     if design_of is not None:
@@ -282,6 +285,7 @@ def _shuffle(files: list[Path], out: Path, split_for: Any, memory: str, **option
 
     check_writable(out, folder=True)
     store = CellStore.open(files, memory=memory)
+    options["keep"] = read_genes(options["keep"] or [], store.var_names, "--keep")
     manifest = shuffle(store, out, split=split_for(store.obs), **options)
     size = f"{manifest['n_obs']:,} cells x {manifest['n_vars']:,} genes"
     typer.echo(f"{out}: {size}, {manifest['values']}, {len(manifest['files'])} files")

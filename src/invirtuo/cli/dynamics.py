@@ -45,7 +45,8 @@ def forecast(
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for errors beside simple forecasts; see `invirtuo report`.", callback=writable_folder
+            help="Folder for errors of courses that were not fitted, beside simple forecasts; see `invirtuo report`.",
+            callback=writable_folder,
         ),
     ] = None,
     device: Device = None,
@@ -96,10 +97,11 @@ def network(
 
         _write_picture(dynamics.network(edges), figure)
     if not quiet and len(edges):
+        shown = edges.head(10)[["regulator", "target", "score", "sign", "gain", "fdr", "support"]]
         rows = []
-        for row in edges.head(10).itertuples(index=False):
+        for row in shown.itertuples(index=False):
             rows.append(tuple(f"{value:.3g}" if isinstance(value, float) else value for value in row))
-        print_rows(rows, header=tuple(edges.columns))
+        print_rows(rows, header=tuple(shown.columns))
     _done(model, out, len(edges), "edges", quiet)
 
 
@@ -159,20 +161,27 @@ def _intervene(
 
 
 def _write_scores(model: Any, cells: Any, level: float, folder: Path, quiet: bool) -> None:
-    """Scores of forecasts as a folder that `report` reads."""
-    from invirtuo.bench.compare.courses import forecast_scores
+    """Scores of forecasts of courses that were not fitted, as a folder that `report` reads."""
+    from invirtuo.bench.compare.courses import WHAT_ERRORS_ARE, forecast_scores
     from invirtuo.cells.files import writing
+    from invirtuo.verbs.naive_forecasts import ORACLES
 
+    split = model.parts_of(cells)
+    is_held_out = "test" in set(split)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        table = model.evaluate_forecast(cells, level=level)
+        table = model.evaluate_forecast(cells, split if is_held_out else None, level=level)
 
     # scores and facts, as the report expects them
     with writing(folder / "scores.csv") as path:
         forecast_scores(table, model.name).to_csv(path, index=False)
     notes = [str(w.message) for w in caught if w.category is UserWarning]
-    facts = {"title": "Forecasts of time courses", "notes": notes}
-    facts["beats_baselines"] = table.attrs["beats_baselines"]
+    if not is_held_out:
+        notes = ["the model was fitted to every course of this file: errors are those of a fit, not of forecasts"]
+    elif n_fitted := int((split == "train").sum()):
+        notes.append(f"{n_fitted:,} cells of courses to which the model was fitted are not judged")
+    facts: dict[str, Any] = {"title": "Forecasts of time courses", "notes": [*notes, WHAT_ERRORS_ARE]}
+    facts["beats_baselines"] = table.attrs["beats_baselines"] if is_held_out else None
     with writing(folder / "run.json") as path:
         path.write_text(json.dumps(facts))
 
@@ -182,7 +191,8 @@ def _write_scores(model: Any, cells: Any, level: float, folder: Path, quiet: boo
         wide = table.pivot_table(index="model", values=["mse", "mse_bins", "r2"], sort=False)
         rows = []
         for name, row in wide.iterrows():
-            rows.append((name, *(f"{value:.4f}" for value in row)))
+            label = f"{name} (sees the answer)" if name in ORACLES else name
+            rows.append((label, *(f"{value:.4f}" for value in row)))
         print_rows(rows, header=("model", *wide.columns))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -183,6 +184,26 @@ def read_labels(given: list[str] | None, option: str = "--where") -> Any:
         return given
     path = Path(given[0])
     return read_csv(path, option) if _is_file(path) else given[0]
+
+
+def read_genes(given: list[str], known: Iterable[str], option: str) -> list[str]:
+    """Genes by name; of files with one a line, those that the data have."""
+    there, found = set(known), []
+    for word in given:
+        path = Path(word)
+        if not _is_file(path):
+            found.append(word)
+            continue
+        if not path.is_file():
+            raise ValueError(f"{option}: {path} does not exist; expected names of genes, or a file with one a line")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        named = [re.split(r"[\s,;]", line.strip())[0] for line in lines if line.strip() and not line.startswith("#")]
+        in_data = [gene for gene in dict.fromkeys(named) if gene in there]
+        if not in_data:
+            raise ValueError(f"{option}: none of the {len(named):,} genes in {path} are in the data: {preview(named)}")
+        typer.echo(f"{option}: {len(in_data):,} of the {len(named):,} genes in {path} are in the data", err=True)
+        found += in_data
+    return list(dict.fromkeys(found))
 
 
 def condition(text: str) -> str | dict[str, str]:

@@ -10,13 +10,14 @@ from invirtuo.fit.devices import is_main
 from invirtuo.fit.loop import run
 from invirtuo.fit.machine import bf16_pays, keep_freed_memory, use_bf16
 from invirtuo.fit.stream import GENERATOR_LOCK, Stream, noise_seed, seeded
-from invirtuo.fit.trainable import Trainable
+from invirtuo.fit.trainable import ParameterGroup, Trainable
 from invirtuo.fit.validation import validation_losses
 
 __all__ = [
     "GENERATOR_LOCK",
     "LAST",
     "FitConfig",
+    "ParameterGroup",
     "Stream",
     "Trainable",
     "bf16_pays",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,7 +11,25 @@ if TYPE_CHECKING:
     from invirtuo.batch import Batch
     from invirtuo.cells.samplers import Sampler
 
-__all__ = ["Trainable"]
+__all__ = ["ParameterGroup", "Trainable"]
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that are trained alike.
+
+    Parameters
+    ----------
+    parameters
+        Those of the group.
+    speed
+        Times the learning rate of the fit.
+    decays
+        Whether weight decay acts on them.
+    """
+
+    parameters: Iterable[nn.Parameter]
+    speed: float = 1.0
+    decays: bool = True
 
 
 class Trainable(nn.Module):
@@ -46,8 +65,15 @@ class Trainable(nn.Module):
         """
         return self.loss(batch)
 
-    def proximal_step(self, lr: float) -> None:
-        """Bring parameters to where they may be, after an optimiser step of this learning rate."""
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Its parameters by how they are trained; all alike, unless a model says otherwise."""
+        return [ParameterGroup(self.parameters())]
+
+    def proximal_step(self, lr: float, size: Callable[[nn.Parameter], Tensor]) -> None:
+        """Bring parameters to where they may be, after an optimiser step of this learning rate.
+
+        `size` gives the running size of the gradient of every element of a parameter, by which the step was divided.
+        """
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to belong to this model, as JSON."""

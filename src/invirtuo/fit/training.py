@@ -95,7 +95,7 @@ class Training:
         """Losses of one batch, with the noise of its number among the batches of all devices."""
         if self.plateau is None or self.step < self.config.warmup:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, self.step)
+                group["lr"] = group["speed"] * learning_rate(self.config, self.step)
 
         # turn: which of the batches of an optimiser step it is
         n_turns = self.config.accumulate
@@ -120,8 +120,9 @@ class Training:
         """Count a step, average weights, validate, record and save when it is time; gives validation losses."""
         config, folder = self.config, self.folder
         self.step += 1
-        self.lr = self.optimizer.param_groups[0]["lr"]
-        self.model.proximal_step(self.lr)
+        first = self.optimizer.param_groups[0]
+        self.lr = first["lr"] / first["speed"]
+        self.model.proximal_step(self.lr, self._gradient_size)
         if self.plateau is not None and config.schedule == "plateau":
             mean_losses = mean_over_devices(self._losses)
             self.plateau.step(float(mean_losses["total"]))
@@ -148,6 +149,15 @@ class Training:
         if saves and folder is not None:
             self._save_all(folder, main)
         return losses
+
+    def _gradient_size(self, parameter: Tensor) -> Tensor:
+        """Root mean square of the gradients so far, as Adam divides by it; 1 before there were any."""
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            return torch.ones_like(parameter)
+        unbiased = 1 - self.config.betas[1] ** float(state["step"])
+        size: Tensor = (state["exp_avg_sq"] / unbiased).sqrt() + 1e-8
+        return size
 
     def _save_all(self, folder: Path, main: bool) -> None:
         """Write checkpoint and history; `main` says whether this is the first device."""
@@ -275,10 +285,14 @@ class Training:
 
 def _optimizer(model: Trainable, config: FitConfig) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer = kind(
-        parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, fused=True
-    )
+    groups = []
+    for group in model.parameter_groups():
+        parameters = [p for p in group.parameters if p.requires_grad]
+        decay = config.weight_decay if group.decays else 0.0
+        settings = {"lr": group.speed * config.lr, "speed": group.speed, "weight_decay": decay}
+        if parameters:
+            groups.append({"params": parameters} | settings)
+    optimizer: torch.optim.Optimizer = kind(groups, betas=config.betas, fused=True)
     return optimizer
 
 

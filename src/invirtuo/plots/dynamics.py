@@ -111,7 +111,8 @@ def network(edges: pd.DataFrame, *, n_edges: int = MAX_EDGES, ax: Axes | None = 
             drawn.scatter(x, y, s=size, color=color, alpha=alpha, label=label)
     drawn.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     drawn.set_yticks(range(len(rows)), rows, fontsize=8)
-    drawn.set_xlabel(f"target ({edges['support'].iloc[0]})", fontsize=8)
+    words = [f"{n} {word}" for word, n in top["support"].value_counts().items()]
+    drawn.set_xlabel(f"target (edges: {'; '.join(words)})", fontsize=8)
     drawn.set_ylabel("regulator", fontsize=8)
     return clean(drawn)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["MAIN", "directions_right", "verdict"]
 
 # the metric that stands for all, the first that is there
-MAIN = ("mmd_gex", "mmd_pca", "energy_distance", "mmd_rbf_disjoint", "rmse_mean", "mse")
+MAIN = ("mmd_gex", "mmd_pca", "energy_distance", "mmd_rbf_disjoint", "rmse_mean", "mse_cells")
 TOP = 100  # genes of which the direction is judged
 
 

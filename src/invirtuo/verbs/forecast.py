@@ -24,7 +24,7 @@ from invirtuo.cells.values import check_values, require_log
 from invirtuo.errors import preview
 from invirtuo.flow import Trajectory, trajectory
 from invirtuo.verbs.model import Model
-from invirtuo.verbs.naive_forecasts import baselines
+from invirtuo.verbs.naive_forecasts import PULL, baselines
 from invirtuo.verbs.sampling import NoSampling, takes_options
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Forecaster", "Start"]
 
 LEVELS = np.linspace(0.05, 0.95, 19)  # of intervals that are calibrated
-MUST_BEAT = ("zero", "training_mean", "smoother")
+MUST_BEAT = ("zero", "training_mean", "smoother", "smoother_offset", "no_connections")
 
 
 class Forecaster(Model):
@@ -53,6 +53,7 @@ class Forecaster(Model):
     course_code: Tensor
     course_cells: Tensor
     calibration: Tensor
+    beside: Mapping[str, Forecaster] = {}  # fitted models that lack a part of this one; it must beat them
 
     @abstractmethod
     def velocity(
@@ -418,7 +419,8 @@ class Forecaster(Model):
         Warns
         -----
         UserWarning
-            If the model does not beat zero, the training mean and the smoother, errors summed over courses.
+            If the model does not beat zero, the training mean, the smoother, the smoother with the decaying offset of
+            first states, and the same field without connections, errors summed over courses.
         """
         rows = None
         if split is not None:
@@ -430,20 +432,39 @@ class Forecaster(Model):
             warnings.warn(_complaint(self.name, table.attrs["loses_to"]), stacklevel=2)
         return table
 
+    def questions(self, parts: Sequence[Course]) -> tuple[list[Start], list[np.ndarray]]:
+        """First states of courses of cells, and the scaled times at which each is forecast."""
+        starts = [self.start(c) for c in parts]
+        return starts, [np.maximum(c.time, s.time) for c, s in zip(parts, starts, strict=True)]
+
+    def parts_of(self, adata: AnnData) -> pd.Series:
+        """For each cell "train" if its course was fitted, else "test", as are later times of courses that were fitted.
+
+        A split for :meth:`evaluate_forecast`. Single cells that were held out of a fitted course count as "train".
+        """
+        obs = adata.obs
+        found = pd.Series("test", index=obs.index)
+        for course in courses(np.zeros((len(obs), 1)), obs, self.design):
+            if course.name in self.known and np.median(course.time) <= self.known[course.name]["high"]:
+                found.iloc[course.rows] = "train"
+        return found
+
     def judged(self, parts: Sequence[Course], *, sampled: bool = False, level: float = 0.9) -> pd.DataFrame:
         """The table of :meth:`evaluate_forecast` for courses of cells."""
         train = self.training_courses()
-        starts = [self.start(c) for c in parts]
-        times = [np.maximum(c.time, s.time) for c, s in zip(parts, starts, strict=True)]
+        starts, times = self.questions(parts)
         found = self.paths(starts, times, sampled=sampled)
+        others = {name: model.paths(starts, times) for name, model in self.beside.items()}
+        pull = getattr(self.config, "pull", PULL)
 
         # errors of the forecast, and of every simple one, course by course
         rows = []
-        for course, start, members in zip(parts, starts, found, strict=True):
+        for i, (course, start, members) in enumerate(zip(parts, starts, found, strict=True)):
             bins = self.preparation.rows(course)
             at = np.searchsorted(course.time, bins.time).clip(0, len(course.time) - 1)
             mean, lower, upper = self.interval(members, level)
-            forecasts = {self.name: mean} | baselines(train, course, start.x0, alike=self.alike)
+            forecasts = {self.name: mean} | baselines(train, course, start.x0, alike=self.alike, pull=pull)
+            forecasts |= {name: paths[i].mean(axis=0) for name, paths in others.items()}
             for name, x in forecasts.items():
                 scores = _errors(x, course, bins, at)
                 inside = (bins.values >= lower[at]) & (bins.values <= upper[at])
@@ -451,7 +472,8 @@ class Forecaster(Model):
                 rows.append({"condition": course.name, **course.labels, "model": name, **scores})
         table = pd.DataFrame(rows)
         total = table.groupby("model")["mse"].sum()
-        table.attrs["loses_to"] = [name for name in MUST_BEAT if not total[self.name] < total[name]]
+        rivals = [name for name in MUST_BEAT if name in total]
+        table.attrs["loses_to"] = [name for name in rivals if not total[self.name] < total[name]]
         table.attrs["beats_baselines"] = not table.attrs["loses_to"]
         return table
 
@@ -463,6 +485,7 @@ class Forecaster(Model):
         constant = np.ptp(self.course_values.numpy(), axis=0) == 0
         facts["constant_genes"] = [gene for gene, same in zip(self.genes, constant, strict=True) if same]
         judged = held_out["test"] or held_out["val"]
+        self.fit_beside(dataset, judged)
         if judged:
             table = self.judged(judged)
             facts["scores"] = table.groupby("model")["mse"].sum().to_dict()
@@ -472,6 +495,9 @@ class Forecaster(Model):
                 facts["warning"] = _complaint(self.name, table.attrs["loses_to"])
                 warnings.warn(facts["warning"], stacklevel=3)
         return facts
+
+    def fit_beside(self, dataset: CellDataset, held_out: Sequence[Course]) -> None:
+        """Fit models that lack a part of this one, which it must beat; a class may have some."""
 
     def _part(self, dataset: CellDataset, part: str) -> list[Course]:
         rows = dataset.rows(part)

@@ -7,19 +7,21 @@ at the course itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from invirtuo.cells.courses import Course, local_fit, smoothed
+from invirtuo.cells.courses import Course, kernel_bandwidth, local_fit, smoothed
 
 __all__ = ["BASELINES", "LATER", "ORACLES", "baselines"]
 
 Courses = Sequence[Course]
 Forecast = Callable[[Courses, Courses, Course, np.ndarray], np.ndarray]
+PULL = 5.0  # rate at which an offset from the training courses decays, per range of time
 
 
 def baselines(
-    train: Sequence[Course], test: Course, x0: np.ndarray, *, alike: str | None = None
+    train: Sequence[Course], test: Course, x0: np.ndarray, *, alike: str | None = None, pull: float = PULL
 ) -> dict[str, np.ndarray]:
     """Forecasts (n, g) of a course by every baseline and oracle; of later times of a training course, by two more.
 
@@ -34,6 +36,8 @@ def baselines(
     alike
         Covariate (lineage) whose value training courses must share with the test course for the baselines of a
         lineage; None, or a value that no training course has: all courses.
+    pull
+        Rate at which the offset of the first state from the smoother decays, for "smoother_offset".
     """
     same = list(train)
     if alike is not None:
@@ -44,6 +48,7 @@ def baselines(
     own = _own(train, test)
     is_later = own is not None and test.time[0] > own.time[-1]
     rules = {**BASELINES, **(LATER if is_later else {}), **ORACLES}
+    rules["smoother_offset"] = partial(_smoother_offset, pull=pull)
     forecasts = {}
     for name, rule in rules.items():
         forecast = rule(same, train, test, x0)
@@ -79,8 +84,23 @@ def _affine(time: np.ndarray) -> np.ndarray:
 
 
 def _smoother(same: Courses, train: Courses, test: Course, x0: np.ndarray) -> np.ndarray:
+    return _smooth(same, test.time)
+
+
+def _smooth(same: Courses, at: np.ndarray) -> np.ndarray:
+    """Kernel means with the bandwidth that the courses choose by leaving out single points."""
     time, values, cells = _pooled(same)
-    return smoothed(time, values, test.time, weights=cells)
+    return smoothed(time, values, at, kernel_bandwidth(time, values, cells), cells)
+
+
+def _smoother_offset(same: Courses, train: Courses, test: Course, x0: np.ndarray, *, pull: float = PULL) -> np.ndarray:
+    """The smoother, and the first state's offset from it, which decays: a course that is led back without a network."""
+    own = _own(train, test)
+    begin = test.time[0] if own is None else min(test.time[0], own.time[-1])
+    offset = x0 - _smooth(same, np.array([begin]))[0]
+    decay = np.exp(-pull * (test.time - begin).clip(0))
+    forecast: np.ndarray = _smooth(same, test.time) + decay[:, None] * offset
+    return forecast
 
 
 def _last_value(same: Courses, train: Courses, test: Course, x0: np.ndarray) -> np.ndarray:
@@ -162,6 +182,7 @@ BASELINES: dict[str, Forecast] = {
     "pooled_mean": lambda same, train, test, x0: _mean(train),
     "linear_in_time": _line,
     "smoother": _smoother,
+    "smoother_offset": _smoother_offset,
     "linear_ode": linear_ode,
 }
 LATER: dict[str, Forecast] = {"last_value": _last_value, "linear_extrapolation": _extrapolated}  # later times alone

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_courses", "forecast_scores"]
 
-DIRECTIONS = {"mse": "lower", "mse_bins": "lower", "r2": "higher", "coverage": None}  # of what forecasts are judged by
+# what forecasts are judged by
+DIRECTIONS = {"mse_cells": "lower", "mse_bins": "lower", "r2": "higher", "coverage": None}
 DRAWN_EDGES = 100
+WHAT_ERRORS_ARE = (
+    "mse_cells is the squared error per cell and gene, mse_bins that of means of bins; genes are standardised by "
+    f"training cells. {FLOOR} is a smoother that looks at the held-out course itself: no forecast."
+)
 
 
 def compare_courses(
@@ -72,7 +77,7 @@ def compare_courses(
     write_table(out / "scores.csv", scores)
     facts = {"title": "How well were time courses forecast?", **described(adata, design, split, part, rows), **about}
     notes = [note for row in rows for note in row.record["facts"]["notes"]]
-    notes.append(f"{FLOOR}: a smoother that looks at the held-out course itself.")
+    notes.append(WHAT_ERRORS_ARE)
     facts |= {"baselines": naive, "unit": "held-out course", "seed": seed, "notes": notes}
     write_page(out, facts | {"software": software()})
     return scores
@@ -96,6 +101,7 @@ def forecast_scores(table: pd.DataFrame, label: str) -> pd.DataFrame:
     own = set(table["model"]) - set(ORACLES)
     last = next(reversed(ORACLES))
     names = {name: name for name in own} | {table["model"].iloc[0]: label, last: FLOOR}
+    table = table.rename(columns={"mse": "mse_cells"})  # "mse" is a metric of means
     tidy = table.melt(["condition", "model"], list(DIRECTIONS), var_name="metric").dropna(subset="value")
     tidy = tidy[tidy["model"].isin(list(names))]
     return tidy.assign(model=tidy["model"].map(names), direction=tidy["metric"].map(DIRECTIONS))

@@ -25,9 +25,10 @@ from invirtuo.models.sparse_ode.gates import (
     weight_path,
 )
 
-__all__ = ["ACTIVATIONS", "SharedField", "TargetField"]
+__all__ = ["ACTIVATIONS", "OwnField", "SharedField", "TargetField"]
 
 Gates = Sequence[Tensor]
+Size = Callable[[nn.Parameter], Tensor]  # running size of the gradient of every element
 WIDEST = 1.0  # largest location of a gate of a single connection
 SPEED = 10.0  # gates of single connections move so many times faster than weights
 
@@ -52,6 +53,18 @@ ACTIVATIONS: dict[str, tuple[Activation, Slope]] = {
     "elu": (F.elu, _elu_slope),
     "silu": (F.silu, _silu_slope),
 }
+
+
+def _scaled(threshold: float, size: Size | None, parameter: nn.Parameter, *, of_units: bool = True) -> float | Tensor:
+    """(..., 1), threshold of each group of a parameter (last axis, or single elements) in the scale of Adam's step.
+
+    Adam divides the gradient by its size, and so must the proximal step: else no group stays at zero.
+    """
+    if size is None:
+        return threshold
+    square = size(parameter).square()
+    mean = square.mean(dim=-1, keepdim=True) if of_units else square[..., None]
+    return threshold / mean.sqrt()
 
 
 class SharedField(nn.Module):
@@ -205,14 +218,22 @@ class SharedField(nn.Module):
     def gate_path(self, gates: Gates) -> Tensor:
         return gate_path(gates, self.weight[-1].shape[-1])
 
+    def spread(self, rows: Tensor) -> Tensor:
+        """Numbers (..., in, out), which are those of all genes here."""
+        return rows
+
     def l0(self) -> Tensor:
         layers = zip(self.weight, self.bias, self.log_alpha, strict=True)
-        sizes = [expected_l0(weight, bias, log_alpha) for weight, bias, log_alpha in layers]
+        sizes = [expected_l0(*layer, beta=self.temperature) for layer in layers]
         return torch.stack(sizes).sum(dim=0)
 
     def n_regulators(self) -> Tensor:
         n_open = p_open(self.log_alpha[0], self.temperature).sum(dim=-1, keepdim=True)
         return n_open.expand(-1, self.weight[-1].shape[-1])  # the same for all targets
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Locations of the gates, as they are trained."""
+        return list(self.log_alpha)
 
     def p_open(self) -> Tensor:
         """(m, in, out), probability that an input is open for an output: the same for all outputs."""
@@ -221,12 +242,16 @@ class SharedField(nn.Module):
         return p[..., None].expand(*p.shape, n_out)
 
     @torch.no_grad()
-    def shrink(self, kind: str, threshold: float, bound: float) -> None:
-        """Proximal step: "groups" are the weights of one input; "lasso" is LassoNet's on the skip connection."""
+    def shrink(self, kind: str, threshold: float, bound: float, size: Size | None = None) -> None:
+        """Proximal step: "groups" are the weights of one input; "lasso" is LassoNet's on the skip connection.
+
+        With `size`, the running size of gradients, thresholds are those of a step that was divided by it.
+        """
         if kind == "groups":
-            self.weight[0].copy_(group_prox(self.weight[0], threshold))
+            self.weight[0].copy_(group_prox(self.weight[0], _scaled(threshold, size, self.weight[0])))
         else:
-            theta, weight = lasso_prox(self.skip, self.weight[0], threshold, bound)
+            each = _scaled(threshold, size, self.skip)
+            theta, weight = lasso_prox(self.skip, self.weight[0], each, bound)
             self.skip.copy_(theta)
             self.weight[0].copy_(weight)
 
@@ -386,8 +411,21 @@ class TargetField(nn.Module):
     def _regulators(self, x: Tensor) -> Tensor:
         return x if len(self.regulators) == x.shape[-1] else x[..., self.regulators]
 
+    def spread(self, rows: Tensor) -> Tensor:
+        """Numbers (..., r, d) of connections from regulators as (..., d, d), 0 from other genes."""
+        full = rows.new_zeros(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
+        full[..., self.regulators, :] = rows
+        return full
+
     def _units(self, regulators: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """(m, n, d, h), what enters the activation."""
+        pre = self._inputs(regulators, weights)
+        if self.label is not None:
+            pre = pre + (labels @ self.label.flatten(2)).unflatten(-1, self.bias.shape[1:])
+        return pre
+
+    def _inputs(self, regulators: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """(m, n, d, h), the same without labels."""
         if weights[0].ndim == 4:
             first, positions = weights
             m, n = regulators.shape[:2]
@@ -398,8 +436,6 @@ class TargetField(nn.Module):
         else:
             pre = torch.baddbmm(self.bias.flatten(1)[:, None], regulators, weights[0])
             pre = pre.unflatten(-1, self.bias.shape[1:])
-        if self.label is not None:
-            pre = pre + (labels @ self.label.flatten(2)).unflatten(-1, self.bias.shape[1:])
         return pre
 
     def jacobian(self, x: Tensor, labels: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
@@ -411,9 +447,7 @@ class TargetField(nn.Module):
         partial = torch.einsum("mnjh,mijh->mnij", gain, first)
         if self.skip is not None:
             partial = partial + weights[1][:, None]
-        full = x.new_zeros(*x.shape, x.shape[-1])
-        full[..., self.regulators, :] = partial
-        return full - torch.diag_embed(F.softplus(self.raw_decay))[:, None]
+        return self.spread(partial) - torch.diag_embed(F.softplus(self.raw_decay))[:, None]
 
     def weights(self) -> list[Tensor]:
         return [self.weight, self.out, *([] if self.skip is None else [self.skip])]
@@ -424,6 +458,10 @@ class TargetField(nn.Module):
 
     def gate_path(self, gates: Gates) -> Tensor:
         return gates[0] * self.bias.shape[-1]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Locations of the gates, as they are trained."""
+        return [self.slow_alpha]
 
     def l0(self) -> Tensor:
         return self._p_open().flatten(1).sum(dim=1) * self.bias.shape[-1]
@@ -441,17 +479,21 @@ class TargetField(nn.Module):
             p = self.open()[0]
         else:
             p = self._gated(p_open(self.log_alpha, self.temperature))
-        full = p.new_zeros(len(p), self.constant.shape[1], self.constant.shape[1])
-        full[:, self.regulators] = p
-        return full
+        return self.spread(p)
 
     @torch.no_grad()
-    def shrink(self, kind: str, threshold: float, bound: float) -> None:
-        """Proximal step on the weights of every connection: "groups" as in NGM, "lasso" as in LassoNet."""
+    def shrink(self, kind: str, threshold: float, bound: float, size: Size | None = None) -> None:
+        """Proximal step on the weights of every connection: "groups" as in NGM, "lasso" as in LassoNet.
+
+        With `size` as in :class:`SharedField`; then the penalty is a mean over targets, as the loss is.
+        """
+        if size is not None:
+            threshold = threshold / self.weight.shape[2]
         if kind == "groups":
-            shrunk = group_prox(self.weight, threshold)
+            shrunk = group_prox(self.weight, _scaled(threshold, size, self.weight))
         else:
-            theta, shrunk = lasso_prox(self.skip[..., None], self.weight, threshold, bound)
+            each = _scaled(threshold, size, self.skip, of_units=False)
+            theta, shrunk = lasso_prox(self.skip[..., None], self.weight, each, bound)
             self.skip.copy_(torch.where(self.own > 0, self.skip, theta[..., 0]))
         self.weight.copy_(torch.where(self.own[..., None] > 0, self.weight, shrunk))
 
@@ -470,3 +512,31 @@ class TargetField(nn.Module):
             self.mask.copy_(used if self.skip is None else used | (self.skip != 0))
         self._open_rows = None
         self.is_frozen.fill_(True)
+
+
+class OwnField(TargetField):
+    """A small network for every target that is told of its own gene alone: the field without connections.
+
+    Parameters
+    ----------
+    n_genes, n_labels, hidden, n_members, activation
+        As in :class:`TargetField`.
+    """
+
+    def __init__(
+        self, n_genes: int, n_labels: int = 0, hidden: int = 16, n_members: int = 1, *, activation: str = "tanh"
+    ):
+        super().__init__(n_genes, n_labels, hidden, n_members, regulators=[0], activation=activation)
+        # the one row of weights is that of each gene to itself
+        self.own.fill_(1.0)
+        self.allowed.fill_(1.0)
+
+    def _regulators(self, x: Tensor) -> Tensor:
+        return x
+
+    def _inputs(self, regulators: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        first = weights[0].unflatten(-1, self.bias.shape[1:])  # (m, 1, d, h)
+        return self.bias[:, None] + regulators[..., None] * first
+
+    def spread(self, rows: Tensor) -> Tensor:
+        return torch.diag_embed(rows[..., 0, :])

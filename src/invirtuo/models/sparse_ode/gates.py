@@ -101,11 +101,13 @@ def gate_path(gates: Sequence[Tensor], n_out: int) -> Tensor:
     return (gates[0].abs() * later[..., None])[..., None].expand(*gates[0].shape, n_out)
 
 
-def expected_l0(weight: Tensor, bias: Tensor, log_alpha: Tensor, lam: float = 1.0, decay: float = 0.0) -> Tensor:
+def expected_l0(
+    weight: Tensor, bias: Tensor, log_alpha: Tensor, lam: float = 1.0, decay: float = 0.0, beta: float = BETA
+) -> Tensor:
     """Expected number of weights behind open gates of a layer, times `lam`, with weight decay (equation 15)."""
     # every gate has a row of weights
     rows = (lam + decay / 2 * weight.square()).sum(dim=-1)
-    return (p_open(log_alpha) * rows).sum(dim=-1) + decay / 2 * bias.square().sum(dim=-1)
+    return (p_open(log_alpha, beta) * rows).sum(dim=-1) + decay / 2 * bias.square().sum(dim=-1)
 
 
 def expected_flops(log_alpha: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
@@ -117,8 +119,10 @@ def expected_flops(log_alpha: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
 # ---- proximal steps --------------------------------------------------------------------------------------------------
 
 
-def group_prox(weight: Tensor, threshold: float) -> Tensor:
+def group_prox(weight: Tensor, threshold: float | Tensor) -> Tensor:
     """Shrink groups (last axis) towards zero by their norm; short ones become exactly zero.
+
+    A threshold for each group is (..., 1).
 
     References
     ----------
@@ -128,7 +132,7 @@ def group_prox(weight: Tensor, threshold: float) -> Tensor:
     return weight * ((norm - threshold).clamp_min(0.0) / norm.clamp_min(torch.finfo(weight.dtype).tiny))
 
 
-def lasso_prox(theta: Tensor, weight: Tensor, lam: float, bound: float) -> tuple[Tensor, Tensor]:
+def lasso_prox(theta: Tensor, weight: Tensor, lam: float | Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Hierarchical proximal step of LassoNet, for each input by itself.
 
     Parameters
@@ -138,7 +142,7 @@ def lasso_prox(theta: Tensor, weight: Tensor, lam: float, bound: float) -> tuple
     weight
         (..., in, units), first layer.
     lam
-        Penalty on the norms of the rows of theta, times the step.
+        Penalty on the norms of the rows of theta, times the step; one for all, or (..., 1) for each input.
     bound
         M: afterwards ``max |weight_i| <= M norm(theta_i)``.
 
@@ -198,6 +202,8 @@ class Penalty(NamedTuple):
     gated: bool  # whether gates are learned
     prox: str = ""  # name of the proximal step of the network
     source: str = ""
+    lam: float = 0.03  # weight, if a Config gives none
+    kept: Callable[[Penalised, Sequence[Tensor]], Tensor] | None = None  # what acts on, when the mask is frozen
 
 
 def _pathreg(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
@@ -209,13 +215,20 @@ def _cnode(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
     return field.weight_path().mean(dim=(-2, -1))
 
 
+def _as_inputs(total: Tensor, field: Penalised) -> Tensor:
+    """(m,), a sum over all weights as a number of inputs of a target: its mean times the inputs there are."""
+    weights = field.weights()
+    n_weights = sum(weight[0].numel() for weight in weights)
+    return total * weights[0].shape[1] / n_weights
+
+
 def _l1(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
     sums = [weight.abs().flatten(1).sum(dim=1) for weight in field.weights()]
-    return torch.stack(sums).sum(dim=0)
+    return _as_inputs(torch.stack(sums).sum(dim=0), field)
 
 
 def _l0(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
-    return field.l0()
+    return _as_inputs(field.l0(), field)
 
 
 def _target_l0(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
@@ -224,12 +237,14 @@ def _target_l0(field: Penalised, gates: Sequence[Tensor]) -> Tensor:
 
 PENALTIES: dict[str, Penalty] = {
     "none": Penalty(None, False, source="neural ODE without penalty"),
-    "l1": Penalty(_l1, False, source="sum of absolute weights"),
-    "l0": Penalty(_l0, True, source="Louizos et al., arXiv:1712.01312"),
-    "cnode": Penalty(_cnode, False, source="mean weight path; Aliee, Theis, Kilbertus, arXiv:2106.12430"),
-    "path": Penalty(_cnode, False, source="another name of cnode"),
-    "pathreg": Penalty(_pathreg, True, source="Aliee et al. 2022, arXiv:2210.14672"),
-    "group_lasso": Penalty(None, False, "groups", "Bellot et al., arXiv:2105.02522"),
-    "lassonet": Penalty(None, False, "lasso", "Lemhadri et al., JMLR 2021 22(127)"),
+    "l1": Penalty(_l1, False, source="mean absolute weight, times inputs", kept=_l1),
+    "l0": Penalty(_l0, True, source="Louizos et al., arXiv:1712.01312; share of open weights, times inputs"),
+    "cnode": Penalty(
+        _cnode, False, source="mean weight path; Aliee, Theis, Kilbertus, arXiv:2106.12430", lam=0.02, kept=_cnode
+    ),
+    "path": Penalty(_cnode, False, source="another name of cnode", lam=0.02, kept=_cnode),
+    "pathreg": Penalty(_pathreg, True, source="Aliee et al. 2022, arXiv:2210.14672", lam=0.002, kept=_cnode),
+    "group_lasso": Penalty(None, False, "groups", "Bellot et al., arXiv:2105.02522", lam=0.1),
+    "lassonet": Penalty(None, False, "lasso", "Lemhadri et al., JMLR 2021 22(127)", lam=5.0),
     "target_l0": Penalty(_target_l0, True, source="ours: expected regulators of each target"),
 }

@@ -21,6 +21,8 @@ Solutions are computed on a coarse grid and interpolated.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,15 +38,17 @@ from invirtuo.cells.courses import Course, best_bandwidth
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.preparation import PREPARATIONS
 from invirtuo.errors import preview
-from invirtuo.fit import FitConfig, seeded
+from invirtuo.fit import FitConfig, ParameterGroup, seeded
 from invirtuo.flow import SOLVER_NAMES
-from invirtuo.models.sparse_ode.field import SharedField, TargetField
+from invirtuo.models.sparse_ode.field import SPEED, OwnField, SharedField, TargetField
 from invirtuo.models.sparse_ode.gates import PENALTIES
 from invirtuo.settings import Settings, setting
 from invirtuo.verbs.model import Preset
 from invirtuo.verbs.network import GeneNetwork
 
 __all__ = ["Config", "SparseODE"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Config(Settings):
     )
     prepare: str = setting(
         "bins",
-        'preparation of courses: means of "bins", scaled by training cells, or "reference", as in the public code',
+        'preparation of courses: means of "bins", scaled by training cells; "reference", as in the public code; or '
+        '"apart", bins of which every gene is moved along time by itself, for edges that are found by chance',
         choices=PREPARATIONS,
     )
     lineage: str = setting("lineage", 'covariate that the field is told, if the Design has it; "" for none')
@@ -68,8 +73,10 @@ class Config(Settings):
     bandwidth: float = setting(
         0.0, "bandwidth of the smoother, as a share of the range; 0: by leaving out single bins", ge=0
     )
-    field: Literal["targets", "shared"] = setting(
-        "targets", 'networks of the field: one for every target, or one "shared" by all'
+    field: Literal["targets", "shared", "own"] = setting(
+        "targets",
+        'networks of the field: one for every target, one "shared" by all, or one for every target that is told of its '
+        '"own" gene alone',
     )
     hidden: tuple[int, ...] = setting(
         (), "hidden units; (): 16, 8 or 2 a target by the number of genes, or (100, 100) shared", ge=1
@@ -92,7 +99,7 @@ class Config(Settings):
     n_members: int = setting(3, "members of the ensemble", ge=1)
     bootstrap: bool = setting(True, "give bins other weights for every member")
     penalty: str = setting("target_l0", "penalty that makes the field sparse", choices=PENALTIES)
-    lam: float = setting(0.03, "weight of the penalty", ge=0)
+    lam: float | None = setting(None, "weight of the penalty; None: that of the penalty, which lists them", ge=0)
     bound: float = setting(10.0, "bound M of the penalty lassonet", gt=0)
     normalise: Literal["reference", "per_path"] = setting(
         "reference", 'what paths are averaged over: (in, out), or "per_path" also over hidden units'
@@ -114,6 +121,10 @@ class Config(Settings):
     solver: str = setting("rk4", "solver of the differential equation", choices=SOLVER_NAMES)
     steps: int = setting(20, "steps of a fixed-step solver over a whole course", ge=1)
     tolerance: float = setting(1e-3, "tolerance of dopri5", gt=0)
+    null: bool = setting(
+        True, "also fit one member to courses of genes that are moved apart in time: how strong edges are by chance"
+    )
+    gate_speed: float = setting(10.0, "gates learn so many times faster than weights", gt=0)
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other."""
@@ -145,13 +156,15 @@ class _Measured(NamedTuple):
     shots: dict[int, _Shots]  # by halvings of the horizon
 
 
+MOST_REGULATORS = 200  # of which no choice need be made
 _ALL = 10**9  # cells in a batch: all courses
 _FIT = FitConfig(steps=600, batch_size=_ALL, optimizer="adamw", weight_decay=0.3, lr=0.02, warmup=20, clip=1.0, ema=0.0,
                  precision="fp32", val_every=0)  # fmt: skip
 _PAPER = Config(
     space="any", prepare="reference", lineage="", field="shared", hidden=(100, 100), activation="elu",
     activate_all=False, decay=False, n_members=1, bootstrap=False, penalty="pathreg", gates="per_eval", warmup=0.0,
-    ramp=0.0, jitter=0.0, lam=0.01, match_share=0.0, refit_share=0.0, halvings=0, solver="dopri5"
+    ramp=0.0, jitter=0.0, lam=0.01, match_share=0.0, refit_share=0.0, halvings=0, solver="dopri5",
+    gate_speed=1.0
 )  # fmt: skip
 _PAPER_FIT = replace(
     _FIT, steps=5000, optimizer="adam", weight_decay=0.0, lr=0.01, schedule="plateau", warmup=0, clip=0.0
@@ -175,15 +188,15 @@ class SparseODE(GeneNetwork):
         "series": Preset(_SERIES, _FIT, "ours, for repeated measurements in real time, any scale"),
         "node": Preset(replace(_SERIES, penalty="none"), _FIT, "ours without penalty"),
         "pathreg": Preset(
-            replace(_SHARED, penalty="pathreg", lam=0.002),
+            replace(_SHARED, penalty="pathreg", lam=None),
             _FIT, "PathReg penalty in our fit",
         ),
         "cnode": Preset(
-            replace(_SHARED, penalty="cnode", lam=0.02, refit_share=0.0),
+            replace(_SHARED, penalty="cnode", lam=None),
             _FIT, "weight path alone in our fit; arXiv:2106.12430",
         ),
-        "ngm": Preset(replace(_SERIES, penalty="group_lasso", lam=0.1), _FIT, "groups of NGM; arXiv:2105.02522"),
-        "lassonet": Preset(replace(_SERIES, penalty="lassonet", lam=0.1), _FIT, "LassoNet for every target"),
+        "ngm": Preset(replace(_SERIES, penalty="group_lasso", lam=None), _FIT, "groups of NGM; arXiv:2105.02522"),
+        "lassonet": Preset(replace(_SERIES, penalty="lassonet", lam=None), _FIT, "LassoNet for every target"),
         "pathreg-paper": Preset(_PAPER, _PAPER_FIT, "public code, theislab/PathReg at 46263bb, notebook of cells"),
     }  # fmt: skip
     SEARCH = {"fit.lr": (1e-3, 1e-1), "lam": (1e-4, 1e-1)}
@@ -203,6 +216,9 @@ class SparseODE(GeneNetwork):
         """Room for the training courses, and the field."""
         config = self.config
         self.keep_courses()
+        self._progress, self._n_steps = 1.0, 0
+        self._seen: OrderedDict[bytes, _Measured] = OrderedDict()
+        self.register_buffer("bandwidth", torch.tensor(float(config.bandwidth)))
         self.field: SharedField | TargetField
         self.penalty = PENALTIES[config.penalty]
         g, c, m = len(self.genes), len(self.levels), config.n_members
@@ -215,13 +231,13 @@ class SparseODE(GeneNetwork):
             self.field = SharedField(
                 g, c, hidden, m, activate_all=config.activate_all, decay=config.decay, **options
             )  # fmt: skip
+            return
+        hidden = config.hidden[0] if config.hidden else 16 if g <= 50 else 8 if g <= 200 else 2
+        if config.field == "own":
+            self.field = OwnField(g, c, hidden, m, activation=config.activation)
         else:
             chosen, allowed = self._allowed()
-            hidden = config.hidden[0] if config.hidden else 16 if g <= 50 else 8 if g <= 200 else 2
             self.field = TargetField(g, c, hidden, m, regulators=chosen, allowed=allowed, **options)
-        self._progress, self._n_steps = 1.0, 0
-        self._seen: OrderedDict[bytes, _Measured] = OrderedDict()
-        self.register_buffer("bandwidth", torch.tensor(float(config.bandwidth)))
 
     def _allowed(self) -> tuple[list[int] | None, Tensor | None]:
         """Positions of the regulators, and which connections may exist."""
@@ -249,6 +265,13 @@ class SparseODE(GeneNetwork):
         """Scale, training courses, bandwidth of the smoother."""
         super().prepare(dataset)
         self._seen.clear()
+        chosen = self.config.field != "targets" or self.config.regulators or self.config.prior
+        if not chosen and self.config.prepare != "apart" and len(self.genes) > MOST_REGULATORS:
+            logger.warning(
+                "all %d genes may act on all; name those that can, such as transcription factors, with regulators= "
+                "(--regulators FILE): the fewer regulators, the fewer courses a network needs",
+                len(self.genes),
+            )
         if not self.preparation.keeps_cells and not self.config.bandwidth:
             self.bandwidth.fill_(best_bandwidth(self.training_courses()))
 
@@ -274,20 +297,45 @@ class SparseODE(GeneNetwork):
         self.fit_plan = config or self.fit_config
         return super().fit(adata, split, config, **options)
 
+    def controls(self) -> dict[str, GeneNetwork]:
+        """Each gene on its own, and one member for genes that are moved apart; of means of bins alone."""
+        config = self.config
+        if config.prepare != "bins" or config.field == "own":
+            return {}
+        hidden = config.hidden if config.field == "targets" else ()
+        own = replace(config, field="own", penalty="none", activation="tanh", hidden=hidden, regulators=(), prior=())
+        apart = replace(config, prepare="apart", n_members=1, bandwidth=float(self.bandwidth))
+        configs = {"no_connections": own} | ({"by_chance": apart} if config.null else {})
+        return {name: type(self)(self.design, self.genes, config) for name, config in configs.items()}
+
     def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
         self._progress = step / max(self._n_steps, 1)
         return self.loss(batch)
 
-    def proximal_step(self, lr: float) -> None:
+    @property
+    def lam(self) -> float:
+        """Weight of the penalty: that of the Config, or its own."""
+        return self.penalty.lam if self.config.lam is None else self.config.lam
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Weights; and gates, which are faster and do not decay: decay would draw them half open."""
+        gates = self.field.gate_parameters()
+        known = set(map(id, gates))
+        weights = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        # gates of single connections are ten times as fast by the way that they are written
+        speed = self.config.gate_speed / (SPEED if isinstance(self.field, TargetField) else 1.0)
+        return [ParameterGroup(weights), ParameterGroup(gates, speed, decays=False)]
+
+    def proximal_step(self, lr: float, size: Callable[[nn.Parameter], Tensor]) -> None:
         self.field.keep_movable()
         if self.penalty.prox and self.stage != "refit":
-            self.field.shrink(self.penalty.prox, self.config.lam * self._strength() * lr, self.config.bound)
+            self.field.shrink(self.penalty.prox, self.lam * self._strength() * lr, self.config.bound, size)
 
     def _strength(self) -> float:
         """Share of the penalty that acts: none in the warm-up, then rising."""
         config = self.config
-        if self.stage == "refit":
-            return 0.0
+        if self.stage == "refit":  # what is kept of it then
+            return 1.0
         if not (config.warmup or config.ramp):
             return 1.0
         risen = (self._progress - config.warmup) / max(config.ramp, 1e-9)
@@ -305,9 +353,10 @@ class SparseODE(GeneNetwork):
             error = self._rollout(data, gates)
         losses = {"total": error.mean(), "error": error.mean().detach()}
         strength = self._strength()
-        if self.penalty.value is not None and self.stage != "refit":
+        value = self.penalty.kept if self.stage == "refit" else self.penalty.value
+        if value is not None:
             drawn = self.field.draw() if self.config.gates == "per_eval" else gates
-            term = self.config.lam * self.penalty.value(self.field, drawn) / self._n_paths()
+            term = self.lam * value(self.field, drawn) / self._n_paths()
             losses["total"] = losses["total"] + strength * term.mean()
             losses["penalty"] = term.mean().detach()
         return losses
@@ -358,6 +407,20 @@ class SparseODE(GeneNetwork):
             way = self.integrate(x0, None, float(part.time[-1]), sampled=self.training)
             total = total + (way.at(torch.from_numpy(part.time))[:, 0, 0] - value).square().mean()
         return total
+
+    def facts(self, dataset: CellDataset) -> dict[str, Any]:
+        """As every network's; warns if nothing is left that one gene could tell another."""
+        facts = super().facts(dataset)
+        with torch.no_grad():
+            path = self.field.spread(self.field.gate_path(self._still()))
+        between_genes = 1 - torch.eye(path.shape[-1])
+        if self.config.field != "own" and not (path * between_genes > 1e-5).any():
+            warnings.warn(
+                f"the penalty {self.config.penalty!r} closed every connection between genes at lam={self.lam:g}; "
+                "fit again with a smaller lam",
+                stacklevel=3,
+            )
+        return facts
 
     # ---- courses of a batch --------------------------------------------------------------------------------------
 
@@ -455,11 +518,7 @@ class SparseODE(GeneNetwork):
 
     def _sparsity(self, gates: Sequence[Tensor], other: np.ndarray) -> dict[str, float]:
         path = self.field.gate_path(gates)
-        if len(path[0]) < len(self.genes):  # regulators alone
-            full = path.new_zeros(len(path), len(self.genes), len(self.genes))
-            full[:, torch.isin(torch.arange(len(self.genes)), self.field.get_buffer("regulators"))] = path
-            path = full
-        closed = (path < 1e-5).float()
+        closed = (self.field.spread(path) < 1e-5).float()
         weights = torch.cat([w.flatten() for w in self.field.full(gates)])
         found = {"features": closed.mean(), "weights": (weights.abs() < 1e-5).float().mean()}
         found["spurious"] = closed[:, torch.from_numpy(other)].mean()  # NaN without other edges

@@ -69,7 +69,7 @@ def tradeoff(
     rows, errors = [], pd.DataFrame()
     for lam in lams:
         # errors of a model with this weight, and of the baselines, which do not depend on it
-        one = type(model)(model.design, model.genes, replace(model.config, lam=float(lam)))
+        one = type(model)(model.design, model.genes, replace(model.config, lam=float(lam), null=False))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not forecast held-out courses")  # it is in the table
             one.fit(adata, split, config or model.fit_config)
