@@ -167,11 +167,11 @@ def _settings(entry: Entry) -> dict[str, Any]:
 
 
 def _widened(choice: Any, value: Any) -> Any:
-    """A range or a list of choices that holds the value too; a log scale stays one."""
+    """A range or a list of choices that holds the value too; a log scale stays one, and None is in no range."""
     if isinstance(choice, list):
         return choice if value in choice else [*choice, value]
     low, high = choice
-    if low > 0 >= value:
+    if value is None or low > 0 >= value:
         return choice
     return min(low, value), max(high, value)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -13,9 +14,6 @@ from torch.nn import functional as F
 
 from invirtuo.nn.embed import sinusoids
 from invirtuo.threads import in_threads
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["shared_network"]
 
@@ -197,8 +195,9 @@ class _Tiled(torch.autograd.Function):
 
 def _array(x: Tensor) -> np.ndarray:
     """The memory of a tensor; bf16, which numpy does not have, as its bits."""
-    array: np.ndarray = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()
-    return array
+    x = x.detach()
+    # not x.numpy(), after which PyTorch may not free what it shards over devices
+    return np.from_dlpack(x.view(torch.uint16) if x.dtype == torch.bfloat16 else x)
 
 
 def _tiles(values: Tensor) -> list[slice]:
