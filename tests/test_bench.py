@@ -221,6 +221,7 @@ def test_the_seed_is_that_of_the_fits_too(toy, design, tmp_path):
     assert seeds == [1, 5]
 
 
+@pytest.mark.slow
 def test_a_target_that_was_seen_nowhere_has_fewer_baselines(toy, design, tmp_path):
     features = pd.DataFrame(np.eye(3), index=["A", "B", "C"])
     split = iv.splits.unseen_targets(toy.obs, design, n_folds=3)
@@ -259,6 +260,7 @@ def test_bars_are_shown_or_not(toy, tmp_path, capfd):
     assert "fitting" not in said[False] and "predicting" not in said[False]
 
 
+@pytest.mark.slow
 def test_the_shell_compares(run, toy, tmp_path):
     toy.write_h5ad(tmp_path / "cells.h5ad")
     columns = ["--perturbation", "perturbation", "--control", "control", "--covariate", "cell_type"]

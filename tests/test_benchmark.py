@@ -172,6 +172,7 @@ def test_a_process_that_dies_is_a_failed_cell(task, entries):
     assert "killed by signal 9" in record["error"], record["traceback"]
 
 
+@pytest.mark.slow
 def test_several_splits_are_scored_together(task, entries):
     other = partial(hold_out, conditions=("t_cell|C",), val=("t_cell|B",))
     record = launch(Cell(replace(task, splits=(*task.splits, other)), entries[1], 0))
@@ -579,6 +580,7 @@ def test_a_task_of_no_paper_has_no_such_table(same_process, task, entries, tmp_p
 # Cells that are drawn -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chosen_conditions_are_drawn_beside_every_model(task, tmp_path, same_process, caplog):
     task = replace(task, metrics=("mmd_gex", "mmd_pca", "deg_recall"), figures=("b_cell|A+B", "b_cell|gone"))
     entries = [Entry(f"none {i}", "no_change") for i in range(8)]

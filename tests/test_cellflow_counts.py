@@ -93,6 +93,7 @@ def test_peaks_are_refused(design):
             kind(design, ["g0", "atac:p0"])
 
 
+@pytest.mark.slow
 def test_planted_populations_come_back(design, cells):
     model = CellFlowCounts(design, cells.var_names, TINY).fit(cells, config=FIT)
     made = model.generate(1000)

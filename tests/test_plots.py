@@ -47,6 +47,7 @@ def test_cells_lie_on_the_components_of_the_real_ones(cells, design, ax):
         iv.pl.cells(own[:, :3], cells, design, ax=ax)
 
 
+@pytest.mark.slow
 def test_cells_that_are_like_no_real_ones_are_an_island(cells, design, ax):
     """On a UMAP of all together; on a map of the real cells alone they would land among these."""
     own = cells[design.names(cells.obs) == "t_cell|A"].copy()

@@ -468,6 +468,7 @@ def test_groups_that_cannot_be_learned_of(cells):
         model.with_controls(cells[~control])
 
 
+@pytest.mark.slow
 def test_learns_a_response_it_never_saw(cells, plan):
     """A in t cells: the mean is nearer to the truth than the control mean is, and the spread is that of cells."""
     adata = iv.preprocess.normalize(iv.datasets.toy(n_cells=900, n_genes=N_GENES))

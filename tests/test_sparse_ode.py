@@ -74,7 +74,7 @@ def single_cells(n=900, g=8, seed=0):
 def fitted():
     adata, design, split = series()
     model = SparseODE(design, adata.var_names, replace(SERIES, hidden=(8,), lam=0.03, match_share=0.8, refit_share=0.2))
-    return quietly(model.fit, adata, split, replace(FIT, steps=600)), adata, split
+    return quietly(model.fit, adata, split, replace(FIT, steps=300)), adata, split
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +326,7 @@ def test_regulators_from_a_file(run, tmp_path, caplog):
 # ---- fitting -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [p for p in SparseODE.PRESETS if p not in ("default", "pathreg-paper")])
 def test_presets_learn(preset):
     adata, design, split = series()
@@ -364,6 +365,7 @@ def test_constant_genes_are_named(cells):
     assert cells[0].card["constant_genes"] == ["g7"]
 
 
+@pytest.mark.slow
 def test_plateau_schedule_halves_and_resumes(tmp_path):
     adata, design, split = series()
     config = replace(SERIES, n_members=1, match_share=0.0, refit_share=0.0)
@@ -419,6 +421,7 @@ def test_a_linear_network_is_recovered(fitted):
     assert (edges["gain"] > 0).all() and model.card["gain_of_connections"]["courses"] == 2
 
 
+@pytest.mark.slow
 def test_supported_edges_are_true_ones():
     adata = simulate("linear_grn", 8, 13, 30, noise=0.05, seed=1)
     design = iv.Design.from_adata(adata, covariates=["course"], time="time")
@@ -437,6 +440,7 @@ def test_supported_edges_are_true_ones():
     assert model.knock_out("x1").uns["invirtuo"]["support"] == "connections forecast courses better"
 
 
+@pytest.mark.slow
 def test_without_relations_nothing_is_supported():
     """Genes on their own: connections gain nothing, and edges are no stronger than by chance."""
     rng = np.random.default_rng(0)

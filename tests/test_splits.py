@@ -97,6 +97,7 @@ def test_a_held_out_condition_lies_in_one_part(name):
     assert (parts.map(len) == 1).all()
 
 
+@pytest.mark.slow
 def test_hash_seed_does_not_matter():
     code = (
         "import hashlib, sys; sys.path.insert(0, sys.argv[1]); import test_splits as t\n"

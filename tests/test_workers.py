@@ -187,6 +187,7 @@ def same_counts(first, second) -> None:
     pd.testing.assert_frame_equal(first.obs, second.obs, check_categorical=False)
 
 
+@pytest.mark.slow
 def test_ray_generates_the_same_counts(cluster, generator, tmp_path):
     weights = {"cell_type": np.linspace(0.5, 2.0, 6000).tolist(), "batch": 1.0}
     options = {"prior": "uniform", "guidance": weights, "latent": True, "seed": 4}
