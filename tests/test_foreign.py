@@ -85,9 +85,8 @@ def adapter(tmp_path):
 
 def question(task: Task, folder: Path, **asked) -> Question:
     adata, design, split = task.load()
-    wanted = pd.DataFrame({"cell_type": ["b_cell", "monocyte"], "perturbation": ["A+B", "A"]})
-    made = Question(adata, design, split, wanted, Asked(n_cells=task.n_cells, **asked))
-    made.write(folder, seed=3, minutes=1.0)
+    made = Question(adata, design, split, Asked(n_cells=task.n_cells, **asked))
+    made.write(folder)
     return made
 
 
@@ -106,12 +105,11 @@ def test_nothing_of_held_out_cells_is_in_any_file(task, tmp_path, controls):
     adata.X, adata.layers["counts"] = sparse.csr_matrix(marked), sparse.csr_matrix(marked)
     adata.obs["total_counts"] = np.where(is_secret, 777.25, adata.obs["total_counts"])
     adata.obs["note"] = np.where(is_secret, "secret", "told")
-    adata.obs_names = [f"secret_{i}" if flag else f"told_{i}" for i, flag in enumerate(is_secret)]
+    adata.obs_names = split.index = [f"secret_{i}" if flag else f"told_{i}" for i, flag in enumerate(is_secret)]
     adata.obsm["X_pca"] = np.full((adata.n_obs, 2), 777.25)
     adata.var["mean"] = 777.25
     adata.uns["note"] = "secret"
-    wanted = pd.DataFrame({"cell_type": ["b_cell", "monocyte"], "perturbation": ["A+B", "A"]})
-    Question(adata, design, split, wanted, Asked(controls=controls)).write(tmp_path / "q", 0)
+    Question(adata, design, split, Asked(controls=controls)).write(tmp_path / "q")
 
     files = {file.name for file in (tmp_path / "q").iterdir()}
     assert files == {"train.h5ad", "controls.h5ad", "conditions.csv", "design.json", "asked.json"}
@@ -319,3 +317,53 @@ def test_the_adapter_of_the_how_to(same_process, run, tmp_path, monkeypatch):
     assert costs.loc["mine", "status"] == "ok" and costs.loc["mine", "cpu_seconds"] > 0
     flags = pd.read_csv("results/flags.csv")
     assert not set(flags["flag"]) & {"control_cells", "training_cells", "held_out_cells"}
+
+
+# ---- several groups --------------------------------------------------------------------------------------------------
+
+
+def test_predictions_of_others_and_one_table(same_process, run, tmp_path, monkeypatch):
+    """Ask, answer, score, and join the folder with that of another group."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("invirtuo.bench.run.BASELINES", iv.bench.entry.BASELINES[:1])
+    code, said, error = run("arena", "ask", "kang-demo", "--seed", 5, "--out", "question")
+    assert code == 0 and "question/predicted.h5ad" in said, error
+    assert json.loads(Path("question/asked.json").read_text())["seed"] == 5
+    controls = anndata.read_h5ad("question/controls.h5ad")
+    wanted = pd.read_csv("question/conditions.csv")
+    obs = wanted.loc[wanted.index.repeat(wanted["n_cells"])].reset_index(drop=True)
+    obs.index = obs.index.astype(str)
+    x = controls.X[np.random.default_rng(0).integers(controls.n_obs, size=len(obs))]
+    anndata.AnnData(x, obs=obs, var=controls.var, uns={"scale": "log1p"}).write_h5ad("question/predicted.h5ad")
+    theirs = ["--model", "predicted:question/predicted.h5ad", "--out", "theirs"]
+    options = ["--seeds", "1", "--metrics", "rmse_mean", "--quiet"]
+    code, _, error = run("benchmark", "kang-demo", *theirs, *options)
+    assert code == 0, error
+    assert "control_cells" in set(pd.read_csv("theirs/flags.csv")["flag"])
+    assert run("benchmark", "kang-demo", "--model", "context_mean", "--out", "ours", *options)[0] == 0
+
+    code, said, error = run("arena", "merge", "ours", "theirs", "--out", "both")
+    assert code == 0 and "predicted" in said, error
+    scores = pd.read_csv("both/scores.csv")
+    models = list(dict.fromkeys(scores["model"]))
+    assert models[0] == "predicted" and models[-1] == "noise_floor" and len(models) == 4
+    for folder in ("ours", "theirs"):
+        own = pd.read_csv(f"{folder}/scores.csv")
+        both = scores.merge(own, on=["model", "condition", "metric"])
+        assert len(both) == len(own)
+        np.testing.assert_array_equal(both["value_x"], both["value_y"])
+    assert Path("both/report.html").is_file()
+
+    # what must not stand in one table
+    assert "holds a benchmark already" in run("arena", "merge", "ours", "--out", "both")[2]
+    assert "holds no cells of a benchmark" in run("arena", "merge", "question", "--out", "new")[2]
+    file = next(Path("theirs/cells").rglob("noise_floor/0.json"))
+    record = json.loads(file.read_text())
+    for change, words in (({"metrics": ["mmd_pca"]}, "metrics differs in kang-demo"), ({"version": "0"}, "version")):
+        file.write_text(json.dumps(record | {"settings": record["settings"] | change}))
+        assert words in run("arena", "merge", "ours", "theirs", "--out", "new")[2]
+    other = json.loads(json.dumps(record))
+    other["scores"]["rows"][0][other["scores"]["columns"].index("value")] *= 1.1
+    file.write_text(json.dumps(other))
+    code, _, error = run("arena", "merge", "ours", "theirs", "--out", "new")
+    assert code == 2 and "have other scores of 'noise_floor'" in error

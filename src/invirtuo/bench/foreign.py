@@ -23,12 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import pandas as pd
 
 from invirtuo.bench.question import ANSWER, Asked, Question
-from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import write_h5ad, writing
 from invirtuo.settings import Settings, setting
-from invirtuo.verbs import saving
 from invirtuo.verbs.sampling import NoSampling
-from invirtuo.verbs.wanted import wanted_conditions
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -74,13 +71,12 @@ class Foreign:
         What is asked; it must be known before the command begins.
     """
 
-    name: ClassVar[str] = "command"
+    name: ClassVar[str] = Question.name
     verb: ClassVar[str] = "predict"
     Config: ClassVar[type] = Command
     SEARCH: ClassVar[Mapping[str, Any]] = {}
     Sampling: ClassVar[type[NoSampling]] = NoSampling
     any_target: ClassVar[bool] = False
-    takes_unseen: ClassVar[bool] = True
 
     def __init__(self, design: Design, genes: Any, config: Command, asked: Asked):
         self.design, self.genes, self.config, self.asked = design, genes, config, asked
@@ -131,8 +127,8 @@ class Foreign:
         ValueError
             If the command fails, takes too long, or its answer is not what was asked for.
         """
-        self.card = saving.card(self.name, CellDataset(adata, self.design, split), config)
-        question = Question(adata, self.design, split, wanted_conditions(self.asked.part, self), self.asked)
+        question = Question(adata, self.design, split, self.asked, config)
+        self.card = question.card
         if self.config.predicted:
             fields = {"seed": config.seed, "fold": self.asked.fold}
             self._predicted = question.read(Path(_filled(self.config.predicted, **fields)))
@@ -141,7 +137,7 @@ class Foreign:
         with tempfile.TemporaryDirectory(prefix="invirtuo-") as temporary:
             place = Path(temporary if folder is None else folder).resolve()
             if not (resume and (place / DONE).is_file()):
-                self._ask(question, place, config.seed)
+                self._ask(question, place)
             self.costs = json.loads((place / DONE).read_text(encoding="utf-8"))
             self.log = (place / LOG).read_text(encoding="utf-8", errors="replace")
             self._predicted = question.read(place / ANSWER)
@@ -150,12 +146,12 @@ class Foreign:
                 place.mkdir()
         return self
 
-    def _ask(self, question: Question, folder: Path, seed: int) -> None:
+    def _ask(self, question: Question, folder: Path) -> None:
         """Write the question, run the command, and note what it cost."""
-        question.write(folder, seed, self.config.minutes)
+        question.write(folder, self.config.minutes)
         for name in (ANSWER, DONE):
             (folder / name).unlink(missing_ok=True)
-        command = [_filled(text, folder=folder, seed=seed) for text in self.config.command]
+        command = [_filled(text, folder=folder, seed=question.fit.seed) for text in self.config.command]
         costs, how = _run(command, folder / LOG, self.config.minutes)
         if not how and not (folder / ANSWER).is_file():
             how = f"left no {ANSWER}"

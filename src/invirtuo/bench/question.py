@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 
 from invirtuo.cells.checks import check_genes
+from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import read_h5ad, write_h5ad, writing
 from invirtuo.cells.values import canonical_csr, check_values, log_normalised, require_counts, require_log
 from invirtuo.errors import preview
+from invirtuo.fit import FitConfig
+from invirtuo.verbs import saving
+from invirtuo.verbs.wanted import wanted_conditions
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -64,14 +68,25 @@ class Question:
         Which columns mean what.
     split
         "train", "val" and "test" for each cell.
-    wanted
-        Table of the conditions to predict.
     asked
-        What else is asked.
+        What is asked.
+    fit
+        Whose seed is asked for.
+
+    Raises
+    ------
+    ValueError
+        If the part holds out no conditions.
     """
 
-    def __init__(self, adata: AnnData, design: Design, split: pd.Series, wanted: pd.DataFrame, asked: Asked):
-        self.adata, self.design, self.wanted, self.asked = adata, design, wanted, asked
+    name: ClassVar[str] = "command"
+    takes_unseen: ClassVar[bool] = True  # what cannot be predicted, a command has to say
+
+    def __init__(self, adata: AnnData, design: Design, split: pd.Series, asked: Asked, fit: FitConfig | None = None):
+        self.adata, self.design, self.asked = adata, design, asked
+        self.fit = fit or FitConfig()
+        self.card = saving.card(self.name, CellDataset(adata, design, split), self.fit)
+        self.wanted = wanted_conditions(asked.part, self)
         parts = split.to_numpy()
         # validation cells may be looked at, unless they are what is asked for
         self.is_shown = np.isin(parts, [part for part in ("train", "val") if part != asked.part])
@@ -79,7 +94,7 @@ class Question:
         known = adata.uns.get("invirtuo", {})
         self.target_sum = float(known.get("target_sum", 0.0))  # 0: nobody knows how the values were made
 
-    def write(self, folder: Path, seed: int, minutes: float | None = None) -> None:
+    def write(self, folder: Path, minutes: float | None = None) -> None:
         """Write all files of the question; `minutes` is the limit that a command is told of."""
         folder.mkdir(parents=True, exist_ok=True)
         is_control = self.design.is_control(self.adata.obs)
@@ -88,7 +103,7 @@ class Question:
         write_h5ad(self._cells(is_control & (self.parts == started_from)), folder / "controls.h5ad")
         with writing(folder / "conditions.csv") as path:
             self.wanted.assign(n_cells=self.asked.n_cells).to_csv(path, index=False)
-        facts = {"seed": seed, "minutes": minutes, "target_sum": self.target_sum or None}
+        facts = {"seed": self.fit.seed, "minutes": minutes, "target_sum": self.target_sum or None}
         for name, text in (("design.json", self.design.to_json()), ("asked.json", json.dumps(facts, indent=2))):
             with writing(folder / name) as path:
                 path.write_text(text, encoding="utf-8")
