@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +33,7 @@ ADAPTER = """
 import sys, json, time
 import anndata as ad, numpy as np, pandas as pd
 what, folder = sys.argv[1:]
-print("doing", what)
+print("doing", what, flush=True)
 train, controls = ad.read_h5ad(f"{folder}/train.h5ad"), ad.read_h5ad(f"{folder}/controls.h5ad")
 wanted = pd.read_csv(f"{folder}/conditions.csv")
 seed = json.load(open(f"{folder}/asked.json"))["seed"]
@@ -367,3 +370,65 @@ def test_predictions_of_others_and_one_table(same_process, run, tmp_path, monkey
     file.write_text(json.dumps(other))
     code, _, error = run("arena", "merge", "ours", "theirs", "--out", "new")
     assert code == 2 and "have other scores of 'noise_floor'" in error
+
+
+# ---- what is left behind ---------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import pickle, sys
+import invirtuo as iv
+task, entry = pickle.loads(open(sys.argv[1], "rb").read())
+iv.benchmark(task, entry, 1, sys.argv[2], n_jobs=1, baselines=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_command_ends_with_a_benchmark_that_is_killed(task, adapter, tmp_path):
+    import cloudpickle
+
+    with (tmp_path / "adapter.py").open("a") as script:
+        script.write("# and says so\n")
+    text = (tmp_path / "adapter.py").read_text()
+    (tmp_path / "adapter.py").write_text(text.replace("time.sleep(60)", "time.sleep(5); open(folder + '/late', 'w')"))
+    (tmp_path / "what").write_bytes(cloudpickle.dumps((task, adapter("sleep"))))
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "what"), str(tmp_path / "out")])
+    deadline = time.monotonic() + 120
+    while not any("doing" in log.read_text() for log in (tmp_path / "out").rglob("log.txt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    time.sleep(8)
+    assert not list((tmp_path / "out").rglob("late")) and not list((tmp_path / "out").rglob("predicted.h5ad"))
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+ADAPTERS = Path(__file__).parents[1] / "adapters"
+
+
+def test_adapters_read_and_write_what_the_contract_says(task, tmp_path, monkeypatch):
+    """Starting cells are controls of the wanted covariates, and the answer would be taken."""
+    monkeypatch.syspath_prepend(ADAPTERS)
+    folder = pytest.importorskip("folder", reason="adapters come with the repository alone")
+    asked = question(task, tmp_path / "q")
+    found = folder.read(str(tmp_path / "q"))
+    assert set(found.validation.obs["split"]) == {"val"} and set(found.train.obs["split"]) == {"train"}
+    obs, start = folder.starting_cells(found)
+    assert (obs["cell_type"].astype(str).to_numpy() == start.obs["cell_type"].astype(str).to_numpy()).all()
+    assert found.is_control(start.obs).all()
+    obs["total_counts"] = start.obs["total_counts"].to_numpy()
+    folder.write(found, start.layers["counts"], obs, "counts")
+    answer = asked.read(tmp_path / "q" / "predicted.h5ad")
+    np.testing.assert_allclose(answer.X.toarray(), start.X.toarray(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted(ADAPTERS.glob("*_*.py")), ids=lambda path: path.name)
+def test_adapters_are_short_and_name_what_they_need(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    first = text.splitlines()[0]
+    package, version, licence = re.search(r"\((\S+) (\S+), (.+?)\)", first).groups()
+    assert f'"{package}=={version}"' in text and "# /// script" in text
+    row = f"| `{path.name}` | {package} {version} | {licence}"
+    assert row in (ADAPTERS / "README.md").read_text(encoding="utf-8")
