@@ -1,5 +1,6 @@
 """Running models against each other under one protocol."""
 
+from invirtuo.bench.arena import ask, merge
 from invirtuo.bench.challenge import predict_submission
 from invirtuo.bench.classify import label_probability, oversampled, rare_recall
 from invirtuo.bench.compare import compare
@@ -21,6 +22,7 @@ __all__ = [
     "TASKS",
     "Entry",
     "Task",
+    "ask",
     "benchmark",
     "compare",
     "demo",
@@ -31,6 +33,7 @@ __all__ = [
     "judge",
     "label_probability",
     "marker_correlation",
+    "merge",
     "oversampled",
     "paired_differences",
     "predict_submission",

@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from invirtuo.bench.entry import FLOOR, Entry
-from invirtuo.bench.notes import discrimination, flagged
+from invirtuo.bench.foreign import Foreign, end_commands
+from invirtuo.bench.notes import copies, discrimination, flagged
 from invirtuo.bench.panels import PAPER_CELLS, Axes, predicted_points, tested_points
+from invirtuo.bench.question import Asked
 from invirtuo.bench.task import Task
 from invirtuo.cells.files import write_h5ad, writing
 from invirtuo.metrics.numerics.axes import principal_axes
@@ -46,6 +48,7 @@ __all__ = ["Cell", "Record", "compute", "failed", "launch", "scores_of"]
 Record = dict[str, Any]  # what is kept of a cell: its settings, status, scores and costs, as JSON
 Notes = dict[str, list[dict[str, Any]]]  # rows of tables beside the scores, by kind
 LABELS = ("task", "model", "seed")
+LOGGED = 20_000  # last characters of what a command said that are kept
 CONTROLS = ("train", "evaluated")  # parts of a split whose control cells models may start from
 
 
@@ -93,6 +96,7 @@ class _Clock:
 
     def __init__(self, labels: Iterable[str]):
         self.seconds = {label: dict.fromkeys(("fit", "predict", "score"), 0.0) for label in labels}
+        self.of_commands: dict[str, float | None] = {}  # costs outside of this process
         self.restart()
 
     def restart(self) -> None:
@@ -104,6 +108,13 @@ class _Clock:
         for name, seconds in self.seconds.items():
             seconds[what] += spent if label in (None, name) else 0.0
         self.restart()
+
+    def add_command(self, costs: Mapping[str, float | None]) -> None:
+        """Costs of a command, of which an entry has one for each split."""
+        before = self.of_commands
+        for name, value in costs.items():
+            joined = max if name == "peak_memory_mib" else sum
+            before[name] = value if value is None else joined((before.get(name) or 0, value))
 
 
 def compute(cell: Cell) -> Record:
@@ -119,7 +130,7 @@ def compute(cell: Cell) -> Record:
     # KiB, on macOS bytes
     units_per_mib = 1024**2 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib
-    return record | {"costs": {**costs, "peak_memory_mib": round(peak)}}
+    return record | {"costs": {"peak_memory_mib": round(peak), **costs}}
 
 
 def launch(cell: Cell) -> Record:
@@ -171,7 +182,7 @@ def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], Notes]:
     # a task may have several splits; scores of all of them make a table
     clock = _Clock(cell.entry.rows)
     tables, n_parameters = [], 0
-    notes: Notes = {"flags": [], "discrimination": [], "points": []}
+    notes: Notes = {"flags": [], "discrimination": [], "points": [], "logs": []}
     for fold in range(len(cell.task.splits)):
         adata, design, split = cell.task.load(fold, data_dir=cell.data_dir, file=cell.file)
         clock.restart()
@@ -191,7 +202,7 @@ def _scores(cell: Cell) -> tuple[pd.DataFrame, dict[str, Any], Notes]:
     seconds: dict[str, dict[str, float]] = {}
     for label, spent in clock.seconds.items():
         seconds[label] = {f"{what}_seconds": round(value, 2) for what, value in spent.items()}
-    return table, {"rows": seconds, "parameters": n_parameters}, notes
+    return table, {"rows": seconds, "parameters": n_parameters, **clock.of_commands}, notes
 
 
 def _fold(
@@ -202,7 +213,8 @@ def _fold(
 
     # fit, going on from the checkpoint of a benchmark that was stopped
     work = None if cell.work is None else Path(cell.work) / f"{_hash(cell.settings())}-{fold}"
-    model, fit = cell.entry.make(design, adata.var_names)
+    asked = Asked(cell.part, cell.task.n_cells, fold, cell.controls)
+    model, fit = cell.entry.make(design, adata.var_names, asked)
     precision = cell.precision if fit.precision == "auto" else fit.precision
     fit = replace(fit, seed=cell.seed, progress=False, precision=precision, keep_checkpoints=True)
     model.fit(adata, split=split, config=fit, folder=work, resume=work is not None)
@@ -215,14 +227,18 @@ def _fold(
         common["controls"] = real[design.is_control(real.obs)]
     axes = principal_axes(real.X, 2) if cell.drawn else None
     pair, tables = None, []
-    notes: Notes = {"flags": [], "points": []}
+    notes: Notes = {"flags": [], "points": [], "logs": []}
+    if isinstance(model, Foreign):
+        clock.add_command(model.costs)
+        notes["logs"].append({"fold": fold, "text": model.log[-LOGGED:]})
     for label, options in cell.entry.rows.items():
         options = {**common, **options}
         predicted = model.predict(cell.part, n_cells=cell.task.n_cells, seed=cell.seed, **options)
         clock.add("predict", label)
         pair = Pair(predicted, real, design, n_pcs=cell.task.n_pcs) if pair is None else pair.against(predicted)
         tables.append(score(pair, cell.metrics or cell.task.metrics).assign(model=label))
-        notes["flags"] += flagged(pair, label).assign(fold=fold).to_dict("records")
+        found = pd.concat([flagged(pair, label), copies(predicted, adata, design, split, cell.part, label)])
+        notes["flags"] += found.assign(fold=fold).to_dict("records")
         if axes is not None:
             notes["points"] += _points(cell, predicted, label, design, axes)
         clock.add("score", label)
@@ -290,6 +306,7 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
+        end_commands()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

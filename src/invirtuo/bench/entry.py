@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
+from invirtuo.bench.foreign import Command, Foreign
+from invirtuo.bench.question import Asked
+from invirtuo.bench.task import digest
 from invirtuo.fit import FitConfig
 from invirtuo.metrics.scores import FLOOR
 from invirtuo.models import model_class, model_names
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BASELINES", "FLOOR", "Entry", "Predictor", "Spec", "as_entries", "as_entry"]
 
-Predictor: TypeAlias = PerturbationModel | CountGenerator  # what has `predict`
+Predictor: TypeAlias = PerturbationModel | CountGenerator | Foreign  # what has `predict`
 Spec: TypeAlias = "Entry | type[Model] | str | Path"  # what stands for one entry, or for those of a file
 
 
@@ -48,25 +52,45 @@ class Entry:
         Further rows from the same fit: label to options of ``PerturbationModel.predict``.
     task
         Name of the only task that the entry is for, where settings were chosen task by task; None: every task.
+    command
+        In place of a model: a command of any environment, program and arguments. ``{folder}`` becomes the folder with
+        the question, in which it leaves ``predicted.h5ad``; ``{seed}`` the seed, ``{python}`` this Python.
+    minutes
+        Limit on the time of a command.
+    predicted
+        In place of both: a file with predicted cells. ``{seed}`` and ``{fold}`` (the split of the task) are filled in.
     """
 
     label: str
-    model: str | type[Model]
+    model: str | type[Model] = Foreign.name
     config: Any = None
     fit: FitConfig | Mapping[str, Any] | None = None
     predict: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     task: str | None = None
+    command: Sequence[str] = ()
+    minutes: float = 60.0
+    predicted: str | None = None
 
     def __post_init__(self) -> None:
         """A class is known by its name or address."""
         if not isinstance(self.model, str):
             object.__setattr__(self, "model", self.model.address())
+        if isinstance(self.command, str) or not all(isinstance(text, str) for text in self.command):
+            raise ValueError(f"command is {self.command!r}; expected a list of strings, program and arguments")
+        if self.is_foreign == (self.command == () and self.predicted is None):
+            raise ValueError(f"entry {self.label!r}: expected one of model, command and predicted")
+        object.__setattr__(self, "command", tuple(self.command))
 
     @property
-    def kind(self) -> type[Model]:
+    def is_foreign(self) -> bool:
+        """Whether a command or a file stands in place of a model."""
+        return self.model == Foreign.name
+
+    @property
+    def kind(self) -> type[Any]:
         """The class of the model."""
-        return model_class(str(self.model))
+        return Foreign if self.is_foreign else model_class(str(self.model))
 
     @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
@@ -75,6 +99,12 @@ class Entry:
 
     def settings(self) -> tuple[Any, FitConfig]:
         """The Config and FitConfig that the fields describe."""
+        if self.is_foreign:
+            if self.config is not None:
+                raise ValueError("a command takes no config; write its settings into it")
+            fit = self.fit if isinstance(self.fit, FitConfig) else config_from(FitConfig, self.fit or {})
+            return Command(tuple(self.command), self.minutes, self.predicted), fit
+
         # a mapping replaces fields of the defaults
         model, replaces = self.kind, isinstance(self.config, Mapping)
         preset = model.preset_of(None if replaces else self.config)
@@ -85,16 +115,31 @@ class Entry:
             return config, self.fit
         return config, config_from(FitConfig, {**asdict(preset.fit), **(self.fit or {})})
 
-    def make(self, design: Design, genes: Sequence[str]) -> tuple[Predictor, FitConfig]:
-        """The unfitted model, and how to fit it."""
+    def make(self, design: Design, genes: Sequence[str], asked: Asked | None = None) -> tuple[Predictor, FitConfig]:
+        """The unfitted model, and how to fit it; a command must know what will be asked."""
         config, fit = self.settings()
+        if self.is_foreign:
+            return Foreign(design, genes, config, asked or Asked()), fit
         return cast("Predictor", self.kind(design, genes, config)), fit
 
     def describe(self) -> dict[str, Any]:
         """All fields as JSON."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.is_foreign:
+            own["files"] = self._files()
+        else:
+            for name in ("command", "minutes", "predicted"):
+                del own[name]  # of records from before there were commands
         described: dict[str, Any] = json.loads(json.dumps(own, default=_plain))
         return described
+
+    def _files(self) -> dict[str, str]:
+        """Digests of the files that a command names, or of the predictions: with others the numbers are others."""
+        files: dict[str, str] = {}
+        for text in (*self.command[1:], self.predicted or ""):
+            pattern = glob.escape(text).replace("{seed}", "*").replace("{fold}", "*")
+            files |= {name: digest(Path(name)) for name in sorted(glob.glob(pattern)) if Path(name).is_file()}
+        return files
 
 
 BASELINES = (
@@ -109,6 +154,8 @@ BASELINES = (
 
 def as_entries(spec: Spec, verb: str | None = "predict") -> list[Entry]:
     """Entries from an Entry, a class, from ``model``, ``model:preset``, ``module:Class``, or from a JSON file of some.
+
+    ``command:FILE.json`` is such a file, too, and ``predicted:FILE.h5ad`` an entry of predicted cells.
 
     Parameters
     ----------
@@ -126,8 +173,11 @@ def as_entries(spec: Spec, verb: str | None = "predict") -> list[Entry]:
         entries = [spec]
     elif isinstance(spec, type):
         entries = [Entry(spec.name, spec)]
+    elif str(spec).startswith("predicted:"):
+        file = str(spec).removeprefix("predicted:")
+        entries = [Entry(Path(file).stem, predicted=file)]
     elif Path(spec).suffix == ".json":
-        entries = _read(Path(spec))
+        entries = _read(Path(str(spec).removeprefix("command:")))
     else:
         entries = [_named(str(spec))]
 
@@ -166,10 +216,10 @@ def _plain(value: Any) -> Any:
 
 def _read(path: Path) -> list[Entry]:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a JSON file with label, model, config, fit, predict")
+        raise ValueError(f"{path} does not exist; expected a JSON file with label, model or command, and so on")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = found if isinstance(found, list) else [found]
-        return [replace(Entry(path.stem, facts["model"]), **facts) for facts in rows]
+        return [Entry(**{"label": path.stem, **facts}) for facts in rows]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the JSON of entries (label, model, config, fit, predict): {error}") from error

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.metrics import Pair
 
-__all__ = ["DISCRIMINATION", "FLAGS", "discrimination", "flagged"]
+__all__ = ["DISCRIMINATION", "FLAGS", "copies", "discrimination", "flagged"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,20 @@ def flagged(pair: Pair, label: str) -> pd.DataFrame:
     from invirtuo.metrics.trust.flags import flags_of
 
     return flags_of(pair, leave_out=CHOSEN).assign(model=label)[FLAGS]
+
+
+def copies(predicted: AnnData, adata: AnnData, design: Design, split: pd.Series, part: str, label: str) -> pd.DataFrame:
+    """Flags of predicted cells that are real cells, columns `FLAGS`; see :func:`invirtuo.metrics.copied`.
+
+    Cells of other parts than `part` may be known to a model.
+    """
+    from invirtuo.metrics import copied
+
+    is_control = design.is_control(adata.obs)
+    is_known = split.isin([name for name in ("train", "val") if name != part]).to_numpy()
+    groups = {"held-out": ~is_known & ~is_control, "training": is_known & ~is_control, "control": is_control}
+    real = adata[:, predicted.var_names]
+    return copied(predicted.X, real.X, groups).assign(model=label)[FLAGS]
 
 
 def discrimination(

@@ -33,12 +33,22 @@ from invirtuo.metrics.scores import MEASURED
 from invirtuo.models import MODELS
 from invirtuo.reports import report
 
-__all__ = ["benchmark", "chosen_entries", "one_task", "resumable", "shared_plan", "software", "write_table"]
+__all__ = [
+    "benchmark",
+    "chosen_entries",
+    "one_task",
+    "record_path",
+    "resumable",
+    "shared_plan",
+    "software",
+    "write_results",
+    "write_table",
+]
 
 logger = logging.getLogger(__name__)
 
 FIGURES = "paper"  # stands for the conditions that the paper of a task draws
-COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters")
+COSTS = ("fit_seconds", "predict_seconds", "score_seconds", "peak_memory_mib", "parameters", "cpu_seconds")
 
 
 def benchmark(
@@ -149,7 +159,7 @@ def benchmark(
         for cell, record in _track(computed, len(missing), progress):
             if record["status"] != "ok":
                 logger.warning("%s failed: %s", cell.name, record["error"])
-            with writing(_path(out, cell)) as path:
+            with writing(record_path(out, cell)) as path:
                 path.write_text(json.dumps(record), encoding="utf-8")
             records[cell.name] = record
     kept_from_before = [cell.name for cell in grid if cell.seed == wanted[0] and not records[cell.name].get("points")]
@@ -160,7 +170,7 @@ def benchmark(
             preview(kept_from_before),
             out / "cells",
         )
-    return _write(out, grid, [records[cell.name] for cell in grid])
+    return write_results(out, grid, [records[cell.name] for cell in grid])
 
 
 @contextmanager
@@ -259,13 +269,14 @@ def shared_plan(out: Path, threads: int | None) -> dict[str, Any]:
 # ---- records -----------------------------------------------------------------------------------------------------
 
 
-def _path(out: Path, cell: Cell) -> Path:
+def record_path(out: Path, cell: Cell) -> Path:
+    """Where the record of a cell lies."""
     return out / "cells" / f"{cell.name}.json"
 
 
 def _read(out: Path, cell: Cell) -> Record:
     """The record of a cell, failed if there is none; one that was made with other settings is an error."""
-    path = _path(out, cell)
+    path = record_path(out, cell)
     if not path.is_file():
         return failed(cell, "not computed")
     try:
@@ -339,7 +350,7 @@ def _track(items: Iterable[tuple[Cell, Record]], total: int, progress: bool) -> 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
 
-def _write(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
+def write_results(out: Path, grid: Sequence[Cell], records: Sequence[Record]) -> pd.DataFrame:
     """Write all tables and the report; gives the scores."""
     costs = _costs(grid, records)
     write_table(out / "costs.csv", costs)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["DISCRIMINATING", "FALSE_CALLS", "JUDGED", "PUBLISHED", "Task"]
+__all__ = ["DISCRIMINATING", "FALSE_CALLS", "JUDGED", "PUBLISHED", "Task", "digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -240,11 +240,9 @@ class Task:
                 continue  # changes no number; results of before there were such files stay valid
             facts[field.name] = list(value) if isinstance(value, tuple) else value
         if self.dataset not in datasets.DATASETS and Path(self.dataset).is_file():
-            file = Path(self.dataset).stat()
-            facts["file"] = _digest(self.dataset, file.st_size, file.st_mtime_ns)
+            facts["file"] = digest(Path(self.dataset))
         if published := self.published_split(data_dir):
-            file = published.stat()
-            facts["split"] = _digest(str(published), file.st_size, file.st_mtime_ns)
+            facts["split"] = digest(published)
         return facts
 
     def _cells(self, data_dir: str | os.PathLike[str] | None, file: str | os.PathLike[str] | None) -> AnnData:
@@ -273,9 +271,14 @@ def _without_unseen(obs: pd.DataFrame, design: Design, split: pd.Series) -> pd.S
     return split.mask(labels.isin(unseen), "")
 
 
+def digest(file: Path) -> str:
+    """Of the content of a file, read once for all cells of a benchmark unless it changes."""
+    found = file.stat()
+    return _digest(str(file), found.st_size, found.st_mtime_ns)
+
+
 @cache
 def _digest(path: str, size: int, changed: int) -> str:
-    """Of the content of a file, read once for all cells of a benchmark unless it changes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

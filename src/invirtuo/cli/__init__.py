@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from invirtuo import __version__
-from invirtuo.cli import cells, challenge, data, dynamics, judging, screening
+from invirtuo.cli import arena, cells, challenge, data, dynamics, judging, screening
 from invirtuo.cli.options import fail
 
 __all__ = ["app", "main"]
@@ -97,6 +97,10 @@ vcc = typer.Typer(help="The Virtual Cell Challenge 2026: predict, check, pack.",
 for _step in (challenge.predict, challenge.check, challenge.pack):
     vcc.command()(_begun(_step))
 app.add_typer(vcc, name="vcc", rich_help_panel="Judge")
+shared = typer.Typer(help="Benchmarks of several groups: ask, merge.", no_args_is_help=True)
+for _shared in (arena.ask, arena.merge):
+    shared.command()(_begun(_shared))
+app.add_typer(shared, name="arena", rich_help_panel="Judge")
 
 
 def _say_version(wanted: bool) -> None:

@@ -30,6 +30,7 @@ from invirtuo.metrics.pair import VIEWS, Pair, view
 from invirtuo.metrics.registry import METRICS, Metric, metric
 from invirtuo.metrics.scores import PROFILES, ceiling, choose, evaluate, noise_floor, score, summarize
 from invirtuo.metrics.trust.calibration import calibration
+from invirtuo.metrics.trust.copied import copied
 from invirtuo.metrics.trust.flags import flags
 from invirtuo.metrics.trust.scperteval import scperteval
 
@@ -47,6 +48,7 @@ __all__ = [
     "challenge_score",
     "check_submission",
     "choose",
+    "copied",
     "copying",
     "de",
     "discrimination",

@@ -19,8 +19,9 @@ from invirtuo.bench.compare.gene_sets import gene_sets as gene_sets_of
 from invirtuo.bench.compare.rows import Row, normalized, of_part, rows_of, write_history
 from invirtuo.bench.effects import effects_of
 from invirtuo.bench.entry import BASELINES, FLOOR, Entry
-from invirtuo.bench.notes import discrimination, flagged
+from invirtuo.bench.notes import copies, discrimination, flagged
 from invirtuo.bench.panels import predicted_points, real_points, umap_points
+from invirtuo.bench.question import Asked
 from invirtuo.bench.run import software, write_page, write_table
 from invirtuo.cells.dataset import CellDataset
 from invirtuo.cells.files import read_h5ad, write_h5ad, writing
@@ -199,7 +200,8 @@ def _computed(rows: Sequence[Row], asked: _Asked, out: Path) -> list[pd.DataFram
             label = row.entry.label
             points = predicted_points(predicted, label, asked.design, asked.axes, asked.seed)
             write_table(row.folder / "history.csv", history)
-            write_table(row.folder / "flags.csv", flagged(pair, label))
+            copied = copies(predicted, asked.adata, asked.design, asked.split, asked.part, label)
+            write_table(row.folder / "flags.csv", pd.concat([flagged(pair, label), copied]))
             write_table(row.folder / "panels.csv", points)
             row.write(score(pair, asked.metrics).assign(model=label), facts)
         done = [scores_of(row.record) for row in rows if row.record]
@@ -217,7 +219,7 @@ def _baselines(entries: Sequence[Entry], asked: _Asked) -> list[Entry]:
 
 def _drawn(row: Row, asked: _Asked, level: float | None) -> tuple[AnnData, dict[str, Any], pd.DataFrame]:
     """Cells that an entry draws, facts about it, and its history; the model is saved."""
-    model, facts = row.fitted(asked.design, asked.adata, asked.split)
+    model, facts = row.fitted(asked.design, asked.adata, asked.split, Asked(asked.part, asked.n_cells))
     started = time.perf_counter()
     options = dict(row.entry.predict)
     if level is not None and _gives_intervals(model, asked.part):

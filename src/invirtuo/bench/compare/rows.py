@@ -16,6 +16,7 @@ import pandas as pd
 
 from invirtuo.bench.cell import as_json
 from invirtuo.bench.entry import Entry
+from invirtuo.bench.foreign import Foreign
 from invirtuo.bench.run import write_table
 from invirtuo.cells import preprocess
 from invirtuo.cells.files import writing
@@ -26,6 +27,7 @@ from invirtuo.fit import FitConfig
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from invirtuo.bench.question import Asked
     from invirtuo.cells.dataset import CellDataset
     from invirtuo.design import Design
     from invirtuo.verbs.model import Model
@@ -103,7 +105,7 @@ def as_asked(entry: Entry, seed: int, *, progress: bool) -> Entry:
         entry = replace(entry, fit=replace(entry.fit, **silent))
     else:
         entry = replace(entry, fit={"seed": seed, **(entry.fit or {}), **silent})
-    if entry.kind.verb == "forecast":  # quick, without a bar
+    if entry.kind.verb == "forecast" or entry.is_foreign:  # without a bar
         return entry
     return replace(entry, predict={"progress": progress, **entry.predict, **silent})
 
@@ -151,10 +153,12 @@ class Row:
         with writing(self.folder / "record.json") as path:
             path.write_text(json.dumps(self.record), encoding="utf-8")
 
-    def fitted(self, design: Design, adata: AnnData, split: pd.Series) -> tuple[Any, dict[str, Any]]:
+    def fitted(
+        self, design: Design, adata: AnnData, split: pd.Series, asked: Asked | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """The model, fitted and saved, a stopped fit gone on with; and facts about it."""
         started = time.perf_counter()
-        model, fit = self.entry.make(design, adata.var_names)
+        model, fit = self.entry.make(design, adata.var_names, asked)
         logger.info("fitting %s", self.entry.label)
         model.fit(adata, split=split, config=fit, folder=self.folder / "checkpoints", resume=True)
         facts = _facts(self.entry, model, fit, time.perf_counter() - started)
@@ -162,9 +166,11 @@ class Row:
         return model, facts
 
 
-def _facts(entry: Entry, model: Model, fit: FitConfig, seconds: float) -> dict[str, Any]:
+def _facts(entry: Entry, model: Model | Foreign, fit: FitConfig, seconds: float) -> dict[str, Any]:
     trained = any(p.requires_grad for p in model.parameters())
     n_parameters = sum(p.numel() for p in model.parameters())
     facts: dict[str, Any] = {"label": entry.label, "model": entry.model, "config": asdict(model.config)}
     facts |= {"fit": asdict(fit) if trained else "closed form", "parameters": n_parameters}
+    if isinstance(model, Foreign):
+        facts |= {"fit": "a command", "parameters": None}
     return facts | {"fit seconds": round(seconds, 1), "data hash": model.card["data_hash"]}

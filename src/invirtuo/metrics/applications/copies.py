@@ -11,7 +11,7 @@ from invirtuo.cells.checks import labels
 from invirtuo.errors import preview
 from invirtuo.metrics.cells import per_10k
 from invirtuo.metrics.numerics.axes import principal_axes, projected
-from invirtuo.metrics.numerics.distances import blocks
+from invirtuo.metrics.numerics.distances import nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -87,16 +87,6 @@ def copying(
         row = {by: name, "n_generated": len(made), "n_training": int(is_own.sum()), "n_held_out": n_real}
         rows.append(row | _compared(made, real))
     return pd.DataFrame(rows)
-
-
-def nearest(cells: np.ndarray, others: np.ndarray, *, itself: np.ndarray | None = None) -> np.ndarray:
-    """(n,) distance of each cell (n, d) to the nearest of others (m, d), without the row `itself` (n,) of these."""
-    found = np.full(len(cells), np.inf)
-    for rows, block in blocks(cells, others):
-        if itself is not None:
-            block[np.arange(len(block)), itself[rows]] = np.inf
-        found[rows] = block.min(axis=1)
-    return found
 
 
 def _compared(made: np.ndarray, real: np.ndarray) -> dict[str, float]:

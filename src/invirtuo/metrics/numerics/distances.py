@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["FLOOR", "PAIRS", "Cloud", "between", "blocks", "cloud", "mean_distance", "products"]
+__all__ = ["FLOOR", "PAIRS", "Cloud", "between", "blocks", "cloud", "mean_distance", "nearest", "products"]
 
 FLOOR = 1e-8  # smallest squared distance, as published
 PAIRS = 1 << 22  # cell pairs held at a time: 32 MB in float64
@@ -24,6 +24,16 @@ def blocks(x: np.ndarray, y: np.ndarray, kind: str = "euclidean") -> Iterator[tu
     for start in range(0, len(x), n_rows):
         rows = slice(start, min(start + n_rows, len(x)))
         yield rows, cdist(x[rows], y, kind)
+
+
+def nearest(cells: np.ndarray, others: np.ndarray, *, itself: np.ndarray | None = None) -> np.ndarray:
+    """(n,) distance of each cell (n, d) to the nearest of others (m, d), without the row `itself` (n,) of these."""
+    found = np.full(len(cells), np.inf)
+    for rows, block in blocks(cells, others):
+        if itself is not None:
+            block[np.arange(len(block)), itself[rows]] = np.inf
+        found[rows] = block.min(axis=1)
+    return found
 
 
 class Cloud(NamedTuple):

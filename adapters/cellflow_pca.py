@@ -1,0 +1,89 @@
+"""CellFlow (cellflow-tools 0.0.9, PolyForm Noncommercial 1.0.0): flow matching from control cells on components.
+
+Called by its documented interface alone; its licence allows no commercial use of it. Perturbations and covariates are
+one-hots, the network is small, so that it runs on a CPU.
+
+Klein et al. 2025, doi:10.1101/2025.04.11.648220.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["cellflow-tools==0.0.9", "requests", "anndata", "scanpy"]
+# ///
+
+from __future__ import annotations
+
+import sys
+
+import anndata
+import cellflow as cf
+import folder
+import numpy as np
+
+ITERATIONS = 500
+N_PCS = 50
+SMALL = {
+    "condition_embedding_dim": 32,
+    "time_freqs": 64,
+    "time_encoder_dims": (128, 128),
+    "hidden_dims": (256, 256),
+    "decoder_dims": (256, 256),
+}
+
+
+def one_hots(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """A vector for every label."""
+    names = sorted(set(map(str, labels)))
+    return dict(zip(names, np.eye(len(names), dtype=np.float32), strict=True))
+
+
+def main(path: str) -> None:
+    """Answer the question in a folder."""
+    question = folder.read(path)
+    obs, start = folder.starting_cells(question)
+    train, key = question.train, question.perturbation
+    # control cells of groups that nothing was done to have nowhere to flow
+    groups = question.groups(train.obs)
+    has_target = np.isin(groups, groups[~question.is_control(train.obs)])
+    train = train[has_target].copy()
+    train.X = train.X.toarray()
+    train.obs["is_control"] = question.is_control(train.obs)
+    train.uns["of_perturbation"] = one_hots(train.obs[key].to_numpy())
+    for name in question.covariates:
+        train.uns[f"of_{name}"] = one_hots(np.concatenate([train.obs[name], question.wanted[name]]))
+    cf.pp.centered_pca(train, n_comps=N_PCS)
+
+    covariates = {name: f"of_{name}" for name in question.covariates}
+    model = cf.model.CellFlow(train, solver="otfm")
+    model.prepare_data(
+        sample_rep="X_pca",
+        control_key="is_control",
+        perturbation_covariates={"perturbation": [key]},
+        perturbation_covariate_reps={"perturbation": "of_perturbation"},
+        sample_covariates=question.covariates,
+        sample_covariate_reps=covariates,
+        split_covariates=question.covariates,
+    )
+    model.prepare_model(seed=question.seed, **SMALL)
+    model.train(ITERATIONS, batch_size=256, valid_freq=ITERATIONS + 1)
+
+    # every condition from its own control cells
+    x = np.zeros(start.shape, dtype=np.float32)
+    n = question.wanted["n_cells"].to_numpy()
+    ends = n.cumsum()
+    for row, rows in enumerate(zip(ends - n, ends, strict=True)):
+        own = slice(*rows)
+        cells = anndata.AnnData(start.X[own].toarray(), start.obs[own].copy(), start.var)
+        cells.obs["is_control"] = True
+        cells.uns = {name: train.uns[name] for name in ("of_perturbation", *covariates.values())}
+        cf.pp.project_pca(cells, ref_adata=train)
+        wanted = question.wanted.iloc[[row]].assign(is_control=False)
+        (latent,) = model.predict(cells, wanted, sample_rep="X_pca").values()
+        cells.obsm["predicted"] = np.asarray(latent)
+        cf.pp.reconstruct_pca(cells, use_rep="predicted", ref_adata=train, layers_key_added="genes")
+        x[own] = np.maximum(cells.layers["genes"], 0)
+    folder.write(question, x, obs, "log1p")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
