@@ -490,6 +490,7 @@ def test_wrong_data_are_refused_before_a_process_starts(run, monkeypatch, tmp_pa
     assert not (out / "cells").exists()
 
 
+@pytest.mark.slow
 def test_packed_data_are_unpacked_once_for_all_cells(same_process, monkeypatch, tmp_path):
     published_file("jiang24", tmp_path / "data")
     path = tmp_path / "data" / "jiang24_processed.h5ad"

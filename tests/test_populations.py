@@ -87,6 +87,7 @@ def test_log_values_are_taken_as_they_are(cells, design, tmp_path):
     np.testing.assert_allclose(by_counts.loc[rows, "value"], by_logs.loc[rows, "value"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_large_classes_are_cut_to_so_many_cells(cells, design, tmp_path, capsys):
     """The same cells whatever else is judged, the note says so, and all cells are in the tables of genes."""
     arguments = {"metrics": ["zeros_distance", "wasserstein2"], "n_pcs": 5, "max_cells": 30}

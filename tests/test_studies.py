@@ -73,6 +73,7 @@ class Killed(BaseException):
     """What ends a study half-way."""
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on(tmp_path, monkeypatch, capsys):
     judged, calls = state_ablation.wrong, []
 

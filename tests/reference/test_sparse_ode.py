@@ -222,6 +222,7 @@ def test_first_steps_are_those_of_the_public_code(paper):
     assert float(fresh.field.weight_path().detach().mean()) == pytest.approx(trace[0][3], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampled", "key", "rel"), [(False, "eval", 0.01), (True, "sampled", 0.05)])
 def test_stored_weights_give_their_errors_and_lose(paper, sampled, key, rel):
     model, adata, split = paper

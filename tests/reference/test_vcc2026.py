@@ -62,7 +62,7 @@ def test_false_discoveries(case):
     np.testing.assert_allclose(found[expected.index].astype(float), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", [pytest.param("papalexi", marks=pytest.mark.slow), *DATA[1:]])
 def test_anchors_and_scores(data):
     anchors = json.loads((GOLDEN / data / "anchors.json").read_text())
     real, design, options = opened(data, anchors["config"])
