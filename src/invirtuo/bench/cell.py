@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from invirtuo.bench.entry import FLOOR, Entry
-from invirtuo.bench.foreign import Foreign, end_commands
+from invirtuo.bench.foreign import MIB, Foreign, end_commands
 from invirtuo.bench.notes import copies, discrimination, flagged
 from invirtuo.bench.panels import PAPER_CELLS, Axes, predicted_points, tested_points
 from invirtuo.bench.question import Asked
@@ -127,9 +127,7 @@ def compute(cell: Cell) -> Record:
     else:
         record = failed(cell, "") | {"status": "ok", "scores": as_json(_in_order(scores)), **notes}
 
-    # KiB, on macOS bytes
-    units_per_mib = 1024**2 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
     return record | {"costs": {"peak_memory_mib": round(peak), **costs}}
 
 

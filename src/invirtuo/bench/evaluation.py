@@ -70,7 +70,6 @@ def evaluation_page(
         rows[NoChange.name] = score(Pair(cells, real, design, **options), metrics)
     named = [table.assign(model=name) for name, table in rows.items()]
 
-    out.mkdir(parents=True, exist_ok=True)
     write_table(out / "scores.csv", pd.concat(named, ignore_index=True))
     write_table(out / "flags.csv", flagged(pair, model))
     facts = {"title": f"How near are the cells of {model} to the real ones?", **about}

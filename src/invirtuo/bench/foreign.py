@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
     from invirtuo.fit import FitConfig
 
-__all__ = ["Command", "Foreign", "end_commands"]
+__all__ = ["MIB", "Command", "Foreign", "end_commands"]
 
 LOG, DONE = "log.txt", "done.json"
 SAID = 2000  # last characters of a log that an error repeats
-MIB = 1024**2 if sys.platform == "darwin" else 1024  # units of memory of the system in one MiB
+MIB = 1024**2 if sys.platform == "darwin" else 1024  # KiB, on macOS bytes, in which memory is counted
 _running: set[int] = set()  # commands of this process
 
 

@@ -201,8 +201,6 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Write everything that :meth:`restore` needs; if weights are sharded, every device writes its own."""
-        # tensors: weights, averages, state of the optimiser, best weights
-
         # tensors: the model, its average, the optimizer, the best weights
         optimizer = self.optimizer.state_dict()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}

@@ -126,10 +126,9 @@ def report(
     sections = _sections(scores, run, costs, folder.read_flags(path / "flags.csv"), discrimination)
     for section in sections:
         section["drawn"] = _drawn(cells, section) if by_task else []
-    verdicts = []
-    if len(sections) == 1 or "unit" in run:
-        unit = str(run.get("unit", "held-out condition"))
-        verdicts = [verdict(section["scores"], section["table"], effects, unit) for section in sections]
+    told = sections if len(sections) == 1 or "unit" in run else []
+    unit = str(run.get("unit", "held-out condition"))
+    verdicts = (verdict(section["scores"], section["table"], effects, unit) for section in told)
     _set_beside(sections, folder.read_published(path / "published.csv"))
     title = title or run.pop("title", None) or "How well were the cells predicted?"
     subtitle = [str(run[key]) for key in ("dataset", "split") if isinstance(run.get(key), str)]
