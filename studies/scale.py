@@ -22,6 +22,7 @@ from studies import rivals
 from studies.harness import Tables, apart, filled, spent, study
 
 N_GENES, N_FILES, N_PERTURBATIONS, BATCH = 2000, 20, 200, 512
+LEAST_VALUES, MOST_VALUES = 100, 200  # above zero in a cell
 SCORES = ("mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean")
 CASES = ("memory", "files", "store", "pairs", "sets", "sets of the files", "fit", "evaluate")
 RIVALS = {  # cells that each reads
@@ -97,7 +98,7 @@ def measure(
 def plate(k: int, n: int) -> anndata.AnnData:
     """Cells of one file, sorted by perturbation; log values."""
     rng = np.random.default_rng(k)
-    lengths = rng.integers(100, 201, n)
+    lengths = rng.integers(LEAST_VALUES, MOST_VALUES + 1, n)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
     width = np.repeat(N_GENES / lengths, lengths)  # one gene in each of as many equal pieces as the cell has values
