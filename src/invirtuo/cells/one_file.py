@@ -134,7 +134,8 @@ class Part:
         root = self.root
         obsm = root["obsm"] if "obsm" in root else {}
         keys = [key for key in obsm if len(getattr(obsm[key], "shape", ())) == 2]  # neither tables nor sparse
-        made_by = read_elem(root["uns"][EMBEDDED]) if "uns" in root and EMBEDDED in root["uns"] else {}
+        is_told = "uns" in root and EMBEDDED in root["uns"]
+        made_by = read_elem(root["uns"][EMBEDDED]) if is_told else {}
         return {key: str(made_by.get(key, "")) for key in keys}
 
     def embedding(self, key: str) -> np.ndarray:

@@ -359,8 +359,9 @@ class _Embeddings(Mapping[str, np.ndarray]):
 def _embeddings(parts: Sequence[Part]) -> dict[str, str]:
     """Entries of obsm that all files have, and the encoder that made each; several are told apart by a comma."""
     found = [part.embeddings() for part in parts]
-    keys = [key for key in found[0] if all(key in each for each in found)]
-    return {key: ", ".join(sorted({each[key] for each in found})) for key in keys}
+    keys = set.intersection(*map(set, found))
+    encoders = pd.DataFrame(found)[sorted(keys)]
+    return {key: ", ".join(sorted(encoders[key].unique())) for key in encoders}
 
 
 def _files(paths: Paths) -> tuple[list[Path], dict[str, Any] | None]:
