@@ -7,7 +7,6 @@ weights are judged along the way, so that one fit gives the whole curve. The lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
