@@ -26,8 +26,9 @@ from torch.utils.flop_counter import flop_registry
 import invirtuo as iv
 from invirtuo.bench import Entry
 from invirtuo.metrics.measures.wilcoxon import rank_sum
-from invirtuo.metrics.numerics.distances import between, cloud, products
+from invirtuo.metrics.numerics.distances import between, cloud
 from invirtuo.models.sparse_ode.systems import simulate
+from invirtuo.nn.linear import products
 from studies import generate, metrics, rivals, scale
 from studies.harness import Rows, Tables, apart, in_turn, spent, study
 

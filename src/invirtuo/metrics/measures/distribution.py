@@ -11,9 +11,10 @@ import torch
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.mean import CELL_EVAL, PERTURBENCH, pearson
 from invirtuo.metrics.numerics.axes import principal_axes
-from invirtuo.metrics.numerics.distances import FLOOR, PAIRS, Cloud, between, cloud, products
+from invirtuo.metrics.numerics.distances import FLOOR, PAIRS, Cloud, between, cloud
 from invirtuo.metrics.pair import Pair, view
 from invirtuo.metrics.registry import CORRELATION, ERROR, metric
+from invirtuo.nn.linear import products
 
 __all__ = [
     "axes_of_all",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from invirtuo.batch import Condition
 from invirtuo.flow import SOLVER_NAMES, PathSample
-from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, ResidualVelocity
+from invirtuo.nn import BatchNormMLP, CountLikelihood, Dispersion, LabelEmbedding, Linear, ResidualVelocity
 from invirtuo.settings import Settings, setting
 from invirtuo.verbs.latent_flow import FIT, ConditionalFlow, LatentFlow
 from invirtuo.verbs.model import Preset
@@ -115,7 +115,7 @@ class Autoencoder(nn.Module):
         sizes = {name: size for name, size in sizes.items() if size[0]}
         self.encoders = nn.ModuleDict({name: BatchNormMLP(n, hidden) for name, (n, hidden) in sizes.items()})
         n_encoded = sum(hidden[-1] for _, hidden in sizes.values())
-        self.latent = nn.Linear(n_encoded, config.n_latent)
+        self.latent = Linear(n_encoded, config.n_latent)
         self.decoders = nn.ModuleDict()
         for name, (n, hidden) in sizes.items():
             self.decoders[name] = BatchNormMLP(config.n_latent, hidden[::-1], n)
