@@ -385,6 +385,22 @@ def test_correction_takes_out_the_batch_and_keeps_the_type(cells, learned):
     assert 0.5 < corrected.uns["invirtuo"]["collapse"] < 1.5
 
 
+def test_larger_weights_on_the_way_back_bring_types_out(cells, learned):
+    """CFGen, table 11: cells of a type come nearer to each other, which equal weights both ways cannot do."""
+    names = cells.obs["kind"].to_numpy()
+
+    def within(guidance, inverse) -> float:
+        z = learned.correct(cells, "donor", guidance=guidance, invert_guidance=inverse).obsm["X_invirtuo"]
+        centres = pd.DataFrame(z).groupby(names).transform("mean").to_numpy()
+        return float(((z - centres) ** 2).sum() / ((z - z.mean(axis=0)) ** 2).sum())
+
+    strong = {"kind": 2.0, "donor": 1.0}
+    plain, back, both = within(1.0, None), within(strong, None), within(strong, strong)
+    assert plain == within(1.0, 1.0)
+    assert back < 0.9 * plain
+    assert back < 0.9 * both
+
+
 def test_imputation_beats_zeros_and_the_mean_of_the_genes(cells, learned):
     masked, mask = iv.mask_entries(cells, 0.1)
     filled = learned.impute(masked, masked_fraction=0.1, n_draws=3, steps=20)

@@ -616,6 +616,7 @@ def test_correct(name, fitted, cells):
         ({"batch": "color"}, "batch='color' is no covariate"),
         ({"batch": "donor", "reference": "d9"}, "reference='d9' does not occur"),
         ({"batch": "donor", "invert_with": "magic"}, "invert_with is 'magic'"),
+        ({"batch": "donor", "invert_with": "unconditional", "invert_guidance": 1}, "give one of them"),
         ({"batch": "donor", "output": "log"}, "output is 'log'"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -708,8 +709,11 @@ def test_other_verbs_in_the_same_words(run, files, fitted, cells, split, tmp_pat
     words = ["--by", "donor", "--target-size", 400, "--split", files / "split.csv"]
     assert run("augment", files / "cfgen", data, *words, *quiet)[0] == 0
     assert same(ad.read_h5ad(out), model.augment(cells, "donor", 400, split=split))
-    assert run("correct", files / "cfgen", data, "--batch", "donor", "--steps", 3, "--output", "counts", *quiet)[0] == 0
-    corrected = model.correct(cells, "donor", steps=3, output="counts")
+    words = ["--guidance", 2, "--invert-guidance", "cell_type=1.5", "--invert-guidance", "donor=1"]
+    words += ["--batch", "donor", "--steps", 3, "--output", "counts"]
+    assert run("correct", files / "cfgen", data, *words, *quiet)[0] == 0
+    inverse = {"cell_type": 1.5, "donor": 1.0}
+    corrected = model.correct(cells, "donor", guidance=2.0, invert_guidance=inverse, steps=3, output="counts")
     np.testing.assert_array_equal(ad.read_h5ad(out).obsm["X_invirtuo"], corrected.obsm["X_invirtuo"])
     assert (ad.read_h5ad(out).layers["corrected"] != corrected.layers["corrected"]).nnz == 0
     assert run("impute", files / "cfgen", data, "--n-draws", 1, "--steps", 3, *quiet)[0] == 0
@@ -760,6 +764,7 @@ def test_fit_of_an_atlas_from_the_shell(run, files, tmp_path):
         (["generate", "nowhere", "-n", "5"], "holds no saved model"),
         (["augment", "cfgen", "cells.h5ad", "--by", "donor", "--target-size", "10"], "target_size is 10"),
         (["correct", "cfgen", "cells.h5ad", "--batch", "color"], "batch='color'"),
+        (["correct", "cfgen", "cells.h5ad", "--batch", "donor", "--invert-guidance", "x"], "--invert-guidance x: "),
         (["correct", "independent_nb", "cells.h5ad", "--batch", "donor"], "cannot correct; models that can: .*cfgen"),
         (["impute", "independent_nb", "cells.h5ad"], "cannot impute"),
         (["impute", "cfgen", "nowhere.h5ad"], "does not exist"),

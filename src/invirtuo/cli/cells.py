@@ -281,6 +281,10 @@ def correct(
     ] = None,
     guidance: Weights = None,
     invert_with: Annotated[str, typer.Option(help="Labels on the way to noise: own or unconditional.")] = "own",
+    invert_guidance: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights of guidance on the way to noise, as --guidance, which is the way back; 1."),
+    ] = None,
     output: Annotated[str | None, typer.Option(help="Also decode corrected cells: mean or counts.")] = None,
     steps: RoundTrip = None,
     solver: Solver = None,
@@ -291,7 +295,8 @@ def correct(
     """Bring the cells of all batches to one batch."""
     from invirtuo.cells.files import read_h5ad
 
-    options = given(guidance=_guidance(guidance), steps=steps, solver=solver, device=device)
+    inverse = _guidance(invert_guidance, "--invert-guidance")
+    options = given(guidance=_guidance(guidance), invert_guidance=inverse, steps=steps, solver=solver, device=device)
     corrected = model_with(run, "correct").correct(
         read_h5ad(data),
         batch,
@@ -409,13 +414,13 @@ def _write(adata: Any, out: Path, quiet: bool) -> None:
         typer.echo(f"{out}: {adata.n_obs:,} cells")
 
 
-def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
+def _guidance(given: list[str] | None, option: str = "--guidance") -> float | dict[str, float] | None:
     """``2`` for all attributes, or ``cell_type=2 donor=1``."""
     if not given:
         return None
     try:
         if len(given) == 1 and "=" not in given[0]:
             return float(given[0])
-        return {name: float(value) for name, value in pairs("--guidance", given).items()}
+        return {name: float(value) for name, value in pairs(option, given).items()}
     except ValueError as error:
-        raise ValueError(f"--guidance {' '.join(given)}: {error}; expected a number, or attribute=number") from error
+        raise ValueError(f"{option} {' '.join(given)}: {error}; expected a number, or attribute=number") from error

@@ -26,7 +26,7 @@ from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
 from invirtuo.flow.solve import Velocity
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
-from invirtuo.verbs.generate import CountGenerator, counted
+from invirtuo.verbs.generate import CountGenerator, Guidance, counted
 from invirtuo.verbs.masking import ImputedLayer
 from invirtuo.verbs.model import track
 from invirtuo.verbs.sampling import ADAPTIVE, SolverSampling, takes_options
@@ -355,6 +355,7 @@ class LatentFlow(CountGenerator):
         *,
         reference: str | None = None,
         invert_with: Literal["own", "unconditional"] = "own",
+        invert_guidance: Guidance = None,
         output: Literal["mean", "counts"] | None = None,
         seed: int = 0,
         device: str | None = None,
@@ -375,6 +376,10 @@ class LatentFlow(CountGenerator):
             Label of the batch that all cells are brought to; None takes the one with most training cells.
         invert_with
             "own": labels of the cell on the way to noise; "unconditional": none.
+        invert_guidance
+            Weights of the own labels on the way to noise, in the words of `guidance`, which is the way back; None is 1
+            for every attribute. The same weights both ways map each type and batch onto itself: what a larger
+            `guidance` adds shows only against the weights of the way there.
         output
             "mean" or "counts" also decodes the corrected cells, with their own depths.
         seed
@@ -406,12 +411,7 @@ class LatentFlow(CountGenerator):
             logger.warning(
                 "weights above %g mix batches by making cells alike; look at uns['invirtuo']['collapse']", COLLAPSE
             )
-        if invert_with not in ("own", "unconditional"):
-            raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
-        inverse_weights = weights
-        if invert_with == "unconditional":
-            inverse_weights = torch.zeros_like(weights)
-            self._check_null(inverse_weights)
+        inverse_weights = self._inverse_weights(invert_with, invert_guidance, adata.n_obs)
 
         # the same cells under their own labels, and under the label of the reference
         size = self._size(dataset, np.arange(adata.n_obs))
@@ -440,6 +440,20 @@ class LatentFlow(CountGenerator):
         collapse = _collapse(z, corrected, _classes(own))
         new.uns["invirtuo"] = self._made_by("correct") | facts | {"collapse": collapse}
         return new
+
+    def _inverse_weights(self, invert_with: str, guidance: Guidance, n: int) -> Tensor:
+        """(n, k) or (1, k) weights of the own labels on the way to noise."""
+        if invert_with not in ("own", "unconditional"):
+            raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
+        if invert_with == "own":
+            return self._weights(guidance, n)
+        if guidance is not None:
+            raise ValueError(
+                "invert_guidance weighs the own labels, which invert_with='unconditional' leaves out; give one of them"
+            )
+        weights = torch.zeros_like(self._weights(None, n))
+        self._check_null(weights)
+        return weights
 
     @takes_options(sampling=SolverSampling)
     @torch.no_grad()
