@@ -201,6 +201,12 @@ def test_trivial_answers(cells):
     np.testing.assert_allclose(
         found["mean of the class x depth"][a], share * x[a].sum(1, keepdims=True) / 0.9, rtol=1e-4
     )
+    split = pd.Series(np.where(np.arange(len(a)) % 2, "train", "test"), index=cells.obs_names)
+    half = trivial_answers(masked, "kind", masked_fraction=0.1, split=split)["mean of the class x depth"]
+    own = (split == "train").to_numpy()
+    of_train = trivial_answers(masked[own].copy(), "kind", masked_fraction=0.1)["mean of the class x depth"]
+    np.testing.assert_allclose(half[own], of_train, rtol=1e-5)
+    assert half.shape == cells.shape and not np.allclose(half[~own], found["mean of the class x depth"][~own])
     with pytest.raises(ValueError, match="the data: column 'type' is not in the table"):
         trivial_answers(masked, "type")
 

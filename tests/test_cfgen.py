@@ -403,7 +403,7 @@ def test_larger_weights_on_the_way_back_bring_types_out(cells, learned):
 
 def test_imputation_beats_zeros_and_the_mean_of_the_genes(cells, learned):
     masked, mask = iv.mask_entries(cells, 0.1)
-    filled = learned.impute(masked, masked_fraction=0.1, n_draws=3, steps=20)
+    filled = learned.impute(masked, masked_fraction=0.1)
     hidden = mask.toarray()
     real, found = cells.X.toarray()[hidden], filled.layers["imputed"][hidden]
     genes = np.broadcast_to(np.asarray(cells.X.mean(0)).ravel(), cells.shape)[hidden]

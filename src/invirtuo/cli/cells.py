@@ -315,8 +315,11 @@ def impute(
     data: Cells,
     out: OutCells,
     masked_fraction: Annotated[float, typer.Option(help="Share of the counts of a cell that is missing.")] = 0.0,
-    noise: Annotated[float, typer.Option(help="Jitter of the latent noise; above 0.1 it becomes another cell.")] = 0.05,
-    n_draws: Annotated[int, typer.Option(help="Jittered copies that are averaged.")] = 10,
+    flow: Annotated[bool, typer.Option("--flow", help="By way of noise, as published; slow, and no better.")] = False,
+    noise: Annotated[
+        float | None, typer.Option(help="With --flow: jitter of the noise, 0.05; above 0.1 it becomes another cell.")
+    ] = None,
+    n_draws: Annotated[int | None, typer.Option(help="With --flow: jittered copies that are averaged, 10.")] = None,
     steps: RoundTrip = None,
     solver: Solver = None,
     seed: int = 0,
@@ -326,15 +329,9 @@ def impute(
     """Write the means that the model expects for every entry into the layer "imputed"."""
     from invirtuo.cells.files import read_h5ad
 
-    options = given(steps=steps, solver=solver, device=device)
+    options = given(noise=noise, n_draws=n_draws, steps=steps, solver=solver, device=device)
     imputed = model_with(run, "impute").impute(
-        read_h5ad(data),
-        masked_fraction=masked_fraction,
-        noise=noise,
-        n_draws=n_draws,
-        seed=seed,
-        progress=not quiet,
-        **options,
+        read_h5ad(data), masked_fraction=masked_fraction, flow=flow, seed=seed, progress=not quiet, **options
     )
     _write(imputed, out, quiet)
 

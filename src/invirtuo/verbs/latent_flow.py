@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.cells.values import AnyMatrix
+    from invirtuo.design import Design
 
 __all__ = ["ConditionalFlow", "LatentFlow"]
 
@@ -56,6 +57,7 @@ ROUND_TRIP = 50  # steps to noise, and back
 NOISE, DRAWS = 0.05, 10  # of impute: jitter, and how many of them are averaged
 REFIT_CELLS, REFIT_STEPS = 2048, 40  # of the dispersions
 REFIT_SD = 2.0  # how far the logarithm of a dispersion may be expected to move
+NULL = "(not known)"  # stands for labels that the model was not trained on, where its Design has no word for them
 COLLAPSE = 2.0  # weights above this make batches mix because cells become alike (CFGen, table 11)
 
 
@@ -326,7 +328,7 @@ class LatentFlow(CountGenerator):
 
     @takes_options()
     def embed(self, adata: AnnData, *, device: str | None = None) -> AnnData:
-        """Encode cells.
+        """Encode cells; their labels are not looked at, and need not be there.
 
         Parameters
         ----------
@@ -341,8 +343,7 @@ class LatentFlow(CountGenerator):
         """
         import anndata
 
-        dataset = self._dataset(adata)
-        z = self._encoded(dataset, device)
+        z = self._encoded(self._dataset(adata, labelled=False), device)
         var = pd.DataFrame(index=[f"latent_{i}" for i in range(self.n_latent)])
         return anndata.AnnData(z.numpy(), obs=adata.obs.copy(), var=var, uns={"invirtuo": self._made_by("embed")})
 
@@ -364,7 +365,8 @@ class LatentFlow(CountGenerator):
     ) -> AnnData:
         """Take cells to noise under their own labels, and back as cells of one reference batch.
 
-        The other labels (cell types) are needed and are used: scores by these labels flatter the result.
+        The other labels (cell types) are needed and are used: scores by these labels flatter the result. Labels that no
+        training cell has, a new batch too, count as not known, with a warning: these cells flow without them.
 
         Parameters
         ----------
@@ -466,15 +468,16 @@ class LatentFlow(CountGenerator):
         noise: float = NOISE,
         n_draws: int = DRAWS,
         conditional: bool = True,
-        flow: bool = True,
+        flow: bool = False,
         seed: int = 0,
         device: str | None = None,
         progress: bool = False,
         **options: Any,
     ) -> AnnData:
-        """Fill in counts that were not measured: encode, go to noise, jitter it, come back, decode, average.
+        """Fill in counts that were not measured: encode, decode; with `flow`, by way of noise.
 
-        The result is a mean under the model, not a measurement.
+        The result is a mean under the model, not a measurement. Give cells that the model was not fitted to: in those
+        that it was, entries that are missing were zeros to learn.
 
         Parameters
         ----------
@@ -484,14 +487,15 @@ class LatentFlow(CountGenerator):
             (n, g) bool, dense or sparse: the missing entries; None fills in nothing but gives the means of all.
         masked_fraction
             Share of each cell's counts that is missing: its depth is raised by 1 / (1 - masked_fraction).
+        flow
+            True takes the encoded cell to noise, jitters it, comes back and averages, as in the paper. It gave the
+            same numbers at a hundred times the cost (docs/results/generation.md), and is off by default.
         noise
             Standard deviation of the jitter; above 0.1 it becomes another cell.
         n_draws
             Jittered copies that are averaged.
         conditional
-            Flow under the labels of the cell; else without labels.
-        flow
-            False decodes the encoded cell as it is: the reconstruction of the autoencoder, to compare with.
+            Flow under the labels of the cell, those that are known; else without labels.
         seed
             Of the jitter.
         device, progress
@@ -516,13 +520,13 @@ class LatentFlow(CountGenerator):
             )
         if not flow and (options or (noise, n_draws, conditional) != (NOISE, DRAWS, True)):
             raise ValueError(
-                "flow=False decodes encoded cells as they are; noise, n_draws, conditional, steps and solver act on "
-                "the flow alone. Leave them out"
+                "encoded cells are decoded as they are; noise, n_draws, conditional, steps and solver act on the flow "
+                "alone. Leave them out, or give flow=True"
             )
         config = self._round_trip(options)
 
         # depths as they were before masking
-        dataset = self._dataset(adata)
+        dataset = self._dataset(adata, labelled=flow and conditional)
         size = self._size(dataset, np.arange(adata.n_obs)) / (1 - masked_fraction)
         z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
         weights = self._weights(None, len(z))
@@ -545,7 +549,8 @@ class LatentFlow(CountGenerator):
 
         new = adata.copy()
         new.layers["imputed"] = imputed.layer()
-        new.uns["invirtuo"] = self._made_by("impute") | {"noise": noise, "n_draws": n_draws}
+        how = {"noise": noise, "n_draws": n_draws} if flow else {}
+        new.uns["invirtuo"] = self._made_by("impute") | {"flow": flow} | how
         return new
 
     def _resampled(
@@ -589,15 +594,35 @@ class LatentFlow(CountGenerator):
         own = weights[:, :1] if self.config.conditioning == "joint" else weights
         return 1 - own.sum(dim=1)
 
-    def _dataset(self, adata: AnnData) -> CellDataset:
-        """Cells to encode, checked."""
+    def _dataset(self, adata: AnnData, *, labelled: bool = True) -> CellDataset:
+        """Cells to encode, checked; what is not known of their labels, or all, is null."""
+        import anndata
+
         self._check_fitted()
         adata = counted(adata)
         self._check_space(adata)
         adata = self._with_genes(adata)
         if empty := int((self._depths(adata) == 0).sum()):
             raise ValueError(f"{empty} of {adata.n_obs} cells have no counts in the genes of the model; remove them")
-        return CellDataset(adata, self.design)
+        design = self.design if self.design.unknown is not None else replace(self.design, unknown=NULL)
+        labels = self._known_labels(adata.obs, design) if labelled else null_labels(adata.obs.index, design)
+        return CellDataset(anndata.AnnData(adata.X, obs=labels, var=adata.var[[]]), design)
+
+    def _known_labels(self, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
+        """Labels of cells; those that the model has not got are not known to it, which the log says."""
+        labels = design.tidy(obs)
+        if self.config.prob_unconditional == 0:
+            return labels  # it has not learned to do without: new labels are refused
+        for name, levels in design.covariates.items():
+            is_new = ~labels[name].isin([*levels, design.unknown])
+            if is_new.any():
+                new = labels[name][is_new].unique()
+                logger.warning(
+                    "%s: %s do not occur in the training cells; %d cells are treated as if it were not known",
+                    *(name, preview(new), is_new.sum()),
+                )
+                labels.loc[is_new, name] = design.unknown
+        return labels
 
     @torch.no_grad()
     def _encoded(self, dataset: CellDataset, device: str | None = None) -> Tensor:
@@ -647,6 +672,14 @@ class LatentFlow(CountGenerator):
 
     def _made_by(self, verb: str) -> dict[str, Any]:
         return {"model": self.name, "verb": verb, "data_hash": self.card["data_hash"], "version": self.card["version"]}
+
+
+def null_labels(cells: pd.Index, design: Design) -> pd.DataFrame:
+    """Labels of cells of which nothing is known: no covariate, and as perturbation the control."""
+    labels = dict.fromkeys(design.covariates, design.unknown)
+    if design.perturbation is not None:
+        labels[design.perturbation] = design.control
+    return pd.DataFrame(labels, index=cells)
 
 
 def _chunks(n: int) -> list[slice]:
