@@ -668,6 +668,21 @@ def test_embed(name, fitted, cells):
 
 
 @pytest.mark.parametrize("name", FLOWS)
+def test_reconstruct(name, fitted, cells):
+    """Counts around the means of the decoded cells, at the depths of the cells."""
+    model, wider = fitted(name), cells[:, ::-1].copy()
+    made = model.reconstruct(wider)
+    assert made.X.dtype == np.int32 and made.obs.equals(cells.obs) and list(made.var_names) == model.genes
+    assert same(made, model.reconstruct(wider)) and not same(made, model.reconstruct(wider, seed=1))
+    mean = model.impute(cells).layers["imputed"]
+    many = np.mean([model.reconstruct(cells, seed=seed).X.toarray() for seed in range(30)], axis=0)
+    np.testing.assert_allclose(many.mean(axis=0), mean.mean(axis=0), rtol=0.1, atol=0.05)
+    bare = cells.copy()
+    bare.obs = bare.obs[[]]
+    assert (model.reconstruct(bare).X != model.reconstruct(cells).X).nnz == 0  # one dispersion for all classes
+
+
+@pytest.mark.parametrize("name", FLOWS)
 def test_cells_without_labels_are_encoded(name, fitted, cells):
     model, bare = fitted(name), cells.copy()
     bare.obs = bare.obs[[]]

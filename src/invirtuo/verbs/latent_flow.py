@@ -553,6 +553,38 @@ class LatentFlow(CountGenerator):
         new.uns["invirtuo"] = self._made_by("impute") | {"flow": flow} | how
         return new
 
+    @takes_options()
+    @torch.no_grad()
+    def reconstruct(self, adata: AnnData, *, seed: int = 0, device: str | None = None) -> AnnData:
+        """Encode cells, decode them at their own depths and draw counts: what the autoencoder makes of real cells.
+
+        Beside generated cells, cells that the model was not fitted to show what part of the distance to real ones is
+        the autoencoder's; the flow cannot take it back.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in X, or in ``layers["counts"]``. Labels count where dispersions differ by class.
+        seed
+            Of the counts that are drawn.
+        device
+            As in :meth:`PerturbationModel.predict`.
+
+        Returns
+        -------
+        AnnData with counts (CSR, int32) of the genes of the model and the obs of the given cells.
+        """
+        import anndata
+
+        has_labels = set(self.design.columns) <= set(adata.obs)
+        dataset = self._dataset(adata, labelled=has_labels)
+        z = self._encoded(dataset, device)
+        own = self._with_genes(counted(adata))
+        size = self._size(dataset, np.arange(adata.n_obs))
+        counts = self._decoded_layer(own, z, size, dataset.condition[:], "counts", seed)
+        uns = {"invirtuo": self._made_by("reconstruct")}
+        return anndata.AnnData(counts.astype(np.int32), obs=adata.obs.copy(), var=self._var(), uns=uns)
+
     def _resampled(
         self,
         cells: Batch,
