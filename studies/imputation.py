@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,14 @@ UNSEEN = 0.2  # share of the cells
 TABLE = "mean of the class x depth"
 
 
-@study(quick={"which": ["nonzero"], "seeds": 1, "steps": 1, "epochs": 1})
+@study(quick={"which": ["nonzero"], "seeds": 1, "epochs": 1})
 def imputation(
     *,
     out: Path,
     data_dir: str | None = None,
     which: Sequence[str] = ("nonzero", "all"),
     seeds: int = 3,
-    steps: int = 10,
+    flow: bool = False,
     epochs: int | None = None,
 ) -> Tables:
     """Hidden counts filled in by CFGen, beside scVI and answers that need no model.
@@ -45,8 +46,9 @@ def imputation(
     ----------
     which
         Entries that are hidden: nonzero, all, or first the ones and then the others.
-    steps
-        Steps of the midpoint rule, each way, of the row with the flow.
+    flow
+        Train the flow, too, and add the row by way of noise. Without it the autoencoder gets the steps that it has by
+        default, and the flow one.
     epochs
         Epochs of scVI, its own rule by default.
     """
@@ -58,7 +60,7 @@ def imputation(
         left, mask = mask_entries(adata, FRACTION, which=masked, seed=seed)
         held_out = np.random.default_rng(seed).random(adata.n_obs) < UNSEEN
         split = pd.Series(np.where(held_out, "test", "train"), index=adata.obs_names)
-        found = answers(left, design, split, steps, epochs, seed)
+        found = answers(left, design, split, flow, epochs, seed)
         tables = []
         for cells, rows in (("seen", ~held_out), ("unseen", held_out)):
             own = {name: means[rows] for name, means in found.items()}
@@ -71,13 +73,20 @@ def imputation(
     return {"summary": over_seeds(scores, keys, metrics), "ahead": ahead(scores)}
 
 
-def answers(masked, design, split: pd.Series, steps: int, epochs: int | None, seed: int) -> dict[str, np.ndarray]:
+def answers(masked, design, split: pd.Series, flow: bool, epochs: int | None, seed: int) -> dict[str, np.ndarray]:
     """Means of every entry of all cells, by origin, learned from the training cells."""
-    model = fit(iv.models.CFGen(design, masked.var_names), masked, split, seed=seed)
+    model = iv.models.CFGen(design, masked.var_names)
+    steps = model.fit_config.steps
+    if not flow:
+        steps = round(steps * model.config.autoencoder_share)
+        model = iv.models.CFGen(design, masked.var_names, replace(model.config, autoencoder_share=1.0))
+    fit(model, masked, split, seed=seed, steps=steps)
     found = trivial_answers(masked, BY, masked_fraction=FRACTION, split=split)
     given = {"masked_fraction": FRACTION, "seed": seed}
     found["cfgen"] = model.impute(masked, **given).layers["imputed"]
-    found["cfgen, by way of noise"] = model.impute(masked, flow=True, n_draws=2, steps=steps, **given).layers["imputed"]
+    if flow:
+        by_noise = model.impute(masked, flow=True, n_draws=2, steps=10, **given)
+        found["cfgen, by way of noise"] = by_noise.layers["imputed"]
     found["mean of cfgen and class"] = (found["cfgen"] + found[TABLE]) / 2
     try:
         train = part(masked, split, "train")
