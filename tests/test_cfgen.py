@@ -89,6 +89,11 @@ def test_layers_of_the_paper(cells, design):
         made = CFGen(design, cells.var_names, preset)
         assert (made.config.hidden, made.config.embedding) == width and made.flow.velocity.size is None
         assert made.config.latent_scaling == "none" and made.config.solver == "dopri5"
+        assert made.config.size_factor == "by"
+        autoencoder, flow = made.stages(made.fit_config).values()
+        assert flow.steps == pytest.approx(5 * autoencoder.steps, rel=1e-3)
+        assert flow.lr == pytest.approx(0.1 * autoencoder.lr)
+        assert (flow.schedule, flow.ema, flow.patience) == ("constant", 0, 0)
     assert [type(layer).__name__ for layer in model.autoencoder.encoders["rna"]] == ["Linear", "_BatchNorm", "ELU"] * 2
 
 
