@@ -21,7 +21,7 @@ from invirtuo.bench import imputation_scores, trivial_answers
 from invirtuo.bench.comparators import posterior_mean
 from invirtuo.cells.genes import variable_genes
 from invirtuo.verbs.masking import mask_entries
-from studies.harness import Tables, filled, fit, over_seeds, part, study
+from studies.harness import Tables, filled, over_seeds, part, study
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,11 @@ def imputation(
 def answers(masked, design, split: pd.Series, flow: bool, epochs: int | None, seed: int) -> dict[str, np.ndarray]:
     """Means of every entry of all cells, by origin, learned from the training cells."""
     model = iv.models.CFGen(design, masked.var_names)
-    steps = model.fit_config.steps
+    config = replace(model.fit_config, seed=seed, progress=False)
     if not flow:
-        steps = round(steps * model.config.autoencoder_share)
+        config = replace(config, steps=round(config.steps * model.config.autoencoder_share))
         model = iv.models.CFGen(design, masked.var_names, replace(model.config, autoencoder_share=1.0))
-    fit(model, masked, split, seed=seed, steps=steps)
+    model.fit(masked, split, config)
     found = trivial_answers(masked, BY, masked_fraction=FRACTION, split=split)
     given = {"masked_fraction": FRACTION, "seed": seed}
     found["cfgen"] = model.impute(masked, **given).layers["imputed"]
