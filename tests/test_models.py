@@ -139,6 +139,18 @@ def test_default_construction_and_presets(name, design, cells):
     json.dumps(asdict(model.config))
 
 
+@pytest.mark.parametrize("name", [name for name, kind in iv.models.MODELS.items() if name != "sparse_ode"])
+def test_a_config_of_ones_own_is_fitted_as_the_default(name):
+    """Another width, say, must not bring back another learning rate, or a fit that does not stop early."""
+    kind = iv.models.MODELS[name]
+    default = kind.preset_of(None)
+    known = [preset.config for preset in kind.PRESETS.values()]
+    numbers = [field.name for field in fields(kind.Config) if isinstance(getattr(default.config, field.name), float)]
+    for field in numbers:
+        changed = replace(default.config, **{field: 0.987 * getattr(default.config, field)})
+        assert changed in known or kind.preset_of(changed).fit == default.fit
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_configs_are_frozen_and_described(name):
     config = MODELS[name].Config

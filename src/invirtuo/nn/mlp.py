@@ -28,11 +28,11 @@ class MLP(nn.Sequential):
     def __init__(self, n_in: int, width: int, n_layers: int, n_out: int | None = None, dropout: float = 0.0):
         layers: list[nn.Module] = []
         for i in range(n_layers):
-            layers += [Linear(n_in if i == 0 else width, width), nn.SiLU()]
+            layers += [nn.Linear(n_in if i == 0 else width, width), nn.SiLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
         if n_out is not None:
-            layers.append(Linear(width if n_layers else n_in, n_out))
+            layers.append(nn.Linear(width if n_layers else n_in, n_out))
         super().__init__(*layers)
 
 
@@ -56,12 +56,12 @@ class NormMLP(nn.Sequential):
     """
 
     def __init__(self, n_in: int, width: int, n_out: int, n_layers: int, dropout: float = 0.0):
-        layers: list[nn.Module] = [Linear(n_in, width)]
+        layers: list[nn.Module] = [nn.Linear(n_in, width)]
         for _ in range(n_layers):
-            layers += [Linear(width, width), nn.LayerNorm(width, elementwise_affine=False), nn.ReLU()]
+            layers += [nn.Linear(width, width), nn.LayerNorm(width, elementwise_affine=False), nn.ReLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
-        super().__init__(*layers, Linear(width, n_out))
+        super().__init__(*layers, nn.Linear(width, n_out))
 
 
 class _BatchNorm(nn.BatchNorm1d):
@@ -113,9 +113,9 @@ class ModulatedBlock(nn.Module):
     def __init__(self, width: int, d_embedding: int, dropout: float = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = Linear(d_embedding, 2 * width)
-        self.up = Linear(width, 2 * width)
-        self.down = Linear(2 * width, width)
+        self.modulation = nn.Linear(d_embedding, 2 * width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)

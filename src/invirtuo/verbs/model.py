@@ -481,9 +481,13 @@ class Model(Shown, Trainable):
 
     @classmethod
     def preset_of(cls, config: Any) -> Preset:
-        """Config and FitConfig that a Config, a preset name or None stand for."""
+        """Config and FitConfig that a Config, a preset name or None stand for.
+
+        A Config that no preset has is fitted as the default is.
+        """
+        default = cls.PRESETS.get("default", Preset(cls.Config()))
         if config is None:
-            return cls.PRESETS.get("default", Preset(cls.Config()))
+            return default
         if isinstance(config, str):
             if config not in cls.PRESETS:
                 known = ", ".join(cls.PRESETS) or "none"
@@ -492,7 +496,7 @@ class Model(Shown, Trainable):
         if not isinstance(config, cls.Config):
             raise ValueError(f"config is a {type(config).__name__}; {cls.name} takes {cls.__name__}.Config or a preset")
         same = [preset.fit for preset in cls.PRESETS.values() if preset.config == config]
-        return Preset(config, same[0]) if same else Preset(config)
+        return Preset(config, same[0] if same else default.fit)
 
     def _check_fitted(self) -> None:
         if not self.card:
