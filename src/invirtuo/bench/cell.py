@@ -13,6 +13,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -312,6 +313,7 @@ def _end_with(parent: int) -> None:
 
 def _main() -> None:
     _end_with(int(sys.argv[2]))  # the parent may be gone by now
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # commands have groups of their own
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     cell = pickle.loads(sys.stdin.buffer.read())  # of the parent process
     import torch
