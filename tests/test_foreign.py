@@ -475,8 +475,9 @@ iv.benchmark(task, entry, 1, sys.argv[2], n_jobs=1, baselines=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["killed", "all of its processes stopped"])
-def test_a_command_ends_with_a_benchmark_that_is_killed(task, adapter, tmp_path, how):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_command_ends_with_a_benchmark_that_is_stopped(task, adapter, tmp_path, number):
+    """The first process killed, or interrupted, or all of them stopped, as `timeout` and schedulers do."""
     import cloudpickle
 
     with (tmp_path / "adapter.py").open("a") as script:
@@ -490,10 +491,7 @@ def test_a_command_ends_with_a_benchmark_that_is_killed(task, adapter, tmp_path,
     while not any("doing" in log.read_text() for log in (tmp_path / "out").rglob("log.txt")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    if how == "killed":
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and schedulers do
+    (os.killpg if number == signal.SIGTERM else os.kill)(process.pid, number)
     process.wait()
     time.sleep(8)
     assert not list((tmp_path / "out").rglob("late")) and not list((tmp_path / "out").rglob("predicted.h5ad"))
