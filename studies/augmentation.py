@@ -2,9 +2,11 @@
 
 In every seed two of the eight donors of Kang are held out; 2,000 genes are chosen on the cells of the others. The
 training cells grow to twice their number, classes in proportion to 1 / (their cells) as published, or so that no class
-gets more than five cells for each real one (x5); by CFGen, by independent negative binomials and by copies of real
-cells: gains that copies reach as well are no merit of a generator. Written besides: copies.csv (is it a copy of a
-training cell?), gain.png.
+gets more than five (two) cells for each real one (x5, x2); by CFGen, with several weights of guidance, by independent
+negative binomials and by copies of real cells: gains that copies reach as well are no merit of a generator. With
+--validation the two donors that the first seed holds out are left aside, and pairs of the other six are held out in
+turn: what is chosen there has not seen the former. Written besides: copies.csv (is it a copy of a training cell?),
+gain.png.
 """
 
 from __future__ import annotations
@@ -22,19 +24,36 @@ from invirtuo.cells.genes import variable_genes
 from studies.harness import Rows, Tables, filled, fit, part, study
 
 BY, DONOR = "cell_type", "donor"
-FOLDS = {"": None, " x5": 5.0}  # most generated cells for each real one
+RECIPES = {  # most generated cells for each real one, and weight of guidance
+    "": (None, 1.0),
+    " x5": (5.0, 1.0),
+    " x5, weight 1.5": (5.0, 1.5),
+    " x5, weight 2": (5.0, 2.0),
+    " x2, weight 1.5": (2.0, 1.5),
+}
+MARKERS = "o^vs+"
 COLORS = {"cfgen": "#d55e00", "copies": "#0072b2", "independent_nb": "#009e73"}
 
 
 @study(quick={"seeds": 1, "genes": 200})
-def augmentation(*, out: Path, data_dir: str | None = None, seeds: int = 3, genes: int = 2000) -> Tables:
-    """Recall of rare types before and after generated cells are added, and copies of real ones."""
+def augmentation(
+    *, out: Path, data_dir: str | None = None, seeds: int = 3, genes: int = 2000, validation: bool = False
+) -> Tables:
+    """Recall of rare types before and after generated cells are added, and copies of real ones.
+
+    Parameters
+    ----------
+    genes
+        Most variable genes of the training cells.
+    validation
+        Hold out donors among the six that the first seed learns from.
+    """
     adata = iv.datasets.load("kang_full", data_dir=data_dir)
     adata = adata[(adata.obs["demuxlet_call"] == "SNG").to_numpy()].copy()
     copies = Rows(out / "copies.csv")
 
     def one(seed: int) -> pd.DataFrame:
-        cells, split, held_out = divided(adata, seed, genes)
+        cells, split, held_out = divided(adata, seed, genes, validation)
         train, added, near = augmented(cells, split, seed)
         copies.add({"seed": seed}, near)
         scores = rare_recall(train, added, part(cells, split, "test"), BY, seed=seed)
@@ -47,9 +66,12 @@ def augmentation(*, out: Path, data_dir: str | None = None, seeds: int = 3, gene
     return {"summary": table, "gain": by_rarity, "trend": trend(table)}
 
 
-def divided(adata, seed: int, n_genes: int):
-    """Cells of six donors and of two others, in genes chosen on the former."""
+def divided(adata, seed: int, n_genes: int, validation: bool = False):
+    """Cells of some donors and of two others, in genes chosen on the former."""
     donors = np.random.default_rng(0).permutation(sorted(adata.obs[DONOR].astype(str).unique()))
+    if validation:
+        donors = donors[2:]
+        adata = adata[adata.obs[DONOR].astype(str).isin(donors).to_numpy()]
     held_out = np.roll(donors, -2 * seed)[:2]
     test = adata.obs[DONOR].astype(str).isin(held_out).to_numpy()
     genes = variable_genes(adata.X[~test], n_genes)
@@ -64,12 +86,19 @@ def augmented(cells, split, seed: int):
     added, copies = {}, []
     for name in ("cfgen", "independent_nb"):
         model = fit(iv.models.MODELS[name](design, train.var_names), cells, split, seed=seed)
-        for recipe, fold in FOLDS.items():
-            both = model.augment(cells, BY, 2 * train.n_obs, max_fold=fold, split=split, check_copies=True, seed=seed)
+        for recipe, (fold, weight) in RECIPES.items():
+            if name != "cfgen" and weight != 1:
+                continue
+            options = {"guidance": weight} if name == "cfgen" else {}
+            both = model.augment(
+                cells, BY, 2 * train.n_obs, max_fold=fold, split=split, check_copies=True, seed=seed, **options
+            )
             added[name + recipe] = both[both.obs["is_generated"].to_numpy()].copy()
-            copies.append(both.uns["invirtuo"]["copying"].assign(model=name + recipe))
+            near = both.uns["invirtuo"]["copying"].merge(both.uns["invirtuo"]["resemblance"][[BY, "unlike"]], on=BY)
+            copies.append(near.assign(model=name + recipe))
             counts = json.loads(both.uns["invirtuo"]["augmented"])
-            added["copies" + recipe] = oversampled(train, BY, counts, seed=seed)
+            if weight == 1:
+                added["copies" + recipe] = oversampled(train, BY, counts, seed=seed)
     return train, added, pd.concat(copies)
 
 
@@ -103,9 +132,11 @@ def picture(table: pd.DataFrame, path: Path) -> None:
     for ax, (metric, classifier) in zip(axes.flat, panels, strict=True):
         panel = table[(table["metric"] == metric) & (table["classifier"] == classifier)]
         for model, color in COLORS.items():
-            for recipe, marker in zip(FOLDS, "o^", strict=True):
+            for recipe, marker in zip(RECIPES, MARKERS, strict=True):
                 label = model + recipe
                 own = panel[panel["model"] == label]
+                if own.empty:
+                    continue
                 ax.scatter(own["n_training"], own["gain"], s=22, c=color, marker=marker, label=label, alpha=0.8)
         ax.axhline(0, color="grey", lw=0.8)
         ax.set(xscale="log", title=f"{classifier}, {metric}")

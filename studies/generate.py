@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from anndata import AnnData
+
 import invirtuo as iv
 from invirtuo.cells.files import read_h5ad
 from studies import rivals
@@ -42,7 +44,7 @@ def generate(
     def one(model: str) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             data, made = Path(folder) / "cells.h5ad", Path(folder) / "generated.h5ad"
-            write_cells(data)
+            training_cells().write_h5ad(data)
             given = {"data": data, "out": made, "n": cells}
             if model == "scvi":
                 row = apart(rivals.scvi, python=scvi_python, **given)
@@ -55,21 +57,26 @@ def generate(
     return {"generate": filled(out / "rows.csv", one, model=names)}
 
 
-def write_cells(path: Path) -> None:
-    """Write the training cells."""
+def training_cells() -> AnnData:
+    """The bundled cells, 2,000 genes."""
     raw = iv.datasets.load("kang")[:, :N_GENES].copy()
     raw.obs = raw.obs[["cell_type"]].copy()
-    raw.write_h5ad(path)
+    return raw
+
+
+def fitted(model: str, adata: AnnData):
+    """A count model after 20 steps, and some cells drawn to warm it up."""
+    design = iv.Design.from_adata(adata, covariates=["cell_type"])
+    made = iv.models.MODELS[model](design, adata.var_names)
+    made.fit(adata, config=iv.FitConfig(steps=20, progress=False, val_every=0))
+    made.generate(1000)
+    return made
 
 
 def drawn(model: str, data: str, out: str, n: int) -> dict:
-    """Fit for 20 steps and generate; in a process of its own."""
-    adata = read_h5ad(data)
-    design = iv.Design.from_adata(adata, covariates=["cell_type"])
-    fitted = iv.models.MODELS[model](design, adata.var_names)
-    fitted.fit(adata, config=iv.FitConfig(steps=20, progress=False, val_every=0))
-    fitted.generate(1000)  # warm
+    """Fit for a moment and generate; in a process of its own."""
+    made = fitted(model, read_h5ad(data))
     with spent() as cost:
-        made = fitted.generate(n, out=out, chunk_size=rivals.CHUNK)
-    made.file.close()
+        cells = made.generate(n, out=out, chunk_size=rivals.CHUNK)
+    cells.file.close()
     return cost

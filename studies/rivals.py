@@ -1,6 +1,7 @@
 """What other packages do of the same work; called in environments of their own, which lack this package.
 
 pip install scDataset==0.3.0 cell-load==0.10.4        # for scale-measure
+pip install "annbatch[zarrs]==0.3.1" cellstream==0.11.0 torch  # for scale-measure, Python >= 3.12
 pip install cell-eval                                 # for metrics-cell-eval
 pip install scvi-tools                                # for generate
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,21 +88,25 @@ def cell_eval2(pred: str, real: str) -> dict:
     return {"scoring_seconds": spent, "mean": float(np.mean([means[name] for name in six]))}
 
 
+def write_files(case: str, folder: str) -> None:
+    """Write the cells of `scale-make` in the format of another loader."""
+    next(READERS[case](Path(folder)))
+
+
 def read_files(case: str, folder: str, cells: int) -> dict:
-    """One pass of scDataset or cell-load over the files of `scale-make`, until so many cells are read.
+    """One pass of another loader over the cells of `scale-make`, until so many cells are read.
 
     No worker processes: these would spread the same CPU seconds. Batches of 512 cells, dense float32; opening counts,
     and what is read ahead. scDataset reads backed h5ad files through an AnnCollection, as in its paper
     (arXiv:2506.01883), in blocks of 16 rows and fetches of 256 batches, or with the blocks and the memory that ours
     has. cell-load gives sets of 64 cells with as many control cells, 8 sets at a time, with and without
-    `use_consecutive_loading`.
+    `use_consecutive_loading`. annbatch and cellstream read their own formats, which do not
+    count: annbatch a shuffled collection, in chunks of 512 cells, as many at a time as by default or as ours holds;
+    cellstream an archive grouped by perturbation, random cells, or sets of 64 of a perturbation beside controls.
     """
-    files = sorted(Path(folder).glob("*.h5ad"))
-    if case.startswith("cell-load"):
-        batches = cell_load(files, case.endswith("consecutive"))
-    else:
-        batches = scdataset(files, *((16, 256) if case == "scDataset" else (512, 180)))
     n = 0
+    batches = READERS[case](Path(folder))
+    next(batches)
     with spent() as cost:
         for size in batches:
             n += size
@@ -108,25 +115,27 @@ def read_files(case: str, folder: str, cells: int) -> dict:
     return {"cells": n} | cost
 
 
-def scdataset(files: list[Path], block: int, fetches: int):
+def scdataset(folder: Path, block: int, fetches: int):
     """Batches of scDataset."""
     import anndata
     from anndata.experimental import AnnCollection
     from scdataset import BlockShuffling, scDataset
 
-    parts = [anndata.read_h5ad(path, backed="r") for path in files]
+    yield
+    parts = [anndata.read_h5ad(path, backed="r") for path in plates(folder)]
     collection = AnnCollection(parts, join_vars="inner", harmonize_dtypes=True)
     options = {"fetch_transform": lambda view: view.X, "batch_transform": lambda x: np.asarray(x.todense(), np.float32)}
     for x in scDataset(collection, BlockShuffling(block), BATCH, fetch_factor=fetches, seed=0, **options):
         yield len(x)
 
 
-def cell_load(files: list[Path], consecutive: bool):
+def cell_load(folder: Path, consecutive: bool):
     """Batches of cell-load."""
     from cell_load.data_modules import PerturbationDataModule
 
+    yield
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
-        config.write(f'[datasets]\nscreen = "{files[0].parent}"\n[training]\nscreen = "train"\n[zeroshot]\n[fewshot]\n')
+        config.write(f'[datasets]\nscreen = "{folder}/files"\n[training]\nscreen = "train"\n[zeroshot]\n[fewshot]\n')
         config.flush()
         module = PerturbationDataModule(
             toml_config_path=config.name,
@@ -145,3 +154,60 @@ def cell_load(files: list[Path], consecutive: bool):
         module.setup()
         for batch in module.train_dataloader():
             yield len(batch["pert_cell_emb"])
+
+
+def annbatch(folder: Path, chunks: int):
+    """Batches of annbatch, so many chunks in memory; the decoder that its authors recommend."""
+    import zarr
+    from annbatch import DatasetCollection, Loader
+
+    written = folder / "annbatch.zarr"
+    if not written.exists():
+        DatasetCollection(written).add_adatas(plates(folder))
+    yield
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1})
+    rng = np.random.default_rng(0)
+    loader = Loader(batch_size=BATCH, chunk_size=512, preload_nchunks=chunks, shuffle=True, rng=rng)
+    for batch in loader.use_collection(DatasetCollection(written, mode="r")):
+        yield len(batch["X"].toarray())
+
+
+def cellstream(folder: Path, in_sets: bool):
+    """Batches of cellstream: random cells, or sets of a perturbation with as many random controls."""
+    import anndata
+    import cellstream
+
+    written = folder / "screen.csad"
+    if not written.exists():
+        cells = anndata.concat([anndata.read_h5ad(path) for path in plates(folder)], merge="same")
+        cellstream.write_sharded(cells, written, layout="cell", group_by="perturbation", reference=["control"])
+    yield
+    store, rng = cellstream.open(written), np.random.default_rng(0)
+    if not in_sets:
+        for rows in np.array_split(rng.permutation(store.n_obs), -(-store.n_obs // BATCH)):
+            yield len(store.gather_rows(rows).toarray())
+        return
+    control, *groups = (rng.permutation(np.arange(span.start, span.stop)) for span in store.group_spans())
+    sets = [group[i : i + SET] for group in groups for i in range(0, len(group), SET)]
+    rng.shuffle(sets)
+    for i in range(0, len(sets), BATCH // SET):
+        rows = np.concatenate(sets[i : i + BATCH // SET])
+        store.gather_rows(rng.choice(control, len(rows))).toarray()
+        yield len(store.gather_rows(rows).toarray())
+
+
+def plates(folder: Path) -> list[Path]:
+    """The files of `scale-make`."""
+    return sorted((folder / "files").glob("*.h5ad"))
+
+
+READERS: dict[str, Callable[[Path], Iterator[int | None]]] = {  # the first step writes what they read
+    "scDataset": partial(scdataset, block=16, fetches=256),
+    "scDataset, blocks of 512": partial(scdataset, block=512, fetches=180),
+    "cell-load": partial(cell_load, consecutive=False),
+    "cell-load, consecutive": partial(cell_load, consecutive=True),
+    "annbatch": partial(annbatch, chunks=32),
+    "annbatch, memory as ours": partial(annbatch, chunks=180),
+    "cellstream": partial(cellstream, in_sets=False),
+    "cellstream, sets": partial(cellstream, in_sets=True),
+}

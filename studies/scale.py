@@ -22,6 +22,7 @@ from studies import rivals
 from studies.harness import Tables, apart, filled, spent, study
 
 N_GENES, N_FILES, N_PERTURBATIONS, BATCH = 2000, 20, 200, 512
+LEAST_VALUES, MOST_VALUES = 100, 200  # above zero in a cell
 SCORES = ("mmd_gex", "mmd_pca", "deg_recall", "cosine_logfc", "rmse_mean")
 CASES = ("memory", "files", "store", "pairs", "sets", "sets of the files", "fit", "evaluate")
 RIVALS = {  # cells that each reads
@@ -29,6 +30,10 @@ RIVALS = {  # cells that each reads
     "scDataset, blocks of 512": 184_320,
     "cell-load": 2048,
     "cell-load, consecutive": 32_768,
+    "annbatch": 1_000_000,
+    "annbatch, memory as ours": 1_000_000,
+    "cellstream": 100_000,
+    "cellstream, sets": 100_000,
 }
 
 
@@ -75,12 +80,13 @@ def measure(
     memory
         Memory of a store for what it reads ahead.
     rivals_python
-        Interpreter of an environment with scDataset and cell-load, to have them beside ours.
+        Interpreter of an environment with other loaders, to have beside ours those that it has.
     """
 
     def one(case: str) -> dict:
         if case in RIVALS:
-            row = apart(rivals.read_files, python=rivals_python, case=case, folder=folder / "files", cells=RIVALS[case])
+            apart(rivals.write_files, python=rivals_python, case=case, folder=folder)
+            row = apart(rivals.read_files, python=rivals_python, case=case, folder=folder, cells=RIVALS[case])
         else:
             row = apart(MEASURED.get(case, one_pass), case=case, folder=folder, memory=memory)
         for seconds, rate in (("cpu_seconds", "cells_per_cpu_second"), ("wall_seconds", "cells_per_second")):
@@ -97,11 +103,11 @@ def measure(
 def plate(k: int, n: int) -> anndata.AnnData:
     """Cells of one file, sorted by perturbation; log values."""
     rng = np.random.default_rng(k)
-    lengths = rng.integers(100, 201, n)
+    lengths = rng.integers(LEAST_VALUES, MOST_VALUES + 1, n)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
-    width = np.repeat(N_GENES / lengths, lengths)  # one gene in each of as many equal pieces as the cell has values
-    indices = ((within + rng.random(indptr[-1])) * width).astype(np.int32)
+    width = np.repeat(N_GENES // lengths, lengths)  # one gene in each of as many equal pieces as the cell has values
+    indices = (within * width + rng.integers(0, width)).astype(np.int32)
     data = np.log1p(rng.gamma(2.0, 10.0, indptr[-1])).astype(np.float32)
     labels = np.sort(rng.integers(0, N_PERTURBATIONS + 20, n)) - 20  # a tenth are controls
     names = np.where(labels < 0, "control", np.char.add("gene_", np.maximum(labels, 0).astype(str)))

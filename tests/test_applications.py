@@ -23,7 +23,7 @@ from invirtuo.bench import (
     rare_recall,
     trivial_answers,
 )
-from invirtuo.metrics.applications.copies import copying, nearest
+from invirtuo.metrics.applications.copies import copying, nearest, resemblance
 from invirtuo.metrics.cells import per_10k
 from invirtuo.verbs.masking import mask_entries
 
@@ -98,6 +98,48 @@ def test_augment_reports_copies(cells, tmp_path):
     alone = model.augment(cells, "kind", 500, check_copies=True).uns["invirtuo"]["copying"]
     assert (alone["n_held_out"] == 0).all()
     assert "copying" not in model.augment(cells, "kind", 500).uns["invirtuo"]
+
+
+def test_cells_unlike_their_class_are_found(cells):
+    train, other = cells[:200], cells[200:]
+    table = resemblance(other, train, by="kind", n_pcs=10)
+    assert not table["unlike"].any()
+    assert (table[["generated", "real"]] > 0.9).all(axis=None)
+    swapped = other.copy()
+    swapped.obs["kind"] = "a"  # whatever they are
+    row = resemblance(swapped, train, by="kind", n_pcs=10).iloc[0]
+    assert row["unlike"] and row["n_training"] == (train.obs["kind"] == "a").sum()
+    assert row["generated"] == pytest.approx((other.obs["kind"] == "a").mean(), abs=0.1)
+    made = other.copy()
+    made.obs["kind"] = "new"
+    assert resemblance(made, train, by="kind", n_pcs=10).empty
+
+
+def test_a_real_cell_is_no_part_of_the_centroid_it_is_compared_with():
+    """Two cells of a class far from each other: each is nearer to the other class than to the other cell."""
+    x = np.array([[1000, 10], [10, 1000], [95, 100], [105, 100], [100, 90]], dtype=np.float32)
+    x = np.column_stack([x, 10_000 - x.sum(axis=1)])
+    train = ad.AnnData(sparse.csr_matrix(x), obs=pd.DataFrame({"kind": list("aabbb")}, index=list("vwxyz")))
+    table = resemblance(train, train, by="kind", n_pcs=1).set_index("kind")
+    assert table.loc["a", "real"] == 0
+
+
+def test_augment_warns_of_cells_that_are_unlike_their_class(cells, monkeypatch, caplog):
+    model = iv.models.MODELS["independent_nb"](iv.Design.from_adata(cells, covariates=["kind"]), cells.var_names)
+    model.fit(cells)
+    both = model.augment(cells, "kind", 600)
+    assert not both.uns["invirtuo"]["resemblance"]["unlike"].any()
+    assert "nearest to the real cells of their class" not in caplog.text
+    generate, flipped = model.generate, {"a": "b", "b": "rare", "rare": "a"}
+
+    def wrong(labels, **options):
+        made = generate(labels=labels.replace(flipped), **options)
+        made.obs = made.obs.assign(kind=labels["kind"].to_numpy())
+        return made
+
+    monkeypatch.setattr(model, "generate", wrong)
+    assert model.augment(cells, "kind", 600).uns["invirtuo"]["resemblance"]["unlike"].all()
+    assert "a: 0.0" in caplog.text
 
 
 # ---- classifiers -------------------------------------------------------------------------------------------------
@@ -201,6 +243,12 @@ def test_trivial_answers(cells):
     np.testing.assert_allclose(
         found["mean of the class x depth"][a], share * x[a].sum(1, keepdims=True) / 0.9, rtol=1e-4
     )
+    split = pd.Series(np.where(np.arange(len(a)) % 2, "train", "test"), index=cells.obs_names)
+    half = trivial_answers(masked, "kind", masked_fraction=0.1, split=split)["mean of the class x depth"]
+    own = (split == "train").to_numpy()
+    of_train = trivial_answers(masked[own].copy(), "kind", masked_fraction=0.1)["mean of the class x depth"]
+    np.testing.assert_allclose(half[own], of_train, rtol=1e-5)
+    assert half.shape == cells.shape and not np.allclose(half[~own], found["mean of the class x depth"][~own])
     with pytest.raises(ValueError, match="the data: column 'type' is not in the table"):
         trivial_answers(masked, "type")
 

@@ -337,6 +337,17 @@ def test_ridge_shifts_cells(cells):
     np.testing.assert_allclose(np.sort(predicted, axis=0), np.sort(expected, axis=0), atol=1e-4)
 
 
+def test_literal_ridge_is_equations_43_and_44(cells):
+    """Effects are regressed with their mean b in them, b is added, and every control cell is shifted."""
+    y, e = effects_by_hand(cells, plan_of(cells))
+    genes = directions_by_hand(cells, 10)
+    left, right = (np.linalg.inv(x.T @ x + 0.1 * np.eye(x.shape[1])) for x in (genes, e))
+    shift = genes @ left @ genes.T @ y @ e @ right @ np.array([0, 1]) + y.mean(1)
+    predicted = Ridge(plan_of(cells), GENES, "literal").fit(cells).predict(ask(("x", "B")), 20).X
+    expected = np.maximum(of(cells, "x", "control") + shift, 0)
+    np.testing.assert_allclose(np.sort(predicted, axis=0), np.sort(expected, axis=0), atol=1e-4)
+
+
 @pytest.mark.parametrize("kernel", ["linear", "rbf", "additive"])
 def test_ridge_of_what_was_never_trained_on(cells, kernel):
     plan = plan_of(cells)

@@ -89,6 +89,11 @@ def test_layers_of_the_paper(cells, design):
         made = CFGen(design, cells.var_names, preset)
         assert (made.config.hidden, made.config.embedding) == width and made.flow.velocity.size is None
         assert made.config.latent_scaling == "none" and made.config.solver == "dopri5"
+        assert made.config.size_factor == "by"
+        autoencoder, flow = made.stages(made.fit_config).values()
+        assert flow.steps == pytest.approx(5 * autoencoder.steps, rel=1e-3)
+        assert flow.lr == pytest.approx(0.1 * autoencoder.lr)
+        assert (flow.schedule, flow.ema, flow.patience) == ("constant", 0, 0)
     assert [type(layer).__name__ for layer in model.autoencoder.encoders["rna"]] == ["Linear", "_BatchNorm", "ELU"] * 2
 
 
@@ -385,9 +390,25 @@ def test_correction_takes_out_the_batch_and_keeps_the_type(cells, learned):
     assert 0.5 < corrected.uns["invirtuo"]["collapse"] < 1.5
 
 
+def test_larger_weights_on_the_way_back_bring_types_out(cells, learned):
+    """CFGen, table 11: cells of a type come nearer to each other, which equal weights both ways cannot do."""
+    names = cells.obs["kind"].to_numpy()
+
+    def within(guidance, inverse) -> float:
+        z = learned.correct(cells, "donor", guidance=guidance, invert_guidance=inverse).obsm["X_invirtuo"]
+        centres = pd.DataFrame(z).groupby(names).transform("mean").to_numpy()
+        return float(((z - centres) ** 2).sum() / ((z - z.mean(axis=0)) ** 2).sum())
+
+    strong = {"kind": 2.0, "donor": 1.0}
+    plain, back, both = within(1.0, None), within(strong, None), within(strong, strong)
+    assert plain == within(1.0, 1.0)
+    assert back < 0.9 * plain
+    assert back < 0.9 * both
+
+
 def test_imputation_beats_zeros_and_the_mean_of_the_genes(cells, learned):
     masked, mask = iv.mask_entries(cells, 0.1)
-    filled = learned.impute(masked, masked_fraction=0.1, n_draws=3, steps=20)
+    filled = learned.impute(masked, masked_fraction=0.1)
     hidden = mask.toarray()
     real, found = cells.X.toarray()[hidden], filled.layers["imputed"][hidden]
     genes = np.broadcast_to(np.asarray(cells.X.mean(0)).ravel(), cells.shape)[hidden]

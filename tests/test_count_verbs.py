@@ -616,6 +616,7 @@ def test_correct(name, fitted, cells):
         ({"batch": "color"}, "batch='color' is no covariate"),
         ({"batch": "donor", "reference": "d9"}, "reference='d9' does not occur"),
         ({"batch": "donor", "invert_with": "magic"}, "invert_with is 'magic'"),
+        ({"batch": "donor", "invert_with": "unconditional", "invert_guidance": 1}, "give one of them"),
         ({"batch": "donor", "output": "log"}, "output is 'log'"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -636,20 +637,22 @@ def test_impute(name, fitted, cells):
     masked, mask = iv.mask_entries(cells, 0.2)
     assert mask.nnz == pytest.approx(0.2 * cells.X.nnz, rel=0.1) and (masked.X.multiply(mask)).nnz == 0
     assert ((masked.X + cells.X.multiply(mask)) != cells.X).nnz == 0
-    filled = model.impute(masked, mask=mask, masked_fraction=0.2, n_draws=2, steps=4)
+    filled = model.impute(masked, mask=mask, masked_fraction=0.2, flow=True, n_draws=2, steps=4)
     layer = filled.layers["imputed"]
     hidden = mask.toarray()
     assert (layer.toarray()[~hidden] == masked.X.toarray()[~hidden]).all() and (layer.toarray()[hidden] > 0).all()
-    dense = model.impute(masked, masked_fraction=0.2, n_draws=2, steps=4).layers["imputed"]
+    dense = model.impute(masked, masked_fraction=0.2, flow=True, n_draws=2, steps=4).layers["imputed"]
     np.testing.assert_allclose(dense[hidden], layer.toarray()[hidden], rtol=1e-6)
     np.testing.assert_allclose(dense.sum(axis=1), np.asarray(masked.X.sum(axis=1)).ravel() / 0.8, rtol=1e-3)
-    plain = model.impute(masked, flow=False).layers["imputed"]
-    still = model.impute(masked, noise=0.0, n_draws=1, steps=60).layers["imputed"]
+    plain = model.impute(masked).layers["imputed"]
+    still = model.impute(masked, flow=True, noise=0.0, n_draws=1, steps=60).layers["imputed"]
     np.testing.assert_allclose(still, plain, rtol=0.02, atol=1e-3)
     with pytest.raises(ValueError, match="mask has shape"):
         model.impute(masked, mask=mask[:5])
     with pytest.raises(ValueError, match="masked_fraction=1"):
         model.impute(masked, masked_fraction=1)
+    with pytest.raises(ValueError, match=r"act on the flow alone.*flow=True"):
+        model.impute(masked, n_draws=2)
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -662,6 +665,49 @@ def test_embed(name, fitted, cells):
     empty.X = sparse.csr_matrix(empty.X.toarray() * (np.arange(300) != 4)[:, None])
     with pytest.raises(ValueError, match="1 of 300 cells have no counts"):
         model.embed(empty)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_reconstruct(name, fitted, cells):
+    """Counts around the means of the decoded cells, at the depths of the cells."""
+    model, wider = fitted(name), cells[:, ::-1].copy()
+    made = model.reconstruct(wider)
+    assert made.X.dtype == np.int32 and made.obs.equals(cells.obs) and list(made.var_names) == model.genes
+    assert same(made, model.reconstruct(wider)) and not same(made, model.reconstruct(wider, seed=1))
+    mean = model.impute(cells).layers["imputed"]
+    many = np.mean([model.reconstruct(cells, seed=seed).X.toarray() for seed in range(30)], axis=0)
+    np.testing.assert_allclose(many.mean(axis=0), mean.mean(axis=0), rtol=0.1, atol=0.05)
+    bare = cells.copy()
+    bare.obs = bare.obs[[]]
+    assert (model.reconstruct(bare).X != model.reconstruct(cells).X).nnz == 0  # one dispersion for all classes
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_cells_without_labels_are_encoded(name, fitted, cells):
+    model, bare = fitted(name), cells.copy()
+    bare.obs = bare.obs[[]]
+    np.testing.assert_array_equal(model.embed(bare).X, model.embed(cells).X)
+    np.testing.assert_array_equal(model.impute(bare).layers["imputed"], model.impute(cells).layers["imputed"])
+    with pytest.raises(ValueError, match="cell_type"):
+        model.correct(bare, "donor")
+
+
+def test_new_labels_and_batches_are_null(fitted, cells, caplog):
+    """Cells of a batch that the model has not seen flow as cells of no known batch do."""
+    model, new = fitted("cfgen"), cells.copy()
+    new.obs = new.obs.assign(donor="d9")
+    corrected = model.correct(new, "donor", reference="d1", steps=4)
+    assert "donor: d9 do not occur in the training cells; 300 cells" in caplog.text
+    noise = model.correct(cells, "donor", reference="d1", invert_guidance={"cell_type": 1.0}, steps=4)
+    np.testing.assert_allclose(corrected.obsm["X_invirtuo"], noise.obsm["X_invirtuo"], atol=1e-4)
+    free = {"flow": True, "conditional": False, "steps": 2, "n_draws": 1}
+    caplog.clear()
+    with_labels, without = (model.impute(known, **free).layers["imputed"] for known in (cells, new))
+    np.testing.assert_array_equal(with_labels, without)
+    model.embed(new)
+    assert not caplog.text
+    with pytest.raises(ValueError, match="labels that are not known to this design: d9"):
+        fitted("cellflow_counts").correct(new, "donor", steps=4)
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -708,14 +754,18 @@ def test_other_verbs_in_the_same_words(run, files, fitted, cells, split, tmp_pat
     words = ["--by", "donor", "--target-size", 400, "--split", files / "split.csv"]
     assert run("augment", files / "cfgen", data, *words, *quiet)[0] == 0
     assert same(ad.read_h5ad(out), model.augment(cells, "donor", 400, split=split))
-    assert run("correct", files / "cfgen", data, "--batch", "donor", "--steps", 3, "--output", "counts", *quiet)[0] == 0
-    corrected = model.correct(cells, "donor", steps=3, output="counts")
+    words = ["--guidance", 2, "--invert-guidance", "cell_type=1.5", "--invert-guidance", "donor=1"]
+    words += ["--batch", "donor", "--steps", 3, "--output", "counts"]
+    assert run("correct", files / "cfgen", data, *words, *quiet)[0] == 0
+    inverse = {"cell_type": 1.5, "donor": 1.0}
+    corrected = model.correct(cells, "donor", guidance=2.0, invert_guidance=inverse, steps=3, output="counts")
     np.testing.assert_array_equal(ad.read_h5ad(out).obsm["X_invirtuo"], corrected.obsm["X_invirtuo"])
     assert (ad.read_h5ad(out).layers["corrected"] != corrected.layers["corrected"]).nnz == 0
-    assert run("impute", files / "cfgen", data, "--n-draws", 1, "--steps", 3, *quiet)[0] == 0
-    np.testing.assert_array_equal(
-        ad.read_h5ad(out).layers["imputed"], model.impute(cells, n_draws=1, steps=3).layers["imputed"]
-    )
+    assert run("impute", files / "cfgen", data, *quiet)[0] == 0
+    np.testing.assert_array_equal(ad.read_h5ad(out).layers["imputed"], model.impute(cells).layers["imputed"])
+    assert run("impute", files / "cfgen", data, "--flow", "--n-draws", 1, "--steps", 3, *quiet)[0] == 0
+    by_noise = model.impute(cells, flow=True, n_draws=1, steps=3).layers["imputed"]
+    np.testing.assert_array_equal(ad.read_h5ad(out).layers["imputed"], by_noise)
     assert run("embed", files / "cfgen", data, *quiet)[0] == 0
     np.testing.assert_array_equal(ad.read_h5ad(out).X, model.embed(cells).X)
 
@@ -760,6 +810,7 @@ def test_fit_of_an_atlas_from_the_shell(run, files, tmp_path):
         (["generate", "nowhere", "-n", "5"], "holds no saved model"),
         (["augment", "cfgen", "cells.h5ad", "--by", "donor", "--target-size", "10"], "target_size is 10"),
         (["correct", "cfgen", "cells.h5ad", "--batch", "color"], "batch='color'"),
+        (["correct", "cfgen", "cells.h5ad", "--batch", "donor", "--invert-guidance", "x"], "--invert-guidance x: "),
         (["correct", "independent_nb", "cells.h5ad", "--batch", "donor"], "cannot correct; models that can: .*cfgen"),
         (["impute", "independent_nb", "cells.h5ad"], "cannot impute"),
         (["impute", "cfgen", "nowhere.h5ad"], "does not exist"),

@@ -27,6 +27,7 @@ DISCRIMINATION = {name for name in ALL if name.startswith("pds_")} | {"centroid_
 ON_AXES = {  # of all real cells, or of those of every condition that are not scored
     *("mmd_pca", "mmd_pca_disjoint", "cosine_pca", "wasserstein2", "knn_recall", "knn_precision"),
     *("mmd_linear", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_rbf_disjoint", "wasserstein2_disjoint"),
+    *("knn_recall_disjoint", "knn_precision_disjoint"),
     *("c2st", "correlation_error"),  # the latter on the most variable of all genes
 }
 OF_GROUP = {

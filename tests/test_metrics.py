@@ -787,6 +787,20 @@ def test_edges_of_generated_populations():
     assert generation.knn_precision(one, real) in (0, 1) and generation.wasserstein2(one, real) > 0
 
 
+def test_neighbours_on_axes_of_other_cells():
+    """Other cells of the same kind are covered, unless the axes are those of the cells that are scored."""
+
+    def noise(seed):
+        x = np.log1p(np.random.default_rng(seed).poisson(1.0, (120, 400))).astype(np.float32)
+        return anndata.AnnData(x, var=pd.DataFrame(index=[f"G{i}" for i in range(400)]))
+
+    names = ["knn_recall", "knn_recall_disjoint", "knn_precision_disjoint"]
+    table = evaluate(noise(0), noise(1), Design(), names).set_index("metric")["value"]
+    assert table["knn_recall"] < 0.3
+    assert table["knn_recall_disjoint"] > 0.7
+    assert table["knn_precision_disjoint"] > 0.7
+
+
 def test_median_distance_of_many(monkeypatch):
     x = np.random.default_rng(0).normal(size=(300, 4))
     every = generation._median_distance(x)
@@ -1072,7 +1086,7 @@ def test_predictions_without_variance_or_with_one_cell():
         "mmd_rbf_unbiased",
         "mmd_rbf_median",
         "mmd_linear",
-        "knn_recall",
+        *("knn_recall", "knn_recall_disjoint", "knn_precision_disjoint"),
         "mmd_rbf_disjoint",
         "c2st",
         "correlation_error",

@@ -150,6 +150,8 @@ def test_comparators_fill_in_and_embed(cells):
     mean = posterior_mean(filled, design, epochs=2)
     assert mean.shape == filled.shape and (mean > 0).all()
     np.testing.assert_allclose(mean.sum(axis=1), np.asarray(filled.X.sum(axis=1)).ravel(), rtol=1e-4)
+    few = posterior_mean(filled, design, cells=filled[:7], epochs=2)
+    np.testing.assert_allclose(few, mean[:7], rtol=1e-3)
     found = embeddings(filled, "batch", "cell_type", epochs=2)
     assert {name: len(z) for name, z in found.items()} == {"scvi": filled.n_obs, "scanvi": filled.n_obs}
     assert not np.allclose(found["scvi"], found["scanvi"])

@@ -536,6 +536,36 @@ def test_obsm_enters_as_it_is(cells, plan, tmp_path):
     np.testing.assert_array_equal(iv.load(tmp_path).predict(wanted, 20, precision="fp32").X, predicted.X)
 
 
+@pytest.mark.filterwarnings("ignore:.*zarr.*")
+@pytest.mark.parametrize("ending", ["h5", "h5ad", "zarr"])
+def test_embeddings_of_a_folder_of_files(cells, plan, tmp_path, ending):
+    """Files may end like those that STATE's public loader reads."""
+    z = embedded(cells)
+    z.uns["invirtuo_obsm"] = {"X_emb": "ours"}
+    for i, half in enumerate((z[:200].copy(), z[200:].copy())):
+        (half.write_zarr if ending == "zarr" else half.write_h5ad)(tmp_path / f"{i}.{ending}")
+    store = iv.CellStore.open(tmp_path)
+    assert store.uns["invirtuo_obsm"] == {"X_emb": "ours"} and len(store.obsm) == 1
+    np.testing.assert_allclose(store.obsm["X_emb"], z.obsm["X_emb"], rtol=1e-6)
+    config = replace(TINY, space="obsm", obsm="X_emb", n_embedding=4)
+    model = ST(plan, cells.var_names, config).fit(store, config=FIT)
+    assert model.card["encoder"] == "ours"
+    for batch in iv.CellDataset(store, plan, obsm="X_emb").batches(iv.samplers.pairs, 50):
+        np.testing.assert_allclose(batch.embedding, z.obsm["X_emb"][batch.index], rtol=1e-6)
+    assert model.predict(pd.DataFrame({"perturbation": ["A"], "cell_type": ["t_cell"]}), 9).n_obs == 9
+
+
+def test_embeddings_of_different_widths_are_refused(cells, tmp_path):
+    z = embedded(cells)
+    narrow = z.copy()
+    narrow.obsm["X_emb"] = narrow.obsm["X_emb"][:, :3]
+    narrow.obs_names = "narrow_" + narrow.obs_names
+    z.write_h5ad(tmp_path / "a.h5ad")
+    narrow.write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(ValueError, match=r"obsm\['X_emb'\] is 3, 4 wide in different files"):
+        iv.CellStore.open(tmp_path).obsm["X_emb"]
+
+
 def test_principal_components_are_those_of_the_training_cells(cells, plan):
     split = pd.Series(np.where(np.arange(360) % 3 == 0, "test", "train"), index=cells.obs_names)
     model = ST(plan, cells.var_names, replace(TINY, space="pca", n_embedding=3)).fit(cells, split, config=FIT)

@@ -42,7 +42,7 @@ def outputs(case: str, model: Model) -> dict[str, np.ndarray]:
     if hasattr(model, "embed"):
         found["embed"] = model.embed(few)
     if hasattr(model, "impute"):
-        found["impute"] = model.impute(few)
+        found["impute"] = model.impute(few, flow=True)
         found["correct"] = model.correct(few, "cell_type")
     if hasattr(model, "network"):
         found["knock_out"] = model.knock_out(model.genes[0])

@@ -95,13 +95,17 @@ def sample_prior(
     return anndata.AnnData(counts, obs=obs, var=train.var[[]].copy())
 
 
-def posterior_mean(train: AnnData, design: Design, *, epochs: int | None = None, seed: int = 0) -> np.ndarray:
-    """Train scVI on counts and give the mean of every gene of the same cells, (n, g), at their own total count.
+def posterior_mean(
+    train: AnnData, design: Design, *, cells: AnnData | None = None, epochs: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """Train scVI on counts and give the mean of every gene, (n, g), of cells at their own total count.
 
     Parameters
     ----------
     train, design, epochs, seed
         As in :func:`sample_prior`: labels go to encoder and decoder.
+    cells
+        Cells to give the means of, with labels that training cells have; None takes the training cells.
 
     References
     ----------
@@ -112,8 +116,9 @@ def posterior_mean(train: AnnData, design: Design, *, epochs: int | None = None,
         scvi.settings.seed = seed
         known = _as_categories(train, list(design.covariates))
         model = _scvi_model(scvi, known, list(design.covariates), epochs, False, {})
-        shares = model.get_normalized_expression(library_size=1, return_numpy=True)
-    means: np.ndarray = shares * _totals(train)[:, None]
+        wanted = known if cells is None else _as_categories(cells, list(design.covariates))
+        shares = model.get_normalized_expression(wanted, library_size=1, return_numpy=True)
+    means: np.ndarray = shares * _totals(wanted)[:, None]
     return means
 
 

@@ -52,7 +52,9 @@ def imputation_scores(real: Any, imputed: Mapping[str, Any], mask: sparse.csr_ma
     return pd.DataFrame(rows)
 
 
-def trivial_answers(masked: AnnData, by: str, *, masked_fraction: float = 0.0) -> dict[str, np.ndarray]:
+def trivial_answers(
+    masked: AnnData, by: str, *, masked_fraction: float = 0.0, split: pd.Series | None = None
+) -> dict[str, np.ndarray]:
     """Answers that need no model: 0, the mean of the gene, and the share of the gene in the class times the depth.
 
     Parameters
@@ -63,20 +65,26 @@ def trivial_answers(masked: AnnData, by: str, *, masked_fraction: float = 0.0) -
         Column of obs with the classes.
     masked_fraction
         Share of each cell's counts that is masked; means and depths are raised by 1 / (1 - masked_fraction).
+    split
+        As for fit: means and shares are those of the "train" cells, depths of every cell its own. None takes all.
 
     Returns
     -------
     Name to (n, g) means.
     """
     x = sparse.csr_matrix(masked.X, dtype=np.float64)
+    is_train = np.ones(masked.n_obs, bool)
+    if split is not None:
+        is_train = split.reindex(masked.obs_names).to_numpy() == "train"
     kept = 1 - masked_fraction
-    gene_mean = np.asarray(x.mean(axis=0)) / kept
+    gene_mean = np.asarray(x[is_train].mean(axis=0)) / kept
 
     # share of every gene in the counts of its class
     names, group = np.unique(labels(masked, by), return_inverse=True)
     depth = np.asarray(x.sum(axis=1)).ravel()
-    class_depth = np.maximum(group_sums(depth, group, len(names)), 1.0)
-    share = group_sums(x, group, len(names)) / class_depth[:, None]
+    of_train = group[is_train]
+    class_depth = np.maximum(group_sums(depth[is_train], of_train, len(names)), 1.0)
+    share = group_sums(x[is_train], of_train, len(names)) / class_depth[:, None]
     class_mean = share[group] * depth[:, None] / kept
     return {
         "nothing (0)": np.zeros(x.shape, dtype=np.float32),

@@ -13,6 +13,7 @@ import pandas as pd
 
 from invirtuo.cells.files import check_h5ad
 from invirtuo.cells.packed import plain
+from invirtuo.cells.preprocess import EMBEDDED
 from invirtuo.errors import preview
 
 __all__ = ["Part"]
@@ -125,6 +126,24 @@ class Part:
             read = {name: pd.Series(read_elem(group[name])) for name in wanted}
         table = {name: _coded(read[name]) for name in wanted}
         return pd.DataFrame({name: c.array for name, c in table.items()}, index=_names(group), columns=wanted)
+
+    def embeddings(self) -> dict[str, str]:
+        """Keys of obsm that hold an array, and by which encoder (``uns["invirtuo_obsm"]``) each was made."""
+        from anndata.io import read_elem
+
+        root = self.root
+        obsm = root["obsm"] if "obsm" in root else {}
+        keys = [key for key in obsm if len(getattr(obsm[key], "shape", ())) == 2]  # neither tables nor sparse
+        is_told = "uns" in root and EMBEDDED in root["uns"]
+        made_by = read_elem(root["uns"][EMBEDDED]) if is_told else {}
+        return {key: str(made_by.get(key, "")) for key in keys}
+
+    def embedding(self, key: str) -> np.ndarray:
+        """(n, d) float32, an entry of obsm."""
+        values = np.asarray(self.root["obsm"][key][:], dtype=np.float32)
+        if len(values) != self.n_obs:
+            raise ValueError(f"{self.path}: obsm[{key!r}] has {len(values)} rows for {self.n_obs} cells")
+        return values
 
     # ---- rows --------------------------------------------------------------------------------------------------
 

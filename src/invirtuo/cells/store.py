@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,13 +18,14 @@ from scipy import sparse
 from invirtuo.cells.files import is_zarr_folder
 from invirtuo.cells.one_file import Part, aligned
 from invirtuo.cells.packed import is_packed
+from invirtuo.cells.preprocess import EMBEDDED
 from invirtuo.cells.values import canonical_csr, look, require_same_scale
 from invirtuo.errors import preview
 
 __all__ = ["MANIFEST", "CellStore", "Scan", "n_bytes"]
 
 MANIFEST = "store.json"  # what a folder written by `shuffle` says of itself
-ENDINGS = (".h5ad", ".h5ad.gz", ".zarr")  # of names of files in a folder
+ENDINGS = (".h5ad", ".h5", ".h5ad.gz", ".zarr")  # of names of files in a folder
 BLOCK = 512  # rows that are read in one piece, where nothing is said
 SHUFFLED_BLOCK = 4096  # the same in shuffled stores, whose neighbours have nothing in common
 OPEN = 256  # files that are kept open at a time
@@ -86,8 +87,9 @@ class CellStore:
         self.manifest = manifest
         self.var_names = pd.Index(genes)
         self.layers: dict[str, Any] = {}
-        self.uns: dict[str, Any] = {}
-        self.obsm: dict[str, Any] = {}
+        made_by = _embeddings(parts)
+        self.uns: dict[str, Any] = {EMBEDDED: made_by}
+        self.obsm: Mapping[str, np.ndarray] = _Embeddings(parts, tuple(made_by))
         self.starts = np.concatenate([[0], np.cumsum([part.n_obs for part in parts])])
         self.lengths = np.concatenate([part.lengths() for part in parts])
         self._columns = [_columns(part.genes, self.var_names) for part in parts]
@@ -108,8 +110,8 @@ class CellStore:
         Parameters
         ----------
         paths
-            ``.h5ad`` files (also ``.h5ad.gz``), ``.zarr`` folders, folders of such, or what
-            ``invirtuo prepare --shuffle-to`` wrote.
+            ``.h5ad`` files (also ``.h5ad.gz``, and AnnData in ``.h5``), ``.zarr`` folders, folders of such, or what
+            ``invirtuo prepare --shuffle-to`` wrote, which has no entries of obsm.
         columns
             Columns of obs to hold in memory, where they exist; None holds all that every file has.
         memory
@@ -330,6 +332,36 @@ def n_bytes(text: int | str) -> int:
     if size < 1 << 20:
         raise ValueError(f"memory is {text!r}; expected at least 1 MiB")
     return size
+
+
+class _Embeddings(Mapping[str, np.ndarray]):
+    """Entries of obsm that all files have, (n, d) of all cells; read when they are asked for."""
+
+    def __init__(self, parts: Sequence[Part], keys: tuple[str, ...]):
+        self._parts, self._keys = parts, keys
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self._keys:
+            raise KeyError(key)
+        read = [part.embedding(key) for part in self._parts]
+        widths = sorted({values.shape[1] for values in read})
+        if len(widths) > 1:
+            raise ValueError(f"obsm[{key!r}] is {preview(widths)} wide in different files; embed all with one model")
+        return np.concatenate(read)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _embeddings(parts: Sequence[Part]) -> dict[str, str]:
+    """Entries of obsm that all files have, and the encoder that made each; several are told apart by a comma."""
+    found = [part.embeddings() for part in parts]
+    keys = set.intersection(*map(set, found))
+    encoders = pd.DataFrame(found)[sorted(keys)]
+    return {key: ", ".join(sorted(encoders[key].unique())) for key in encoders}
 
 
 def _files(paths: Paths) -> tuple[list[Path], dict[str, Any] | None]:

@@ -281,6 +281,10 @@ def correct(
     ] = None,
     guidance: Weights = None,
     invert_with: Annotated[str, typer.Option(help="Labels on the way to noise: own or unconditional.")] = "own",
+    invert_guidance: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights of guidance on the way to noise, as --guidance, which is the way back; 1."),
+    ] = None,
     output: Annotated[str | None, typer.Option(help="Also decode corrected cells: mean or counts.")] = None,
     steps: RoundTrip = None,
     solver: Solver = None,
@@ -291,7 +295,8 @@ def correct(
     """Bring the cells of all batches to one batch."""
     from invirtuo.cells.files import read_h5ad
 
-    options = given(guidance=_guidance(guidance), steps=steps, solver=solver, device=device)
+    inverse = _guidance(invert_guidance, "--invert-guidance")
+    options = given(guidance=_guidance(guidance), invert_guidance=inverse, steps=steps, solver=solver, device=device)
     corrected = model_with(run, "correct").correct(
         read_h5ad(data),
         batch,
@@ -310,8 +315,11 @@ def impute(
     data: Cells,
     out: OutCells,
     masked_fraction: Annotated[float, typer.Option(help="Share of the counts of a cell that is missing.")] = 0.0,
-    noise: Annotated[float, typer.Option(help="Jitter of the latent noise; above 0.1 it becomes another cell.")] = 0.05,
-    n_draws: Annotated[int, typer.Option(help="Jittered copies that are averaged.")] = 10,
+    flow: Annotated[bool, typer.Option("--flow", help="By way of noise, as published; slow, and no better.")] = False,
+    noise: Annotated[
+        float | None, typer.Option(help="With --flow: jitter of the noise, 0.05; above 0.1 it becomes another cell.")
+    ] = None,
+    n_draws: Annotated[int | None, typer.Option(help="With --flow: jittered copies that are averaged, 10.")] = None,
     steps: RoundTrip = None,
     solver: Solver = None,
     seed: int = 0,
@@ -321,15 +329,9 @@ def impute(
     """Write the means that the model expects for every entry into the layer "imputed"."""
     from invirtuo.cells.files import read_h5ad
 
-    options = given(steps=steps, solver=solver, device=device)
+    options = given(noise=noise, n_draws=n_draws, steps=steps, solver=solver, device=device)
     imputed = model_with(run, "impute").impute(
-        read_h5ad(data),
-        masked_fraction=masked_fraction,
-        noise=noise,
-        n_draws=n_draws,
-        seed=seed,
-        progress=not quiet,
-        **options,
+        read_h5ad(data), masked_fraction=masked_fraction, flow=flow, seed=seed, progress=not quiet, **options
     )
     _write(imputed, out, quiet)
 
@@ -409,13 +411,13 @@ def _write(adata: Any, out: Path, quiet: bool) -> None:
         typer.echo(f"{out}: {adata.n_obs:,} cells")
 
 
-def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
+def _guidance(given: list[str] | None, option: str = "--guidance") -> float | dict[str, float] | None:
     """``2`` for all attributes, or ``cell_type=2 donor=1``."""
     if not given:
         return None
     try:
         if len(given) == 1 and "=" not in given[0]:
             return float(given[0])
-        return {name: float(value) for name, value in pairs("--guidance", given).items()}
+        return {name: float(value) for name, value in pairs(option, given).items()}
     except ValueError as error:
-        raise ValueError(f"--guidance {' '.join(given)}: {error}; expected a number, or attribute=number") from error
+        raise ValueError(f"{option} {' '.join(given)}: {error}; expected a number, or attribute=number") from error

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from invirtuo.metrics.applications.copies import copying
+from invirtuo.metrics.applications.copies import copying, resemblance
 from invirtuo.metrics.applications.embedding import label_scores
 from invirtuo.metrics.applications.hits import hit_recall, hits_from_effects, retrieval
 from invirtuo.metrics.applications.phenotypes import phenotype
@@ -71,6 +71,7 @@ __all__ = [
     "rank",
     "read_contract",
     "replicates",
+    "resemblance",
     "responses",
     "retrieval",
     "score",

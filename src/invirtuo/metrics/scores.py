@@ -42,7 +42,7 @@ PROFILES: dict[str, tuple[str, ...]] = {  # names of several metrics, which may 
     "generation": (
         *("mmd_rbf_disjoint", "wasserstein2_disjoint", "c2st", "correlation_error", "zeros_distance", "rmse_logvar"),
         *("rmse_mean", "variance_ratio", "mmd_rbf", "mmd_rbf_unbiased", "mmd_rbf_median", "mmd_linear"),
-        *("wasserstein2", "knn_recall", "knn_precision"),
+        *("wasserstein2", "knn_recall", "knn_precision", "knn_recall_disjoint", "knn_precision_disjoint"),
     ),
 }
 

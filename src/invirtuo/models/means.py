@@ -62,7 +62,7 @@ class RidgeConfig(Settings):
     penalty: float = setting(0.1, "weight lambda of the ridge penalty", gt=0)
     n_components: int = setting(10, "principal directions of the training pseudobulks that serve as gene vectors", ge=1)
     gene_vectors: tuple[tuple[float, ...], ...] = setting((), "a row of own numbers for each gene instead, in order")
-    center: bool = setting(True, "regress what differs from the mean effect; False is equation 43 to the letter")
+    center: bool = setting(True, "regress what differs from the mean effect b, and add b; False regresses all of it")
     solver: Literal["two-sided", "exact"] = setting(
         "two-sided", '"two-sided" is equation 43, "exact" the minimiser of equation 42'
     )
@@ -74,6 +74,9 @@ class RidgeConfig(Settings):
     )
     unseen: Literal["raise", "mean", "zero"] = setting(
         "raise", 'perturbations never trained on: an error, the "mean" effect, or "zero" effect'
+    )
+    add_mean: bool = setting(
+        False, "with center=False: add the mean effect b all the same, equations 43 and 44 to the letter"
     )
 
 
@@ -296,8 +299,9 @@ class Ridge(_ConditionMeans):
 
         K = (G^T G + lambda I)^-1 G^T (Y - b 1^T) E (E^T E + lambda I)^-1,  prediction = control mean + G K e + b
 
-    Differs: equation 43 of the paper has Y in place of Y - b 1^T, unlike its equation 42 (`center=False`). It is not
-    the minimiser of equation 42 either; `solver="exact"` is.
+    Differs: equation 43 of the paper has Y in place of Y - b 1^T, unlike its equation 42, so that b counts twice in its
+    equation 44, which shifts every control cell; the preset "literal" is both to the letter. Neither form is the
+    minimiser of equation 42; `solver="exact"` is.
 
     Kernel ridge (ours): the effects of all pairs of context and perturbation, regressed with the kernel
     ``k = k_e exp(-|control mean - control mean'|^2 / (2 s))``, s the median squared distance of contexts;
@@ -312,7 +316,10 @@ class Ridge(_ConditionMeans):
     Config = RidgeConfig
     PRESETS = {
         "default": Preset(RidgeConfig(), source="STATE, equations 42-44"),
-        "literal": Preset(RidgeConfig(center=False), source="STATE, equation 43 to the letter"),
+        "literal": Preset(
+            RidgeConfig(center=False, mode="shift_cells", add_mean=True),
+            source="STATE, equations 43 and 44 to the letter: b stays in what is regressed, and is added to it",
+        ),
         "exact": Preset(RidgeConfig(solver="exact"), source="minimiser of STATE, equation 42"),
         "shift-cells": Preset(RidgeConfig(mode="shift_cells"), source="keeps the spread of the control cells"),
         "move-cells": Preset(RidgeConfig(mode="move_cells"), source="keeps their zeros too"),
@@ -330,7 +337,7 @@ class Ridge(_ConditionMeans):
         if rows not in (0, g):
             raise ValueError(f"gene_vectors has {rows} rows; expected one for each of the {g} genes, in order")
         self.register_buffer("average", torch.zeros(g))  # mean effect
-        self.register_buffer("offset", torch.zeros(g))  # b: the mean effect, or 0
+        self.register_buffer("offset", torch.zeros(g))  # b that is added: the mean effect, or 0
         self.register_buffer("slopes", torch.zeros(g, f))  # G K
         self.register_buffer("codes", torch.zeros(0, f))  # with a kernel: e of every effect,
         self.register_buffer("context", torch.zeros(0, dtype=torch.int64))  # row of its control mean in
@@ -352,8 +359,8 @@ class Ridge(_ConditionMeans):
                 means.append(weighted_mean(effects[own], n_cells[own]))
             effects = torch.stack(means)
         self.average = effects.mean(0).float()
-        self.offset = self.average * config.center
-        centred = effects - self.offset.double()
+        self.offset = self.average * (config.center or config.add_mean)
+        centred = effects - self.average.double() * config.center
 
         # equation 43
         if config.kernel == "linear":

@@ -3,6 +3,7 @@
 from invirtuo.nn.counts import CountLikelihood, Dispersion, SizeFactor, nb_log_prob, nb_sample
 from invirtuo.nn.embed import ConditionEncoder, one_hots, sinusoids
 from invirtuo.nn.gaussian import gaussian_kl, gaussian_sample
+from invirtuo.nn.linear import Linear
 from invirtuo.nn.mlp import MLP, BatchNormMLP, ModulatedBlock, NormMLP
 from invirtuo.nn.residual import LabelEmbedding, ResidualVelocity
 
@@ -13,6 +14,7 @@ __all__ = [
     "CountLikelihood",
     "Dispersion",
     "LabelEmbedding",
+    "Linear",
     "ModulatedBlock",
     "NormMLP",
     "ResidualVelocity",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from invirtuo.nn.linear import Linear
+
 __all__ = ["MLP", "BatchNormMLP", "ModulatedBlock", "NormMLP"]
 
 
@@ -26,11 +28,11 @@ class MLP(nn.Sequential):
     def __init__(self, n_in: int, width: int, n_layers: int, n_out: int | None = None, dropout: float = 0.0):
         layers: list[nn.Module] = []
         for i in range(n_layers):
-            layers += [nn.Linear(n_in if i == 0 else width, width), nn.SiLU()]
+            layers += [Linear(n_in if i == 0 else width, width), nn.SiLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
         if n_out is not None:
-            layers.append(nn.Linear(width if n_layers else n_in, n_out))
+            layers.append(Linear(width if n_layers else n_in, n_out))
         super().__init__(*layers)
 
 
@@ -54,12 +56,12 @@ class NormMLP(nn.Sequential):
     """
 
     def __init__(self, n_in: int, width: int, n_out: int, n_layers: int, dropout: float = 0.0):
-        layers: list[nn.Module] = [nn.Linear(n_in, width)]
+        layers: list[nn.Module] = [Linear(n_in, width)]
         for _ in range(n_layers):
-            layers += [nn.Linear(width, width), nn.LayerNorm(width, elementwise_affine=False), nn.ReLU()]
+            layers += [Linear(width, width), nn.LayerNorm(width, elementwise_affine=False), nn.ReLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
-        super().__init__(*layers, nn.Linear(width, n_out))
+        super().__init__(*layers, Linear(width, n_out))
 
 
 class _BatchNorm(nn.BatchNorm1d):
@@ -87,9 +89,9 @@ class BatchNormMLP(nn.Sequential):
     def __init__(self, n_in: int, widths: Sequence[int], n_out: int | None = None):
         layers: list[nn.Module] = []
         for before, width in zip([n_in, *widths], widths, strict=False):
-            layers += [nn.Linear(before, width), _BatchNorm(width), nn.ELU()]
+            layers += [Linear(before, width), _BatchNorm(width), nn.ELU()]
         if n_out is not None:
-            layers.append(nn.Linear(widths[-1] if widths else n_in, n_out))
+            layers.append(Linear(widths[-1] if widths else n_in, n_out))
         super().__init__(*layers)
 
 
@@ -111,9 +113,9 @@ class ModulatedBlock(nn.Module):
     def __init__(self, width: int, d_embedding: int, dropout: float = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(d_embedding, 2 * width)
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
+        self.modulation = Linear(d_embedding, 2 * width)
+        self.up = Linear(width, 2 * width)
+        self.down = Linear(2 * width, width)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from invirtuo.batch import Condition
+from invirtuo.nn.linear import Linear
 
 __all__ = ["LabelEmbedding", "ResidualVelocity"]
 
@@ -32,8 +33,8 @@ class LabelEmbedding(nn.Module):
     def __init__(self, levels: Sequence[int], n_code: int | None, width: int, width_out: int | None = None):
         super().__init__()
         self.tables = nn.ModuleList([nn.Embedding(k, width) for k in levels])
-        self.perturbation = None if n_code is None else nn.Linear(n_code, width)
-        self.out = None if width_out in (None, width) else nn.Linear(width, width_out, bias=False)
+        self.perturbation = None if n_code is None else Linear(n_code, width)
+        self.out = None if width_out in (None, width) else Linear(width, width_out, bias=False)
         self.width = width
 
     @property
@@ -69,9 +70,9 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, d_embedding: int):
         super().__init__()
-        self.first = nn.Linear(width, width)
-        self.embedding = nn.Linear(d_embedding, width)
-        self.second = nn.Linear(width, width)
+        self.first = Linear(width, width)
+        self.embedding = Linear(d_embedding, width)
+        self.second = Linear(width, width)
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)
 
@@ -102,13 +103,13 @@ class ResidualVelocity(nn.Module):
         self.d_embedding = d_embedding
         self.time = self._embedder(d_embedding)
         self.size = self._embedder(d_embedding) if sized else None
-        self.input = nn.Linear(n_latent, width)
+        self.input = Linear(n_latent, width)
         self.blocks = nn.ModuleList([_Block(width, d_embedding) for _ in range(n_blocks)])
-        self.output = nn.Linear(width, n_latent)
+        self.output = Linear(width, n_latent)
 
     @staticmethod
     def _embedder(width: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        return nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, z: Tensor, t: Tensor, size: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """z (n, d), t (n,), scaled log depth (n,) and label embedding (n, d_embedding) -> (n, d)."""

@@ -476,8 +476,9 @@ class CountGenerator(Model):
 
         Returns
         -------
-        AnnData with the real cells first, ``obs["is_generated"]``, and ``uns["invirtuo"]["augmented"]``, cells of
-        each class.
+        AnnData with the real cells first, ``obs["is_generated"]``, ``uns["invirtuo"]["augmented"]``, cells of each
+        class, and ``uns["invirtuo"]["resemblance"]`` (:func:`invirtuo.metrics.resemblance`): classes whose generated
+        cells are unlike their real ones are named in the log, too.
 
         References
         ----------
@@ -526,15 +527,33 @@ class CountGenerator(Model):
         # real cells first
         counts_of_real = sparse.csr_matrix(real.X).astype(np.int32)
         real_alone = anndata.AnnData(counts_of_real, obs=real.obs.copy(), var=self._var())
+        alike = self._resemblance(generated, real_alone, by)
         both = anndata.concat([real_alone, generated], join="outer")
         both.obs["is_generated"] = np.arange(both.n_obs) >= real.n_obs
-        both.uns["invirtuo"] = generated.uns["invirtuo"] | {"augmented": json.dumps(counts), "by": by}
+        facts = {"augmented": json.dumps(counts), "by": by, "resemblance": alike}
+        both.uns["invirtuo"] = generated.uns["invirtuo"] | facts
         if check_copies:
             from invirtuo.metrics import copying  # imports all of SciPy's optimisation and statistics
 
             others = None if is_train.all() else all_real[~is_train]
             both.uns["invirtuo"]["copying"] = copying(generated, real, others, by=by)
         return both
+
+    def _resemblance(self, generated: AnnData, real: AnnData, by: str) -> pd.DataFrame:
+        """How like real cells of their class generated ones are; classes that are not are named in the log."""
+        from invirtuo.metrics import resemblance  # imports all of SciPy's optimisation and statistics
+
+        label = self.design.tidy(real.obs)[by]
+        known = real[(label != self.design.unknown).to_numpy()]
+        known.obs = known.obs.assign(**{by: label})
+        table = resemblance(generated, known, by=by, n_pcs=min(30, known.n_obs - 1, known.n_vars - 1))
+        for _, row in table[table["unlike"]].iterrows():
+            logger.warning(
+                "%s: %.2f of the generated cells are nearest to the real cells of their class, of the real ones %.2f; "
+                "look at them before you add them",
+                *(row[by], row["generated"], row["real"]),
+            )
+        return table
 
 
 def counted(adata: AnnData) -> AnnData:

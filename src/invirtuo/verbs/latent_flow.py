@@ -26,7 +26,7 @@ from invirtuo.fit import FitConfig, noise_seed
 from invirtuo.flow import PathSample, composed, exact_coupling, reversed_time, solve
 from invirtuo.flow.solve import Velocity
 from invirtuo.nn import CountLikelihood, LabelEmbedding, ResidualVelocity
-from invirtuo.verbs.generate import CountGenerator, counted
+from invirtuo.verbs.generate import CountGenerator, Guidance, counted
 from invirtuo.verbs.masking import ImputedLayer
 from invirtuo.verbs.model import track
 from invirtuo.verbs.sampling import ADAPTIVE, SolverSampling, takes_options
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from invirtuo.cells.values import AnyMatrix
+    from invirtuo.design import Design
 
 __all__ = ["ConditionalFlow", "LatentFlow"]
 
@@ -56,6 +57,7 @@ ROUND_TRIP = 50  # steps to noise, and back
 NOISE, DRAWS = 0.05, 10  # of impute: jitter, and how many of them are averaged
 REFIT_CELLS, REFIT_STEPS = 2048, 40  # of the dispersions
 REFIT_SD = 2.0  # how far the logarithm of a dispersion may be expected to move
+NULL = "(not known)"  # stands for labels that the model was not trained on, where its Design has no word for them
 COLLAPSE = 2.0  # weights above this make batches mix because cells become alike (CFGen, table 11)
 
 
@@ -326,7 +328,7 @@ class LatentFlow(CountGenerator):
 
     @takes_options()
     def embed(self, adata: AnnData, *, device: str | None = None) -> AnnData:
-        """Encode cells.
+        """Encode cells; their labels are not looked at, and need not be there.
 
         Parameters
         ----------
@@ -341,8 +343,7 @@ class LatentFlow(CountGenerator):
         """
         import anndata
 
-        dataset = self._dataset(adata)
-        z = self._encoded(dataset, device)
+        z = self._encoded(self._dataset(adata, labelled=False), device)
         var = pd.DataFrame(index=[f"latent_{i}" for i in range(self.n_latent)])
         return anndata.AnnData(z.numpy(), obs=adata.obs.copy(), var=var, uns={"invirtuo": self._made_by("embed")})
 
@@ -355,6 +356,7 @@ class LatentFlow(CountGenerator):
         *,
         reference: str | None = None,
         invert_with: Literal["own", "unconditional"] = "own",
+        invert_guidance: Guidance = None,
         output: Literal["mean", "counts"] | None = None,
         seed: int = 0,
         device: str | None = None,
@@ -363,7 +365,8 @@ class LatentFlow(CountGenerator):
     ) -> AnnData:
         """Take cells to noise under their own labels, and back as cells of one reference batch.
 
-        The other labels (cell types) are needed and are used: scores by these labels flatter the result.
+        The other labels (cell types) are needed and are used: scores by these labels flatter the result. Labels that no
+        training cell has, a new batch too, count as not known, with a warning: these cells flow without them.
 
         Parameters
         ----------
@@ -375,6 +378,10 @@ class LatentFlow(CountGenerator):
             Label of the batch that all cells are brought to; None takes the one with most training cells.
         invert_with
             "own": labels of the cell on the way to noise; "unconditional": none.
+        invert_guidance
+            Weights of the own labels on the way to noise, in the words of `guidance`, which is the way back; None is 1
+            for every attribute. The same weights both ways map each type and batch onto itself: what a larger
+            `guidance` adds shows only against the weights of the way there.
         output
             "mean" or "counts" also decodes the corrected cells, with their own depths.
         seed
@@ -406,12 +413,7 @@ class LatentFlow(CountGenerator):
             logger.warning(
                 "weights above %g mix batches by making cells alike; look at uns['invirtuo']['collapse']", COLLAPSE
             )
-        if invert_with not in ("own", "unconditional"):
-            raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
-        inverse_weights = weights
-        if invert_with == "unconditional":
-            inverse_weights = torch.zeros_like(weights)
-            self._check_null(inverse_weights)
+        inverse_weights = self._inverse_weights(invert_with, invert_guidance, adata.n_obs)
 
         # the same cells under their own labels, and under the label of the reference
         size = self._size(dataset, np.arange(adata.n_obs))
@@ -441,6 +443,20 @@ class LatentFlow(CountGenerator):
         new.uns["invirtuo"] = self._made_by("correct") | facts | {"collapse": collapse}
         return new
 
+    def _inverse_weights(self, invert_with: str, guidance: Guidance, n: int) -> Tensor:
+        """(n, k) or (1, k) weights of the own labels on the way to noise."""
+        if invert_with not in ("own", "unconditional"):
+            raise ValueError(f"invert_with is {invert_with!r}; expected own or unconditional")
+        if invert_with == "own":
+            return self._weights(guidance, n)
+        if guidance is not None:
+            raise ValueError(
+                "invert_guidance weighs the own labels, which invert_with='unconditional' leaves out; give one of them"
+            )
+        weights = torch.zeros_like(self._weights(None, n))
+        self._check_null(weights)
+        return weights
+
     @takes_options(sampling=SolverSampling)
     @torch.no_grad()
     def impute(
@@ -452,15 +468,16 @@ class LatentFlow(CountGenerator):
         noise: float = NOISE,
         n_draws: int = DRAWS,
         conditional: bool = True,
-        flow: bool = True,
+        flow: bool = False,
         seed: int = 0,
         device: str | None = None,
         progress: bool = False,
         **options: Any,
     ) -> AnnData:
-        """Fill in counts that were not measured: encode, go to noise, jitter it, come back, decode, average.
+        """Fill in counts that were not measured: encode, decode; with `flow`, by way of noise.
 
-        The result is a mean under the model, not a measurement.
+        The result is a mean under the model, not a measurement. Give cells that the model was not fitted to: in those
+        that it was, entries that are missing were zeros to learn.
 
         Parameters
         ----------
@@ -470,14 +487,15 @@ class LatentFlow(CountGenerator):
             (n, g) bool, dense or sparse: the missing entries; None fills in nothing but gives the means of all.
         masked_fraction
             Share of each cell's counts that is missing: its depth is raised by 1 / (1 - masked_fraction).
+        flow
+            True takes the encoded cell to noise, jitters it, comes back and averages, as in the paper. It gave the
+            same numbers at a hundred times the cost (docs/results/generation.md), and is off by default.
         noise
             Standard deviation of the jitter; above 0.1 it becomes another cell.
         n_draws
             Jittered copies that are averaged.
         conditional
-            Flow under the labels of the cell; else without labels.
-        flow
-            False decodes the encoded cell as it is: the reconstruction of the autoencoder, to compare with.
+            Flow under the labels of the cell, those that are known; else without labels.
         seed
             Of the jitter.
         device, progress
@@ -502,13 +520,13 @@ class LatentFlow(CountGenerator):
             )
         if not flow and (options or (noise, n_draws, conditional) != (NOISE, DRAWS, True)):
             raise ValueError(
-                "flow=False decodes encoded cells as they are; noise, n_draws, conditional, steps and solver act on "
-                "the flow alone. Leave them out"
+                "encoded cells are decoded as they are; noise, n_draws, conditional, steps and solver act on the flow "
+                "alone. Leave them out, or give flow=True"
             )
         config = self._round_trip(options)
 
         # depths as they were before masking
-        dataset = self._dataset(adata)
+        dataset = self._dataset(adata, labelled=flow and conditional)
         size = self._size(dataset, np.arange(adata.n_obs)) / (1 - masked_fraction)
         z = (self._encoded(dataset, device) - self.latent_mean) / self.latent_sd
         weights = self._weights(None, len(z))
@@ -531,8 +549,41 @@ class LatentFlow(CountGenerator):
 
         new = adata.copy()
         new.layers["imputed"] = imputed.layer()
-        new.uns["invirtuo"] = self._made_by("impute") | {"noise": noise, "n_draws": n_draws}
+        how = {"noise": noise, "n_draws": n_draws} if flow else {}
+        new.uns["invirtuo"] = self._made_by("impute") | {"flow": flow} | how
         return new
+
+    @takes_options()
+    @torch.no_grad()
+    def reconstruct(self, adata: AnnData, *, seed: int = 0, device: str | None = None) -> AnnData:
+        """Encode cells, decode them at their own depths and draw counts: what the autoencoder makes of real cells.
+
+        Beside generated cells, cells that the model was not fitted to show what part of the distance to real ones is
+        the autoencoder's; the flow cannot take it back.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in X, or in ``layers["counts"]``. Labels count where dispersions differ by class.
+        seed
+            Of the counts that are drawn.
+        device
+            As in :meth:`PerturbationModel.predict`.
+
+        Returns
+        -------
+        AnnData with counts (CSR, int32) of the genes of the model and the obs of the given cells.
+        """
+        import anndata
+
+        has_labels = set(self.design.columns) <= set(adata.obs)
+        dataset = self._dataset(adata, labelled=has_labels)
+        z = self._encoded(dataset, device)
+        own = self._with_genes(counted(adata))
+        size = self._size(dataset, np.arange(adata.n_obs))
+        counts = self._decoded_layer(own, z, size, dataset.condition[:], "counts", seed)
+        uns = {"invirtuo": self._made_by("reconstruct")}
+        return anndata.AnnData(counts.astype(np.int32), obs=adata.obs.copy(), var=self._var(), uns=uns)
 
     def _resampled(
         self,
@@ -575,15 +626,35 @@ class LatentFlow(CountGenerator):
         own = weights[:, :1] if self.config.conditioning == "joint" else weights
         return 1 - own.sum(dim=1)
 
-    def _dataset(self, adata: AnnData) -> CellDataset:
-        """Cells to encode, checked."""
+    def _dataset(self, adata: AnnData, *, labelled: bool = True) -> CellDataset:
+        """Cells to encode, checked; what is not known of their labels, or all, is null."""
+        import anndata
+
         self._check_fitted()
         adata = counted(adata)
         self._check_space(adata)
         adata = self._with_genes(adata)
         if empty := int((self._depths(adata) == 0).sum()):
             raise ValueError(f"{empty} of {adata.n_obs} cells have no counts in the genes of the model; remove them")
-        return CellDataset(adata, self.design)
+        design = self.design if self.design.unknown is not None else replace(self.design, unknown=NULL)
+        labels = self._known_labels(adata.obs, design) if labelled else null_labels(adata.obs.index, design)
+        return CellDataset(anndata.AnnData(adata.X, obs=labels, var=adata.var[[]]), design)
+
+    def _known_labels(self, obs: pd.DataFrame, design: Design) -> pd.DataFrame:
+        """Labels of cells; those that the model has not got are not known to it, which the log says."""
+        labels = design.tidy(obs)
+        if self.config.prob_unconditional == 0:
+            return labels  # it has not learned to do without: new labels are refused
+        for name, levels in design.covariates.items():
+            is_new = ~labels[name].isin([*levels, design.unknown])
+            if is_new.any():
+                new = labels[name][is_new].unique()
+                logger.warning(
+                    "%s: %s do not occur in the training cells; %d cells are treated as if it were not known",
+                    *(name, preview(new), is_new.sum()),
+                )
+                labels.loc[is_new, name] = design.unknown
+        return labels
 
     @torch.no_grad()
     def _encoded(self, dataset: CellDataset, device: str | None = None) -> Tensor:
@@ -633,6 +704,14 @@ class LatentFlow(CountGenerator):
 
     def _made_by(self, verb: str) -> dict[str, Any]:
         return {"model": self.name, "verb": verb, "data_hash": self.card["data_hash"], "version": self.card["version"]}
+
+
+def null_labels(cells: pd.Index, design: Design) -> pd.DataFrame:
+    """Labels of cells of which nothing is known: no covariate, and as perturbation the control."""
+    labels = dict.fromkeys(design.covariates, design.unknown)
+    if design.perturbation is not None:
+        labels[design.perturbation] = design.control
+    return pd.DataFrame(labels, index=cells)
 
 
 def _chunks(n: int) -> list[slice]:

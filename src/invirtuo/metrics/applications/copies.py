@@ -1,4 +1,4 @@
-"""Does a generator copy: how near its cells are to those it learned from, beside real cells that it never saw."""
+"""Does a generator copy, or miss: how near its cells are to those it learned from, and to those of other classes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import cdist
 
 from invirtuo.cells.checks import labels
+from invirtuo.cells.pseudobulk import group_sums
 from invirtuo.errors import preview
 from invirtuo.metrics.cells import per_10k
 from invirtuo.metrics.numerics.axes import principal_axes, projected
@@ -16,7 +18,7 @@ from invirtuo.metrics.numerics.distances import nearest
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["copying"]
+__all__ = ["copying", "resemblance"]
 
 NEAR = 0.05  # share of real cells that counts as near by
 
@@ -87,6 +89,75 @@ def copying(
         row = {by: name, "n_generated": len(made), "n_training": int(is_own.sum()), "n_held_out": n_real}
         rows.append(row | _compared(made, real))
     return pd.DataFrame(rows)
+
+
+def resemblance(generated: AnnData, training: AnnData, *, by: str, n_pcs: int = 30) -> pd.DataFrame:
+    """Share of generated cells that are nearest to the centroid of the class they were drawn for, beside real cells.
+
+    Distances are Euclidean, on principal components of the training cells (log1p of counts per 10,000), each divided by
+    its standard deviation within classes. A real cell is compared with the centroid of the others of its class.
+
+    Parameters
+    ----------
+    generated, training
+        Raw counts in X, `by` in obs. Genes are those of `training`.
+    by
+        Column of obs with the classes.
+    n_pcs
+        Principal components.
+
+    Returns
+    -------
+    DataFrame with a row for each class of generated cells that has two training cells or more: its name in the column
+    `by`, ``n_generated``, ``n_training``, the shares ``generated`` and ``real``, and ``unlike``: whether the former is
+    smaller by more than a tenth and 1 / sqrt(``n_training``), two standard errors of the latter at most.
+
+    Raises
+    ------
+    ValueError
+        If genes or the column are missing.
+
+    Examples
+    --------
+    >>> import invirtuo as iv
+    >>> cells = iv.datasets.toy(n_cells=200)
+    >>> bool(resemblance(cells[:100], cells[100:], by="cell_type", n_pcs=5)["unlike"].any())
+    False
+    """
+    sides = {"generated": generated, "training": training}
+    for name, adata in sides.items():
+        _check(name, adata, training.var_names, by)
+    logged = {name: per_10k(adata[:, training.var_names].X) for name, adata in sides.items()}
+    centre, axes = principal_axes(logged["training"], n_pcs)
+    cells = {name: projected(x, centre, axes) for name, x in logged.items()}
+    label = {name: adata.obs[by].astype(str).to_numpy() for name, adata in sides.items()}
+
+    # centroids, on axes where classes have variance 1
+    names, own = np.unique(label["training"], return_inverse=True)
+    sizes = np.bincount(own)
+    centroids = group_sums(cells["training"], own, len(names)) / sizes[:, None]
+    spread = np.maximum((cells["training"] - centroids[own]).std(axis=0), 1e-12)
+    squares = {}
+    for name, x in cells.items():
+        squares[name] = cdist(x / spread, centroids / spread, "sqeuclidean")
+
+    # without the cell itself the centroid of its class is n / (n - 1) times as far
+    rows = np.arange(len(own))
+    further = sizes / np.maximum(sizes - 1, 1)
+    squares["training"][rows, own] *= further[own] ** 2
+    nearest_class = {name: names[square.argmin(axis=1)] for name, square in squares.items()}
+    table = []
+    for name in sorted(set(label["generated"]) & set(names[sizes > 1])):
+        share, n_cells = {}, {}
+        for side in sides:
+            is_own = label[side] == name
+            n_cells[f"n_{side}"] = int(is_own.sum())
+            share[side] = float((nearest_class[side][is_own] == name).mean())
+        margin = max(0.1, n_cells["n_training"] ** -0.5)
+        unlike = share["generated"] < share["training"] - margin
+        found = {"generated": share["generated"], "real": share["training"], "unlike": unlike}
+        table.append({by: name, **n_cells, **found})
+    return pd.DataFrame(table, columns=[by, "n_generated", "n_training", "generated", "real", "unlike"])
 
 
 def _compared(made: np.ndarray, real: np.ndarray) -> dict[str, float]:

@@ -11,9 +11,10 @@ import torch
 from invirtuo.metrics.cells import Side
 from invirtuo.metrics.measures.mean import CELL_EVAL, PERTURBENCH, pearson
 from invirtuo.metrics.numerics.axes import principal_axes
-from invirtuo.metrics.numerics.distances import FLOOR, PAIRS, Cloud, between, cloud, products
+from invirtuo.metrics.numerics.distances import FLOOR, PAIRS, Cloud, between, cloud
 from invirtuo.metrics.pair import Pair, view
 from invirtuo.metrics.registry import CORRELATION, ERROR, metric
+from invirtuo.nn.linear import products
 
 __all__ = [
     "axes_of_all",
@@ -48,8 +49,7 @@ def pca_disjoint_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 
     A random half of the real cells of every condition is scored; the other halves and the controls give the axes.
     """
-    axes = pair.once("real", ("disjoint axes",), lambda: principal_axes(pair.unscored_matrix(), pair.n_pcs))
-    cells = _projected(pair, side, condition, axes)
+    cells = _projected(pair, side, condition, disjoint_axes(pair))
     return cells[: (len(cells) + 1) // 2] if side == "real" else cells
 
 
@@ -63,6 +63,11 @@ def pca_average_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
 def axes_of_all(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """Mean (g,) and principal axes (g, d) of all real cells, controls included."""
     return pair.once("real", ("principal axes",), lambda: principal_axes(pair.real_matrix(), pair.n_pcs))
+
+
+def disjoint_axes(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (g,) and principal axes (g, d) of the real cells that are not scored where halves are, and the controls."""
+    return pair.once("real", ("disjoint axes",), lambda: principal_axes(pair.unscored_matrix(), pair.n_pcs))
 
 
 def _projected(pair: Pair, side: Side, condition: str, axes: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from invirtuo.metrics.cells import Side
-from invirtuo.metrics.measures.distribution import axes_of_all
+from invirtuo.metrics.measures.distribution import axes_of_all, disjoint_axes
 from invirtuo.metrics.numerics.axes import projected
 from invirtuo.metrics.numerics.distances import blocks
 from invirtuo.metrics.pair import Pair, view
@@ -23,7 +23,9 @@ __all__ = [
     "knn_coverage",
     "knn_density",
     "knn_precision",
+    "knn_precision_equal",
     "knn_recall",
+    "knn_recall_equal",
     "mmd_linear",
     "mmd_rbf",
     "mmd_rbf_median",
@@ -47,6 +49,14 @@ MOST_PIVOTS = 10**9  # never reached: transport between 14,000 and 1,000 cells t
 def pca_scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
     """(n, d) cells on the principal axes of all real cells, divided by the standard deviation of these on each axis."""
     cells: np.ndarray = pair.see("pca", side, condition) / pair.once("real", ("spread",), lambda: _spread(pair))
+    return cells
+
+
+@view("pca_disjoint_scaled")
+def pca_disjoint_scaled_view(pair: Pair, side: Side, condition: str) -> np.ndarray:
+    """(n, d) cells as in the view pca_disjoint, divided by the standard deviation of the cells that gave the axes."""
+    spread = pair.once("real", ("disjoint spread",), lambda: _disjoint_spread(pair))
+    cells: np.ndarray = pair.see("pca_disjoint", side, condition) / spread
     return cells
 
 
@@ -237,6 +247,38 @@ def knn_precision(pred: np.ndarray, real: np.ndarray, *, k: int = 10) -> float:
     return float(_balls_around(pred, real, k)[0].astype(bool).mean()) if len(real) > 1 else np.nan
 
 
+@metric(
+    "knn_recall_disjoint",
+    label="kNN recall disjoint",
+    **SHARE,
+    definition="knn_recall of a random half of the real cells of the condition among as many predicted cells, on "
+    "standardised principal components of the other halves and the controls",
+    reference="A variant of knn_recall that the cells scored do not favour",
+    on="pca_disjoint_scaled",
+    default=False,
+)
+def knn_recall_equal(pred: np.ndarray, real: np.ndarray) -> float:
+    """:func:`knn_recall` of the first min(n, m) cells of both sides."""
+    n = min(len(pred), len(real))
+    return knn_recall(pred[:n], real[:n])
+
+
+@metric(
+    "knn_precision_disjoint",
+    label="kNN precision disjoint",
+    **SHARE,
+    definition="knn_precision of predicted cells among as many real cells, a random half of those of the condition, on "
+    "standardised principal components of the other halves and the controls",
+    reference="A variant of knn_precision that the cells scored do not favour",
+    on="pca_disjoint_scaled",
+    default=False,
+)
+def knn_precision_equal(pred: np.ndarray, real: np.ndarray) -> float:
+    """:func:`knn_precision` of the first min(n, m) cells of both sides."""
+    n = min(len(pred), len(real))
+    return knn_precision(pred[:n], real[:n])
+
+
 def knn_density(pred: np.ndarray, real: np.ndarray, *, k: int = 10) -> float:
     """Mean over predicted cells of the number of real balls around it, over k; see :func:`knn_precision`."""
     return float(_balls_around(pred, real, k)[0].mean() / k) if len(real) > 1 else np.nan
@@ -319,7 +361,11 @@ def _balls_around(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.n
 
 def _spread(pair: Pair) -> np.ndarray:
     """(d,) standard deviation of all real cells on each principal axis."""
-    centre, axes = axes_of_all(pair)
-    coordinates = projected(pair.real_matrix(), centre, axes)
-    spread: np.ndarray = coordinates.std(axis=0)
+    spread: np.ndarray = projected(pair.real_matrix(), *axes_of_all(pair)).std(axis=0)
+    return spread
+
+
+def _disjoint_spread(pair: Pair) -> np.ndarray:
+    """(d,) standard deviation of the real cells that are not scored on each of their principal axes."""
+    spread: np.ndarray = projected(pair.unscored_matrix(), *disjoint_axes(pair)).std(axis=0)
     return spread

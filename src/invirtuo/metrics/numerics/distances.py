@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["FLOOR", "PAIRS", "Cloud", "between", "blocks", "cloud", "mean_distance", "nearest", "products"]
+from invirtuo.nn.linear import products
+
+__all__ = ["FLOOR", "PAIRS", "Cloud", "between", "blocks", "cloud", "mean_distance", "nearest"]
 
 FLOOR = 1e-8  # smallest squared distance, as published
 PAIRS = 1 << 22  # cell pairs held at a time: 32 MB in float64
@@ -86,14 +88,3 @@ def _repaired(squares: torch.Tensor, x: Cloud, y: Cloud) -> torch.Tensor:
         i, j = pairs.T
         squares[i, j] = (x.cells[i] - y.cells[j]).square().sum(dim=1)
     return squares
-
-
-def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``x @ y.T`` of (n, d) and (m, d), in float32 by oneDNN.
-
-    Its kernels use the widest vectors of every processor; those behind ``@`` only half of them on some.
-    """
-    if x.dtype is torch.float32 and torch.backends.mkldnn.is_available():
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
-        return product
-    return x @ y.T

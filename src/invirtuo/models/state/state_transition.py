@@ -306,11 +306,12 @@ class StateTransition(PerturbationModel):
         super()._check_space(adata)
         if self.config.space != "obsm":
             return
-        key, found = self.config.obsm, {k: np.shape(v) for k, v in adata.obsm.items()}
-        if found.get(key) != (adata.n_obs, self.n_in):
+        key = self.config.obsm
+        found = np.shape(adata.obsm[key]) if key in adata.obsm else preview(adata.obsm) or "no obsm"
+        if found != (adata.n_obs, self.n_in):
             raise ValueError(
-                f"expected obsm[{key!r}] of width {self.n_in}; found {found or 'no obsm'}. Embed the cells first, or "
-                "change obsm and n_embedding"
+                f"expected obsm[{key!r}] of width {self.n_in}; found {found}. Embed the cells first, or change obsm "
+                "and n_embedding"
             )
         self._check_encoder(adata.uns.get(EMBEDDED, {}).get(key, ""))
 
