@@ -38,6 +38,16 @@ def shifts(question: folder.Question, latent: np.ndarray) -> dict[str, np.ndarra
     return {label: np.mean(vectors, axis=0) for label, vectors in found.items()}
 
 
+def shift(question: folder.Question, moved: dict[str, np.ndarray], label: str) -> np.ndarray:
+    """What moves cells to a perturbation; a combination that was never seen moves by the sum of its parts."""
+    if label in moved:
+        return moved[label]
+    known = [moved[part] for part in question.parts(label) if part in moved]
+    if len(known) < len(question.parts(label)):
+        raise SystemExit(f"no training cell has a part of {label}")
+    return np.sum(known, axis=0)
+
+
 def main(path: str, how: str) -> None:
     """Answer the question in a folder."""
     question = folder.read(path)
@@ -54,10 +64,12 @@ def main(path: str, how: str) -> None:
     code = np.zeros((len(obs), 1))
     if how == "swap":
         names = list(model.adata_manager.get_state_registry("batch").categorical_mapping)
+        if unknown := set(wanted).difference(names):
+            raise SystemExit(f"never seen, so no batch of scVI: {', '.join(sorted(unknown))}")
         code = np.array([[names.index(label)] for label in wanted])
     else:
         moved = shifts(question, model.get_latent_representation())
-        z = z + np.stack([moved[label] for label in wanted])
+        z = z + np.stack([shift(question, moved, label) for label in wanted])
 
     # counts at the depth of the control cells
     depth = np.asarray(start.layers["counts"].sum(axis=1)).reshape(-1, 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -198,7 +200,7 @@ def test_what_is_wrong_with_an_answer_is_said(answer, tmp_path):
     refused(": not asked for, b_cell|A+B has 0 cells", obs=cells.obs.assign(perturbation="B"))
     refused("column 'cell_type' is not in the table", obs=cells.obs[["perturbation"]])
     refused("genes are missing: gene_0", var_names=["another", *cells.var_names[1:]])
-    with pytest.raises(ValueError, match=r"b_cell\|A\+B has 39 cells; expected 40 cells"):
+    with pytest.raises(ValueError, match=r"b_cell\|A\+B has 39 cells, not 40; expected n_cells"):
         read(asked, cells[1:].copy(), tmp_path / "a.h5ad")
 
 
@@ -292,10 +294,12 @@ def test_entries_say_what_is_wrong(tmp_path, adapter):
         as_entry(Entry("mine", command=["no-such-program", "{folder}"]))
     with pytest.raises(ValueError, match="takes no config"):
         as_entry(replace(adapter("noise"), config={"width": 3}))
+    with pytest.raises(ValueError, match="so that steps of the fit would have no effect"):
+        as_entry(replace(adapter("noise"), fit={"steps": 3, "seed": 1}))
     with pytest.raises(ValueError, match=r"takes no options of predict \(guidance\)"):
         as_entry(replace(adapter("noise"), predict={"guidance": 3}))
-    with pytest.raises(ValueError, match="cannot generate"):
-        as_entries(adapter("noise"), "generate")
+    with pytest.raises(ValueError, match="cannot forecast"):
+        as_entries(adapter("noise"), "forecast")
     with pytest.raises(ValueError, match="command has nothing to search"):
         iv.bench.tune(adapter("noise"), "kang-demo", 1, tmp_path / "tuned")
     facts = Entry("ridge", "ridge").describe()
@@ -372,6 +376,94 @@ def test_predictions_of_others_and_one_table(same_process, run, tmp_path, monkey
     assert code == 2 and "have other scores of 'noise_floor'" in error
 
 
+# ---- populations ----------------------------------------------------------------------------------------------------
+
+GENERATOR = """
+import sys, json
+import anndata as ad, numpy as np, pandas as pd
+what, folder = sys.argv[1:]
+train, wanted = ad.read_h5ad(f"{folder}/train.h5ad"), pd.read_csv(f"{folder}/conditions.csv")
+asked = json.load(open(f"{folder}/asked.json"))
+assert asked["verb"] == "generate", asked
+rng = np.random.default_rng(asked["seed"])
+obs = wanted.loc[wanted.index.repeat(wanted["n_cells"])].reset_index(drop=True)
+obs.index = obs.index.astype(str)
+x = train.X.toarray()
+rows = rng.integers(0, train.n_obs, len(obs))
+if what == "hand on":
+    x = x[rows]
+elif what == "draw":
+    x = rng.poisson(np.maximum(x.mean(0), .01) * x[rows].sum(1, keepdims=True) / x.sum(1).mean())
+else:
+    obs, x = (obs[1:], x[rows[1:]]) if what == "too few" else (obs, x[rows])
+answer = ad.AnnData(x.astype(np.float32), obs=obs, var=pd.DataFrame(index=train.var_names), uns={"scale": "counts"})
+if what == "logs":
+    answer.X, answer.uns["scale"] = np.log1p(x), "log1p"
+answer.write_h5ad(f"{folder}/generated.h5ad")
+"""
+
+
+@pytest.fixture
+def population(toy):
+    """Counts without perturbation, their design, and a split of the cells."""
+    design = iv.Design.from_adata(toy, covariates=["cell_type"])
+    return toy, design, iv.splits.cells(toy.obs, design)
+
+
+@pytest.fixture
+def generator(tmp_path):
+    """Give a function that makes an entry of a command that draws a population in this way."""
+    (tmp_path / "generator.py").write_text(GENERATOR, encoding="utf-8")
+
+    def entry(what: str) -> Entry:
+        return Entry(what, command=["{python}", str(tmp_path / "generator.py"), what, "{folder}"])
+
+    return entry
+
+
+def test_a_population_is_asked_for_without_cells_that_are_held_out(population, tmp_path):
+    toy, design, split = population
+    is_secret = (split == "test").to_numpy()
+    toy.X = sparse.csr_matrix(np.where(is_secret[:, None], 777, toy.X.toarray()))
+    Question(toy, design, split, Asked(labels=toy.obs[is_secret])).write(tmp_path / "q")
+    assert {file.name for file in (tmp_path / "q").iterdir()} == {
+        "train.h5ad",
+        "conditions.csv",
+        "design.json",
+        "asked.json",
+    }
+    train = anndata.read_h5ad(tmp_path / "q" / "train.h5ad")
+    assert train.n_obs == (~is_secret).sum() and train.X.max() < 777
+    wanted = pd.read_csv(tmp_path / "q" / "conditions.csv").set_index("cell_type")["n_cells"]
+    assert wanted.to_dict() == toy.obs["cell_type"][is_secret].value_counts().to_dict()
+
+
+def test_a_command_that_generates_is_judged_like_others(population, generator, tmp_path):
+    toy, design, split = population
+    options = {"split": split, "metrics": ["rmse_mean", "zeros_distance"], "progress": False}
+    entries = [generator("draw"), generator("hand on")]
+    scores = iv.compare(toy, design, entries, out=tmp_path / "out", **options)
+    assert {"draw", "hand on", "independent_nb", "training cells", "noise_floor"} == set(scores["model"])
+    assert np.isfinite(scores["value"]).all()
+    flags = pd.read_csv(tmp_path / "out" / "flags.csv")
+    assert set(zip(flags["model"], flags["flag"], strict=True)) == {("hand on", "training_cells")}
+    made = anndata.read_h5ad(tmp_path / "out" / "models" / "draw" / "generated.h5ad")
+    assert made.n_obs == (split == "test").sum()
+    for what, words in (("too few", "expected n_cells of each"), ("logs", "expected 'counts'")):
+        with pytest.raises(ValueError, match=words):
+            iv.compare(toy, design, generator(what), out=tmp_path / what, **options)
+
+
+def test_held_out_cells_handed_on_as_a_population_are_flagged(population, tmp_path):
+    toy, design, split = population
+    stolen = toy[(split == "test").to_numpy()].copy()
+    stolen.uns["scale"] = "counts"
+    stolen.write_h5ad(tmp_path / "stolen.h5ad")
+    options = {"split": split, "metrics": ["rmse_mean"], "progress": False, "baselines": False}
+    iv.compare(toy, design, f"predicted:{tmp_path / 'stolen.h5ad'}", out=tmp_path / "out", **options)
+    assert "held_out_cells" in set(pd.read_csv(tmp_path / "out" / "flags.csv")["flag"])
+
+
 # ---- what is left behind ---------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -383,7 +475,9 @@ iv.benchmark(task, entry, 1, sys.argv[2], n_jobs=1, baselines=False)
 
 
 @pytest.mark.slow
-def test_a_command_ends_with_a_benchmark_that_is_killed(task, adapter, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_command_ends_with_a_benchmark_that_is_stopped(task, adapter, tmp_path, number):
+    """The first process killed, or interrupted, or all of them stopped, as `timeout` and schedulers do."""
     import cloudpickle
 
     with (tmp_path / "adapter.py").open("a") as script:
@@ -391,12 +485,13 @@ def test_a_command_ends_with_a_benchmark_that_is_killed(task, adapter, tmp_path)
     text = (tmp_path / "adapter.py").read_text()
     (tmp_path / "adapter.py").write_text(text.replace("time.sleep(60)", "time.sleep(5); open(folder + '/late', 'w')"))
     (tmp_path / "what").write_bytes(cloudpickle.dumps((task, adapter("sleep"))))
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "what"), str(tmp_path / "out")])
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "what"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, start_new_session=True)
     deadline = time.monotonic() + 120
     while not any("doing" in log.read_text() for log in (tmp_path / "out").rglob("log.txt")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.kill()
+    (os.killpg if number == signal.SIGTERM else os.kill)(process.pid, number)
     process.wait()
     time.sleep(8)
     assert not list((tmp_path / "out").rglob("late")) and not list((tmp_path / "out").rglob("predicted.h5ad"))

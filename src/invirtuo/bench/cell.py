@@ -13,6 +13,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -141,9 +142,14 @@ def launch(cell: Cell) -> Record:
         out, log = Path(folder) / "record.json", Path(folder) / "log.txt"
         with log.open("wb") as messages:
             command = [sys.executable, "-m", "invirtuo.bench.cell", str(out), str(os.getpid())]
-            ended = subprocess.run(
-                command, input=cloudpickle.dumps(cell), stdout=messages, stderr=messages, env=environment, check=False
-            )
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=messages, stderr=messages, env=environment
+            ) as ended:
+                try:
+                    ended.communicate(cloudpickle.dumps(cell))
+                except BaseException:
+                    ended.terminate()  # and not kill: it ends what it began
+                    raise
 
         # the record, or the last messages of a process that wrote none
         if out.is_file():
@@ -310,8 +316,15 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _end(number: int, _: object) -> None:
+    """End this process, and commands, which have process groups of their own."""
+    end_commands()
+    os._exit(128 + number)
+
+
 def _main() -> None:
     _end_with(int(sys.argv[2]))  # the parent may be gone by now
+    signal.signal(signal.SIGTERM, _end)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     cell = pickle.loads(sys.stdin.buffer.read())  # of the parent process
     import torch

@@ -14,6 +14,7 @@ import numpy as np
 from invirtuo.bench.foreign import Command, Foreign
 from invirtuo.bench.question import Asked
 from invirtuo.bench.task import digest
+from invirtuo.errors import preview
 from invirtuo.fit import FitConfig
 from invirtuo.metrics.scores import FLOOR
 from invirtuo.models import model_class, model_names
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from invirtuo.design import Design
 
 __all__ = ["BASELINES", "FLOOR", "Entry", "Predictor", "Spec", "as_entries", "as_entry"]
+
+HEEDED = ("seed", "keep_checkpoints", "progress")  # fields of a FitConfig that act on a command
 
 Predictor: TypeAlias = PerturbationModel | CountGenerator | Foreign  # what has `predict`
 Spec: TypeAlias = "Entry | type[Model] | str | Path"  # what stands for one entry, or for those of a file
@@ -103,6 +106,11 @@ class Entry:
             if self.config is not None:
                 raise ValueError("a command takes no config; write its settings into it")
             fit = self.fit if isinstance(self.fit, FitConfig) else config_from(FitConfig, self.fit or {})
+            if idle := [name for name in _changed(fit) if name not in HEEDED]:
+                raise ValueError(
+                    f"a command trains by its own settings, so that {preview(idle)} of the fit would have no effect; "
+                    "write it into the command, which is told the seed alone"
+                )
             return Command(tuple(self.command), self.minutes, self.predicted), fit
 
         # a mapping replaces fields of the defaults
@@ -206,6 +214,12 @@ def _named(spec: str) -> Entry:
     parts = spec.split(":")
     n_name = 1 if parts[0] in model_names() or len(parts) == 1 else 2
     return Entry(spec, ":".join(parts[:n_name]), ":".join(parts[n_name:]) or None)
+
+
+def _changed(fit: FitConfig) -> list[str]:
+    """Fields that are not as they are by default."""
+    default = FitConfig()
+    return [field.name for field in fields(fit) if getattr(fit, field.name) != getattr(default, field.name)]
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pandas as pd
 
-from invirtuo.bench.question import ANSWER, Asked, Question
+from invirtuo.bench.question import ANSWERS, Asked, Question
 from invirtuo.cells.files import write_h5ad, writing
 from invirtuo.settings import Settings, setting
 from invirtuo.verbs.sampling import NoSampling
@@ -59,7 +59,7 @@ class Command(Settings):
 
 
 class Foreign:
-    """A command in the place of a fitted model: `fit` runs it, `predict` reads what it left.
+    """A command in the place of a fitted model: `fit` runs it, `predict` or `generate` reads what it left.
 
     Parameters
     ----------
@@ -84,15 +84,15 @@ class Foreign:
         self.history = pd.DataFrame()
         self.costs: dict[str, float | None] = {}  # of the command, as tables of costs call them
         self.log = ""
-        self._predicted: AnnData | None = None
+        self._answer: AnnData | None = None
 
     @classmethod
     def check_options(cls, verb: str, options: Mapping[str, Any], config: Any) -> None:
         """Refuse other verbs and all options: a command has its own."""
-        if verb != cls.verb:
+        if verb not in ANSWERS:
             raise ValueError(f"a command cannot {verb}")
         if options:
-            raise ValueError(f"a command takes no options of predict ({', '.join(options)}); write them into it")
+            raise ValueError(f"a command takes no options of {verb} ({', '.join(options)}); write them into it")
         if config.command and shutil.which(_filled(config.command[0])) is None:
             raise ValueError(f"{config.command[0]!r} is no program here; name one on the PATH, or its path")
 
@@ -131,7 +131,7 @@ class Foreign:
         self.card = question.card
         if self.config.predicted:
             fields = {"seed": config.seed, "fold": self.asked.fold}
-            self._predicted = question.read(Path(_filled(self.config.predicted, **fields)))
+            self._answer = question.read(Path(_filled(self.config.predicted, **fields)))
             return self
 
         with tempfile.TemporaryDirectory(prefix="invirtuo-") as temporary:
@@ -140,7 +140,7 @@ class Foreign:
                 self._ask(question, place)
             self.costs = json.loads((place / DONE).read_text(encoding="utf-8"))
             self.log = (place / LOG).read_text(encoding="utf-8", errors="replace")
-            self._predicted = question.read(place / ANSWER)
+            self._answer = question.read(place / question.answer)
             if not config.keep_checkpoints:
                 shutil.rmtree(place)
                 place.mkdir()
@@ -149,12 +149,12 @@ class Foreign:
     def _ask(self, question: Question, folder: Path) -> None:
         """Write the question, run the command, and note what it cost."""
         question.write(folder, self.config.minutes)
-        for name in (ANSWER, DONE):
+        for name in (question.answer, DONE):
             (folder / name).unlink(missing_ok=True)
         command = [_filled(text, folder=folder, seed=question.fit.seed) for text in self.config.command]
         costs, how = _run(command, folder / LOG, self.config.minutes)
-        if not how and not (folder / ANSWER).is_file():
-            how = f"left no {ANSWER}"
+        if not how and not (folder / question.answer).is_file():
+            how = f"left no {question.answer}"
         if how:
             said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip()[-SAID:]
             raise ValueError(f"the command {how}; the last that it said ({folder / LOG}): {said or 'nothing'}")
@@ -164,14 +164,22 @@ class Foreign:
     def predict(self, conditions: str, n_cells: int, *, seed: int) -> AnnData:
         """The cells of the answer; they were asked for when the command began."""
         del conditions, n_cells, seed
-        if self._predicted is None:
+        return self._answered()
+
+    def generate(self, *, labels: pd.DataFrame, seed: int) -> AnnData:
+        """The cells of the answer, as :meth:`predict`."""
+        del labels, seed
+        return self._answered()
+
+    def _answered(self) -> AnnData:
+        if self._answer is None:
             raise ValueError("the command has not run; call fit first")
-        return self._predicted
+        return self._answer
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Keep the answer and the log."""
         del overwrite
-        write_h5ad(self.predict("", 0, seed=0), Path(folder) / ANSWER)
+        write_h5ad(self._answered(), Path(folder) / ANSWERS[self.asked.verb])
         with writing(Path(folder) / LOG) as path:
             path.write_text(self.log, encoding="utf-8")
 

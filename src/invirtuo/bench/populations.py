@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["judge", "marker_correlation"]
+__all__ = ["judge", "logged", "marker_correlation"]
 
 REAL = "training cells"  # as an origin: real ones
 REAL_NOTE = f"{REAL}: real cells too, what a generator would reach that copies them; a mark like the noise floor."
@@ -100,8 +100,8 @@ def judge(
         raise ValueError("no generated cells are given; expected a name and an AnnData or a file for each origin")
     if max_cells is not None and max_cells < 1:
         raise ValueError(f"max_cells is {max_cells}; expected at least 1, or None to score all cells")
-    out, truth = Path(out), _logged(real)
-    origins = {name: _logged(cells) for name, cells in generated.items()}
+    out, truth = Path(out), logged(real)
+    origins = {name: logged(cells) for name, cells in generated.items()}
 
     # a table for each origin and for the noise floor, class by class and of all cells
     tables = _scored(origins, truth, design, metrics, n_pcs, min_cells, max_cells, seed)
@@ -223,16 +223,16 @@ def _profiles(cells: AnnData, by: str, markers: list[str], min_cells: int) -> pd
     return pd.DataFrame.from_dict(means, orient="index", columns=names)[markers]
 
 
-def _logged(cells: AnnData | str | os.PathLike[str]) -> AnnData:
+def logged(cells: AnnData | str | os.PathLike[str]) -> AnnData:
     """Log1p of counts per 10,000 in X, sparse; counts stay in ``layers["counts"]``; empty cells stay empty."""
     import anndata
 
     adata = cells if isinstance(cells, anndata.AnnData) else read_h5ad(cells)
     x = sparse.csr_matrix(adata.X, dtype=np.float32)
-    logged = anndata.AnnData(x, obs=adata.obs.copy(), var=adata.var[[]].copy())
+    found = anndata.AnnData(x, obs=adata.obs.copy(), var=adata.var[[]].copy())
     if looks_like_counts(x):
-        logged.X, logged.layers["counts"] = per_10k(x), x
-    return logged
+        found.X, found.layers["counts"] = per_10k(x), x
+    return found
 
 
 def _without_classes(design: Design) -> Design:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
     from invirtuo.design import Design
 
-__all__ = ["ANSWER", "Asked", "Question"]
+__all__ = ["ANSWERS", "Asked", "Question"]
 
-ANSWER = "predicted.h5ad"
+# verb to the file with the answer
+ANSWERS = {"predict": "predicted.h5ad", "generate": "generated.h5ad"}
 SCALES = ("log1p", "counts")
 DEPTH = "total_counts"  # column of obs: what the counts of a cell were divided by
 
@@ -49,12 +50,20 @@ class Asked:
         Which split of the task.
     controls
         Control cells from which predictions may start: those of training, or those of the predicted part.
+    labels
+        Of a population to generate: (n, c) the columns of the design, a row for every cell. None: cells are predicted.
     """
 
     part: str = "test"
     n_cells: int = 1000
     fold: int = 0
     controls: Literal["train", "evaluated"] = "train"
+    labels: pd.DataFrame | None = None
+
+    @property
+    def verb(self) -> str:
+        """What is asked for."""
+        return "predict" if self.labels is None else "generate"
 
 
 class Question:
@@ -63,7 +72,7 @@ class Question:
     Parameters
     ----------
     adata
-        Log values of all cells of the task.
+        Log values of all cells of the task; counts, if a population is asked for.
     design
         Which columns mean what.
     split
@@ -86,24 +95,30 @@ class Question:
         self.adata, self.design, self.asked = adata, design, asked
         self.fit = fit or FitConfig()
         self.card = saving.card(self.name, CellDataset(adata, design, split), self.fit)
-        self.wanted = wanted_conditions(asked.part, self)
+        if asked.labels is None:
+            self.wanted = wanted_conditions(asked.part, self).assign(n_cells=asked.n_cells)
+        else:
+            self.wanted = design.tidy(asked.labels).value_counts(sort=False).rename("n_cells").reset_index()
         parts = split.to_numpy()
         # validation cells may be looked at, unless they are what is asked for
         self.is_shown = np.isin(parts, [part for part in ("train", "val") if part != asked.part])
         self.parts = parts
         known = adata.uns.get("invirtuo", {})
         self.target_sum = float(known.get("target_sum", 0.0))  # 0: nobody knows how the values were made
+        self.answer = ANSWERS[asked.verb]
 
     def write(self, folder: Path, minutes: float | None = None) -> None:
         """Write all files of the question; `minutes` is the limit that a command is told of."""
         folder.mkdir(parents=True, exist_ok=True)
-        is_control = self.design.is_control(self.adata.obs)
-        started_from = "train" if self.asked.controls == "train" else self.asked.part
         write_h5ad(self._cells(self.is_shown), folder / "train.h5ad")
-        write_h5ad(self._cells(is_control & (self.parts == started_from)), folder / "controls.h5ad")
+        if self.asked.verb == "predict":
+            is_control = self.design.is_control(self.adata.obs)
+            started_from = "train" if self.asked.controls == "train" else self.asked.part
+            write_h5ad(self._cells(is_control & (self.parts == started_from)), folder / "controls.h5ad")
         with writing(folder / "conditions.csv") as path:
-            self.wanted.assign(n_cells=self.asked.n_cells).to_csv(path, index=False)
-        facts = {"seed": self.fit.seed, "minutes": minutes, "target_sum": self.target_sum or None}
+            self.wanted.to_csv(path, index=False)
+        facts = {"verb": self.asked.verb, "seed": self.fit.seed, "minutes": minutes}
+        facts["target_sum"] = self.target_sum or None
         for name, text in (("design.json", self.design.to_json()), ("asked.json", json.dumps(facts, indent=2))):
             with writing(folder / name) as path:
                 path.write_text(text, encoding="utf-8")
@@ -122,7 +137,7 @@ class Question:
         return anndata.AnnData(own.X, obs=obs, var=pd.DataFrame(index=self.adata.var_names), layers=layers)
 
     def read(self, path: Path) -> AnnData:
-        """Read an answer as log values of the genes of the task.
+        """Read an answer as log values of the genes of the task, a population as counts.
 
         Raises
         ------
@@ -149,34 +164,40 @@ class Question:
         # values as the file says, and nothing else
         found = found[:, genes].copy()
         scale = str(np.ravel(found.uns.get("scale", "not there"))[0])  # some writers make a list of one
-        if scale not in SCALES:
-            raise ValueError(f'uns["scale"] is {scale!r}; expected {" or ".join(map(repr, SCALES))}: what X holds')
+        scales = SCALES if self.asked.verb == "predict" else SCALES[1:]
+        if scale not in scales:
+            raise ValueError(f'uns["scale"] is {scale!r}; expected {" or ".join(map(repr, scales))}: what X holds')
         check_values(found)
-        if scale == "log1p":
-            require_log(found)
-        values = found.X.astype(np.float32) if scale == "log1p" else self._logged(found)
+        values = self._values(found, scale)
         obs.index = [f"cell_{i}" for i in range(len(obs))]
         for column in self.design.attributes:
             obs[column] = obs[column].astype("category")
         return anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=genes))
 
+    def _values(self, found: AnnData, scale: str) -> Any:
+        """Log values of predicted cells, counts of a population."""
+        if scale == "log1p":
+            require_log(found)
+            return found.X.astype(np.float32)
+        require_counts(found)
+        return self._logged(found) if self.asked.verb == "predict" else canonical_csr(found.X)
+
     def _check_conditions(self, names: pd.Series) -> None:
         """Every condition that was asked for, with as many cells, and no other."""
-        wanted = list(self.design.names(self.wanted))
+        wanted = dict(zip(self.design.names(self.wanted), self.wanted["n_cells"], strict=True))
         n_cells = names.value_counts()
         strange = sorted(set(n_cells.index) - set(wanted))
-        wrong = [name for name in wanted if n_cells.get(name, 0) != self.asked.n_cells]
+        wrong = [name for name, n in wanted.items() if n_cells.get(name, 0) != n]
         said = [f"{preview(strange)}: not asked for"] if strange else []
-        said += [f"{name} has {n_cells.get(name, 0)} cells" for name in wrong[:1]]
+        said += [f"{name} has {n_cells.get(name, 0)} cells, not {wanted[name]}" for name in wrong[:1]]
         if said:
             raise ValueError(
-                f"{', '.join(said)}; expected {self.asked.n_cells} cells of each condition of conditions.csv "
-                f"({preview(wanted)}), with its columns in obs, and no others"
+                f"{', '.join(said)}; expected n_cells of each condition of conditions.csv ({preview(wanted)}), with "
+                "its columns in obs, and no others"
             )
 
     def _logged(self, found: AnnData) -> sparse.csr_matrix:
         """Counts as log values on the scale of the task."""
-        require_counts(found)
         if not self.target_sum:
             raise ValueError('uns["scale"] is "counts", and the cells of this task are not counts; give log1p values')
         counts = canonical_csr(found.X)

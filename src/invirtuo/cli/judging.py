@@ -104,9 +104,12 @@ def compare(
     adata = read_h5ad(data)
     columns: dict[str, Any] = {"perturbation": perturbation, "control": control, "covariates": covariate or []}
     design = invirtuo.Design.from_adata(adata, **columns, separator=separator, batch=batch, time=time)
-    fields = [*(fit_set or []), f"seed={seed}"]
+    named = [entry for name in model for entry in as_entries(name, "predict" if perturbation else None)]
+    has_models = not all(entry.is_foreign for entry in named)
     entries = []
-    for entry in (entry for name in model for entry in as_entries(name, "predict" if perturbation else None)):
+    for entry in named:
+        # a command beside models takes the seed alone
+        fields = [*([] if entry.is_foreign and has_models else fit_set or []), f"seed={seed}"]
         fit = with_fields(entry.settings()[1], fields, f"invirtuo list models {entry.model} --fit")
         entries.append(replace(entry, fit=fit))
     about = {"data": str(data), "command": shlex.join(["invirtuo", *sys.argv[1:]])}

@@ -139,7 +139,7 @@ def _unperturbed(
     own: Mapping[str, Any],
 ) -> pd.DataFrame:
     """Compare what generates populations, or what forecasts time courses; options that do not act are refused."""
-    verbs = {entry.kind.verb for entry in entries}
+    verbs = {entry.kind.verb for entry in entries if not entry.is_foreign} or {"generate"}  # a command can do so
     if any(value is not None for value in own.values()) or len(verbs) > 1 or not verbs <= {"generate", "forecast"}:
         given = preview([entry.label for entry in entries])
         raise ValueError(
@@ -150,6 +150,8 @@ def _unperturbed(
         split = splits.cells(adata.obs, design, seed=shared["seed"]) if split is None else split
         metrics = "generation" if judged["metrics"] == JUDGED else judged["metrics"]
         return compare_populations(adata, design, entries, split=split, **shared, **{**judged, "metrics": metrics})
+    if foreign := [entry.label for entry in entries if entry.is_foreign]:
+        raise ValueError(f"a command cannot forecast ({preview(foreign)}); compare models of time courses without it")
     if split is None or judged != {"metrics": JUDGED, "n_cells": None, "n_pcs": N_PCS}:
         raise ValueError(f"forecasts need a split, like iv.splits.courses, and do not take {', '.join(judged)}")
     return compare_courses(adata, design, entries, split=split, **shared)
