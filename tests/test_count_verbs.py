@@ -652,7 +652,9 @@ def test_impute(name, fitted, cells):
     with pytest.raises(ValueError, match="masked_fraction=1"):
         model.impute(masked, masked_fraction=1)
     with pytest.raises(ValueError, match=r"act on the flow alone.*flow=True"):
-        model.impute(masked, n_draws=2)
+        model.impute(masked, flow=False, n_draws=2)
+    asked = model.impute(masked, masked_fraction=0.2, n_draws=2, steps=4).layers["imputed"]
+    np.testing.assert_array_equal(asked, dense)  # an option of the flow asks for it
 
 
 @pytest.mark.parametrize("name", FLOWS)

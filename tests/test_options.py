@@ -221,7 +221,7 @@ def test_null_conditions_that_were_never_learned_are_refused():
         model.correct(cells, "cell_type", invert_with="unconditional")
     for options in ({"steps": 2}, {"noise": 0.1}, {"n_draws": 2}, {"conditional": False}):
         with pytest.raises(ValueError, match=r"act on the flow alone.*or give flow=True"):
-            model.impute(cells, **options)
+            model.impute(cells, flow=False, **options)
     with pytest.raises(ValueError, match="impute has no option guidance"):
         fitted("cfgen").impute(cells, guidance=2.0)
 

@@ -315,11 +315,17 @@ def impute(
     data: Cells,
     out: OutCells,
     masked_fraction: Annotated[float, typer.Option(help="Share of the counts of a cell that is missing.")] = 0.0,
-    flow: Annotated[bool, typer.Option("--flow", help="By way of noise, as published; slow, and no better.")] = False,
-    noise: Annotated[
-        float | None, typer.Option(help="With --flow: jitter of the noise, 0.05; above 0.1 it becomes another cell.")
+    flow: Annotated[
+        bool | None,
+        typer.Option(
+            "--flow/--no-flow",
+            help="By way of noise, as published; slow, and no better. As it is where one of its options is given.",
+        ),
     ] = None,
-    n_draws: Annotated[int | None, typer.Option(help="With --flow: jittered copies that are averaged, 10.")] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Of the flow: jitter of the noise, 0.05; above 0.1 it becomes another cell.")
+    ] = None,
+    n_draws: Annotated[int | None, typer.Option(help="Of the flow: jittered copies that are averaged, 10.")] = None,
     steps: RoundTrip = None,
     solver: Solver = None,
     seed: int = 0,

@@ -468,7 +468,7 @@ class LatentFlow(CountGenerator):
         noise: float = NOISE,
         n_draws: int = DRAWS,
         conditional: bool = True,
-        flow: bool = False,
+        flow: bool | None = None,
         seed: int = 0,
         device: str | None = None,
         progress: bool = False,
@@ -489,7 +489,7 @@ class LatentFlow(CountGenerator):
             Share of each cell's counts that is missing: its depth is raised by 1 / (1 - masked_fraction).
         flow
             True takes the encoded cell to noise, jitters it, comes back and averages, as in the paper. It gave the
-            same numbers at a hundred times the cost (docs/results/generation.md), and is off by default.
+            same numbers at a hundred times the cost (docs/results/generation.md). None: if one of its options is given.
         noise
             Standard deviation of the jitter; above 0.1 it becomes another cell.
         n_draws
@@ -518,11 +518,13 @@ class LatentFlow(CountGenerator):
                 f"masked_fraction={masked_fraction}, noise={noise}, n_draws={n_draws}; expected a fraction below 1, "
                 "noise of at least 0 and at least one draw"
             )
-        if not flow and (options or (noise, n_draws, conditional) != (NOISE, DRAWS, True)):
+        is_told = bool(options) or (noise, n_draws, conditional) != (NOISE, DRAWS, True)
+        if is_told and flow is False:
             raise ValueError(
-                "encoded cells are decoded as they are; noise, n_draws, conditional, steps and solver act on the flow "
-                "alone. Leave them out, or give flow=True"
+                "flow=False decodes encoded cells as they are; noise, n_draws, conditional, steps and solver act on "
+                "the flow alone. Leave them out, or give flow=True"
             )
+        flow = is_told if flow is None else flow
         config = self._round_trip(options)
 
         # depths as they were before masking
